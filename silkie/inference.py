@@ -1,0 +1,164 @@
+"""Load a trained policy (base model + LoRA adapter, or a full checkpoint) and generate with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
+
+from silkie.processors import load_processor
+
+__all__ = ["generate", "load_policy", "load_processor"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+    """Load a policy ready to generate, and its processor.
+
+    Args:
+        path: a directory or hub name: a LoRA adapter (has `adapter_config.json`), or a full model.
+        base_model: where the adapter's base model is now. Default: the place that the adapter recorded when it was trained.
+        dtype: dtype of the weights; "auto" keeps the checkpoint's.
+        device: where to put the model. Default: CUDA when there is one, else CPU.
+        merge: fold the adapter into the weights (faster generation; the adapter can no longer be switched off).
+        trust_remote_code: run model code that ships with the checkpoint. Off by default.
+        **model_kwargs: passed to `from_pretrained` (`attn_implementation`, `quantization_config`, `revision`, ...).
+
+    Returns:
+        (model in eval mode, processor).
+
+    Raises:
+        FileNotFoundError: the adapter's base model is not where the adapter says, and `base_model` is not given.
+    """
+    path = str(path)
+    adapter = _adapter_config(path)
+    base = str(base_model or adapter["base_model_name_or_path"]) if adapter else path
+    if adapter and base_model is None and _looks_local(base) and not Path(base).is_dir():
+        raise FileNotFoundError(f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>.")
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # safetensors only: a pickle checkpoint can run code when loaded
+    placement = {} if "device_map" in model_kwargs else {"device_map": {"": target}}
+    model = AutoModelForImageTextToText.from_pretrained(
+        base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placement, **model_kwargs
+    )
+    if adapter:
+        model = PeftModel.from_pretrained(model, path, use_safetensors=True)
+        if merge:
+            model = model.merge_and_unload()
+    has_processor = Path(path, "tokenizer_config.json").exists() or not adapter
+    processor = load_processor(path if has_processor else base, trust_remote_code=trust_remote_code)
+    return model.eval(), processor
+
+
+def _adapter_config(path: str) -> dict[str, Any] | None:
+    """The adapter's config, from a directory or the hub; None where `path` is a full model."""
+    local = Path(path)
+    if local.is_dir():
+        file = local / "adapter_config.json"
+        return json.loads(file.read_text()) if file.exists() else None
+    if _looks_local(path):
+        raise FileNotFoundError(f"{path} is not a directory. Expected a LoRA adapter or a model directory, or a hub name like 'org/name'.")
+    from transformers.utils import cached_file
+
+    found = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(found).read_text()) if found else None
+
+
+def _looks_local(path: str) -> bool:
+    """Hub names have at most one slash and never start with a dot, a slash or a tilde."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    prompts: Sequence[list[dict[str, Any]]],
+    images: Sequence[Sequence[Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_return_sequences: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[str]]:
+    """Answer prompts about images, in batches.
+
+    Args:
+        model, processor: from `load_policy`.
+        prompts: conversations ending with a user turn; content parts `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        images: per prompt its PIL images, in the order of the prompt's image parts; empty for a text-only prompt.
+        temperature: 0 decodes greedily; above 0 samples, reproducibly for the same seed, order and batch size.
+        num_return_sequences: answers per prompt (needs temperature > 0 when above 1).
+        progress: called with the number of prompts finished after every batch.
+
+    Returns:
+        Per prompt, `num_return_sequences` answers without special tokens.
+
+    Raises:
+        ValueError: a prompt's image parts and its images differ in number, or several greedy answers are asked for.
+    """
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts but {len(images)} lists of images.")
+    if num_return_sequences > 1 and temperature <= 0:
+        raise ValueError("num_return_sequences > 1 needs temperature > 0: greedy answers are all equal.")
+    for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        parts = sum(p["type"] == "image" for m in prompt if not isinstance(m["content"], str) for p in m["content"])
+        if parts != len(own):
+            raise ValueError(f"prompt {i} has {parts} image parts but {len(own)} images.")
+    was_training = model.training
+    model.eval()
+    answers: list[list[str]] = [[] for _ in prompts]
+    # Text-only and image prompts go in separate batches: image processors take no empty lists.
+    for chunk_number, chunk in enumerate(_batches([bool(own) for own in images], batch_size)):
+        set_seed(seed + chunk_number)
+        texts = _generate_batch(
+            model, processor, [prompts[i] for i in chunk], [list(images[i]) for i in chunk], max_new_tokens, temperature, top_p, num_return_sequences
+        )
+        for row, i in enumerate(chunk):
+            answers[i] = texts[row * num_return_sequences : (row + 1) * num_return_sequences]
+        if progress:
+            progress(len(chunk))
+    model.train(was_training)
+    return answers
+
+
+def _batches(has_image: list[bool], batch_size: int) -> list[list[int]]:
+    order = [i for i, h in enumerate(has_image) if h], [i for i, h in enumerate(has_image) if not h]
+    return [ids[i : i + batch_size] for ids in order for i in range(0, len(ids), batch_size)]
+
+
+def _generate_batch(
+    model: Any, processor: Any, prompts: list[Any], images: list[list[Any]], max_new_tokens: int, temperature: float, top_p: float, n: int
+) -> list[str]:
+    texts = [processor.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    tokenizer = processor.tokenizer
+    processor_args: dict[str, Any] = {"images": images} if images[0] else {}
+    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **processor_args).to(model.device)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    eos = model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    ids = model.generate(
+        **batch, max_new_tokens=max_new_tokens, num_return_sequences=n, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
+    )
+    return [t.strip() for t in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]

@@ -1,0 +1,1 @@
+"""Tiny models, processors and data that the tests build from config (no hub)."""
