@@ -1,0 +1,166 @@
+"""The public function of the log-prob core: checks its inputs once and picks the implementation."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from silkie.logprob.reference import reference_logprob
+from silkie.logprob.tiled import tiled_logprob
+from silkie.logprob.types import Impl, LogitTransform, LogprobStats
+
+logger = logging.getLogger(__name__)
+
+_IMPLS = {"reference": reference_logprob, "tiled": tiled_logprob}
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[True],
+) -> tuple[Tensor, LogprobStats]: ...
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LogprobStats]:
+    """Log-probs of target tokens under a linear output head, without holding the [N, V] logits.
+
+    Equation: `z = cap(logit_scale * (hidden @ weight.T + bias))`, `logp[n] = z[n, y_n] - log sum_v exp z[n, v]`, with
+    `cap(x) = softcap * tanh(x / softcap)`. Equivalent PyTorch::
+
+        logits = logit_scale * F.linear(hidden, weight, bias).float()
+        logits = softcap * torch.tanh(logits / softcap)            # when softcap is given
+        logps = -F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+
+    Args:
+        hidden: [N, D] final hidden states of the scored tokens; bf16, fp16, fp32 or fp64, any strides.
+        weight: [V, D] output head, of hidden's dtype and device.
+        target: [N] int64 token ids in [0, V), or `ignore_index`.
+        bias: [V] or None.
+        ignore_index: tokens with this target get log-prob 0 and no gradient.
+        impl: "reference" (full logits, twice differentiable), "tiled" (pure torch, any device), "triton" (CUDA), or "auto": triton on
+            CUDA where it can run, tiled everywhere else.
+        softcap: the model's final logit soft-cap, or None.
+        logit_scale: the model's logit multiplier.
+        return_stats: also return `LogprobStats` (no gradient).
+
+    Returns:
+        fp32 [N] (fp64 for fp64 inputs), differentiable in `hidden`, and in `weight` and `bias` where they require a gradient. With a frozen
+        head the gradient is computed in the forward pass (4NVD operations; 2NVD under `no_grad`, nothing stored); with a trainable head the
+        logits are recomputed in backward. Under autocast the operands are cast to its dtype, as `F.linear` would.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or options that do not fit; on CPU also a target outside [0, V). On CUDA a bad target fails a
+            device-side assertion (no host synchronisation), reported by the next synchronising call.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, target, bias, softcap)
+    ignored = target == ignore_index
+    _check_targets(target, ignored, weight.shape[0])
+    safe_target = target.masked_fill(ignored, 0)
+    transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap))
+    run = _IMPLS[_choose(impl, hidden.device.type)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps, stats = run(hidden, weight, safe_target, bias, ignored, transform, return_stats)
+    if return_stats:
+        assert stats is not None
+        return logps, stats
+    return logps
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Casts the operands as autocast would for `F.linear`: float64 is left alone."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    def fail(what: str) -> None:
+        raise ValueError(f"linear_logprob: {what}")
+
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        fail(
+            f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}; select the scored tokens first"
+        )
+    if weight.shape[0] == 0:
+        fail("weight has no rows; a sharded head must be gathered first (silkie.logprob.head_weight)")
+    if target.shape != hidden.shape[:1]:
+        fail(f"expected target of shape ({hidden.shape[0]},), one id per hidden row, found {tuple(target.shape)}")
+    if target.dtype != torch.int64:
+        fail(f"expected target of dtype torch.int64, found {target.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        fail(f"expected bias of shape ({weight.shape[0]},), found {tuple(bias.shape)}")
+    for name, other in (("weight", weight), ("target", target), ("bias", bias)):
+        if other is not None and other.device != hidden.device:
+            fail(f"hidden is on {hidden.device} but {name} is on {other.device}")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != hidden.dtype:
+            fail(f"hidden is {hidden.dtype} but {name} is {other.dtype}; cast one of them, or call under autocast")
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        fail(f"expected a floating dtype, found {hidden.dtype}")
+    if softcap is not None and not softcap > 0:
+        fail(f"softcap must be positive or None, found {softcap}")
+
+
+def _check_targets(target: Tensor, ignored: Tensor, vocab: int) -> None:
+    """On CUDA the check stays on the device: an assertion that the next synchronisation reports."""
+    inside = ignored | ((target >= 0) & (target < vocab))
+    if target.is_cuda:
+        torch._assert_async(inside.all(), f"linear_logprob: a target token lies outside [0, {vocab})")
+    elif not bool(inside.all()):
+        bad = target[~inside][0].item()
+        raise ValueError(f"linear_logprob: target token {bad} lies outside [0, {vocab}); is the tokenizer larger than the output head?")
+
+
+def _choose(impl: str, device: str) -> str:
+    """The dispatch point: which implementation runs on this kind of device. Says so once."""
+    if impl not in ("auto", *_IMPLS):
+        raise ValueError(f"linear_logprob: impl must be one of auto, {', '.join(_IMPLS)}; found {impl!r}")
+    chosen = "tiled" if impl == "auto" else impl
+    _announce(impl, chosen, device)
+    return chosen
+
+
+@cache
+def _announce(asked: str, chosen: str, device: str) -> None:
+    logger.info("linear_logprob: impl=%s -> %s on %s", asked, chosen, device)

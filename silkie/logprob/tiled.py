@@ -1,0 +1,318 @@
+"""Log-probs tile by tile in pure torch: exact, any device, a few tens of MB whatever N and V. The CPU path.
+
+Legend: N scored tokens, D hidden size, V vocabulary; n rows of one chunk, v columns of one vocabulary tile, y the target of a row.
+
+Everything is measured from the target's own logit z_y, which is computed by a separate fp32 dot product:
+
+    S    = sum_{v != y} exp(z_v - z_y)
+    logp = -log1p(S)
+    d logp / d h = (S * W_y - sum_{v != y} exp(z_v - z_y) W_v) / (1 + S)
+
+so a confident token (S -> 0) keeps its relative accuracy: neither 1 - p nor one-hot minus p is ever formed by subtraction. Between
+tiles the sums are carried relative to c = max(z_y, largest logit so far), so nothing overflows at any logit.
+
+With a frozen head the gradient of each log-prob with respect to its hidden state is accumulated in the same pass (it does not depend on
+the loss): two matrix products per tile, 4NVD operations in all, and the backward pass scales rows. With a trainable head the backward
+pass recomputes the logits (8NVD) and yields gradients for hidden, weight and bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from silkie.logprob.types import LogitTransform, LogprobStats, accumulate_dtype
+
+ROWS = 2048
+"""Rows of one chunk."""
+COLUMNS = 2048
+"""Vocabulary columns of one tile: a 2048 x 2048 fp32 tile is 16 MiB and stays in a CPU's last-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass over the vocabulary yields for n rows: logps [n], lse [n] (log sum_v exp z_v), grad [n, D], stats."""
+
+    logps: Tensor
+    lse: Tensor
+    grad: Tensor | None
+    stats: LogprobStats | None
+
+
+def _matmul_operand(x: Tensor) -> Tensor:
+    """fp16 cannot hold exponentials (range) and is slow on CPUs: its products run in fp32. Other dtypes as they are."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, never rounded on the way on CUDA. CPUs have no mixed-output product: theirs is rounded to the operands' dtype."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def target_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """z_y [n] by a dot product in the accumulation dtype."""
+    dtype = accumulate_dtype(hidden.dtype)
+    raw = (hidden.to(dtype) * weight[target].to(dtype)).sum(-1)
+    if bias is not None:
+        raw = raw + bias[target].to(dtype)
+    return transform(raw)
+
+
+def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
+    """Final logits [n, v] of one vocabulary tile."""
+    raw = _product(hidden, weight.t(), dtype)
+    if bias is not None:
+        raw += bias
+    return transform.apply_(raw)
+
+
+def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
+    """tile[n, column[n]] = value[n] where that column lies in this tile; without a host synchronisation."""
+    inside = (column >= 0) & (column < tile.shape[1])
+    index = column.clamp(0, tile.shape[1] - 1)[:, None]
+    old = tile.gather(1, index)
+    new = torch.as_tensor(value, dtype=tile.dtype, device=tile.device).expand(len(column))[:, None]
+    tile.scatter_(1, index, torch.where(inside[:, None], new, old))
+
+
+@dataclass(slots=True)
+class _StatSums:
+    """Running sums over the tiles: of logits, of e * (z - base) and of e^2, with e = exp(z - peak) over v != y."""
+
+    logits: Tensor
+    weighted: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def zeros(like: Tensor) -> _StatSums:
+        return _StatSums(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like))
+
+    def add(self, exps: Tensor, shifted: Tensor, rescale: Tensor) -> None:
+        self.weighted.mul_(rescale).add_(shifted.mul_(exps).sum(-1))
+        self.squares.mul_(rescale).mul_(rescale).add_(torch.mul(exps, exps, out=shifted).sum(-1))
+
+    def finish(self, distance: Tensor, own: Tensor, norm: Tensor, is_top1: Tensor, vocab: int) -> LogprobStats:
+        """distance: lse - base; own: exp(z_y - peak); norm: the sum of all exponentials."""
+        return LogprobStats(
+            mean_logit=self.logits / vocab,
+            entropy=distance - self.weighted / norm,
+            is_top1=is_top1,
+            log_sum_sq_probs=(self.squares + own * own).log() - 2 * norm.log(),
+        )
+
+
+def _scan(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform, want_grad: bool, want_stats: bool
+) -> _Pass:
+    """One pass over the vocabulary for the rows of one chunk (hidden [n, D])."""
+    dtype = accumulate_dtype(hidden.dtype)
+    n = hidden.shape[0]
+    z_y = target_logits(hidden, weight, target, bias, transform)
+    base = torch.where(z_y.isfinite(), z_y, torch.zeros_like(z_y))
+    peak = torch.where(z_y.isfinite(), z_y, torch.full_like(z_y, torch.finfo(dtype).min / 4))
+    operand = _matmul_operand(hidden)
+    total = hidden.new_zeros(n, dtype=dtype)
+    grad = hidden.new_zeros(hidden.shape, dtype=dtype) if want_grad else None
+    stats = _StatSums.zeros(total) if want_stats else None
+    best = torch.full_like(total, -torch.inf)
+
+    for start in range(0, weight.shape[0], COLUMNS):
+        tile_weight = _matmul_operand(weight[start : start + COLUMNS])
+        tile_bias = None if bias is None else bias[start : start + COLUMNS].to(dtype)
+        tile = _tile_logits(operand, tile_weight, tile_bias, transform, dtype)
+        if stats is not None:
+            stats.logits += tile.sum(-1)
+        slope = transform.slope(tile) if want_grad and not transform.is_identity else None
+        _set_target(tile, target - start, -torch.inf)
+        tile_best = tile.amax(-1)
+        best = torch.maximum(best, tile_best)
+        new_peak = torch.maximum(peak, tile_best)
+        rescale = (peak - new_peak).exp_()
+        if stats is not None:
+            shifted = (tile - base[:, None]).clamp_(min=-1e30)
+        tile.sub_(new_peak[:, None]).exp_()
+        total.mul_(rescale).add_(tile.sum(-1))
+        if stats is not None:
+            stats.add(tile, shifted, rescale)
+        if grad is not None:
+            if slope is not None:
+                tile.mul_(slope)
+            grad.mul_(rescale[:, None]).add_(_product(tile.to(tile_weight.dtype), tile_weight, dtype))
+        peak = new_peak
+
+    gap = z_y - peak
+    own = gap.exp()
+    norm = total + own
+    ratio = total / own
+    logps = torch.where(ratio.isfinite() & (gap > -80), -ratio.log1p(), gap - norm.log())
+    if grad is not None:
+        slope_y = 1.0 if transform.is_identity else transform.slope(z_y)[:, None]
+        grad = (total[:, None] * slope_y * weight[target].to(dtype)).sub_(grad).div_(norm[:, None])
+    lse = peak + norm.log()
+    if stats is None:
+        return _Pass(logps, lse, grad, None)
+    # The distance to the target's logit is -logp, which keeps its accuracy where lse - z_y would cancel.
+    distance = torch.where(z_y.isfinite(), -logps, lse)
+    return _Pass(logps, lse, grad, stats.finish(distance, own, norm, z_y >= best, weight.shape[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The chunks of a call put together: logps, lse [N] (0 where ignored), grad [N, D] or None, stats or None."""
+
+    logps: Tensor
+    lse: Tensor
+    grad: Tensor | None
+    stats: LogprobStats | None
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignored: Tensor,
+    transform: LogitTransform,
+    want_grad: bool,
+    want_stats: bool,
+) -> _Whole:
+    """All rows, chunk by chunk."""
+    dtype = accumulate_dtype(hidden.dtype)
+    count = hidden.shape[0]
+    logps, lse = hidden.new_zeros(count, dtype=dtype), hidden.new_zeros(count, dtype=dtype)
+    grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_grad else None
+    parts: list[LogprobStats] = []
+    for start in range(0, count, ROWS):
+        rows = slice(start, start + ROWS)
+        done = _scan(hidden[rows], weight, target[rows], bias, transform, want_grad, want_stats)
+        logps[rows] = done.logps.masked_fill_(ignored[rows], 0.0)
+        lse[rows] = done.lse
+        if grad is not None and done.grad is not None:
+            grad[rows] = done.grad.masked_fill_(ignored[rows, None], 0.0)
+        if done.stats is not None:
+            parts.append(done.stats)
+    return _Whole(logps, lse, grad, _join_stats(parts, ignored, dtype) if want_stats else None)
+
+
+def _join_stats(parts: list[LogprobStats], ignored: Tensor, dtype: torch.dtype) -> LogprobStats:
+    def join(name: str, like: torch.dtype) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        whole = torch.cat(found) if found else torch.zeros(0, dtype=like, device=ignored.device)
+        return whole.masked_fill_(ignored, 0)
+
+    return LogprobStats(
+        mean_logit=join("mean_logit", dtype),
+        entropy=join("entropy", dtype),
+        is_top1=join("is_top1", torch.bool),
+        log_sum_sq_probs=join("log_sum_sq_probs", dtype),
+    )
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The gradient to the hidden states is computed in the forward pass; backward scales its rows."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, bias, ignored, transform, want_stats, keep):
+        done = _forward(hidden, weight, target, bias, ignored, transform, True, want_stats)
+        ctx.save_for_backward(done.grad)
+        keep.append(done.stats)
+        return done.logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        (grad,) = ctx.saved_tensors
+        # A row whose loss gradient is zero gets exactly zero, also where its own gradient overflowed.
+        row = grad_logps[:, None]
+        return torch.where(row != 0, row * grad, 0.0).to(grad.dtype), None, None, None, None, None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    """Recomputes the logits in the backward pass; gradients for hidden, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, bias, ignored, transform, want_stats, keep):
+        done = _forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
+        ctx.save_for_backward(hidden, weight, target, bias, ignored, done.logps, done.lse)
+        ctx.transform = transform
+        keep.append(done.stats)
+        return done.logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        hidden, weight, target, bias, ignored, logps, lse = ctx.saved_tensors
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        rows = grad_logps.masked_fill(ignored, 0.0)
+        grads = _backward(hidden, weight, target, bias, rows, logps, lse, ctx.transform, want_hidden, want_weight, want_bias)
+        return grads[0], grads[1], None, grads[2], None, None, None, None
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    grad_logps: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    transform: LogitTransform,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of sum(grad_logps * logps): tiles outside, chunks inside, so that each weight tile is summed in fp32 and written once."""
+    dtype = accumulate_dtype(hidden.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
+    for start in range(0, weight.shape[0], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        tile_weight = _matmul_operand(weight[columns])
+        tile_bias = None if bias is None else bias[columns].to(dtype)
+        sum_weight = tile_weight.new_zeros(tile_weight.shape, dtype=dtype) if want_weight else None
+        sum_bias = tile_weight.new_zeros(tile_weight.shape[0], dtype=dtype) if grad_bias is not None else None
+        for first in range(0, hidden.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
+            operand = _matmul_operand(hidden[rows])
+            tile = _tile_logits(operand, tile_weight, tile_bias, transform, dtype)
+            slope = None if transform.is_identity else transform.slope(tile)
+            tile.sub_(lse[rows, None]).exp_().neg_()
+            _set_target(tile, target[rows] - start, -torch.expm1(logps[rows]))
+            if slope is not None:
+                tile.mul_(slope)
+            tile.mul_(grad_logps[rows, None])
+            coefficients = tile.to(operand.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] += _product(coefficients, tile_weight, dtype)
+            if sum_weight is not None:
+                sum_weight += _product(coefficients.t(), operand, dtype)
+            if sum_bias is not None:
+                sum_bias += tile.sum(0)
+        if grad_weight is not None and sum_weight is not None:
+            grad_weight[columns] = sum_weight
+        if grad_bias is not None and sum_bias is not None:
+            grad_bias[columns] = sum_bias
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def tiled_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignored: Tensor, transform: LogitTransform, want_stats: bool
+) -> tuple[Tensor, LogprobStats | None]:
+    """See `silkie.logprob.linear_logprob`; target inside [0, V) everywhere, ignored [N] bool."""
+    tracks = torch.is_grad_enabled()
+    head_trains = tracks and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not head_trains and not (tracks and hidden.requires_grad):
+        done = _forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
+        return done.logps, done.stats
+    function = _TrainableHead if head_trains else _FrozenHead
+    keep: list[LogprobStats | None] = []
+    logps = function.apply(hidden, weight, target, bias, ignored, transform, want_stats, keep)
+    return logps, keep[0]
