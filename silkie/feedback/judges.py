@@ -1,0 +1,110 @@
+"""The three kinds of judge behind one interface: an OpenAI-compatible endpoint, a model in this process, a Python function.
+
+A judge rates all responses of an item in ONE call and knows nothing of order, votes, retries or journals: `silkie.feedback.rate` shuffles
+the responses before the call and undoes it afterwards, for every judge alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from silkie.feedback.items import AspectRating, JudgeItem, Verdict
+from silkie.feedback.parse import parse_answer
+from silkie.feedback.prompting import judge_text, rubric_text
+from silkie.feedback.rubric import Rubric, default_rubric
+
+OracleFunction = Callable[[JudgeItem], Sequence[Mapping[str, "float | AspectRating | None"]]]
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """One call to whoever rates. `rate` returns one {aspect: AspectRating} per response in the order of `item.responses`.
+
+    Raises AnswerError for an answer that cannot be used (asking again may help), ItemError for an item that nobody can judge,
+    StopRun when no further call makes sense. `attempt` counts unusable answers so far to this very question.
+    """
+
+    name: str
+    rubric: Rubric
+
+    def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict: ...
+
+    async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict: ...
+
+
+class OracleJudge:
+    """A judge that is a function: `fn(item)` returns one {aspect: rating} per response (numbers, None, or AspectRating with a rationale).
+
+    The function sees the responses in the order a judge would be shown; `item.meta` carries whatever it needs to know the truth.
+    """
+
+    def __init__(self, fn: OracleFunction, *, rubric: Rubric | None = None, name: str = "oracle") -> None:
+        self.fn = fn
+        self.rubric = rubric or default_rubric()
+        self.name = name
+
+    def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        rows = self.fn(item)
+        if len(rows) != len(item.responses):
+            raise ValueError(f"{self.name}: item {item.id}: expected {len(item.responses)} ratings (one per response), found {len(rows)}")
+        return Verdict(ratings=tuple(self._check(row, item.id) for row in rows))
+
+    async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        return self.rate(item, attempt=attempt)
+
+    def _check(self, row: Mapping[str, float | AspectRating | None], item_id: str) -> dict[str, AspectRating]:
+        if set(row) != set(self.rubric.aspect_names):
+            raise ValueError(f"{self.name}: item {item_id}: expected the aspects {list(self.rubric.aspect_names)}, found {list(row)}")
+        rated = {name: value if isinstance(value, AspectRating) else AspectRating(value) for name, value in row.items()}
+        for name, entry in rated.items():
+            if entry.rating is not None and not self.rubric.minimum <= entry.rating <= self.rubric.maximum:
+                scale = f"{self.rubric.minimum:g} to {self.rubric.maximum:g}"
+                raise ValueError(f"{self.name}: item {item_id}: {name} is {entry.rating}; the scale is {scale}")
+        return rated
+
+
+class LocalJudge:
+    """A model in this process (from `silkie.inference.load_policy`), asked in the Markdown form, greedily at first.
+
+    A repeated question is sampled at `retry_temperature`, since a greedy answer would only repeat itself.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        rubric: Rubric | None = None,
+        name: str = "local",
+        max_new_tokens: int = 1536,
+        retry_temperature: float = 0.7,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.rubric = rubric or default_rubric()
+        self.name = name
+        self.max_new_tokens, self.retry_temperature, self.seed = max_new_tokens, retry_temperature, seed
+
+    def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        from silkie.feedback.media import load_image
+        from silkie.inference import generate
+
+        images = [load_image(source) for source in item.images]
+        text = f"{rubric_text(self.rubric)}\n\n{judge_text(item, self.rubric, 'markdown')}"
+        prompt = [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": text}]}]
+        answers = generate(
+            self.model,
+            self.processor,
+            [prompt],
+            [images],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.retry_temperature if attempt else 0.0,
+            seed=self.seed + attempt,
+        )
+        ratings, form = parse_answer(answers[0][0], self.rubric, len(item.responses))
+        return Verdict(ratings=ratings, form=form)
+
+    async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        return await asyncio.to_thread(self.rate, item, attempt=attempt)

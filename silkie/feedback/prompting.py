@@ -1,0 +1,65 @@
+"""What the judge is told: instruction and texts in one message, and the form its answer must take (Markdown, or a JSON schema)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from silkie.feedback.items import JudgeItem, prompt_text
+from silkie.feedback.rubric import Rubric, number_text
+
+Form = Literal["json", "markdown"]
+
+
+def answer_schema(rubric: Rubric, count: int) -> dict[str, Any]:
+    """`response_format` for structured output. Fixed keys (text_1 .. text_K) rather than a list, so that the number of texts is part of the
+    schema; the rationale comes first, so that the rating follows from it."""
+    allowed = [int(value) if value == int(value) else value for value in rubric.allowed]
+    entry = {
+        "type": "object",
+        "properties": {"rationale": {"type": "string"}, "rating": {"type": "number", "enum": allowed}},
+        "required": ["rationale", "rating"],
+        "additionalProperties": False,
+    }
+
+    def fixed(keys: list[str], value: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "object", "properties": dict.fromkeys(keys, value), "required": keys, "additionalProperties": False}
+
+    texts = fixed([f"text_{i}" for i in range(1, count + 1)], entry)
+    schema = fixed(list(rubric.aspect_names), texts)
+    return {"type": "json_schema", "json_schema": {"name": "assessment", "strict": True, "schema": schema}}
+
+
+def rubric_text(rubric: Rubric) -> str:
+    """Introduction, scale and the description of every aspect."""
+    parts = [rubric.introduction.strip()]
+    top, bottom = number_text(rubric.maximum), number_text(rubric.minimum)
+    step = "" if rubric.step == 1 else f" in steps of {number_text(rubric.step)}"
+    names = ", ".join(rubric.aspect_names)
+    parts.append(
+        f"Rate every text from {bottom} (worst) to {top} (best){step} on each of: {names}. Give a short rationale with every rating."
+    )
+    for aspect in rubric.aspects:
+        levels = "\n".join(f"{number_text(rating)}: {meaning}" for rating, meaning in aspect.levels)
+        parts.append("\n".join(part for part in (f"## {aspect.name}", aspect.description, levels) if part))
+    return "\n\n".join(parts)
+
+
+def form_text(rubric: Rubric, count: int, form: Form) -> str:
+    """The exact form of the answer."""
+    if form == "json":
+        names = ", ".join(f'"{name}"' for name in rubric.aspect_names)
+        return (
+            f"Answer with one JSON object and nothing else. Its keys are {names}; each holds an object with the keys "
+            f'"text_1" to "text_{count}", each of which is {{"rationale": "...", "rating": number}}.'
+        )
+    blocks = []
+    for name in rubric.aspect_names:
+        texts = "\n".join(f"##### Output for Text {i}\nRating: <number>\nRationale: <why>" for i in range(1, count + 1))
+        blocks.append(f"#### {name} Assessment\n{texts}")
+    return "Answer in exactly this form and with nothing else:\n\n" + "\n\n".join(blocks)
+
+
+def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
+    """The user turn that follows the images: instruction, the K texts in order, and the form of the answer."""
+    texts = "\n\n".join(f"### Text {i}\n<text>\n{response}\n</text>" for i, response in enumerate(item.responses, 1))
+    return f"# Instruction\n{prompt_text(item.prompt)}\n\n# Texts\n{texts}\n\n# Your answer\n{form_text(rubric, len(item.responses), form)}"
