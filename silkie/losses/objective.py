@@ -1,0 +1,302 @@
+"""The training objective: a weighted sum of losses, each the weighted mean over the pairs of a whole optimizer step.
+
+A micro-batch cannot know the size of the step it belongs to, so the sums of its terms are divided by totals that the trainer has summed
+over all micro-batches and ranks beforehand (`Objective.units`). The losses of the micro-batches then add up to the loss of the step,
+however the step was split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import GroupLogps
+from .divergence import f_scores
+from .listwise import listed_weights, ranked_groups
+from .margins import agreement, margin_offset, margin_weight, mix_aspects, rating_margins
+from .options import OFFSET_USERS, LossOptions, validate
+from .registry import DIFFERENCE, SPECS, LossSpec
+from .state import RunningMean
+from .tokens import ddpo_token_weights, ld_token_weights, weighted_logps, wpo_response_weights
+
+Totals = Mapping[str, Tensor]
+
+
+def _full(logps: Tensor) -> Tensor:
+    """At least float32: a sum over pairs in half precision loses the small ones."""
+    return logps.float() if logps.dtype in (torch.bfloat16, torch.float16) else logps
+
+
+@dataclass(frozen=True)
+class _PairView:
+    """The log-probs of a batch by pair, gathered when first asked for, so that a loss touches only what it reads."""
+
+    batch: GroupLogps
+    options: LossOptions
+
+    @property
+    def chosen_index(self) -> Tensor:
+        return self.batch.pairs[:, 0]
+
+    @property
+    def rejected_index(self) -> Tensor:
+        return self.batch.pairs[:, 1]
+
+    @cached_property
+    def chosen_lengths(self) -> Tensor:
+        return self.batch.lengths[self.chosen_index]
+
+    @cached_property
+    def rejected_lengths(self) -> Tensor:
+        return self.batch.lengths[self.rejected_index]
+
+    def plain(self, name: str, index: Tensor) -> Tensor:
+        """[P] the sequence log-probs `name`, not weighted by token."""
+        return _full(self.batch.require(name, "the objective"))[index]
+
+    @cached_property
+    def _token_weights(self) -> tuple[Tensor, Tensor]:
+        batch, options = self.batch, self.options
+        owner = batch.require("owner", "a token-weighted loss")
+        dtype = _full(batch.require("per_token_logps", "a token-weighted loss")).dtype
+        if options.ddpo_gamma is not None:
+            ids = batch.require("token_ids", "ddpo_gamma")
+            return ddpo_token_weights(batch.pairs, owner, batch.lengths, ids, options.ddpo_gamma, options.ddpo_normalize, dtype)
+        assert options.ld_alpha is not None  # `token_weighted` says one of the two is set
+        chosen, rejected = self.chosen_index, self.rejected_index
+        return (
+            ld_token_weights(chosen, rejected, owner, batch.lengths, options.ld_alpha, dtype),
+            ld_token_weights(rejected, chosen, owner, batch.lengths, options.ld_alpha, dtype),
+        )
+
+    @cached_property
+    def policy(self) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected log-probs [P] of the policy, weighted by token where the options say so."""
+        return self._sequence("logps", "per_token_logps")
+
+    @cached_property
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """As `policy`, of the reference."""
+        return self._sequence("ref_logps", "ref_per_token_logps")
+
+    def _sequence(self, name: str, token_name: str) -> tuple[Tensor, Tensor]:
+        if not self.options.token_weighted:
+            return self.plain(name, self.chosen_index), self.plain(name, self.rejected_index)
+        per_token = _full(self.batch.require(token_name, "a token-weighted loss"))
+        chosen, rejected = self._token_weights
+        return weighted_logps(chosen, per_token), weighted_logps(rejected, per_token)
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """[P] rating gap, NaN where a response is not rated."""
+        batch, weights = self.batch, self.options.aspect_weights
+        if weights is not None:
+            ratings = batch.require("aspect_ratings", "aspect_weights")
+            unknown = set(weights) - set(batch.aspects)
+            if unknown:
+                raise ValueError(f"`aspect_weights` names {sorted(unknown)}; the data is rated on {list(batch.aspects)}.")
+            return rating_margins(mix_aspects(ratings, ratings.new_tensor([weights.get(a, 0.0) for a in batch.aspects])), batch.pairs)
+        if batch.margins is not None:
+            return batch.margins
+        return rating_margins(batch.require("ratings", f"margin={self.options.margin!r}"), batch.pairs)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[P] weight of each pair: the data's, times those that the options take from the ratings."""
+        weights = self.batch.weights
+        if self.options.aspect_weights is not None:
+            weights = weights * agreement(self.margins)
+        if self.options.margin == "weight":
+            weights = weights * margin_weight(self.margins, self.options.margin_scale)
+        return weights
+
+    @cached_property
+    def wpo_weights(self) -> Tensor:
+        """[P] WPO weight of each pair, without gradient."""
+        batch = self.batch
+        per_token, owner = batch.require("per_token_logps", "use_weighting"), batch.require("owner", "use_weighting")
+        stats = batch.require("log_sum_sq_probs", "use_weighting")
+        response = wpo_response_weights(_full(per_token), _full(stats), owner, batch.lengths)
+        return response[self.chosen_index] * response[self.rejected_index]
+
+
+class Objective:
+    """A weighted sum of losses over groups. Build it with `build_objective`.
+
+    Attributes:
+        needs: what a batch must carry beyond `logps`, `lengths` and `pairs`: "reference" (ref_logps), "tokens" (per_token_logps, owner),
+            "reference_tokens" (ref_per_token_logps), "token_ids", "stats" (log_sum_sq_probs), "corrupted" (corrupted_logps and
+            ref_corrupted_logps), "ratings" (margins or ratings), "aspects" (aspect_ratings), "groups" (group). Where it lacks "reference"
+            no loss reads a reference, and none need be run.
+    """
+
+    def __init__(self, loss_type: Sequence[str], loss_weights: Sequence[float] | None, options: LossOptions) -> None:
+        validate(loss_type, loss_weights, options)
+        self.terms = dict(zip(loss_type, loss_weights or [1.0] * len(loss_type), strict=True))
+        self.options = options
+        self.needs = _needs([SPECS[name] for name in loss_type], options)
+        self._reward_mean = RunningMean() if options.bco_reward_shift == "running_mean" else None
+
+    def units(self, batch: GroupLogps) -> dict[str, Tensor]:
+        """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights, "token" chosen tokens
+        weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches and ranks of an optimizer step."""
+        view = _PairView(batch, self.options)
+        units: dict[str, Tensor] = {}
+        for unit in {SPECS[name].unit for name in self.terms}:
+            if unit == "pair":
+                units[unit] = view.weights.sum()
+            elif unit == "token":
+                units[unit] = (view.weights * view.chosen_lengths).sum()
+            else:
+                rows = listed_weights(view.weights, batch.pairs, batch.lengths.shape[0])
+                units[unit] = ranked_groups(rows, batch.require("group", "a listwise loss"))
+        return units
+
+    def __call__(self, batch: GroupLogps, totals: Totals | None = None, *, training: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch and its metrics.
+
+        Args:
+            totals: unit -> total over the optimizer step. None: the batch is the whole step.
+            training: whether rewards enter the running mean of bco_pair.
+        Returns:
+            0-d loss = sum over the terms of weight * sum(term) / totals[unit], and detached metrics [P]: rewards/{chosen, rejected,
+            margins, accuracies}, logps/{chosen, rejected}, and loss/{name} for losses with a row per pair (sft: per token).
+        """
+        totals = self.units(batch) if totals is None else totals
+        view = _PairView(batch, self.options)
+        metrics = self._metrics(view)
+        # The empty sum keeps the graph where there is no pair, so that every rank can run backward.
+        loss = _full(batch.require("logps", "the objective")).sum() * 0.0
+        for name, weight in self.terms.items():
+            spec = SPECS[name]
+            rows, row_weights = self._rows(name, spec, view)
+            total = totals[spec.unit].to(rows.device)
+            loss = loss + weight * (rows * row_weights.to(rows.dtype)).sum() / torch.where(total > 0, total, 1.0)
+            if spec.unit != "group":
+                metrics[f"loss/{name}"] = (rows / view.chosen_lengths.clamp(min=1) if spec.unit == "token" else rows).detach()
+        if self._reward_mean is not None and training:
+            self._reward_mean.collect((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2, view.weights)
+        return loss, metrics
+
+    def _rows(self, name: str, spec: LossSpec, view: _PairView) -> tuple[Tensor, Tensor]:
+        """Rows of a loss and their weights in its mean: [P], or [R] for a listwise loss."""
+        batch, options = view.batch, self.options
+        kwargs: dict[str, Any] = {keyword: getattr(options, field) for keyword, field in spec.options.items()}
+        if spec.inputs == "reference":
+            return self._reference_rows(name, spec, view, kwargs), view.weights
+        if spec.inputs == "sft":
+            return spec.fn(view.plain("logps", view.chosen_index)), view.weights
+        if spec.inputs == "anchor":
+            return spec.fn(view.plain("logps", view.chosen_index), view.plain("ref_logps", view.chosen_index), **kwargs), view.weights
+        if spec.inputs == "image":
+            names = ("logps", "corrupted_logps", "ref_logps", "ref_corrupted_logps")
+            return spec.fn(*(view.plain(logps, view.chosen_index) for logps in names), **kwargs), view.weights
+        if spec.inputs == "listwise":
+            logps, ref_logps = _full(batch.require("logps", name)), _full(batch.require("ref_logps", name))
+            row_weights = listed_weights(view.weights, batch.pairs, batch.lengths.shape[0])
+            return spec.fn(logps, ref_logps, batch.pairs, active=view.weights > 0, **kwargs), row_weights
+        chosen, rejected = view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
+        if options.margin == "offset" and name in OFFSET_USERS:
+            offset = margin_offset(view.margins, options.margin_scale)
+            if name == "simpo":
+                kwargs["gamma"] = kwargs["gamma"] + offset
+            else:
+                chosen = chosen - offset / options.beta
+        return spec.fn(chosen, rejected, view.chosen_lengths, view.rejected_lengths, **kwargs), view.weights
+
+    def _reference_rows(self, name: str, spec: LossSpec, view: _PairView, kwargs: dict[str, Any]) -> Tensor:
+        options = self.options
+        (chosen, rejected), (ref_chosen, ref_rejected) = view.policy, view.reference
+        if options.f_divergence_type != "reverse_kl" and name in DIFFERENCE:
+            chosen = f_scores(chosen - ref_chosen, options.f_divergence_type, options.f_alpha_divergence_coef)
+            rejected = f_scores(rejected - ref_rejected, options.f_divergence_type, options.f_alpha_divergence_coef)
+            ref_chosen, ref_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
+        if options.margin == "offset" and name in OFFSET_USERS:
+            ref_chosen = ref_chosen + margin_offset(view.margins, options.margin_scale) / options.beta
+        if spec.normalized:
+            kwargs = {**kwargs, "chosen_lengths": view.chosen_lengths, "rejected_lengths": view.rejected_lengths}
+        if name == "bco_pair" and self._reward_mean is not None:
+            kwargs = {**kwargs, "reward_shift": self._reward_mean.value}
+        if spec.permutes:
+            _check_equal_weights(name, view.weights)
+        rows = spec.fn(chosen, rejected, ref_chosen, ref_rejected, **kwargs)
+        return rows * view.wpo_weights if options.use_weighting else rows
+
+    def _metrics(self, view: _PairView) -> dict[str, Tensor]:
+        # Detached one by one, not under no_grad: the view caches these tensors, and the losses differentiate through them.
+        referenced = "reference" in self.needs
+        chosen, rejected = (logps.detach() for logps in (view.policy if referenced else self._plain_policy(view)))
+        metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
+        if referenced:
+            chosen, rejected = chosen - view.reference[0].detach(), rejected - view.reference[1].detach()
+        elif "simpo" in self.terms:
+            chosen, rejected = chosen / view.chosen_lengths.clamp(min=1), rejected / view.rejected_lengths.clamp(min=1)
+        metrics["rewards/chosen"], metrics["rewards/rejected"] = self.options.beta * chosen, self.options.beta * rejected
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["rewards/accuracies"] = (metrics["rewards/margins"] > 0).to(chosen.dtype)
+        return metrics
+
+    @staticmethod
+    def _plain_policy(view: _PairView) -> tuple[Tensor, Tensor]:
+        return view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None, device: torch.device | str = "cpu") -> None:
+        """Call once after every optimizer step, on every rank: moves the step's rewards into the running mean of bco_pair.
+
+        Args:
+            reduce: sums a tensor over all ranks, for example `functools.partial(accelerator.reduce, reduction="sum")`. None: one rank.
+            device: where `reduce` expects tensors, for a rank that saw no pair.
+        """
+        if self._reward_mean is not None:
+            self._reward_mean.commit(reduce, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: the running mean of bco_pair, {} where there is none. Call it between optimizer steps."""
+        return {} if self._reward_mean is None else {"reward_mean": self._reward_mean.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._reward_mean is not None:
+            if "reward_mean" not in state:
+                raise ValueError("the state holds no `reward_mean`: the checkpoint was written without `bco_reward_shift='running_mean'`.")
+            self._reward_mean.load_state_dict(state["reward_mean"])
+
+
+def _check_equal_weights(name: str, weights: Tensor) -> None:
+    if weights.numel() and not bool((weights == weights[0]).all()):
+        raise ValueError(f"{name} sorts the margins of a batch, so a pair weight has no row to weigh. Give all pairs the same weight.")
+
+
+def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
+    inputs = {spec.inputs for spec in specs}
+    needs: set[str] = set()
+    if inputs & {"reference", "image", "anchor", "listwise"}:
+        needs.add("reference")
+    if options.token_weighted:
+        needs |= {"tokens", "reference_tokens"}
+    if options.ddpo_gamma is not None:
+        needs.add("token_ids")
+    if options.use_weighting:
+        needs |= {"tokens", "stats"}
+    if "image" in inputs:
+        needs.add("corrupted")
+    if "listwise" in inputs:
+        needs.add("groups")
+    if options.aspect_weights is not None:
+        needs.add("aspects")
+    elif options.margin != "none":
+        needs.add("ratings")
+    return frozenset(needs)
+
+
+def build_objective(loss_type: Sequence[str], loss_weights: Sequence[float] | None = None, options: LossOptions | None = None) -> Objective:
+    """The objective of `loss_type`, weighted by `loss_weights` (default: 1 each), with validated options.
+
+    Raises:
+        ValueError: see `silkie.losses.options.validate`.
+    """
+    return Objective(loss_type, loss_weights, LossOptions() if options is None else options)

@@ -1,0 +1,184 @@
+"""Typed options of the losses, validated once. A field has TRL's name where TRL's `DPOConfig` has one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .divergence import Divergence
+from .registry import DIFFERENCE, SPECS
+
+_REFERENCE = frozenset(name for name, spec in SPECS.items() if spec.inputs == "reference")
+_PER_PAIR = _REFERENCE - {name for name, spec in SPECS.items() if spec.permutes}
+OFFSET_USERS = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop", "simpo", "cpo"})
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LossOptions:
+    """Options of all losses; each is read by some of them only (`option_users`).
+
+    Attributes:
+        beta: strength of the pull towards the reference; IPO's tau, ORPO's lambda, the reward scale of SimPO (2.0 there).
+        label_smoothing: probability that a label is flipped (robust: < 0.5; exo_pair: its epsilon, > 0).
+        discopop_tau: temperature of discopop.
+        f_divergence_type / f_alpha_divergence_coef: regulariser of the losses of a score difference.
+        ld_alpha: LD-DPO's weight of the tokens beyond the shared length, in [0, 1]; None is off.
+        use_weighting: WPO weights.
+        simpo_gamma: target margin of SimPO.
+        bco_reward_shift: "running_mean" subtracts the mean reward of the past optimizer steps from bco_pair's rewards; "none" is TRL's.
+        margin / margin_scale: use of the rating gap of a pair: an offset that its logit must exceed (scale * gap) or a factor of its weight
+            (1 + scale * gap).
+        mdpo_anchor: reward that mdpo_anchor holds the chosen response above.
+        ddpo_gamma / ddpo_normalize: weight of the tokens that differ between the two responses of a pair (RLHF-V: 5), None is off; whether
+            the weighted sum is divided by the sum of weights.
+        aspect_weights: aspect -> weight, >= 0. Ratings are mixed anew with these weights; pairs that tie or contradict get weight 0.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    f_divergence_type: Divergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    simpo_gamma: float = 0.5
+    bco_reward_shift: Literal["none", "running_mean"] = "none"
+    margin: Literal["none", "offset", "weight"] = "none"
+    margin_scale: float = 1.0
+    mdpo_anchor: float = 0.0
+    ddpo_gamma: float | None = None
+    ddpo_normalize: bool = True
+    aspect_weights: dict[str, float] | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> LossOptions:
+        """Read the fields by name from any object; a field that it lacks keeps its default."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)})
+
+    def changed(self) -> list[str]:
+        """Names of the options whose value is not the default."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+    @property
+    def token_weighted(self) -> bool:
+        """Whether sequence log-probs are weighted sums over tokens, different in each pair."""
+        return self.ld_alpha is not None or self.ddpo_gamma is not None
+
+
+def option_users(option: str) -> frozenset[str]:
+    """The losses that read `option`."""
+    users = {
+        "f_divergence_type": DIFFERENCE,
+        "f_alpha_divergence_coef": DIFFERENCE,
+        "ld_alpha": _REFERENCE,
+        "ddpo_gamma": _REFERENCE - {"ipo", "sigmoid_norm"},
+        "ddpo_normalize": _REFERENCE - {"ipo", "sigmoid_norm"},
+        "use_weighting": _PER_PAIR,
+        "bco_reward_shift": frozenset({"bco_pair"}),
+        "margin": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
+        "margin_scale": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
+        "aspect_weights": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
+    }
+    return users.get(option) or frozenset(name for name, spec in SPECS.items() if option in spec.options.values())
+
+
+def _check_selection(loss_type: Sequence[str], loss_weights: Sequence[float] | None) -> None:
+    if not loss_type:
+        raise ValueError("`loss_type` is empty; name at least one loss, for example ['sigmoid'].")
+    for name in loss_type:
+        if name not in SPECS:
+            raise ValueError(f"unknown loss_type {name!r}; expected some of {', '.join(SPECS)}.")
+    if len(set(loss_type)) < len(loss_type):
+        raise ValueError(f"`loss_type` names a loss twice: {list(loss_type)}. Name it once and add up its weights.")
+    if loss_weights is None:
+        return
+    if len(loss_weights) != len(loss_type):
+        raise ValueError(f"`loss_weights` has {len(loss_weights)} values for {len(loss_type)} losses; give one weight per `loss_type`.")
+    if not all(math.isfinite(weight) for weight in loss_weights):
+        raise ValueError(f"`loss_weights` must be finite, got {list(loss_weights)}.")
+
+
+def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
+    """Ranges, for every option whatever the losses."""
+    ranges = {
+        "beta": (options.beta > 0, "> 0"),
+        "label_smoothing": (0 <= options.label_smoothing < 1, "in [0, 1)"),
+        "discopop_tau": (options.discopop_tau > 0, "> 0"),
+        "f_divergence_type": (
+            options.f_divergence_type in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+            "one of 'reverse_kl', 'forward_kl', 'js_divergence', 'alpha_divergence'",
+        ),
+        "ld_alpha": (options.ld_alpha is None or 0 <= options.ld_alpha <= 1, "in [0, 1], or None"),
+        "ddpo_gamma": (options.ddpo_gamma is None or options.ddpo_gamma > 0, "> 0, or None"),
+        "bco_reward_shift": (options.bco_reward_shift in ("none", "running_mean"), "'none' or 'running_mean'"),
+        "margin": (options.margin in ("none", "offset", "weight"), "'none', 'offset' or 'weight'"),
+        "margin_scale": (options.margin_scale >= 0, ">= 0"),
+        "aspect_weights": (
+            options.aspect_weights is None
+            or (all(weight >= 0 for weight in options.aspect_weights.values()) and sum(options.aspect_weights.values()) > 0),
+            "weights >= 0, at least one of them > 0, or None",
+        ),
+    }
+    for name, (valid, expected) in ranges.items():
+        if not valid:
+            raise ValueError(f"`{name}` must be {expected}, got {getattr(options, name)!r}.")
+    if "robust" in loss_type and options.label_smoothing >= 0.5:
+        raise ValueError(f"`label_smoothing` must be in [0, 0.5) for 'robust', got {options.label_smoothing}.")
+    if "exo_pair" in loss_type and options.label_smoothing == 0:
+        raise ValueError("`label_smoothing` must be > 0 for 'exo_pair'; its paper uses 1e-3.")
+
+
+def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
+    """Every option that was set is read by a selected loss, and by all of them where a mixture would be ill-defined."""
+    selected = set(loss_type)
+    for name in options.changed():
+        users = option_users(name)
+        if not selected & users:
+            raise ValueError(
+                f"`{name}={getattr(options, name)!r}` is used by none of the selected losses {list(loss_type)}. "
+                f"Losses that use it: {', '.join(sorted(users))}. Remove the option or select one of them."
+            )
+    _check_joint(options, selected, "f_divergence_type", DIFFERENCE | {"sft"})
+    _check_joint(options, selected, "use_weighting", _PER_PAIR | {"sft"})
+    _check_joint(options, selected, "ddpo_gamma", option_users("ddpo_gamma") | {"sft", "mdpo_image", "mdpo_anchor"})
+    _check_joint(options, selected, "margin", option_users("margin"))
+    _check_joint(options, selected, "aspect_weights", option_users("aspect_weights"))
+    if options.margin == "offset":
+        _check_joint(options, selected, "margin", OFFSET_USERS | {"sft", "mdpo_image", "mdpo_anchor"})
+        if not selected & OFFSET_USERS:
+            raise ValueError(
+                f"`margin='offset'` is used by none of {list(loss_type)}; losses that use it: {', '.join(sorted(OFFSET_USERS))}."
+            )
+    for name, switch in (("f_alpha_divergence_coef", options.f_divergence_type == "alpha_divergence"),):
+        if name in options.changed() and not switch:
+            raise ValueError(
+                f"`{name}` is used with `f_divergence_type='alpha_divergence'` only, and that is {options.f_divergence_type!r}."
+            )
+    if "margin_scale" in options.changed() and options.margin == "none":
+        raise ValueError("`margin_scale` is used with `margin='offset'` or `margin='weight'` only, and `margin` is 'none'.")
+    if "ddpo_normalize" in options.changed() and options.ddpo_gamma is None:
+        raise ValueError("`ddpo_normalize` is used with `ddpo_gamma` only, and that is None.")
+    if options.ld_alpha is not None and options.ddpo_gamma is not None:
+        raise ValueError("`ld_alpha` and `ddpo_gamma` both weigh the tokens of a response; set one of them.")
+
+
+def _check_joint(options: LossOptions, selected: set[str], name: str, allowed: frozenset[str]) -> None:
+    others = selected - allowed
+    if name in options.changed() and others:
+        raise ValueError(
+            f"`{name}={getattr(options, name)!r}` cannot be combined with {', '.join(sorted(others))}: it has no meaning there. "
+            f"It can be used with: {', '.join(sorted(allowed))}."
+        )
+
+
+def validate(loss_type: Sequence[str], loss_weights: Sequence[float] | None, options: LossOptions) -> None:
+    """Check a selection of losses and its options.
+
+    Raises:
+        ValueError: an unknown or repeated loss, weights that do not match, a value out of range, or an option that no selected loss reads.
+    """
+    _check_selection(loss_type, loss_weights)
+    _check_values(options, loss_type)
+    _check_use(options, loss_type)
