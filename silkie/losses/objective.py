@@ -170,8 +170,8 @@ class Objective:
         totals = self.units(batch) if totals is None else totals
         view = _PairView(batch, self.options)
         metrics = self._metrics(view)
-        # The empty sum keeps the graph where there is no pair, so that every rank can run backward.
-        loss = _full(batch.require("logps", "the objective")).sum() * 0.0
+        # Without a pair a term is an empty sum, which still hangs on the graph: every rank can run backward.
+        loss = torch.zeros((), device=batch.pairs.device)
         for name, weight in self.terms.items():
             spec = SPECS[name]
             rows, row_weights = self._rows(name, spec, view)
@@ -293,10 +293,13 @@ def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
     return frozenset(needs)
 
 
-def build_objective(loss_type: Sequence[str], loss_weights: Sequence[float] | None = None, options: LossOptions | None = None) -> Objective:
-    """The objective of `loss_type`, weighted by `loss_weights` (default: 1 each), with validated options.
+def build_objective(
+    loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None, options: LossOptions | None = None
+) -> Objective:
+    """The objective of `loss_type` (one name or several), weighted by `loss_weights` (default: 1 each), with validated options.
 
     Raises:
         ValueError: see `silkie.losses.options.validate`.
     """
-    return Objective(loss_type, loss_weights, LossOptions() if options is None else options)
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    return Objective(names, loss_weights, LossOptions() if options is None else options)

@@ -142,6 +142,7 @@ def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
             )
     _check_joint(options, selected, "f_divergence_type", DIFFERENCE | {"sft"})
     _check_joint(options, selected, "use_weighting", _PER_PAIR | {"sft"})
+    _check_joint(options, selected, "ld_alpha", _REFERENCE | {"sft", "mdpo_image", "mdpo_anchor"})
     _check_joint(options, selected, "ddpo_gamma", option_users("ddpo_gamma") | {"sft", "mdpo_image", "mdpo_anchor"})
     _check_joint(options, selected, "margin", option_users("margin"))
     _check_joint(options, selected, "aspect_weights", option_users("aspect_weights"))
@@ -151,11 +152,11 @@ def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
             raise ValueError(
                 f"`margin='offset'` is used by none of {list(loss_type)}; losses that use it: {', '.join(sorted(OFFSET_USERS))}."
             )
-    for name, switch in (("f_alpha_divergence_coef", options.f_divergence_type == "alpha_divergence"),):
-        if name in options.changed() and not switch:
-            raise ValueError(
-                f"`{name}` is used with `f_divergence_type='alpha_divergence'` only, and that is {options.f_divergence_type!r}."
-            )
+    if "f_alpha_divergence_coef" in options.changed() and options.f_divergence_type != "alpha_divergence":
+        raise ValueError(
+            "`f_alpha_divergence_coef` is used with `f_divergence_type='alpha_divergence'` only, "
+            f"and that is {options.f_divergence_type!r}."
+        )
     if "margin_scale" in options.changed() and options.margin == "none":
         raise ValueError("`margin_scale` is used with `margin='offset'` or `margin='weight'` only, and `margin` is 'none'.")
     if "ddpo_normalize" in options.changed() and options.ddpo_gamma is None:

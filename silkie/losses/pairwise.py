@@ -74,7 +74,7 @@ def robust(
 ) -> Tensor:
     """Provably robust DPO: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e), unbiased under flips of probability e < 1/2.
 
-    Ray Chowdhury et al., arXiv 2403.00409. Unlike cDPO the flipped term is subtracted, so a loss may be negative.
+    Ray Chowdhury et al., arXiv 2403.00409, section 3.1. Unlike cDPO the flipped term is subtracted, so a loss may be negative.
     """
     logits = beta * logratio_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -84,8 +84,8 @@ def robust(
 def hinge(
     chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, *, beta: float = 0.1
 ) -> Tensor:
-    """Hinge on the normalised log-ratio margin: max(0, 1 - beta h). The calibration loss of SLiC (Zhao et al., arXiv 2305.10425) with
-    DPO's reference normalisation."""
+    """Hinge on the normalised margin: max(0, 1 - beta h). SLiC's calibration loss (Zhao et al., arXiv 2305.10425, section 2) with the
+    reference-normalised likelihoods of RSO (Liu et al., arXiv 2309.06657)."""
     return torch.relu(1 - beta * logratio_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
 
 
@@ -136,7 +136,8 @@ def exo_pair(
 def nca_pair(
     chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, *, beta: float = 0.1
 ) -> Tensor:
-    """Noise contrastive alignment of a pair: -log s(beta r_w) - (log s(-beta r_w) + log s(-beta r_l)) / 2. Chen et al., arXiv 2402.05369.
+    """Noise contrastive alignment of a pair: -log s(beta r_w) - (log s(-beta r_w) + log s(-beta r_l)) / 2. Chen et al., arXiv 2402.05369,
+    section 4.1.
 
     Absolute, not relative: it pushes the chosen log-ratio towards 0 from both sides and the rejected one down.
     """
@@ -154,7 +155,7 @@ def bco_pair(
     beta: float = 0.1,
     reward_shift: float | Tensor = 0.0,
 ) -> Tensor:
-    """Binary classifier optimisation: -log s(beta r_w - d) - log s(-(beta r_l - d)). Jung et al., arXiv 2404.04656.
+    """Binary classifier optimisation: -log s(beta r_w - d) - log s(-(beta r_l - d)). Jung et al., arXiv 2404.04656, section 4.
 
     Args:
         reward_shift: the paper's d, an estimate of the mean reward beta r over chosen and rejected responses. TRL 1.16 has none (d = 0);
@@ -205,7 +206,7 @@ def aot(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Alignment via optimal transport, paired: -log s(beta d), d = sort(policy margins) - sort(reference margins). Melnyk et al., arXiv
-    2406.05882.
+    2406.05882, section 3.
 
     The result belongs to quantiles of the batch, not to its pairs: row i compares the i-th smallest margins.
     """
@@ -223,7 +224,8 @@ def aot_unpaired(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Alignment via optimal transport, unpaired: -log s(beta d), d = sort(r_w) - sort(r_l). Melnyk et al., arXiv 2406.05882.
+    """Alignment via optimal transport, unpaired: -log s(beta d), d = sort(r_w) - sort(r_l). Melnyk et al., arXiv 2406.05882,
+    section 3.
 
     As in `aot`, a row belongs to a quantile of the batch.
     """
