@@ -1,0 +1,31 @@
+"""Benchmarks for vision-language models: run, score, compare.
+
+`silkie.evaluation.stats` imports nothing but numpy; the scorers need no model. `run` and the trainer callback load torch and transformers
+when called.
+"""
+
+from silkie.evaluation.records import Question, ResultError
+from silkie.evaluation.registry import BENCHMARKS, Benchmark, get_benchmark
+from silkie.evaluation.scoring import Item, Score
+from silkie.evaluation.stats import bootstrap_mean, mcnemar_exact, paired_bootstrap, paired_permutation, wilson_interval
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Item",
+    "Question",
+    "ResultError",
+    "Score",
+    "bootstrap_mean",
+    "get_benchmark",
+    "mcnemar_exact",
+    "paired_bootstrap",
+    "paired_permutation",
+    "score",
+    "wilson_interval",
+]
+
+
+def score(benchmark: str, results: str, annotations: str | None = None) -> Score:
+    """Score a results file with a benchmark's official rule (see the benchmark's module for its layouts)."""
+    return get_benchmark(benchmark).score_results(results, annotations)

@@ -1,0 +1,232 @@
+"""Result files: read them with the line of every record, so that each error can say where it is.
+
+Accepted everywhere: JSONL (one object a line), a JSON list of objects, or a JSON object of id -> value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Question", "Record", "ResultError", "answer_of", "check_unique", "find_beside", "read_records"]
+
+# What the tools of the field call a model's answer, most specific first.
+ANSWER_FIELDS = ("answer", "response", "model_answer", "prediction", "pred", "output", "generated_text", "caption")
+ID_FIELDS = ("id", "question_id", "qid", "image_id")
+PROMPT_FIELDS = ("prompt", "question", "query")
+IMAGE_FIELDS = ("image", "image_path", "img_path", "images", "image_src", "imagename", "image_file")
+CATEGORY_FIELDS = ("category", "type", "question_type", "subtask", "task", "split")
+
+
+class ResultError(ValueError):
+    """A result file that cannot be scored: `FILE:LINE: what was found. What was expected.`"""
+
+    def __init__(self, path: str | Path, line: int | None, message: str) -> None:
+        self.path, self.line = Path(path), line
+        super().__init__(f"{path}:{line}: {message}" if line else f"{path}: {message}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One benchmark question.
+
+    `images` are paths (absolute, or relative to the working directory); `label` is the expected answer where the benchmark has one;
+    `extra` travels unchanged into the results file (a judge or a scorer needs it there).
+    """
+
+    id: str
+    prompt: str
+    images: tuple[str, ...] = ()
+    category: str = ""
+    label: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a result file and where it stands."""
+
+    path: Path
+    line: int
+    data: dict[str, Any]
+
+    def error(self, message: str) -> ResultError:
+        return ResultError(self.path, self.line, message)
+
+    def find(self, names: Sequence[str], default: Any = None) -> Any:
+        """The first of the fields that is there and not null."""
+        return next((self.data[n] for n in names if self.data.get(n) is not None), default)
+
+    def need(self, names: Sequence[str], what: str) -> Any:
+        """The first of the fields that is there; an error that names them all where none is."""
+        value = self.find(names)
+        if value is None:
+            raise self.error(f"no {what}: found the fields {sorted(self.data)}, expected one of {list(names)}.")
+        return value
+
+    def text(self, names: Sequence[str], what: str) -> str:
+        value = self.need(names, what)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, str):
+            raise self.error(f"{what} must be text, found {type(value).__name__} {str(value)[:80]!r}.")
+        return value
+
+    @property
+    def id(self) -> str:
+        return str(self.find(ID_FIELDS, self.line))
+
+    @property
+    def prompt(self) -> str:
+        # In POPE's question files the question is called `text`; in LLaVA's answer files `text` is the answer and `prompt` the question.
+        fallback = "" if any(self.data.get(n) is not None for n in PROMPT_FIELDS) else self.data.get("text", "")
+        return str(self.find(PROMPT_FIELDS, fallback))
+
+    @property
+    def image(self) -> str:
+        value = self.find(IMAGE_FIELDS, "")
+        return str(value[0] if isinstance(value, list) and value else value or "")
+
+    @property
+    def category(self) -> str:
+        return str(self.find(CATEGORY_FIELDS, ""))
+
+
+def answer_of(record: Record) -> str:
+    """The model's answer. LLaVA's answer files (`prompt` + `text`) are understood; a question file without answers is an error that says
+    so."""
+    if record.find(ANSWER_FIELDS) is not None:
+        return record.text(ANSWER_FIELDS, "answer")
+    if isinstance(record.data.get("text"), str) and record.find(PROMPT_FIELDS) is not None:
+        return record.data["text"]
+    raise record.error(
+        f"no answer: found the fields {sorted(record.data)}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`)."
+    )
+
+
+def read_records(path: str | Path, *, key_field: str | None = None) -> list[Record]:
+    """Read a JSONL file, a JSON list of objects, or (with `key_field`) a JSON object whose keys are ids.
+
+    Args:
+        key_field: for an object of id -> value: the field that receives the id; a value that is not an object is put into `answer`.
+
+    Raises:
+        ResultError: not there, empty, not UTF-8, not JSON (with the line), or an element that is not an object.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    start = text.lstrip()[:1]
+    if not start:
+        raise ResultError(path, None, "the file is empty; expected JSONL or a JSON list.")
+    if start == "[":
+        return [_as_record(path, line, value) for line, value in _array(path, text)]
+    if key_field is not None and start == "{" and (mapping := _object(text)) is not None:
+        return [
+            Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})}) for k, v in mapping.items()
+        ]
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ResultError(
+                path, number, f"not a JSON object: {error.msg} at column {error.colno} of {line[:80]!r}. Expected one JSON object a line."
+            ) from None
+        records.append(_as_record(path, number, value))
+    return records
+
+
+def check_unique(records: Sequence[Record], key: str = "id") -> None:
+    """Two records of one id would be counted twice; say where both are."""
+    seen: dict[str, Record] = {}
+    for record in records:
+        identity = record.id if key == "id" else str(record.data.get(key))
+        if identity in seen:
+            first = seen[identity]
+            where = f"line {first.line}" if first.path == record.path else f"{first.path}:{first.line}"
+            raise record.error(
+                f"the question with {key} {identity!r} was already answered at {where}. Expected one answer per question: remove one of "
+                "them."
+            )
+        seen[identity] = record
+
+
+def find_beside(results: Path, names: Sequence[str]) -> Path | None:
+    """A companion file (annotations, questions) in the folder of the results, its parent, or their `data` / `annotations` / `questions`
+    folders."""
+    folder = results if results.is_dir() else results.parent
+    for base in (folder, folder.parent):
+        for sub in ("", "data", "annotations", "questions"):
+            for name in names:
+                candidate = base / sub / name
+                if candidate.is_file() and candidate != results:
+                    return candidate
+    return None
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ResultError(path, None, "no such file." if not path.is_dir() else "is a folder; expected a file.")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ResultError(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a UTF-8 result file.") from None
+
+
+def _as_record(path: Path, line: int, value: Any) -> Record:
+    if not isinstance(value, dict):
+        raise ResultError(path, line, f"expected a JSON object, found {type(value).__name__} {str(value)[:80]!r}.")
+    return Record(path, line, value)
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON list and the line each one starts on (json.loads alone would lose the lines)."""
+    decoder, position = json.JSONDecoder(), text.index("[") + 1
+    expect_value = False  # after a comma
+    while True:
+        position = _skip_space(text, position)
+        if text[position : position + 1] == "]" and not expect_value:
+            return
+        line = text.count("\n", 0, position) + 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ResultError(path, error.lineno, f"not valid JSON: {error.msg} (column {error.colno}).") from None
+        yield line, value
+        position = _skip_space(text, position)
+        following = text[position : position + 1]
+        if following not in (",", "]"):
+            raise ResultError(
+                path,
+                text.count("\n", 0, position) + 1,
+                "not valid JSON: expected ',' or ']' after an element of the list (is the file cut off?).",
+            )
+        expect_value = following == ","
+        position += following == ","
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The file as ONE object; None where it is JSONL."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    is_record = isinstance(value, dict) and set(value) & {*ID_FIELDS, *ANSWER_FIELDS, *PROMPT_FIELDS}
+    return value if isinstance(value, dict) and not is_record else None
+
+
+def _line_of_key(text: str, key: str) -> int:
+    position = text.find(json.dumps(key, ensure_ascii=False))
+    return text.count("\n", 0, max(position, 0)) + 1
