@@ -245,6 +245,8 @@ def discopop(
 ) -> Tensor:
     """Log-ratio modulated loss: (1 - s(x / tau)) (-log s(x)) + s(x / tau) exp(-x), x = beta h. Lu et al., arXiv 2406.08414, eq. 5.
 
+    The loss is not monotone: at tau = 0.05 it rises on -0.118 < x < 0.072, and there a gradient step lowers the margin. Every run that
+    starts at policy = reference starts in that interval.
     The exponential part is computed as exp(log s(x / tau) - x): the product as printed is 0 * inf at large negative x.
     """
     logits = beta * logratio_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)

@@ -1,4 +1,4 @@
-"""Each loss in float64 against its paper's equation, written per pair on probabilities with mpmath (50 digits), not on log-ratios in torch."""
+"""Each loss in float64 against its equation, written per pair on probabilities with mpmath (50 digits), not on log-ratios in torch."""
 
 import mpmath
 import pytest
@@ -195,7 +195,7 @@ def test_aot_is_the_cost_of_the_sorted_coupling(logps, smoothing):
     ],
 )
 def test_scores_are_the_derivative_of_f(divergence, f):
-    """f is each divergence's generator up to a linear term c t + d, whose derivative is a constant that cancels in a difference of scores."""
+    """f is a divergence's generator up to a linear term c t + d, whose derivative is a constant that cancels in a difference of scores."""
     ratios = [mpf("0.01"), mpf("0.4"), mpf(1), mpf("2.5"), mpf(70)]
     logratios = torch.tensor([float(log(t)) for t in ratios], dtype=torch.float64)
     expected = torch.tensor([float(mpmath.diff(f, t)) for t in ratios], dtype=torch.float64)
