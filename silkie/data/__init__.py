@@ -1,0 +1,55 @@
+"""Preference data: any supported source to preference groups. See `load_preferences`, `build_pairs` and `register_source`."""
+
+from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
+from silkie.data.loading import LoadReport, Problem, load_preferences
+from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
+from silkie.data.registry import SOURCES, Row, Source, register_source
+from silkie.data.regroup import RegroupReport, regroup
+from silkie.data.repair import repair_pairs
+from silkie.data.schema import (
+    VLFEEDBACK_ASPECTS,
+    DataError,
+    Group,
+    RowError,
+    SkipRow,
+    aspects_of,
+    group_features,
+    mean_rating,
+    text_turn,
+    to_messages,
+    user_turn,
+)
+
+__all__ = [
+    "SOURCES",
+    "VLFEEDBACK_ASPECTS",
+    "DataError",
+    "Group",
+    "ImageError",
+    "ImageResolver",
+    "LoadReport",
+    "PairOptions",
+    "Pairs",
+    "Problem",
+    "RegroupReport",
+    "Row",
+    "RowError",
+    "SkipRow",
+    "Source",
+    "aspects_of",
+    "build_pairs",
+    "group_features",
+    "image_digest",
+    "load_preferences",
+    "mean_rating",
+    "open_image",
+    "parse_rating",
+    "read_bytes",
+    "register_source",
+    "regroup",
+    "repair_pairs",
+    "text_turn",
+    "to_messages",
+    "to_rgb",
+    "user_turn",
+]

@@ -1,0 +1,301 @@
+"""Images of a preference group: found lazily, decoded only at use, always RGB.
+
+A dataset stores an image as `{"bytes", "path"}` and never as pixels. `path` is a file, or `zip://MEMBER::ARCHIVE` for a member of a zip file that is
+read in place. `open_image` is the one place where pixels are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import threading
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from silkie.data.schema import DataError, ImageValue
+
+MAX_PIXELS = 89_478_485  # PIL's own warning limit: a quarter of a GiB as RGB
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
+BACKGROUND = (255, 255, 255)
+
+
+class ImageError(DataError):
+    """An image cannot be found or decoded."""
+
+
+def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one image to RGB, upright, on a white background.
+
+    Args:
+        value: `{"bytes", "path"}` (a row's image), a path, encoded bytes, or a PIL image.
+        where: named in every error, for example "row 12, image 0".
+        max_pixels: larger images are refused before they are decoded (decompression bombs).
+
+    EXIF orientation is applied; palettes, alpha, CMYK and 16-bit greys come out as the colours a viewer shows. Raises ImageError.
+    """
+    if isinstance(value, Image.Image):
+        return to_rgb(value, where=where)
+    data = read_bytes(value, where=where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{where}: {_describe(value)} is a decompression bomb: {error}") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed (decompression bomb?)"
+        )
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError) as error:
+        raise ImageError(f"{where}: {_describe(value)} is truncated or corrupt: {error}") from error
+    return to_rgb(image, where=where)
+
+
+def to_rgb(image: Image.Image, *, where: str = "image") -> Image.Image:
+    """A PIL image of any mode as RGB: EXIF orientation applied, transparency over white, 16-bit greys scaled to 8 bits."""
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
+        return _deep_grey_to_rgb(image, where)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return _over_background(image)
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF blocks written by cameras are broken in many ways; the pixels are fine without them
+        return image
+
+
+def _over_background(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGB", rgba.size, BACKGROUND)
+    canvas.paste(rgba, mask=rgba.getchannel("A"))
+    return canvas
+
+
+def _deep_grey_to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """16-bit, 32-bit and float greys: PIL's own convert() clips them at 255, which turns most of the image white."""
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = float(pixels.min()), float(pixels.max())
+    if image.mode.startswith("I;16") or (image.mode == "I" and 255 < high <= 65535 and low >= 0):
+        pixels = pixels / 257.0
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        pixels = pixels * 255.0
+    elif low < 0 or high > 255:
+        raise ImageError(
+            f"{where}: pixel values from {low:g} to {high:g} in mode {image.mode!r}: no known scale; save the image with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(pixels).astype(np.uint8)).convert("RGB")
+
+
+def read_bytes(value: Any, *, where: str = "image") -> bytes:
+    """The encoded bytes of an image value, without decoding them. Raises ImageError."""
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if data is None and path is None:
+            raise ImageError(f"{where}: the image has neither bytes nor a path")
+        value = data if data is not None else path
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (str, os.PathLike)):
+        return _read_path(os.fspath(value), where)
+    raise ImageError(f'{where}: found {type(value).__name__}, expected {{"bytes", "path"}}, a path, bytes or a PIL image')
+
+
+def _read_path(path: str, where: str) -> bytes:
+    if is_remote(path):
+        raise ImageError(
+            f"{where}: {path!r} is a remote address; load the data with allow_remote_images=True to fetch such images once, at load time"
+        )
+    try:
+        if path.startswith("zip://"):
+            member, _, archive = path.removeprefix("zip://").partition("::")
+            return zip_archive(archive).read(member)
+        return Path(path).read_bytes()
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{where}: cannot read {path!r}: {error}") from error
+
+
+def image_digest(value: Any, *, where: str = "image") -> str:
+    """Hash of an image's encoded bytes: equal for the same file under two names, and no pixel is decoded."""
+    if isinstance(value, Image.Image):
+        return hashlib.blake2b(repr((value.mode, value.size)).encode() + value.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(read_bytes(value, where=where), digest_size=16).hexdigest()
+
+
+def difference_hash(value: Any, *, where: str = "image", size: int = 16) -> int:
+    """Perceptual hash of `size * size` bits: the signs of horizontal brightness steps, nearly unchanged by re-encoding and resizing."""
+    grey = open_image(value, where=where).convert("L").resize((size + 1, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(grey, dtype=np.int16)
+    bits = (pixels[:, 1:] > pixels[:, :-1]).reshape(-1)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def is_remote(path: str) -> bool:
+    return path.lower().startswith(REMOTE_SCHEMES)
+
+
+def fetch(url: str, *, where: str = "image", timeout: float = 30.0) -> bytes:
+    """Download one http(s) image of at most MAX_DOWNLOAD_BYTES. Raises ImageError."""
+    if not url.lower().startswith(("http://", "https://")):
+        raise ImageError(f"{where}: {url!r}: only http and https addresses can be fetched")
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{where}: cannot fetch {url!r}: {error}") from error
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ImageError(f"{where}: {url!r} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
+    return data
+
+
+_archives: dict[tuple[int, str], zipfile.ZipFile] = {}
+_archives_lock = threading.Lock()
+
+
+def zip_archive(path: str) -> zipfile.ZipFile:
+    """An open zip file, kept per process: reading the index of a large archive takes seconds, and a file offset must not be shared by a fork."""
+    key = (os.getpid(), path)
+    with _archives_lock:
+        if key not in _archives:
+            _archives[key] = zipfile.ZipFile(path)
+        return _archives[key]
+
+
+class ImageResolver:
+    """Finds the file behind the image value of a record.
+
+    Args:
+        root: directory or zip file that holds the images; None: the directory of the data file (`base`).
+        base: where the data file lies, for relative paths when there is no root.
+        allow_remote: fetch http(s) addresses at once and store their bytes, so that training never needs the network.
+
+    A path is looked up as written below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its authors).
+    """
+
+    def __init__(self, root: str | None, base: str | None, *, allow_remote: bool = False) -> None:
+        self.root = root if root is not None else base
+        self.explicit_root = root is not None
+        self.allow_remote = allow_remote
+        self.is_zip = self.root is not None and zipfile.is_zipfile(self.root) if self.root and os.path.isfile(self.root) else False
+        if root is not None and not os.path.exists(root):
+            raise DataError(f"image_root {root!r} does not exist")
+        if root is not None and os.path.isfile(root) and not self.is_zip:
+            raise DataError(f"image_root {root!r} is a file but not a zip archive; expected a directory or a .zip")
+        self._by_name: dict[str, list[str]] | None = None
+
+    def resolve(self, value: Any) -> ImageValue:
+        """The stored form of a record's image value. Raises ImageError with what was found."""
+        if isinstance(value, Mapping):
+            if value.get("bytes") is not None:
+                return {"bytes": value["bytes"], "path": value.get("path")}
+            value = value.get("path")
+        if isinstance(value, (bytes, bytearray)):
+            return {"bytes": bytes(value), "path": None}
+        if isinstance(value, Image.Image):
+            buffer = io.BytesIO()
+            to_rgb(value).save(buffer, format="PNG")
+            return {"bytes": buffer.getvalue(), "path": None}
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, str) or not value:
+            raise ImageError(f"no image ({value!r})")
+        if value.startswith("data:"):
+            return {"bytes": _data_uri(value), "path": None}
+        if value.startswith("zip://"):
+            return {"bytes": None, "path": value}
+        if is_remote(value):
+            if not self.allow_remote:
+                raise ImageError(f"remote image {value!r}, refused; pass allow_remote_images=True to fetch it at load time")
+            return {"bytes": fetch(value), "path": value}
+        return {"bytes": None, "path": self._find(value)}
+
+    def _find(self, path: str) -> str:
+        if self.is_zip:
+            assert self.root is not None
+            member = path if path in zip_archive(self.root).NameToInfo else self._unique(path)
+            return f"zip://{member}::{os.path.abspath(self.root)}"
+        if self.root is not None:
+            candidates = (os.path.join(self.root, path), os.path.join(self.root, path.lstrip("/")))
+            for candidate in dict.fromkeys(map(os.path.abspath, candidates)):
+                if os.path.isfile(candidate) and (not self.explicit_root or _inside(candidate, self.root)):
+                    return candidate
+            return self._unique(path)
+        if os.path.isfile(path):
+            return os.path.abspath(path)
+        raise ImageError(f"{path!r}, which is not a file here; pass image_root=DIRECTORY_OR_ZIP")
+
+    def _unique(self, path: str) -> str:
+        """Look up by file name alone."""
+        name = path.replace("\\", "/").rsplit("/", 1)[-1]
+        found = self._names().get(name, [])
+        if len(found) == 1:
+            return found[0]
+        if not self.explicit_root:
+            where, hint = f"beside the data in {self.root!r}", "; pass image_root=DIRECTORY_OR_ZIP"
+        else:
+            where, hint = f"below image_root {self.root!r}", ""
+        if not found:
+            raise ImageError(f"{path!r}, and no file of that name {where}{hint}")
+        raise ImageError(
+            f"{path!r}, and {len(found)} files of that name {where} ({', '.join(map(repr, sorted(found)[:3]))}); write the paths out{hint}"
+        )
+
+    def _names(self) -> dict[str, list[str]]:
+        """File name -> paths below the root. Read once, and only when a path does not exist as written."""
+        if self._by_name is None:
+            self._by_name = {}
+            assert self.root is not None
+            if self.is_zip:
+                members = (name for name in zip_archive(self.root).namelist() if not name.endswith("/"))
+            else:
+                members = (os.path.abspath(os.path.join(folder, name)) for folder, _, names in os.walk(self.root) for name in names)
+            for member in members:
+                self._by_name.setdefault(member.replace("\\", "/").rsplit("/", 1)[-1], []).append(member)
+        return self._by_name
+
+
+def _inside(path: str, root: str) -> bool:
+    root = os.path.abspath(root)
+    return os.path.commonpath([os.path.abspath(path), root]) == root
+
+
+def _data_uri(value: str) -> bytes:
+    header, _, payload = value.partition(",")
+    if not header.endswith(";base64"):
+        raise ImageError(f"a data URI that is not base64 ({header[:40]!r})")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise ImageError(f"a data URI whose base64 is broken: {error}") from error
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("path") or "embedded bytes"
+    return (
+        repr(value)
+        if isinstance(value, str) and value != "embedded bytes"
+        else "embedded image"
+        if not isinstance(value, os.PathLike)
+        else repr(str(value))
+    )

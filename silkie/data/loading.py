@@ -1,0 +1,341 @@
+"""`load_preferences`: any supported source -> a `datasets.Dataset` of preference groups in Arrow cache files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import datasets
+from datasets.fingerprint import Hasher
+
+from silkie.data import records as raw
+from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
+from silkie.data.finish import NoPairs, finish
+from silkie.data.images import ImageResolver
+from silkie.data.pairs import PairFunction, PairOptions
+from silkie.data.registry import Found, Row, Source, code_digest, detect_source, get_source, source_for_hub_name
+from silkie.data.regroup import RegroupReport, regroup
+from silkie.data.repair import repair_pairs
+from silkie.data.schema import DataError, RowError, SkipRow, group_features, is_group_features
+from silkie.data.sources.vlfeedback import aspect_order
+
+logger = logging.getLogger(__name__)
+ASPECT_SAMPLE = 1000  # records that are read to learn the names of the rating aspects
+PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Problem:
+    """A dropped row: what kind, where, and why."""
+
+    kind: str  # "error", "skipped" (the source says so) or "no pairs"
+    row: str
+    reason: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadReport:
+    """What `load_preferences` read and what it left out.
+
+    Attributes:
+        rows: records read.
+        groups: groups returned.
+        pairs: pairs in them.
+        problems: every dropped row.
+        notes: reason -> responses or pairs left out of groups that were kept or dropped.
+        regrouped: what regrouping saved; None where rows were groups already.
+    """
+
+    source: str
+    format: str
+    rows: int = 0
+    groups: int = 0
+    pairs: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    regrouped: RegroupReport | None = None
+
+    def reasons(self) -> Counter[str]:
+        """Dropped rows by reason."""
+        return Counter(problem.reason for problem in self.problems)
+
+    def summary(self) -> str:
+        lines = [f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"]
+        lines += [f"  dropped rows, {reason}: {count:,}" for reason, count in self.reasons().most_common()]
+        lines += [f"  left out of groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
+        if self.regrouped:
+            lines.append(f"  {self.regrouped.summary()}")
+        return "\n".join(lines)
+
+
+@overload
+def load_preferences(
+    source: str | os.PathLike | datasets.Dataset, *, return_report: Literal[False] = False, **options: Any
+) -> datasets.Dataset: ...
+@overload
+def load_preferences(
+    source: str | os.PathLike | datasets.Dataset, *, return_report: Literal[True], **options: Any
+) -> tuple[datasets.Dataset, LoadReport]: ...
+
+
+def load_preferences(
+    source: str | os.PathLike | datasets.Dataset,
+    *,
+    image_root: str | os.PathLike | None = None,
+    split: str = "train",
+    pairs: str | PairOptions | PairFunction = "all",
+    on_error: OnError = "raise",
+    allow_remote_images: bool = False,
+    format: str | None = None,
+    aspects: Sequence[str] | None = None,
+    regroup_pairs: bool = True,
+    keep_unpaired: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    return_report: bool = False,
+) -> datasets.Dataset | tuple[datasets.Dataset, LoadReport]:
+    """Load preference groups from any supported source.
+
+    Args:
+        source: a file (.jsonl, .json, .parquet), a directory or zip archive of them, a directory written by `save_to_disk`, a dataset name on the
+            hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
+        image_root: directory or zip archive with the images that the records name. Default: the directory of the data.
+        split: a split of the hub dataset, or of local files that carry it in their names.
+        pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that returns
+            (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".
+        on_error: "raise" stops at the first broken row, "skip" drops broken rows, counts and lists them.
+        allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise.
+        format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
+        aspects: names of the rating aspects; default: those of the first 1000 records.
+        regroup_pairs: join pair rows of the same image and prompt into one group.
+        keep_unpaired: keep groups without any pair (for sampling or inspection; they cannot be trained on).
+        num_proc: worker processes.
+        cache_dir: where the Arrow files go; default: the cache of `datasets`.
+        return_report: return (dataset, LoadReport).
+
+    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values: `silkie.data.open_image` decodes
+    them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and RowError for a broken row.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
+    options = PairOptions.parse(pairs)
+    records, hub_name = _open(source, split, cache_dir)
+    if (
+        records.dataset is not None
+        and is_group_features(records.dataset.features)
+        and options == PairOptions()
+        and format is None
+        and not keep_unpaired
+    ):
+        return _as_it_is(records, return_report)
+    adapter = _choose(records, hub_name, format)
+    names = _aspects(records, adapter, aspects)
+    root = None if image_root is None else os.path.abspath(os.fspath(image_root))
+    if root is not None:
+        ImageResolver(root, None)  # a wrong image_root is one clear error, not one per row
+    regrouping = adapter.pair_rows and regroup_pairs
+    settings = _Settings(
+        source=adapter,
+        name=f"{records.name} ({adapter.name})",
+        options=PairOptions() if regrouping else options,
+        aspects=names,
+        base=records.base,
+        image_root=root,
+        on_error=on_error,
+        allow_remote=allow_remote_images,
+        need_pairs=not keep_unpaired,
+    )
+    written = _write(records, settings, num_proc, cache_dir)
+    report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
+    dataset = _collect(written, report)
+    if regrouping and len(dataset):
+        dataset, report.regrouped = regroup(dataset, return_report=True)
+        if options != PairOptions():
+            dataset, dropped = repair_pairs(dataset, options, source=records.name, need_pairs=not keep_unpaired, num_proc=num_proc)
+            report.problems += [Problem(kind="no pairs", row=row, reason=reason, message=f"{row}: {reason}") for row, reason in dropped]
+    report.groups, report.pairs = len(dataset), count_pairs(dataset)
+    _log(report)
+    if not len(dataset):
+        raise DataError(f"{records.name}: no group is left of {report.rows:,} rows.\n{report.summary()}")
+    return (dataset, report) if return_report else dataset
+
+
+def count_pairs(dataset: datasets.Dataset) -> int:
+    """Number of pairs in all groups, read off the Arrow list lengths."""
+    column = dataset.with_format("arrow").select_columns(["pairs"])
+    return sum(sum(length or 0 for length in _list_lengths(batch["pairs"])) for batch in column.iter(batch_size=10_000))
+
+
+def _list_lengths(column: Any) -> list[int | None]:
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(column).to_pylist()
+
+
+def _open(source: str | os.PathLike | datasets.Dataset, split: str, cache_dir: str | os.PathLike | None) -> tuple[raw.Records, str | None]:
+    """The raw records, and the hub name where the source is one."""
+    if isinstance(source, datasets.DatasetDict):
+        raise DataError(f"found a DatasetDict with splits {', '.join(map(str, source))}; pass one of them, for example source['train']")
+    if isinstance(source, datasets.IterableDataset):
+        raise DataError(
+            "found an IterableDataset; preference groups are read more than once, so pass a Dataset (streaming=False) or a file"
+        )
+    if isinstance(source, datasets.Dataset):
+        return raw.from_dataset(source, "dataset"), None
+    path = os.path.expanduser(os.fspath(source))
+    if os.path.exists(path):
+        return raw.from_path(path, split), None
+    if source_for_hub_name(path) is None and (path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(raw.SUFFIXES)):
+        raise DataError(f"{path!r} is neither an existing file or directory nor a dataset name of the form 'owner/name'")
+    loaded = datasets.load_dataset(path, split=split, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
+    return raw.from_dataset(loaded, path), path
+
+
+def _choose(records: raw.Records, hub_name: str | None, format: str | None) -> Source:
+    if format is not None:
+        return get_source(format)
+    known = source_for_hub_name(hub_name) if hub_name else None
+    if known is not None:
+        return known
+    first = records.first(1)
+    if not first:
+        raise DataError(f"{records.name}: no record in it (expected JSON objects)")
+    return detect_source(first[0], records.name)
+
+
+def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is not None:
+        return tuple(given)
+    if source.aspects is None:
+        return ()
+    names: set[str] = set()
+    for record in records.first(ASPECT_SAMPLE):
+        try:
+            names.update(source.aspects(record))
+        except (TypeError, ValueError, AttributeError):  # a broken row: reported with its place when the rows are read
+            continue
+    return tuple(sorted(names, key=aspect_order))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """What `_rows` needs to know; part of the cache key."""
+
+    source: Source
+    name: str
+    options: PairOptions
+    aspects: tuple[str, ...]
+    base: str | None
+    image_root: str | None
+    on_error: OnError
+    allow_remote: bool
+    need_pairs: bool
+
+
+def _write(records: raw.Records, settings: _Settings, num_proc: int | None, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
+    """Convert all records into an Arrow cache file; every record becomes one row, a dropped one with its problem."""
+    if not records.shards:
+        raise DataError(f"{records.name}: no record in it")
+    features = group_features(settings.aspects)
+    features[PROBLEM] = datasets.Value("string")
+    features[NOTES] = datasets.List(datasets.Value("string"))
+    key = Hasher.hash([code_digest(settings.source), records.shards, settings])
+    try:
+        return datasets.Dataset.from_generator(
+            _rows,
+            features=features,
+            gen_kwargs={"shards": list(records.shards), "dataset": records.dataset, "settings": settings},
+            num_proc=None if num_proc is None else max(1, min(num_proc, len(records.shards))),
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            fingerprint=key,
+        )
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # `datasets` wraps what the generator raises
+            if isinstance(cause, DataError):
+                raise cause from None
+            cause = cause.__cause__
+        raise
+
+
+def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: _Settings) -> Iterator[dict[str, Any]]:
+    """Stored rows of some shards. Runs in the worker processes."""
+    empty = dict.fromkeys(group_features(settings.aspects))
+    stem = settings.name.rsplit(" (", 1)[0]
+    for shard in shards:
+        resolver = _resolver(settings.image_root or shard.image_root, settings.base, settings.allow_remote)
+        for location, record in raw.read(shard, dataset):
+            row = Row(record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolver)
+            try:
+                if not isinstance(record, dict):
+                    raise row.error("(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object")
+                stored, notes = finish(
+                    settings.source.adapt(row), row, settings.options, settings.aspects,
+                    fallback_id=f"{stem}:{location.replace(' ', '-')}", need_pairs=settings.need_pairs,
+                )  # fmt: skip
+                yield {**stored, PROBLEM: None, NOTES: notes}
+            except NoPairs as problem:
+                yield {**empty, PROBLEM: _pack("no pairs", row, str(problem), f"{location}: {problem}"), NOTES: problem.notes}
+            except SkipRow as problem:
+                yield {**empty, PROBLEM: _pack("skipped", row, str(problem), f"{location}: {problem}"), NOTES: []}
+            except RowError as problem:
+                if settings.on_error == "raise":
+                    raise
+                yield {**empty, PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
+
+
+@functools.lru_cache(maxsize=64)
+def _resolver(root: str | None, base: str | None, allow_remote: bool) -> ImageResolver:
+    return ImageResolver(root, base, allow_remote=allow_remote)
+
+
+def _place(name: str, shard: raw.Shard) -> str:
+    """The source, with the file where it is read from several."""
+    file = os.path.basename(shard.member or shard.path) if shard.kind != "dataset" else ""
+    return name if not file or name.startswith(file) else f"{name}, {file}"
+
+
+def _pack(kind: str, row: Row, reason: str, message: str) -> str:
+    return json.dumps([kind, row.location, reason, message])
+
+
+def _collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
+    """Move the helper columns into the report and return the sound rows."""
+    sound: list[int] = []
+    helper, offset = written.select_columns([PROBLEM, NOTES]).with_format("arrow"), 0
+    for batch in helper.iter(batch_size=10_000):
+        for index, packed in enumerate(batch[PROBLEM].to_pylist()):
+            if packed is None:
+                sound.append(offset + index)
+            else:
+                kind, row, reason, message = json.loads(packed)
+                report.problems.append(Problem(kind=kind, row=row, reason=reason, message=message))
+        report.notes.update(note for notes in batch[NOTES].to_pylist() for note in notes or [])
+        offset += len(batch)
+    dataset = written.remove_columns([PROBLEM, NOTES])
+    return dataset if len(sound) == len(written) else dataset.select(sound)
+
+
+def _as_it_is(records: raw.Records, return_report: bool) -> Any:
+    """A dataset that already has the group schema is returned unchanged."""
+    assert records.dataset is not None
+    report = LoadReport(
+        source=records.name, format="groups", rows=len(records.dataset), groups=len(records.dataset), pairs=count_pairs(records.dataset)
+    )
+    dataset = records.dataset.with_format(None)
+    return (dataset, report) if return_report else dataset
+
+
+def _log(report: LoadReport) -> None:
+    broken: Iterable[Problem] = [problem for problem in report.problems if problem.kind == "error"]
+    logger.info("%s", report.summary())
+    for problem in list(broken)[:10]:
+        logger.warning("dropped: %s", problem.message)

@@ -1,0 +1,261 @@
+"""Raw records from files, archives and datasets, in shards that are read as streams.
+
+A shard is a plain tuple, so that it can be hashed into the cache key and sent to a worker process. Reading never holds more than one record (or
+one parquet batch) in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow.parquet as pq
+
+from silkie.data.images import zip_archive
+from silkie.data.schema import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+               "eval": "validation", "test": "test"}  # fmt: skip
+SHARD_BYTES = 8 * 2**20
+SHARD_ROWS = 2048
+PARQUET_BATCH = 64  # rows: images are embedded, so a batch is tens of megabytes at most
+
+
+class Shard(NamedTuple):
+    """A slice of one input: `kind` says how to read `path`.
+
+    kind "jsonl": `start` and `stop` are byte offsets; "parquet": row groups; "json" and "zip": the whole file (`member` of the archive);
+    "dataset": row numbers of the loaded dataset. `first` is the number of the first record. `stamp` changes when the file does.
+    """
+
+    kind: str
+    path: str
+    member: str
+    start: int
+    stop: int
+    first: int
+    stamp: str
+    image_root: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """An opened input: its shards, and what to call it in messages."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    base: str | None  # where relative image paths start when no image_root is given
+    dataset: datasets.Dataset | None = None
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """The first `count` records that can be parsed, to detect the format from."""
+        found: list[dict[str, Any]] = []
+        for shard in self.shards:
+            for _, record in read(shard, self.dataset):
+                if isinstance(record, dict):
+                    found.append(record)
+                if len(found) >= count:
+                    return found
+        return found
+
+
+def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
+    """The rows of a loaded dataset. Rows are read as Arrow data, so that no image is decoded and no file opened."""
+    dataset = dataset.with_format("arrow")
+    bounds = range(0, len(dataset), SHARD_ROWS)
+    fingerprint = dataset._fingerprint
+    shards = tuple(Shard("dataset", name, "", start, min(start + SHARD_ROWS, len(dataset)), start, fingerprint, None) for start in bounds)
+    return Records(name=name, shards=shards, base=None, dataset=dataset)
+
+
+def from_path(path: str, split: str) -> Records:
+    """Open a file, a directory or a zip archive with JSON, JSONL or parquet files."""
+    name = os.path.basename(os.path.normpath(path))
+    if os.path.isdir(path):
+        return _from_directory(path, name, split)
+    if zipfile.is_zipfile(path):
+        return _from_zip(path, name, split)
+    if os.path.basename(path) == "meta.json":
+        return _from_meta(path, name)
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"{path!r}: cannot read a {Path(path).suffix or 'file without suffix'}; expected {', '.join(SUFFIXES)}, .zip or a directory"
+        )
+    return Records(name=name, shards=tuple(file_shards(path, None)), base=os.path.dirname(os.path.abspath(path)))
+
+
+def _from_directory(path: str, name: str, split: str) -> Records:
+    if any(os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")):  # written by save_to_disk
+        saved = datasets.load_from_disk(path)
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise DataError(f"{path!r} has no split {split!r}; it has {', '.join(saved)}")
+            saved = saved[split]
+        return from_dataset(saved, name)
+    if os.path.isfile(meta := os.path.join(path, "meta.json")):
+        return _from_meta(meta, name)
+    files = [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files = of_split(_one_format(files, path), split, path)
+    return Records(name=name, shards=tuple(shard for file in files for shard in file_shards(file, None)), base=os.path.abspath(path))
+
+
+def _from_zip(path: str, name: str, split: str) -> Records:
+    members = [member for member in sorted(zip_archive(path).namelist()) if member.lower().endswith((".jsonl", ".json"))]
+    members = of_split(_one_format(members, path), split, path)
+    stamp = _stamp(path)
+    shards = tuple(Shard("zip", os.path.abspath(path), member, 0, 0, 0, stamp, os.path.abspath(path)) for member in members)
+    return Records(name=name, shards=shards, base=None)
+
+
+def _from_meta(path: str, name: str) -> Records:
+    """MMPR's index: {name: {"root": image directory, "annotation": JSONL}}; paths start at the meta file or at its parent directory."""
+    folder = Path(path).resolve().parent
+    meta = json.loads(Path(path).read_text(encoding="utf-8"))
+    shards: list[Shard] = []
+    for entry, value in meta.items():
+        if not isinstance(value, dict) or not {"root", "annotation"} <= value.keys():
+            raise DataError(f"{path!r}, entry {entry!r}: expected an object with 'root' and 'annotation', found {value!r}")
+        annotation = _beside(folder, value["annotation"])
+        if annotation is None:
+            raise DataError(
+                f"{path!r}, entry {entry!r}: annotation file {value['annotation']!r} is neither in {str(folder)!r} nor in its parent"
+            )
+        root = _beside(folder, value["root"])
+        shards += file_shards(str(annotation), str(root) if root else None)
+    return Records(name=name, shards=tuple(shards), base=str(folder))
+
+
+def _beside(folder: Path, path: str) -> Path | None:
+    return next((base / path for base in (folder, folder.parent) if (base / path).exists()), None)
+
+
+def _one_format(files: list[str], path: str) -> list[str]:
+    """The data files of the first suffix that occurs; .json files beside .jsonl or .parquet ones are descriptions, not data."""
+    for suffix in (".parquet", ".jsonl", ".json"):
+        if chosen := [file for file in files if file.lower().endswith(suffix)]:
+            return chosen
+    raise DataError(f"{path!r}: no {', '.join(SUFFIXES)} file in it")
+
+
+def of_split(files: list[str], split: str, where: str) -> list[str]:
+    """The files of a split, by the words in their names; files that name no split are training data."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        words = os.path.basename(file).lower().replace(".", "-").replace("_", "-").split("-")
+        splits.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(file)
+    if split not in splits:
+        raise DataError(
+            f"{where!r} has no split {split!r}; its files are {', '.join(f'{name} ({len(items)})' for name, items in splits.items())}"
+        )
+    return splits[split]
+
+
+def file_shards(path: str, image_root: str | None) -> list[Shard]:
+    """Cut one file into shards at line or row-group boundaries, so that worker processes can share it."""
+    path, suffix, stamp = os.path.abspath(path), Path(path).suffix.lower(), _stamp(path)
+    if suffix == ".parquet":
+        metadata = pq.ParquetFile(path).metadata
+        shards, first = [], 0
+        for group in range(metadata.num_row_groups):
+            shards.append(Shard("parquet", path, "", group, group + 1, first, stamp, image_root))
+            first += metadata.row_group(group).num_rows
+        return shards
+    if suffix == ".json" and not _is_json_lines(path):
+        return [Shard("json", path, "", 0, 0, 0, stamp, image_root)]
+    return list(_line_shards(path, stamp, image_root))
+
+
+def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shard]:
+    start = offset = first = lines = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            position = 0
+            if offset + len(block) - start >= SHARD_BYTES and (end := block.rfind(b"\n")) >= 0:
+                lines += block.count(b"\n", 0, end + 1)
+                yield Shard("jsonl", path, "", start, offset + end + 1, first, stamp, image_root)
+                start, first, position = offset + end + 1, lines, end + 1
+            lines += block.count(b"\n", position)
+            offset += len(block)
+    if offset > start:
+        yield Shard("jsonl", path, "", start, offset, first, stamp, image_root)
+
+
+def _is_json_lines(path: str) -> bool:
+    """A .json file that starts with an object and has more than one line of them."""
+    with open(path, "rb") as file:
+        line = file.readline(2**24).strip()
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _stamp(path: str) -> str:
+    status = os.stat(path)
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def read(shard: Shard, dataset: datasets.Dataset | None = None) -> Iterator[tuple[str, Any]]:
+    """(location, record) of every record of a shard. A line that is not JSON is yielded as its ValueError."""
+    if shard.kind == "dataset":
+        assert dataset is not None
+        for start in range(shard.start, shard.stop, PARQUET_BATCH):
+            table = dataset[start : min(start + PARQUET_BATCH, shard.stop)]
+            yield from ((f"row {index}", record) for index, record in enumerate(table.to_pylist(), start=start))
+    elif shard.kind == "parquet":
+        yield from _read_parquet(shard)
+    elif shard.kind == "json":
+        with open(shard.path, encoding="utf-8") as file:
+            yield from _read_json(file.read(), shard.path)
+    elif shard.kind == "zip" and shard.member.lower().endswith(".json"):
+        yield from _read_json(zip_archive(shard.path).read(shard.member).decode("utf-8"), f"{shard.path}/{shard.member}")
+    elif shard.kind == "zip":
+        with zip_archive(shard.path).open(shard.member) as file:
+            yield from _read_lines(file, 0)
+    else:
+        with open(shard.path, "rb") as file:
+            file.seek(shard.start)
+            yield from _read_lines(_until(file, shard.stop), shard.first)
+
+
+def _until(file: Any, stop: int) -> Iterator[bytes]:
+    while file.tell() < stop:
+        yield file.readline()
+
+
+def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=first + 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            yield f"line {number}", error
+
+
+def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
+    file, index = pq.ParquetFile(shard.path), shard.first
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop))):
+        for record in batch.to_pylist():
+            yield f"row {index}", record
+            index += 1
+
+
+def _read_json(text: str, path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        records = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path!r} is not JSON: {error}") from error
+    if isinstance(records, dict):
+        records = next((value for value in records.values() if isinstance(value, list)), records)
+    if not isinstance(records, list):
+        raise DataError(f"{path!r}: found a JSON {type(records).__name__}, expected a list of records")
+    for index, record in enumerate(records):
+        yield f"row {index}", record

@@ -1,0 +1,79 @@
+"""silkie's own groups as JSON lines (or any rows of the same columns).
+
+    {"id": "a", "images": ["a.png"], "prompt": "What is this?", "responses": ["A cat.", "A dog."], "ratings": [{"Helpfulness": 5}, {"Helpfulness": 1}]}
+
+`prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`, `ratings`, `rationales`, `models`,
+`pair_weights` and `id` are optional. Without `pairs` they are built from the ratings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from silkie.data.conversations import conversation, question
+from silkie.data.pairs import parse_rating
+from silkie.data.registry import Found, Record, Row, register_source
+from silkie.data.schema import Group
+
+
+def aspects(record: Record) -> Iterable[str]:
+    return [aspect for rating in record.get("ratings") or [] if isinstance(rating, dict) for aspect in rating]
+
+
+@register_source(
+    "groups",
+    detect=lambda record: {"prompt", "responses"} <= record.keys(),
+    aspects=aspects,
+    pair_rows=False,
+)
+def groups(row: Row) -> Group:
+    images = row.images("images", "image")
+    prompt = row.require("prompt", (str, list), "a string or a conversation")
+    answers = row.require("responses", list, "a list of responses")
+    records = [answer if isinstance(answer, dict) else {"response": answer} for answer in answers]
+    models = per_response(row, "models", len(answers)) or [record.get("model") for record in records]
+    return Group(
+        id=row.get("id"),
+        images=images,
+        prompt=question(row, prompt, images, "prompt") if isinstance(prompt, str) else conversation(row, prompt, images, "prompt"),
+        responses=[row.check_text(record.get("response"), f"responses[{index}]") for index, record in enumerate(records)],
+        pairs=row.get("pairs"),
+        pair_weights=weights(row),
+        ratings=ratings(row, len(answers)),
+        rationales=per_response(row, "rationales", len(answers)),
+        models=models if any(models) else None,
+    )
+
+
+def ratings(row: Row, count: int) -> list[dict[str, float | None]] | None:
+    values = per_response(row, "ratings", count)
+    if values is None:
+        return None
+    if not all(isinstance(rating, dict) for rating in values):
+        raise row.error("ratings", values, "one object {aspect: rating} per response")
+    return [{aspect: parse_rating(value) for aspect, value in rating.items()} for rating in values]
+
+
+def per_response(row: Row, column: str, count: int) -> list[Any] | None:
+    """An optional column with one entry per response."""
+    values = row.get(column)
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != count:
+        found = Found(f"{len(values)} entries") if isinstance(values, list) else values
+        raise row.error(column, found, f"one entry for each of the {count} responses")
+    return values
+
+
+def weights(row: Row) -> list[float] | None:
+    values = row.get("pair_weights")
+    if values is None:
+        return None
+    pairs = row.get("pairs")
+    if not isinstance(values, list) or not isinstance(pairs, list) or len(values) != len(pairs):
+        raise row.error("pair_weights", values, "one weight per pair")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in values):
+        raise row.error("pair_weights", values, "finite weights >= 0")
+    return [float(value) for value in values]

@@ -1,0 +1,27 @@
+"""MM-RLHF's dpo_pairs.jsonl: prompt, chosen, rejected, and an image or a video. Video rows and marked ties are dropped and counted."""
+
+from silkie.data.conversations import answer, question
+from silkie.data.registry import Record, Row, register_source
+from silkie.data.schema import Group, SkipRow
+
+
+def detect(record: Record) -> bool:
+    return {"prompt", "chosen", "rejected"} <= record.keys() and bool(record.keys() & {"is_tie", "video"})
+
+
+@register_source("mm-rlhf", hub_names=("yifanzhang114/MM-RLHF",), detect=detect)
+def mm_rlhf(row: Row) -> Group:
+    if row.get("video"):
+        raise SkipRow("a video row; silkie trains on images and text")
+    if row.get("is_tie") in (True, 1, "true", "True"):
+        raise SkipRow("marked as a tie by the source")
+    images = row.images("image", "images")
+    if not images:
+        raise row.error("image", row.get("image"), "an image or a video")
+    return Group(
+        id=None if row.get("id") is None else str(row.get("id")),
+        images=images,
+        prompt=question(row, row.text("prompt"), images, "prompt"),
+        responses=[answer(row, "chosen"), answer(row, "rejected")],
+        pairs=[(0, 1)],
+    )

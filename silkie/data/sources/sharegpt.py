@@ -1,0 +1,47 @@
+"""LLaMA-Factory's ranking formats: ShareGPT conversations (also Zhihui/VLFeedback's flattened copy) and Alpaca instructions."""
+
+from __future__ import annotations
+
+from silkie.data.conversations import answer, conversation
+from silkie.data.registry import Record, Row, register_source
+from silkie.data.schema import Group
+
+RANKED = {"chosen", "rejected"}
+
+
+def detect(record: Record) -> bool:
+    return record.keys() >= RANKED and bool(record.keys() & {"conversations", "messages"})
+
+
+@register_source("sharegpt", hub_names=("Zhihui/VLFeedback",), detect=detect)
+def sharegpt(row: Row) -> Group:
+    column = "conversations" if "conversations" in row.record else "messages"
+    turns = list(row.require(column, list, "a list of turns"))
+    if isinstance(row.get("system"), str) and row.get("system"):
+        turns.insert(0, {"role": "system", "content": row.get("system")})
+    images = row.images("images", "image")
+    return Group(
+        id=row.get("id"),
+        images=images,
+        prompt=conversation(row, turns, images, column),
+        responses=[answer(row, "chosen"), answer(row, "rejected")],
+        pairs=[(0, 1)],
+    )
+
+
+@register_source("alpaca", detect=lambda record: {"instruction", *RANKED} <= record.keys())
+def alpaca(row: Row) -> Group:
+    images = row.images("images", "image")
+    turns = [{"role": "system", "content": row.get("system")}] if row.get("system") else []
+    for index, exchange in enumerate(row.get("history") or []):
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise row.error(f"history[{index}]", exchange, "[instruction, response]")
+        turns += [{"role": "user", "content": exchange[0]}, {"role": "assistant", "content": exchange[1]}]
+    instruction = "\n".join(text for text in (row.text("instruction"), row.get("input")) if text)
+    turns.append({"role": "user", "content": instruction})
+    return Group(
+        images=images,
+        prompt=conversation(row, turns, images, "instruction"),
+        responses=[answer(row, "chosen"), answer(row, "rejected")],
+        pairs=[(0, 1)],
+    )

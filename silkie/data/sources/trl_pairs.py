@@ -1,0 +1,59 @@
+"""TRL's preference rows: prompt, chosen and rejected as strings or conversations, `image` or `images`.
+
+The prompt may be implicit (the shared beginning of chosen and rejected); TRL's own function extracts it.
+"""
+
+from __future__ import annotations
+
+from silkie.data.conversations import answer, answer_text, conversation, question
+from silkie.data.registry import Record, Row, register_source
+from silkie.data.schema import Group
+
+
+def detect(record: Record) -> bool:
+    if not {"chosen", "rejected"} <= record.keys() or record.keys() & {
+        "question",
+        "conversations",
+        "messages",
+        "instruction",
+        "is_tie",
+        "video",
+    }:
+        return False
+    return "prompt" in record or isinstance(record["chosen"], list)
+
+
+@register_source("trl", hub_names=("HuggingFaceH4/rlaif-v_formatted",), detect=detect)
+def trl_pairs(row: Row) -> Group:
+    for column in ("videos", "video"):
+        if row.get(column):
+            raise row.error(
+                column, row.get(column), "no videos", "silkie trains on images and text; drop these rows or sample frames into `images`."
+            )
+    images = row.images("images", "image")
+    prompt = row.get("prompt")
+    if "prompt" not in row.record:
+        implicit = implicit_prompt(row)
+        prompt, chosen, rejected = implicit["prompt"], implicit["chosen"], implicit["rejected"]
+        responses = [answer_text(row, chosen, "chosen"), answer_text(row, rejected, "rejected")]
+    else:
+        row.require("prompt", (str, list), "a string or a conversation")
+        responses = [answer(row, "chosen"), answer(row, "rejected")]
+    return Group(
+        id=row.get("id"),
+        images=images,
+        prompt=question(row, prompt, images, "prompt") if isinstance(prompt, str) else conversation(row, prompt, images, "prompt"),
+        responses=responses,
+        pairs=[(0, 1)],
+    )
+
+
+def implicit_prompt(row: Row) -> dict:
+    """Split chosen and rejected conversations into their shared beginning and the two answers."""
+    from trl.data_utils import extract_prompt  # imported here: it takes seconds, and few datasets need it
+
+    chosen = row.require("chosen", list, "a conversation, as there is no prompt column")
+    rejected = row.require("rejected", list, "a conversation, as there is no prompt column")
+    if not chosen or not rejected:
+        raise row.error("chosen" if not chosen else "rejected", [], "a conversation, as there is no prompt column")
+    return extract_prompt({"chosen": chosen, "rejected": rejected})
