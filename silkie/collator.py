@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from silkie.data.schema import mean_rating
@@ -26,13 +27,15 @@ class GroupCollator:
         pad_id: token id of padding.
         image_token_id: id of the placeholder that an image feature replaces.
         aspects: rating aspects, the columns of `aspect_ratings`.
+        dummy_vision: image tensors for a micro-batch without images; their features are thrown away. None: no tower is run for it.
 
     A batch is a dict of tensors (G groups, K responses of a group, R responses, P pairs, N scored tokens, B rows, T tokens):
         input_ids, segment_ids, group_ids, logical_positions, token_types [B, T], position_ids [C, B, T]
         gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P]
-        ratings [R] and aspect_ratings [R, A] (NaN where there is none); ref_logps [R] and ref_per_token_logps [N] when precomputed
+        ratings [R] and aspect_ratings [R, A] (NaN where there is none)
         vision: the processor's image tensors
-    and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages).
+    and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages), rows (per group, its row in
+        the dataset).
     """
 
     encoder: GroupEncoder
@@ -42,10 +45,11 @@ class GroupCollator:
     image_token_id: int | None
     groups_per_row: int | None = 1
     aspects: tuple[str, ...] = ()
+    dummy_vision: dict[str, Tensor] | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         encoded = [self.encoder.encode(row) for row in rows]
-        vision = _join_vision([e.vision for e in encoded])
+        vision = _join_vision([e.vision for e in encoded]) or dict(self.dummy_vision or {})
         packed = pack(
             [
                 PromptAndResponses(
@@ -86,11 +90,8 @@ class GroupCollator:
             "image_tokens": [self._image_tokens(e) for e in encoded],
             "longest": int(lengths.max()),
             "names": [describe(row) for row in rows],
+            "rows": [row.get("row") for row in rows],
         }
-        if rows[0].get("ref_logps") is not None:
-            batch["ref_logps"] = torch.tensor([v for row in rows for v in row["ref_logps"]], dtype=torch.float32)
-        if rows[0].get("ref_per_token_logps") is not None:
-            batch["ref_per_token_logps"] = torch.tensor([v for row in rows for r in row["ref_per_token_logps"] for v in r], dtype=torch.float32)
         return batch
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> dict[str, Tensor]:
@@ -104,6 +105,12 @@ class GroupCollator:
         if self.image_token_id is None or not group.n_images:
             return 0
         return int((group.prompt_ids == self.image_token_id).sum())
+
+
+def blank_vision(encoder: GroupEncoder) -> dict[str, Tensor]:
+    """Image tensors of a small grey image."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    return encoder.encode({"images": [Image.new("RGB", (56, 56), "grey")], "prompt": message, "responses": ["x"]}).vision
 
 
 def _number(value: float | None) -> float:

@@ -75,10 +75,17 @@ class GroupEncoder:
     """
 
     def __init__(
-        self, processor: Any, *, max_length: int | None = None, max_response_length: int | None = None, response_end: ResponseEnd = "template"
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        max_response_length: int | None = None,
+        response_end: ResponseEnd = "template",
     ) -> None:
         if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{type(processor).__name__} has no chat template. Pass the processor of an instruction-tuned model, or set `processor.chat_template`.")
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template. Pass the processor of an instruction-tuned model, or set `processor.chat_template`."
+            )
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
@@ -102,7 +109,9 @@ class GroupEncoder:
         types = out.get("mm_token_type_ids", out.get("token_type_ids"))
         responses = self._responses(row["responses"], len(prompt_ids))
         if not all(len(r) for r in responses):
-            raise ValueError(f"{describe(row)}: the prompt has {len(prompt_ids)} tokens and max_length is {self.max_length}: no room for a response.")
+            raise ValueError(
+                f"{describe(row)}: the prompt has {len(prompt_ids)} tokens and max_length is {self.max_length}: no room for a response."
+            )
         return EncodedGroup(
             prompt_ids=prompt_ids,
             token_types=types[0].long() if types is not None else torch.zeros_like(prompt_ids),
@@ -127,7 +136,9 @@ class GroupEncoder:
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, image processor, limits."""
         state = {
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str() if hasattr(self.tokenizer, "backend_tokenizer") else self.tokenizer.get_vocab(),
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str()
+            if hasattr(self.tokenizer, "backend_tokenizer")
+            else self.tokenizer.get_vocab(),
             "template": self.processor.chat_template,
             "image_processor": self.processor.image_processor.to_dict() if hasattr(self.processor, "image_processor") else None,
             "limits": [self.max_length, self.max_response_length, self.suffix],
@@ -159,7 +170,9 @@ class GroupEncoder:
         ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         special = [i for i, token in enumerate(ids) if token in self.tokenizer.all_special_ids]
         if not special:
-            logger.warning("The chat template does not end an assistant turn with a special token; responses end with %r.", self.tokenizer.eos_token)
+            logger.warning(
+                "The chat template does not end an assistant turn with a special token; responses end with %r.", self.tokenizer.eos_token
+            )
             return self.tokenizer.eos_token
         if self.response_end == "end_of_turn":
             return self.tokenizer.convert_ids_to_tokens(ids[special[0]])

@@ -50,7 +50,9 @@ def load_policy(
     adapter = _adapter_config(path)
     base = str(base_model or adapter["base_model_name_or_path"]) if adapter else path
     if adapter and base_model is None and _looks_local(base) and not Path(base).is_dir():
-        raise FileNotFoundError(f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>.")
+        raise FileNotFoundError(
+            f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>."
+        )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # safetensors only: a pickle checkpoint can run code when loaded
     placement = {} if "device_map" in model_kwargs else {"device_map": {"": target}}
@@ -131,7 +133,14 @@ def generate(
     for chunk_number, chunk in enumerate(_batches([bool(own) for own in images], batch_size)):
         set_seed(seed + chunk_number)
         texts = _generate_batch(
-            model, processor, [prompts[i] for i in chunk], [list(images[i]) for i in chunk], max_new_tokens, temperature, top_p, num_return_sequences
+            model,
+            processor,
+            [prompts[i] for i in chunk],
+            [list(images[i]) for i in chunk],
+            max_new_tokens,
+            temperature,
+            top_p,
+            num_return_sequences,
         )
         for row, i in enumerate(chunk):
             answers[i] = texts[row * num_return_sequences : (row + 1) * num_return_sequences]
@@ -152,13 +161,20 @@ def _generate_batch(
     texts = [processor.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     tokenizer = processor.tokenizer
     processor_args: dict[str, Any] = {"images": images} if images[0] else {}
-    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **processor_args).to(model.device)
+    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **processor_args).to(
+        model.device
+    )
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     eos = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
     ids = model.generate(
-        **batch, max_new_tokens=max_new_tokens, num_return_sequences=n, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
+        **batch,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=n,
+        eos_token_id=sorted(stop),
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
     )
     return [t.strip() for t in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -118,16 +118,16 @@ def vision_is_frozen(model: Any) -> bool:
     return not any(p.requires_grad for p in vision_parameters(model))
 
 
-def default_lora_targets(model: Any) -> str:
+def default_lora_targets(config: PretrainedConfig) -> str:
     """Regular expression of the language model's attention and MLP projections (not the vision tower's modules of the same name)."""
-    skip = "|".join(family_of(causal_lm(model).config).vision)
+    skip = "|".join(family_of(config).vision)
     return rf"^(?!.*\b(?:{skip})\b).*\.({'|'.join(LANGUAGE_PROJECTIONS)})$"
 
 
-def with_default_targets(peft_config: LoraConfig, model: Any) -> LoraConfig:
+def with_default_targets(peft_config: PeftConfig, config: PretrainedConfig) -> PeftConfig:
     """`peft_config` with the language model's projections as targets where it names none."""
     if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
-        peft_config.target_modules = default_lora_targets(model)
+        peft_config.target_modules = default_lora_targets(config)
         logger.info("LoRA targets: the attention and MLP projections of the language model")
     return peft_config
 

@@ -85,7 +85,9 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
     rows: list[list[tuple[int, list[int]]]]  # per row: (group, responses of it)
     if layout == "packed":
         step = groups_per_row or len(groups)
-        rows = [[(g, list(range(len(groups[g].responses)))) for g in range(i, min(i + step, len(groups)))] for i in range(0, len(groups), step)]
+        rows = [
+            [(g, list(range(len(groups[g].responses)))) for g in range(i, min(i + step, len(groups)))] for i in range(0, len(groups), step)
+        ]
     elif layout == "rows":
         rows = [[(g, [k])] for g, group in enumerate(groups) for k in range(len(group.responses))]
     else:

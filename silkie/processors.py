@@ -92,5 +92,10 @@ def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         # The inherited property would ask the missing video processor.
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
 
-    members = {"get_attributes": classmethod(lambda _: list(parts)), "model_input_names": property(input_names), "__doc__": cls.__doc__, "__module__": __name__}
+    members = {
+        "get_attributes": classmethod(lambda _: list(parts)),
+        "model_input_names": property(input_names),
+        "__doc__": cls.__doc__,
+        "__module__": __name__,
+    }
     return type(cls.__name__, (cls,), members)

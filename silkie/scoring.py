@@ -172,7 +172,9 @@ def _without_logit_transform(base: Any, options: HeadOptions) -> Iterator[None]:
     text = base.config.get_text_config()
     neutral = {"final_logit_softcapping": None} if options.softcap is not None else {}
     if options.logit_scale != 1.0:
-        raise ValueError(f"{type(base).__name__} scales its logits by {options.logit_scale}; this is not supported yet: use TRL's DPOTrainer for this model.")
+        raise ValueError(
+            f"{type(base).__name__} scales its logits by {options.logit_scale}; this is not supported yet: use TRL's DPOTrainer for this model."
+        )
     saved = {name: getattr(text, name) for name in neutral}
     for name, value in neutral.items():
         setattr(text, name, value)

@@ -51,6 +51,8 @@ def image_features_once(
                 features = compute(*args, **kwargs)
             if cache is not None:
                 cache.features, cache.computed = features, cache.computed + 1
+        if not sum(tokens_per_group):
+            return _nothing(features)
         return features if once_in_order else _repeat(features, tokens_per_group, order)
 
     inner.get_image_features = once  # type: ignore[method-assign,assignment]
@@ -58,6 +60,17 @@ def image_features_once(
         yield
     finally:
         del inner.get_image_features  # the class's method shows again
+
+
+def _nothing(features: Any) -> Any:
+    """The encoder's output without a token, still attached to its graph: a micro-batch without images ran the tower on a dummy one."""
+    out = copy.copy(features)
+    listed = isinstance(out.pooler_output, (list, tuple))
+    tokens = torch.cat([t.reshape(-1, t.shape[-1]) for t in out.pooler_output]) if listed else out.pooler_output
+    out.pooler_output = [tokens[:0]] if listed else tokens[:0]
+    if (levels := getattr(features, "deepstack_features", None)) is not None:
+        out.deepstack_features = [level[:0] for level in levels]
+    return out
 
 
 def _repeat(features: Any, tokens_per_group: Sequence[int], order: Sequence[int]) -> Any:

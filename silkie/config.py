@@ -1,0 +1,127 @@
+"""Every option of a run: TRL's `DPOConfig` and what silkie adds to it, typed and validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import DPOConfig
+
+from silkie.losses.options import LossOptions, validate
+
+
+@dataclass
+class SilkieDPOConfig(DPOConfig):
+    """Options of `SilkieDPOTrainer`.
+
+    Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies; a batch counts preference groups, so
+    `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's: `max_length=None` (a prompt is
+    never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its rows).
+    """
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]
+
+    layout: Literal["auto", "packed", "rows"] = field(
+        default="auto",
+        metadata={
+            "help": "packed: prompt and all responses of a group in one row; rows: one row per response. auto: packed where it is exact."
+        },
+    )
+    attention_backend: Literal["auto", "sdpa", "eager", "flex", "varlen"] = field(
+        default="auto", metadata={"help": "Attention of the language model in the packed layout. auto: sdpa, with one group per row."}
+    )
+    use_fused_logprob: bool = field(
+        default=True, metadata={"help": "Score tokens with silkie.logprob; False builds the logits (for comparison)."}
+    )
+    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = field(
+        default="auto", metadata={"help": "Implementation of the fused log-prob."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token budget of a micro-batch, padding included; replaces per_device_train_batch_size. None: fixed number of groups."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Limit on prompt + response tokens. Response tails are cut, prompts never. None: no limit."}
+    )
+    max_response_length: int | None = field(default=None, metadata={"help": "Limit on response tokens; the tail is cut. None: no limit."})
+    response_end: Literal["template", "end_of_turn"] = field(
+        default="template",
+        metadata={
+            "help": "template: score what the chat template writes after an answer, as TRL does; end_of_turn: stop at the end-of-turn token."
+        },
+    )
+    freeze_vision: bool = field(
+        default=True, metadata={"help": "Freeze the vision tower and its projector (full fine-tuning; LoRA leaves them alone)."}
+    )
+    on_bad_row: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
+    )
+    self_test: bool = field(
+        default=True, metadata={"help": "At start-up, run the first group packed and separate and stop where they differ."}
+    )
+    self_test_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Largest difference of a token's log-prob in the self-test. None: 2e-3 in fp32, 0.25 in half precision."},
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where precompute_ref_log_probs keeps its numbers. None: reference_cache in output_dir."}
+    )
+    log_token_stats: bool = field(
+        default=False, metadata={"help": "Also log entropy, mean_token_accuracy and logits/*, as TRL does; costs a little time."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept off: a non-finite loss must stop the run, not be smoothed over."}
+    )
+
+    # Losses (silkie.losses.options.LossOptions)
+    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
+    bco_reward_shift: Literal["none", "running_mean"] = field(
+        default="none",
+        metadata={"help": "running_mean subtracts the mean reward of past steps in bco_pair (the paper's form); none is TRL's."},
+    )
+    margin: Literal["none", "offset", "weight"] = field(
+        default="none", metadata={"help": "Use of a pair's rating gap: logit offset or pair weight."}
+    )
+    margin_scale: float = field(default=1.0, metadata={"help": "Scale of the rating gap."})
+    mdpo_anchor: float = field(default=0.0, metadata={"help": "Reward that mdpo_anchor holds the chosen response above."})
+    ddpo_gamma: float | None = field(
+        default=None, metadata={"help": "DDPO: weight of the tokens that differ between the two responses of a pair."}
+    )
+    ddpo_normalize: bool = field(default=True, metadata={"help": "DDPO: divide by the sum of token weights."})
+    aspect_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Aspect -> weight: mix the ratings anew at training time; pairs that contradict get weight 0."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+        for name in ("max_tokens_per_batch", "max_length", "max_response_length"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
+        if self.layout == "rows" and self.attention_backend in ("flex", "varlen"):
+            raise ValueError(f"`attention_backend={self.attention_backend!r}` packs groups; it needs layout='packed'.")
+        if self.padding_free:
+            raise ValueError(
+                "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of padding."
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
+        validate(self.loss_type, self.loss_weights, self.loss_options)
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The options of the losses."""
+        return LossOptions.from_config(self)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "layout": ("auto", "packed", "rows"),
+    "attention_backend": ("auto", "sdpa", "eager", "flex", "varlen"),
+    "logprob_impl": ("auto", "reference", "tiled", "triton"),
+    "response_end": ("template", "end_of_turn"),
+    "on_bad_row": ("raise", "skip"),
+}

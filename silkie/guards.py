@@ -1,0 +1,136 @@
+"""Checks that turn silent failures of a run into clear errors: launch, adapters, non-finite numbers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor
+
+from silkie.models import causal_lm
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchError(RuntimeError):
+    """The launcher and the training process disagree."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite."""
+
+
+def check_launch(args: Any) -> None:
+    """Before anything is loaded: is what the launcher asked for what this process will do?
+
+    Raises:
+        LaunchError: several processes were launched but this one would train alone, or a DeepSpeed config would be ignored.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and args.world_size == 1:
+        raise LaunchError(
+            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the data. On a machine without GPUs pass "
+            "`--use_cpu` to the script and launch with `--multi_gpu`."
+        )
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        and args.distributed_state.distributed_type != DistributedType.DEEPSPEED
+    ):
+        raise LaunchError(
+            f"The launcher asked for DeepSpeed, but accelerate runs {args.distributed_state.distributed_type.value}: its config would be ignored. On CPU use the script's "
+            "`--use_cpu`, not the variable ACCELERATE_USE_CPU."
+        )
+
+
+def check_process_count(args: Any, accelerator: Any) -> None:
+    """After TRL's set-up.
+
+    Raises:
+        LaunchError: accelerate runs fewer processes than the launcher started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise LaunchError(f"The launcher started {world} processes, accelerate reports {accelerator.num_processes}.")
+
+
+def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
+    """ZeRO-3 gathers parameters into one buffer of one dtype.
+
+    Raises:
+        LaunchError: trainable parameters of several dtypes under ZeRO-3.
+    """
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")] if deepspeed else []
+    dtypes = {p.dtype for p in partitioned if p.dtype.is_floating_point}
+    if len(dtypes) > 1:
+        raise LaunchError(
+            f"ZeRO-3 with parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) fails at the first step. Load the model in one dtype and add the adapter with "
+            "`autocast_adapter_dtype=False` (passing `peft_config` to the trainer does both)."
+        )
+
+
+def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
+    """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision weights, ranks that skip it hang the others."""
+    if accelerator.num_processes == 1:
+        return False
+    sharded = accelerator.distributed_type == DistributedType.FSDP or (
+        accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    )
+    return sharded or not frozen_vision
+
+
+@contextmanager
+def allow_adapted_head() -> Iterator[None]:
+    """TRL refuses an adapter on the output head because its own log-probs would ignore it; silkie's do not.
+
+    Within the context a PeftModel shows the head without its adapter.
+    """
+
+    def plain_head(model: PeftModel) -> Any:
+        head = causal_lm(model).get_output_embeddings()
+        return head.get_base_layer() if hasattr(head, "get_base_layer") else head
+
+    PeftModel.get_output_embeddings = plain_head  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del PeftModel.get_output_embeddings  # type: ignore[attr-defined]
+
+
+class FiniteWatch:
+    """Remembers the losses of the micro-batches since the last check, on the device."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, Sequence[str]]] = []
+
+    def add(self, loss: Tensor, names: Sequence[str]) -> None:
+        """Keeps a loss and the names of its groups; no synchronisation."""
+        self._seen.append((loss.detach(), names))
+
+    def check(self, gradient_norm: float | None = None) -> None:
+        """Looks at the losses since the last check (one synchronisation), and forgets them.
+
+        Raises:
+            NonFiniteError: one is not finite, or the gradient norm is not; names the groups.
+        """
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        finite = torch.isfinite(torch.stack([loss for loss, _ in seen])).tolist()
+        if not all(finite):
+            first = finite.index(False)
+            before = f" Groups of the micro-batch before it: {'; '.join(seen[first - 1][1])}." if first else ""
+            raise NonFiniteError(
+                f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before} Training stopped before this state could be saved. "
+                "Look at these rows; a lower learning rate, gradient clipping (max_grad_norm) or fp32 are the usual remedies."
+            )
+        if gradient_norm is not None and not gradient_norm - gradient_norm == 0:
+            raise NonFiniteError(
+                f"The gradient norm is {gradient_norm}; groups since the last check: {'; '.join(name for _, names in seen for name in names)}. "
+                "Training stopped before this state could be saved."
+            )

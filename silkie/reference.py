@@ -1,0 +1,178 @@
+"""Reference log-probs: the adapter switched off, a frozen copy of a pre-loaded adapter, a second model, or numbers computed once and kept on disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from silkie.data.images import read_bytes
+from silkie.models import causal_lm, vision_parameters
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of a pre-loaded adapter
+
+
+class Reference:
+    """The reference policy of a run.
+
+    Args:
+        policy: the policy, wrapped or not.
+        model: a second model, or None: the policy's own weights with the adapter off (or with the frozen copy "ref").
+
+    Raises:
+        ValueError: no second model, and the policy has no adapter to switch off.
+    """
+
+    def __init__(self, policy: Any, model: Any | None) -> None:
+        self.model = model
+        self.peft = _peft_model(policy)
+        if model is None and self.peft is None:
+            raise ValueError("Full fine-tuning needs a reference model: pass `ref_model`, or train a LoRA adapter with `peft_config`.")
+        self.shares_vision = model is None or _same_weights(vision_parameters(policy), vision_parameters(model))
+
+    @property
+    def kind(self) -> str:
+        """How the reference is made, for the log."""
+        if self.model is not None:
+            return "second model"
+        return "copy of the initial adapter" if self._adapter else "adapter off"
+
+    @property
+    def _adapter(self) -> str | None:
+        return REFERENCE_ADAPTER if self.peft is not None and REFERENCE_ADAPTER in self.peft.peft_config else None
+
+    @contextmanager
+    def active(self, policy: Any) -> Iterator[Any]:
+        """Yields the model to call: in eval mode (no dropout, nothing to checkpoint), with the reference's adapter state, without gradients."""
+        model = self.model if self.model is not None else policy
+        training = model.training
+        switch = nullcontext() if self.model is not None else self._switched()
+        model.eval()
+        try:
+            with torch.no_grad(), switch:
+                yield model
+        finally:
+            model.train(training)
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        assert self.peft is not None
+        if self._adapter is None:
+            with self.peft.disable_adapter():
+                yield
+            return
+        previous = self.peft.active_adapter
+        self.peft.set_adapter(self._adapter)
+        try:
+            yield
+        finally:
+            self.peft.set_adapter(previous)
+
+    def weights_hash(self) -> str:
+        """Hash of the reference's weights on this rank (ZeRO-3: of its shard)."""
+        model = self.model if self.model is not None else self.peft
+        skip = (
+            [] if self.peft is None or self.model is not None else [f".{name}." for name in self.peft.peft_config if name != self._adapter]
+        )
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(causal_lm(model).config.to_dict(), sort_keys=True, default=str).encode())
+        for name, parameter in model.named_parameters():
+            if not any(s in name for s in skip):
+                data = getattr(parameter, "ds_tensor", parameter).detach()
+                data = data.to_local() if hasattr(data, "to_local") else data
+                digest.update(name.encode())
+                digest.update(data.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _peft_model(model: Any) -> PeftModel | None:
+    while not isinstance(model, PeftModel):
+        model = getattr(model, "module", None)
+        if model is None:
+            return None
+    return model
+
+
+def _same_weights(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two towers hold the same numbers (sharded ones count as different: they cannot be compared here)."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def group_key(row: Mapping[str, Any]) -> str:
+    """Hash of what a group's reference log-probs depend on, besides model and tokenizer: prompt, responses and image bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([row["prompt"], row["responses"], row.get("chat_template_kwargs")], sort_keys=True, default=str).encode())
+    for image in row.get("images") or []:
+        if hasattr(image, "tobytes"):  # a decoded PIL image
+            digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+        else:
+            digest.update(hashlib.blake2b(read_bytes(image), digest_size=16).digest())
+    return digest.hexdigest()
+
+
+class ReferenceStore:
+    """Reference log-probs by group, on disk and in memory.
+
+    One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next run goes on from there. fp32 numbers are
+    kept exactly.
+
+    Args:
+        directory: of the cache.
+        run_key: everything that the numbers depend on besides the group: weights, tokenizer, image processor, layout, dtype, kernel.
+        tokens: whether per-token values are kept too.
+    """
+
+    def __init__(self, directory: str | Path, run_key: str, *, tokens: bool = False) -> None:
+        self.directory = Path(directory) / run_key
+        self.tokens = tokens
+        self.values: dict[str, list[np.ndarray]] = {}  # group key -> per response its log-prob [1], or those of its tokens [n]
+        self._file: Any = None
+
+    def load(self) -> int:
+        """Reads what earlier passes wrote; returns the number of groups."""
+        for file in sorted(self.directory.glob("*.jsonl")):
+            for line in file.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                    if record["tokens"] == self.tokens:
+                        self.values[record["key"]] = [
+                            np.frombuffer(base64.b64decode(v, validate=True), dtype="<f4") for v in record["logps"]
+                        ]
+                except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                    continue  # the line that a killed writer left half-written
+        return len(self.values)
+
+    def add(self, key: str, values: list[np.ndarray]) -> None:
+        """Keeps the values of one group and appends them to this process's file.
+
+        Raises:
+            OSError: the file cannot be written (full disk); what was written before stays valid.
+        """
+        if self._file is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = (self.directory / f"{platform.node()}-{os.getpid()}.jsonl").open("a")
+        self.values[key] = values
+        packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in values]
+        self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

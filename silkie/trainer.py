@@ -1,0 +1,386 @@
+"""`SilkieDPOTrainer`: TRL's DPO trainer on preference groups. Wiring only; the parts are in the modules it imports.
+
+Of TRL's trainer it uses `__init__`, `compute_loss`, `_set_signature_columns_if_needed`, `log` and `_metrics`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
+from trl import DPOTrainer
+
+from silkie import guards
+from silkie.attention import Attention
+from silkie.collator import GroupCollator, blank_vision
+from silkie.config import SilkieDPOConfig
+from silkie.data import load_preferences
+from silkie.data.schema import aspects_of, is_group_features
+from silkie.encoding import GroupEncoder
+from silkie.layout import LayoutChoice, choose_layout, self_test
+from silkie.losses import GroupLogps, build_objective
+from silkie.metrics import DeviceMeans
+from silkie.models import PromptPositions, causal_lm, vision_is_frozen, vision_parameters, vision_parts, with_default_targets
+from silkie.packing import Layout
+from silkie.precompute import ReferenceTable, precompute_reference
+from silkie.preparation import PreparationReport, prepare_groups
+from silkie.processors import load_processor
+from silkie.reference import Reference
+from silkie.sampler import GroupBatchSampler, WithEmptyGroups
+from silkie.scoring import Scorer, Scores
+from silkie.vision import FeatureCache
+
+logger = logging.getLogger(__name__)
+
+_TOKENS, _LOSS = "_tokens", "_loss"  # sums that are not metrics by themselves
+GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings", "chat_template_kwargs"]
+
+
+class SilkieDPOTrainer(DPOTrainer):
+    """Preference-trains a vision-language model on preference groups.
+
+    Args:
+        model: model, PeftModel, local directory or hub name.
+        ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter: with its frozen initial copy).
+        args: `SilkieDPOConfig`.
+        train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt / chosen / rejected / images), which are regrouped so
+            that pairs over the same prompt and images share their forward pass. `eval_dataset` may be a dict of them.
+        processing_class: the model's processor; None loads it from the model's name.
+        peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP projections.
+        callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
+
+    Raises:
+        TypeError: `args` is not a `SilkieDPOConfig`.
+        ValueError, silkie.data.DataError: options or data that cannot work, before any compute is spent.
+    """
+
+    _tag_names = ["silkie", "trl", "dpo"]  # noqa: RUF012  (transformers reads it as a class attribute)
+    loss_is_scaled_for_ga = True  # compute_loss divides by the totals of the whole optimizer step
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: PreTrainedModel | None = None,
+        args: SilkieDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = SilkieDPOConfig(output_dir="silkie-dpo")
+        if not isinstance(args, SilkieDPOConfig):
+            raise TypeError(f"args must be a SilkieDPOConfig, not {type(args).__name__}: `from silkie import SilkieDPOConfig`.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows.")
+        guards.check_launch(args)
+        config, processing_class = _config_and_processor(model, processing_class, args)
+        if peft_config is not None:
+            peft_config = with_default_targets(peft_config, config)
+        elif args.freeze_vision and not isinstance(model, str):
+            freeze_vision(model)
+
+        self.encoder = GroupEncoder(
+            processing_class, max_length=args.max_length, max_response_length=args.max_response_length, response_end=args.response_end
+        )
+        self.reports: dict[str, PreparationReport] = {}
+        train_dataset = self._prepared(train_dataset, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepared(d, args, name) for name, d in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, args, "eval")
+
+        self.choice: LayoutChoice = choose_layout(config, args)
+        self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
+        find_unused = args.ddp_find_unused_parameters
+        with _without_precompute(args), guards.allow_adapted_head():
+            super().__init__(
+                model=model, ref_model=ref_model, args=args, data_collator=_refuse_collation, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                processing_class=processing_class, peft_config=peft_config, **kwargs,
+            )  # fmt: skip
+        if peft_config is None and args.freeze_vision and isinstance(model, str):
+            freeze_vision(self.model)
+        self.frozen_vision = vision_is_frozen(self.model)
+        if self.frozen_vision and find_unused is None:
+            args.ddp_find_unused_parameters = False  # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
+        self._after_trl_init()
+
+    def _after_trl_init(self) -> None:
+        args = self.args
+        guards.check_process_count(args, self.accelerator)
+        guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
+        base = causal_lm(self.model)
+        self.choice.apply(base)
+        if self.frozen_vision:
+            unhook_vision(base)
+        self.scorer = Scorer(
+            attention=Attention(backend=self.choice.backend, layout=self.choice.layout),
+            fused=args.use_fused_logprob,
+            impl=args.logprob_impl,
+        )
+        self.data_collator = self.collator_for(self.choice.layout)
+        needs = self.objective.needs
+        self.reference = Reference(self.model, self.ref_model) if "reference" in needs or "reference_tokens" in needs else None
+        self._means = {"train": DeviceMeans(), "eval": DeviceMeans()}
+        self._watch = guards.FiniteWatch()
+        self.reference_table: ReferenceTable | None = None
+        # Before training: a resumed full fine-tuning run loads its trained weights over these.
+        self.reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
+        self._sampler: GroupBatchSampler | None = None
+        self.add_callback(_StepHooks(self))
+        self._log_plan()
+
+    # -- data ---------------------------------------------------------------------------------------------------------------------------------
+
+    def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
+        if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
+            return dataset
+        with args.main_process_first(desc=f"preparing the {name} data"):
+            if not is_group_features(dataset.features):
+                dataset = load_preferences(dataset, on_error=args.on_bad_row)
+            dataset, self.reports[name] = prepare_groups(
+                dataset, self.encoder, on_bad_row=args.on_bad_row, num_proc=args.dataset_num_proc, name=name
+            )
+        return dataset
+
+    def collator_for(self, layout: Layout) -> GroupCollator:
+        """This run's collator for a layout."""
+        tokenizer, config = self.processing_class.tokenizer, causal_lm(self.model).config
+        return GroupCollator(
+            encoder=self.encoder,
+            positions=PromptPositions(self.model),
+            layout=layout,
+            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            image_token_id=getattr(config, "image_token_id", None),
+            groups_per_row=self.choice.groups_per_row,
+            aspects=aspects_of(self.train_dataset.features),
+            dummy_vision=blank_vision(self.encoder) if guards.needs_dummy_image(self.accelerator, self.frozen_vision) else None,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(GROUP_COLUMNS)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of groups from `GroupBatchSampler`, dealt to the ranks by accelerate."""
+        args, dataset = self.args, self.train_dataset
+        self._sampler = GroupBatchSampler(
+            self.choice.costs(dataset), batch_size=self._train_batch_size, max_tokens=args.max_tokens_per_batch,
+            world=self.accelerator.num_processes, seed=args.data_seed if args.data_seed is not None else args.seed, padded=self.choice.groups_per_row == 1,
+        )  # fmt: skip
+        rows = dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])
+        loader = DataLoader(
+            WithEmptyGroups(rows), batch_sampler=self._sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
+        )  # fmt: skip
+        even = self.accelerator.even_batches
+        self.accelerator.even_batches = False  # the sampler has made the batches even without repeating groups
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even
+
+    # -- loss ---------------------------------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of an optimizer step, and the totals over them and over all ranks that normalise its loss."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        units = [self.objective.units(self._group_logps(batch)) for batch in samples]
+        totals = {name: torch.stack([u[name] for u in units]).sum().to(device) for name in units[0]}
+        return samples, {name: self.accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: dict[str, Tensor] | None = None
+    ) -> Any:
+        """The micro-batch's share of the weighted mean over all pairs of the optimizer step.
+
+        Args:
+            num_items_in_batch: totals from `get_batch_samples`; None (evaluation): the batch is the whole step.
+        """
+        mode = "train" if self.model.training else "eval"
+        cache = FeatureCache() if self.frozen_vision else None
+        reference = self._reference_scores(model, inputs, cache)
+        wants_stats = self.args.log_token_stats or "stats" in self.objective.needs
+        scores = self.scorer(model, inputs, frozen_vision=self.frozen_vision, cache=cache, return_stats=wants_stats)
+        group_logps = self._group_logps(inputs, scores, reference)
+        loss, metrics = self.objective(group_logps, num_items_in_batch, training=mode == "train")
+        self._record(mode, inputs, loss, metrics, scores, group_logps)
+        if mode == "train" and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
+        return (loss, {"logps": scores.logps}) if return_outputs else loss
+
+    def _reference_scores(self, model: Any, inputs: dict[str, Any], cache: FeatureCache | None) -> Scores | None:
+        if self.reference is None:
+            return None
+        if self.reference_table is not None and self.model.training:  # evaluation data is not in the table
+            return self.reference_table.lookup(inputs)
+        shared = cache if self.reference.shares_vision else None
+        with self.reference.active(model) as reference_model:
+            return self.scorer(reference_model, inputs, frozen_vision=True, cache=shared)
+
+    def _group_logps(self, batch: dict[str, Any], scores: Scores | None = None, reference: Scores | None = None) -> GroupLogps:
+        return GroupLogps(
+            lengths=batch["lengths"],
+            pairs=batch["pairs"],
+            pair_weights=batch["pair_weights"],
+            group=batch["group"],
+            ratings=batch.get("ratings"),
+            aspect_ratings=batch.get("aspect_ratings"),
+            aspects=self.data_collator.aspects,
+            owner=batch["owner"],
+            token_ids=batch["target"],
+            logps=scores.logps if scores else None,
+            per_token_logps=scores.per_token_logps if scores else None,
+            log_sum_sq_probs=scores.stats.log_sum_sq_probs if scores and scores.stats else None,
+            ref_logps=reference.logps if reference else None,
+            ref_per_token_logps=reference.per_token_logps if reference else None,
+        )
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> Any:
+        """Evaluation needs the loss and the metrics only."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # -- logging ------------------------------------------------------------------------------------------------------------------------------
+
+    def _record(
+        self, mode: str, batch: dict[str, Any], loss: Tensor, metrics: dict[str, Tensor], scores: Scores, group_logps: GroupLogps
+    ) -> None:
+        means = self._means[mode]
+        self._watch.add(loss, batch["names"])
+        counted = group_logps.weights > 0  # a rank that ran out of groups works on a copy with weight 0
+        for name, value in metrics.items():
+            means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
+        if mode == "eval":
+            means.add(_LOSS, loss.detach() * group_logps.weights.sum(), group_logps.weights.sum())
+        means.add(_TOKENS, (batch["segment_ids"] >= 0).sum(), 0)
+        if scores.stats is not None and self.args.log_token_stats:
+            self._record_stats(means, batch, scores)
+
+    def _record_stats(self, means: DeviceMeans, batch: dict[str, Any], scores: Scores) -> None:
+        """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per pair."""
+        assert scores.stats is not None
+        for side, column in (("chosen", 0), ("rejected", 1)):
+            times = torch.bincount(batch["pairs"][:, column], minlength=len(batch["lengths"])).to(scores.per_token_logps.dtype)
+            weight = times[batch["owner"]]
+            means.add(f"logits/{side}", (scores.stats.mean_logit * weight).sum(), weight.sum())
+            means.add("entropy", (scores.stats.entropy * weight).sum(), weight.sum())
+            if side == "chosen":
+                means.add("mean_token_accuracy", (scores.stats.is_top1 * weight).sum(), weight.sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last call, over all ranks, under TRL's names."""
+        mode = "train" if self.model.training else "eval"
+        means = self._means[mode].pop(partial(self.accelerator.reduce, reduction="sum"))
+        tokens, _ = means.pop(_TOKENS, (0.0, 0.0))
+        exact, pairs = means.pop(_LOSS, (0.0, 0.0))
+        if pairs:
+            logs.update({key: exact / pairs for key in logs if key.startswith("eval") and key.endswith("_loss")})
+        for name, (total, count) in means.items():
+            if count:
+                self._metrics[mode][name] = [total / count]
+        if mode == "train":
+            self._total_train_tokens += int(tokens)
+            self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
+            self._watch.check(logs.get("grad_norm"))
+        super().log(logs, start_time)
+
+    def _log_plan(self) -> None:
+        for line in [
+            *self.choice.lines(),
+            f"log-probs: {'silkie.logprob, ' + self.args.logprob_impl if self.args.use_fused_logprob else 'plain logits'}",
+        ]:
+            logger.info(line)
+        logger.info("reference: %s", self.reference.kind if self.reference else "none (the losses need none)")
+        logger.info("vision tower: %s", "frozen, encoded once per step and shared" if self.frozen_vision else "trained")
+
+    # -- start and steps ----------------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
+        if self.args.self_test and self.choice.layout == "packed":
+            self_test(self)
+        if self.args.precompute_ref_log_probs and self.reference is not None and self.reference_table is None:
+            self.reference_table = precompute_reference(self)
+
+
+class _StepHooks(TrainerCallback):
+    """The trainer's own hooks on transformers' training loop."""
+
+    def __init__(self, trainer: SilkieDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._sampler is not None:  # also after resuming, where wrappers hide the sampler from the loop
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.objective.end_step(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
+        if control.should_save:
+            trainer._watch.check()  # a checkpoint must not hold weights that a non-finite step has ruined
+
+
+def freeze_vision(model: Any) -> None:
+    """Takes the vision tower and its projector out of training."""
+    for parameter in vision_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def unhook_vision(base: PreTrainedModel) -> None:
+    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would back-propagate it for nothing."""
+    for _, part in vision_parts(base):
+        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+            for key, hook in list(module._forward_hooks.items()):
+                if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                    del module._forward_hooks[key]
+
+
+@contextmanager
+def _without_precompute(args: SilkieDPOConfig) -> Iterator[None]:
+    """TRL's `__init__` refuses to precompute reference log-probs with images; silkie does that by itself."""
+    wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
+    try:
+        yield
+    finally:
+        args.precompute_ref_log_probs = wanted
+
+
+def _config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> tuple[Any, Any]:
+    """The model's config, and its processor: the given one, or the one of its directory or hub name."""
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        name = model
+    else:
+        config, revision = causal_lm(model).config, None
+        name = config._name_or_path
+    if processor is None:
+        if not name:
+            raise ValueError("The model was not loaded from a directory or hub name; pass its processor as `processing_class`.")
+        processor = load_processor(name, trust_remote_code=args.trust_remote_code, **({"revision": revision} if revision else {}))
+    if not isinstance(processor, ProcessorMixin):
+        raise TypeError(f"processing_class must be the model's processor (image processor + tokenizer), not {type(processor).__name__}.")
+    return config, processor
+
+
+def _refuse_collation(rows: Any) -> Any:
+    """Stands in until the model is there: the collator needs its positions rule."""
+    raise RuntimeError("the collator is not set up yet")
