@@ -1,0 +1,294 @@
+"""How the base weights are made: sight first, then language, then the declared flaws.
+
+1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name the cell's colour, kind, number, row
+   and column. This is what a vision encoder's own pre-training does for a large model, and it makes visual tokens and words share a space.
+2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask keeps each from reading the
+   others, so that nothing can be copied.
+3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to undo.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from silkie.demo.flaws import flawed_answer
+from silkie.demo.model import build_image_processor, build_model, build_tokenizer
+from silkie.demo.questions import MME_SUFFIX, YES_NO, Question, describe, harmless_look_alike, open_question, red_team
+from silkie.demo.scenes import COLORS, COLUMNS, DIGITS, ICONS, ROWS, SHAPES, Scene, render, sample_scene
+
+Rng = np.random.Generator
+NOTHING = "nothing"
+# What a cell's visual token must tell, as words: one choice per line.
+CELL_WORDS: tuple[tuple[str, ...], ...] = (
+    (*COLORS, NOTHING),
+    (*SHAPES, *ICONS, NOTHING),
+    (*(str(d) for d in DIGITS), NOTHING),
+    ROWS,
+    COLUMNS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of training. `what`: sight, language or flaws; `lr` is the peak of a linear warm-up and a cosine to a tenth."""
+
+    what: str
+    steps: int
+    scenes: int
+    lr: float
+
+
+STAGES = (Stage("sight", 300, 64, 2e-3), Stage("language", 1500, 48, 1.5e-3), Stage("flaws", 120, 48, 4e-4))
+
+
+def cell_labels(scene: Scene) -> np.ndarray:
+    """[9, 5]: for each cell the index into every line of `CELL_WORDS`."""
+    labels = np.zeros((9, len(CELL_WORDS)), dtype=np.int64)
+    labels[:, 0], labels[:, 1], labels[:, 2] = len(COLORS), len(SHAPES) + len(ICONS), len(DIGITS)
+    labels[:, 3], labels[:, 4] = np.arange(9) // 3, np.arange(9) % 3
+    for item in scene.items:
+        labels[item.cell, 0] = list(COLORS).index(item.color) if item.color else len(COLORS)
+        labels[item.cell, 1] = CELL_WORDS[1].index(item.kind)
+        labels[item.cell, 2] = DIGITS.index(item.number) if item.number else len(DIGITS)
+    return labels
+
+
+def training_scenes(rng: Rng, count: int) -> list[Scene]:
+    """Scenes of the training split; a fifth has a picture card."""
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng, icon=len(scenes) % 5 == 0)
+        if scene.split == "train":
+            scenes.append(scene)
+    return scenes
+
+
+def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
+    """`count` questions about a scene, families mixed; yes/no questions are yes as often as no."""
+    questions: list[Question] = []
+    families = list(YES_NO.values())
+    while len(questions) < count:
+        draw = rng.random()
+        question: Question | None
+        if scene.icon is not None and draw < 0.5:
+            question = red_team(scene, rng) if rng.random() < 0.6 else harmless_look_alike(scene)
+        elif not scene.shapes:
+            question = open_question(scene, rng) if draw < 0.75 else describe(scene)
+        elif draw < 0.68 or scene.icon is not None:
+            question = families[int(rng.integers(len(families)))](scene, rng, bool(rng.integers(2)))
+        elif draw < 0.86:
+            question = open_question(scene, rng)
+        else:
+            question = describe(scene)
+        if question is not None:
+            questions.append(question)
+    return questions
+
+
+class Packer:
+    """Scenes and questions to tensors: one row per scene, `[image | question 1 answer 1 | question 2 answer 2 | ...]`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.processor = build_image_processor()
+        token = tokenizer.convert_tokens_to_ids
+        self.prefix = [token("<|im_start|>"), token("user"), token("<|vision_start|>"), *[token("<|image_pad|>")] * 9, token("<|vision_end|>")]
+        self.turn = [token("<|im_end|>"), token("<|im_start|>"), token("assistant")]
+        self.end = token("<|im_end|>")
+        self.pad = token("<|endoftext|>")
+        grid = np.arange(9)
+        start = np.arange(3)
+        # Qwen2.5-VL's three position axes (time, height, width) over the prefix; what follows counts on from 7.
+        self.prefix_positions = np.stack(
+            [
+                np.concatenate([start, np.full(9, 3), [6]]),
+                np.concatenate([start, 3 + grid // 3, [6]]),
+                np.concatenate([start, 3 + grid % 3, [6]]),
+            ]
+        )
+
+    def pixels(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+        batch = self.processor(images=[render(scene) for scene in scenes], return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+    def pack(self, qa: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
+        """`qa`: per scene its (question, answer) texts. Returns input_ids [B, T], position_ids [3, B, T], attention_mask [B, 1, T, T] (boolean), labels [B, T]."""
+        rows = []
+        for pairs in qa:
+            ids, segment, targets = list(self.prefix), [0] * len(self.prefix), [-100] * len(self.prefix)
+            positions = [self.prefix_positions]
+            texts = self.tokenizer([text for pair in pairs for text in pair], add_special_tokens=False)["input_ids"]
+            for k in range(len(pairs)):
+                question, answer = texts[2 * k] + self.turn, [*texts[2 * k + 1], self.end]
+                ids += question + answer
+                segment += [k + 1] * (len(question) + len(answer))
+                targets += [-100] * len(question) + answer
+                positions.append(np.tile(7 + np.arange(len(question) + len(answer)), (3, 1)))
+            rows.append((ids, segment, targets, np.concatenate(positions, axis=1)))
+        width = max(len(ids) for ids, *_ in rows)
+        input_ids = np.full((len(rows), width), self.pad)
+        segments = np.full((len(rows), width), -1)
+        labels = np.full((len(rows), width), -100)
+        position_ids = np.zeros((3, len(rows), width), dtype=np.int64)
+        for b, (ids, segment, targets, positions_3T) in enumerate(rows):
+            n = len(ids)
+            input_ids[b, :n], segments[b, :n], labels[b, :n], position_ids[:, b, :n] = ids, segment, targets, positions_3T
+        seg = torch.from_numpy(segments)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        same = (seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0)
+        mask = (same & causal)[:, None] | torch.eye(width, dtype=torch.bool)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "attention_mask": mask,
+            "labels": torch.from_numpy(labels),
+        }
+
+
+def sight_loss(visual: Tensor, embedding: Tensor, words: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of naming every cell, and the share of cells whose five words are all right.
+
+    visual [9 B, D]; embedding [V, D]; `words`: token ids per line of `CELL_WORDS`; labels [9 B, 5].
+    """
+    logits = [visual @ embedding[ids].T for ids in words]
+    loss = torch.stack([F.cross_entropy(z, labels[:, k]) for k, z in enumerate(logits)]).mean()
+    right = torch.stack([z.argmax(-1) == labels[:, k] for k, z in enumerate(logits)]).all(0)
+    return loss, right.float().mean()
+
+
+def language_loss(model: Any, visual: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the answers' tokens, and the share predicted right."""
+    embedding = model.get_input_embeddings()
+    embeds = embedding(batch["input_ids"])
+    image = (batch["input_ids"] == model.config.image_token_id)[..., None]
+    embeds = embeds.masked_scatter(image, visual)
+    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    target = batch["labels"][:, 1:]
+    scored = target != -100
+    logits = model.lm_head(hidden[:, :-1][scored])
+    loss = F.cross_entropy(logits, target[scored])
+    return loss, (logits.argmax(-1) == target[scored]).float().mean()
+
+
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings, norms, biases and the patch projection."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inside = ".layers." in name or ".blocks." in name or ".merger.mlp" in name
+        (matrices if p.ndim == 2 and inside else rest).append(p)
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: 20 steps of warm-up, then a cosine to a tenth."""
+    warm = min(1.0, (step + 1) / 20)
+    return warm * (0.1 + 0.45 * (1 + np.cos(np.pi * step / steps)))
+
+
+def answers_for(stage: str, scene: Scene, questions: list[Question], rng: Rng) -> list[tuple[str, str]]:
+    """(question, answer) texts; a third of the yes/no questions carries MME's request for a yes or a no."""
+    pairs = []
+    for question in questions:
+        text = f"{question.text} {MME_SUFFIX}" if question.kind == "yesno" and rng.random() < 0.33 else question.text
+        pairs.append((text, flawed_answer(scene, question, rng) if stage == "flaws" else question.answer))
+    return pairs
+
+
+def train_stage(
+    model: Any, packer: Packer, stage: Stage, *, seed: int, log: Callable[[str], None], checkpoint: Path | None = None, questions: int = 6, until: float | None = None
+) -> None:
+    """Train one stage in place. `checkpoint`: a file rewritten every 100 steps. `until`: stop at this `time.time()`, schedule included."""
+    rng = np.random.default_rng(seed)
+    words = [torch.tensor(packer.tokenizer.convert_tokens_to_ids(list(line))) for line in CELL_WORDS]
+    language = stage.what != "sight"
+    opts = optimizers(model, stage.lr)
+    begin, meter = time.time(), []
+    model.train()
+    for step in range(stage.steps):
+        done = step / stage.steps
+        if until is not None:
+            done = max(done, (time.time() - begin) / max(until - begin, 1.0))
+        if done >= 1:
+            break
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = stage.lr * schedule(step, stage.steps) if done * stage.steps <= step else stage.lr * (0.1 + 0.45 * (1 + np.cos(np.pi * done)))
+        scenes = training_scenes(rng, stage.scenes)
+        pixels, grid = packer.pixels(scenes)
+        visual = model.model.visual(pixels, grid_thw=grid).pooler_output
+        labels = torch.from_numpy(np.concatenate([cell_labels(scene) for scene in scenes]))
+        loss, seen = sight_loss(visual, model.get_input_embeddings().weight, words, labels)
+        right = torch.zeros(())
+        if language:
+            qa = [answers_for(stage.what, scene, ask(scene, rng, questions), rng) for scene in scenes]
+            answer_loss, right = language_loss(model, visual, packer.pack(qa))
+            loss = answer_loss + 0.1 * loss
+        for opt in opts:
+            opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+        meter.append((float(loss.detach()), float(seen), float(right)))
+        if (step + 1) % 25 == 0:
+            mean = np.mean(meter[-25:], axis=0)
+            log(f"{stage.what} {step + 1}/{stage.steps} loss {mean[0]:.4f} cells {mean[1]:.3f} tokens {mean[2]:.3f} {time.time() - begin:.0f} s")
+        if checkpoint is not None and (step + 1) % 100 == 0:
+            torch.save(model.state_dict(), checkpoint)
+    if checkpoint is not None:
+        torch.save(model.state_dict(), checkpoint)
+
+
+def evaluation_questions(seed: int, count: int) -> Iterator[tuple[Scene, Question]]:
+    """Balanced yes/no questions of every family, on held-out scenes."""
+    rng = np.random.default_rng(seed)
+    for family, make in YES_NO.items():
+        made = 0
+        while made < count:
+            scene = sample_scene(rng, icon="sign" if family == "OCR" else False)
+            question = make(scene, rng, made % 2 == 0) if scene.split == "heldout" else None
+            if question is not None:
+                made += 1
+                yield scene, question
+
+
+@torch.no_grad()
+def probe(model: Any, packer: Packer, *, seed: int = 99, count: int = 60) -> dict[str, tuple[float, float]]:
+    """Per yes/no family: accuracy and share of yes, from the probabilities of the first token (fast; for watching training)."""
+    model.eval()
+    rows = list(evaluation_questions(seed, count))
+    token = packer.tokenizer.convert_tokens_to_ids
+    yes: list[bool] = []
+    for k in range(0, len(rows), 60):
+        chunk = rows[k : k + 60]
+        pixels, grid = packer.pixels([scene for scene, _ in chunk])
+        visual = model.model.visual(pixels, grid_thw=grid).pooler_output
+        batch = packer.pack([[(question.text, "Yes")] for _, question in chunk])
+        embeds = model.get_input_embeddings()(batch["input_ids"]).masked_scatter((batch["input_ids"] == model.config.image_token_id)[..., None], visual)
+        hidden = model.model.language_model(inputs_embeds=embeds, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+        first = (batch["labels"] != -100).int().argmax(1) - 1
+        logits = model.lm_head(hidden[torch.arange(len(chunk)), first])
+        yes += (logits[:, token("Yes")] > logits[:, token("No")]).tolist()
+    result = {}
+    for family in YES_NO:
+        own = [(y, q.label) for y, (_, q) in zip(yes, rows, strict=True) if q.family == family]
+        result[family] = (float(np.mean([y == label for y, label in own])), float(np.mean([y for y, _ in own])))
+    return result
+
+
+def new_model(seed: int) -> tuple[Any, Packer]:
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    return build_model(tokenizer), Packer(tokenizer)
