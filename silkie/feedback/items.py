@@ -68,6 +68,7 @@ class ItemError(Exception):
         super().__init__(message)
         self.kind = kind
         self.raw = raw
+        self.usage = Usage()  # of unusable answers that came before it
 
 
 class StopRun(Exception):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from silkie.feedback.items import AspectRating, JudgeItem, Verdict
+from silkie.feedback.items import AnswerError, AspectRating, JudgeItem, Verdict
 from silkie.feedback.parse import parse_answer
-from silkie.feedback.prompting import judge_text, rubric_text
+from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_text
 from silkie.feedback.rubric import Rubric, default_rubric
+
+if TYPE_CHECKING:
+    from silkie.feedback.endpoint import Endpoint
 
 OracleFunction = Callable[[JudgeItem], Sequence[Mapping[str, "float | AspectRating | None"]]]
 
@@ -108,3 +111,66 @@ class LocalJudge:
 
     async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
         return await asyncio.to_thread(self.rate, item, attempt=attempt)
+
+
+class OpenAIJudge:
+    """A judge behind an OpenAI-compatible endpoint (a hosted model, vLLM, `transformers serve`).
+
+    Args:
+        endpoint: where to ask; brings retries, timeouts and prices.
+        structured: "auto" asks for JSON by schema, and for the Markdown form where the endpoint refuses that or the answer was unusable
+            (some servers take the schema and ignore it); "json" insists on the schema; "markdown" never asks for it. Whatever was asked
+            for, an answer in either form is read.
+        temperature: None leaves it to the server.
+        max_tokens: room for an answer; doubled for a question whose answer was unusable before, since it may have been cut.
+        max_image_side: larger images are scaled down before they are sent, to save tokens.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        rubric: Rubric | None = None,
+        structured: Literal["auto", "json", "markdown"] = "auto",
+        temperature: float | None = 0.0,
+        max_tokens: int = 2048,
+        max_image_side: int | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.name = endpoint.model
+        self.rubric = rubric or default_rubric()
+        self.structured = structured
+        self.temperature, self.max_tokens, self.max_image_side = temperature, max_tokens, max_image_side
+
+    def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        return asyncio.run(self.arate(item, attempt=attempt))
+
+    async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
+        form = self._form(attempt)
+        answer = await self.endpoint.chat(
+            await asyncio.to_thread(self.messages, item, form),
+            temperature=self.temperature,
+            max_tokens=self.max_tokens * 2**attempt,
+            response_format=answer_schema(self.rubric, len(item.responses)) if form == "json" else None,
+        )
+        try:
+            ratings, found = parse_answer(answer.text, self.rubric, len(item.responses))
+        except AnswerError as error:
+            error.usage = answer.usage
+            raise
+        return Verdict(ratings=ratings, usage=answer.usage, form=found)
+
+    def messages(self, item: JudgeItem, form: Form) -> list[dict[str, Any]]:
+        """One user turn: the rubric first, as the part that never changes (servers cache equal beginnings), then images, then the item."""
+        from silkie.feedback.media import data_url
+
+        urls = [data_url(image, where=f"item {item.id!r}, image {i}", max_side=self.max_image_side) for i, image in enumerate(item.images)]
+        content: list[dict[str, Any]] = [{"type": "text", "text": rubric_text(self.rubric)}]
+        content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": judge_text(item, self.rubric, form)})
+        return [{"role": "user", "content": content}]
+
+    def _form(self, attempt: int) -> Form:
+        if self.structured == "auto":
+            return "json" if attempt == 0 and self.endpoint.supports("response_format") else "markdown"
+        return self.structured

@@ -9,8 +9,8 @@
     #### Ethical Considerations Assessment
     ...
 
-Lenient about decoration (heading level, bold, list marks, "4/5", a code fence around it all), strict about content: every aspect once, every
-text once per aspect, one rating each and on the scale. Whatever is ambiguous is an error, so that a rating never lands on the wrong response.
+Lenient about decoration (heading level, bold, list marks, "4/5", a code fence around it all), strict about content: every aspect once,
+every text once per aspect, one rating each and on the scale. Whatever is ambiguous is an error: a rating never lands on the wrong response.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from silkie.feedback.items import AnswerError, AspectRating, JudgeItem, RatedItem, Usage, Verdict
+from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, RatedItem, Usage, Verdict
 from silkie.feedback.judges import Judge
 
 
@@ -68,6 +68,9 @@ async def cast_vote(item: JudgeItem, judge: Judge, *, vote: int = 0, seed: int =
         except AnswerError as error:
             errors.append(error)
             continue
+        except ItemError as error:
+            error.usage = sum((earlier.usage for earlier in errors), error.usage)
+            raise
         usage = sum((error.usage for error in errors), verdict.usage)
         return Vote(order=order, ratings=ratings, usage=usage, form=verdict.form)
     raise UnusableAnswers(errors)

@@ -1,0 +1,142 @@
+"""The command line: `python -m silkie.feedback sample | rate | build`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+STOPPED_EARLY = 3
+
+
+def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of whoever talks to an endpoint."""
+    parser.add_argument("--base-url", help="OpenAI-compatible endpoint, for example http://localhost:8000/v1")
+    parser.add_argument("--model", help="name of the model at the endpoint")
+    parser.add_argument("--key-variable", help="environment variable with the API key (default: SILKIE_API_KEY, then OPENAI_API_KEY)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one call (default 60)")
+    parser.add_argument("--concurrency", type=int, default=16, help="calls in flight at most (default 16)")
+    parser.add_argument("--max-budget-tokens", type=int, help="stop cleanly once this many tokens are spent, earlier runs included")
+    parser.add_argument("--max-cost", type=float, help="stop cleanly once this much is spent (needs prices)")
+    parser.add_argument("--price-prompt", type=float, default=0.0, help="price per million prompt tokens")
+    parser.add_argument("--price-completion", type=float, default=0.0, help="price per million completion tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress line")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m silkie.feedback", description="Responses, ratings and a preference dataset without annotators."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    rate = commands.add_parser("rate", help="rate responses with a judge; run again to resume")
+    rate.add_argument("responses", help='JSONL of {"id", "image", "prompt", "responses": [{"model", "response"}, ...]}')
+    rate.add_argument("--journal", required=True, help="append-only journal: one JSON line per finished or failed item")
+    rate.add_argument("--image-root", help="directory or zip of the images (default: beside RESPONSES)")
+    rate.add_argument("--local", help="judge with a model in this process instead: a model or adapter directory")
+    rate.add_argument("--rubric", help="YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
+    rate.add_argument("--votes", type=int, default=1, help="answers per item; ratings are their mean (default 1)")
+    rate.add_argument("--attempts", type=int, default=3, help="answers per vote until one is usable (default 3)")
+    rate.add_argument("--structured", choices=["auto", "json", "markdown"], default="auto", help="form that is asked for (default auto)")
+    rate.add_argument("--temperature", type=float, help="default: 0 for one vote, 0.7 for several")
+    rate.add_argument("--max-answer-tokens", type=int, default=2048, help="room for one answer (default 2048)")
+    rate.add_argument("--max-image-side", type=int, help="scale larger images down to this many pixels")
+    rate.add_argument("--retry-failed", action="store_true", help="do items again that an earlier run recorded as failed")
+    add_endpoint_arguments(rate)
+    rate.set_defaults(run=run_rate)
+    return parser
+
+
+def make_endpoint(arguments: argparse.Namespace) -> Any:
+    from silkie.feedback.budget import Prices
+    from silkie.feedback.endpoint import Endpoint
+
+    return Endpoint(
+        arguments.base_url,
+        arguments.model,
+        timeout=arguments.timeout,
+        prices=Prices(prompt=arguments.price_prompt, completion=arguments.price_completion),
+        key_variable=arguments.key_variable,
+        connections=arguments.concurrency,
+    )
+
+
+def check_endpoint_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that contradict each other."""
+    if arguments.concurrency < 1:
+        raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
+    if arguments.max_cost is not None and not (arguments.price_prompt or arguments.price_completion):
+        raise ValueError("--max-cost needs --price-prompt and --price-completion")
+
+
+def run_rate(arguments: argparse.Namespace) -> int:
+    from silkie.feedback.judges import Judge, LocalJudge, OpenAIJudge
+    from silkie.feedback.rate_run import RateOptions, rate_file
+    from silkie.feedback.rubric import load_rubric
+
+    check_endpoint_arguments(arguments)
+    if arguments.votes < 1 or arguments.attempts < 1:
+        raise ValueError("--votes and --attempts must be 1 or more")
+    rubric = load_rubric(arguments.rubric)
+    judge: Judge
+    if arguments.local:
+        if arguments.base_url:
+            raise ValueError("--local and --base-url name two judges; pass one of them")
+        from silkie.inference import load_policy
+
+        judge = LocalJudge(*load_policy(arguments.local), rubric=rubric, name=arguments.local, max_new_tokens=arguments.max_answer_tokens)
+    else:
+        if not (arguments.base_url and arguments.model):
+            raise ValueError("pass --base-url and --model (an endpoint), or --local (a model directory)")
+        default_temperature = 0.0 if arguments.votes == 1 else 0.7
+        judge = OpenAIJudge(
+            make_endpoint(arguments),
+            rubric=rubric,
+            structured=arguments.structured,
+            temperature=default_temperature if arguments.temperature is None else arguments.temperature,
+            max_tokens=arguments.max_answer_tokens,
+            max_image_side=arguments.max_image_side,
+        )
+    options = RateOptions(
+        image_root=arguments.image_root,
+        concurrency=1 if arguments.local else arguments.concurrency,
+        votes=arguments.votes,
+        attempts=arguments.attempts,
+        seed=arguments.seed,
+        max_tokens=arguments.max_budget_tokens,
+        max_cost=arguments.max_cost,
+        retry_failed=arguments.retry_failed,
+        progress=not arguments.quiet,
+    )
+    summary = rate_file(arguments.responses, judge, arguments.journal, options)
+    print(summary.text())
+    if summary.stopped:
+        print("run the same command again to go on")
+        return STOPPED_EARLY
+    if summary.failures:
+        print("--retry-failed does the failed items again")
+    return 1 if summary.items and not summary.rated else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: every item is accounted for; 1: every item failed; 2: wrong use; 3: stopped early, run again to go on."""
+    from silkie.feedback.journal import JournalError
+    from silkie.feedback.records import RecordError
+    from silkie.feedback.rubric import RubricError
+
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "httpcore", "openai"):  # they log every request, some of them with its content
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return arguments.run(arguments)
+    except (JournalError, RecordError, RubricError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""An append-only journal of JSON lines that survives a kill at any moment.
+
+A record counts as finished once its line, with the line break, has been written and flushed to the disk (`fsync`). Records that arrive
+while a flush is under way go out together in the next one, so that the disk does not limit the number of calls. One process writes a
+journal at a time; a second one gets an error instead of a mixed file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class JournalError(RuntimeError):
+    """A journal that cannot be used; the message says why and what to do."""
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """One JSON line. Half of a surrogate pair (models do emit them) is escaped rather than lost."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a journal, in order. A torn last line is left out; a broken line elsewhere raises JournalError with its number."""
+    for record, _ in _scan(Path(path)):
+        yield record
+
+
+def _scan(path: Path) -> Iterator[tuple[Record, int]]:
+    """Every record with the offset at which its line ends."""
+    broken: int | None = None
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if broken is not None:
+                raise JournalError(
+                    f"{path}: line {broken} is not a JSON object, and more lines follow. Journals are only appended to, so something else "
+                    "changed this file: restore it, or remove that line"
+                )
+            end += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and line.endswith(b"\n"):
+                yield record, end
+            else:
+                broken = number
+
+
+class Journal:
+    """The journal of one run; use as a context manager.
+
+    Args:
+        path: the file; its directory is made if need be. `path` + ".lock" guards it.
+        on_record: called with every record that is already there, oldest first. Keep what you need of it: the journal keeps nothing.
+    """
+
+    def __init__(self, path: str | Path, *, on_record: Callable[[Record], None] | None = None) -> None:
+        self.path = Path(path)
+        self._on_record = on_record or (lambda record: None)
+        self._lock = FileLock(str(self.path) + ".lock")
+        self._descriptor: int | None = None
+        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Journal:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise JournalError(
+                f"{self.path}: another process is writing this journal (it holds {self.path}.lock). Wait for it, or pass another journal."
+            ) from error
+        try:
+            self._recover()
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            _sync_directory(self.path.parent)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._lock.release()
+
+    async def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record; returns once it is on the disk. Raises OSError (disk full, ...), after which the file ends at a whole line."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.append((encode_line(record), future))
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush())
+        await asyncio.shield(future)
+
+    async def _flush(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
+            except OSError as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_result(None)
+        self._flusher = None
+
+    def _write(self, data: bytes) -> None:
+        if self._descriptor is None:
+            raise JournalError(f"{self.path}: the journal is closed")
+        before = os.fstat(self._descriptor).st_size
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+            os.fsync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, before)
+            raise
+
+    def _recover(self) -> None:
+        """Report every whole record, and remove what a kill or a power cut left of a last line."""
+        if not self.path.exists():
+            return
+        end = 0
+        for record, end in _scan(self.path):  # noqa: B007  (the last offset is what counts)
+            self._on_record(record)
+        torn = self.path.stat().st_size - end
+        if torn:
+            logger.warning("%s: removed a torn last line of %d bytes; its item will be done again", self.path, torn)
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a new or renamed file's name durable (POSIX only: other systems cannot open a directory)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,293 @@
+"""`python -m silkie.feedback rate`: a file of responses through a judge into a journal, resumable at any point.
+
+A line of the journal, one per item:
+
+    {"id", "status": "ok", "judge": {"model", "rubric"}, "item": fingerprint, "ratings": [K x {aspect: number | null}],
+     "rationales": [K x {aspect: text}], "orders": [votes x [response at position p]], "form", "usage", "seconds"}
+     and with several votes "spread" (K x {aspect: number}) and "vote_ratings" (votes x K x {aspect: number})
+    {"id", "status": "failed", "judge", "item", "error": {"kind", "message"}, "attempts": [{"kind", "message", "raw"}], "usage", "seconds"}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from silkie.feedback.budget import Budget
+from silkie.feedback.endpoint import TRANSPORT_KINDS
+from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Usage
+from silkie.feedback.journal import Journal, JournalError, Record, read_records
+from silkie.feedback.judges import Judge, OpenAIJudge
+from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes
+from silkie.feedback.records import read_items, with_images
+from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateOptions:
+    """How a run of `rate` works.
+
+    votes: answers per item; more than half of them must be usable. attempts: answers per vote until one is usable. max_tokens, max_cost:
+    budget over the whole journal. retry_failed: do items again that an earlier run recorded as failed (their new line follows the old one).
+    """
+
+    image_root: str | None = None
+    concurrency: int = 16
+    votes: int = 1
+    attempts: int = 3
+    seed: int = 0
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    retry_failed: bool = False
+    progress: bool = True
+
+
+@dataclass(slots=True)
+class JournalState:
+    """What a journal holds, kept up to date while a run adds to it."""
+
+    fingerprints: dict[str, str] = field(default_factory=dict)  # id -> fingerprint of the item that was rated
+    failed: dict[str, str] = field(default_factory=dict)  # id -> kind of the failure
+    judges: set[tuple[str, str]] = field(default_factory=set)  # (model, rubric)
+    spent: Usage = field(default_factory=Usage)
+
+    def add(self, record: Record) -> None:
+        item_id = record["id"]
+        self.fingerprints[item_id] = record["item"]
+        self.judges.add((record["judge"]["model"], record["judge"]["rubric"]))
+        self.spent += Usage.from_json(record.get("usage"))
+        if record["status"] == "ok":
+            self.failed.pop(item_id, None)
+        else:
+            self.failed[item_id] = record["error"]["kind"]
+
+    def done(self, item_id: str, *, retry_failed: bool) -> bool:
+        return item_id in self.fingerprints and not (retry_failed and item_id in self.failed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateSummary:
+    """Where a journal stands after a run: `items` in the input, `rated` and `failures` (kind -> items) in the journal, `open` still to do.
+    `stopped` says why the run ended early; None where every item is accounted for."""
+
+    items: int
+    rated: int
+    failures: dict[str, int]
+    open: int
+    spent: Usage
+    done_now: int
+    seconds: float
+    stopped: str | None
+
+    def text(self) -> str:
+        failed = sum(self.failures.values())
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
+        cost = f", cost {self.spent.cost:.4f}" if self.spent.cost else ""
+        lines = [
+            f"{self.items} items: {self.rated} rated, {failed} failed{f' ({kinds})' if kinds else ''}, {self.open} open",
+            f"{self.spent.calls} answers, {self.spent.tokens:,} tokens{cost} in all; {self.done_now} items in {self.seconds:.1f} s now",
+        ]
+        if self.stopped:
+            lines.append(f"stopped early: {self.stopped}")
+        return "\n".join(lines)
+
+
+def rate_file(responses: str | Path, judge: Judge, journal: str | Path, options: RateOptions | None = None) -> RateSummary:
+    """Rate every item of `responses` that the journal does not hold yet.
+
+    Raises RecordError for a line of `responses` that cannot be used, JournalError for a journal in use, damaged, of another judge or
+    rubric, or whose ratings belong to other texts than `responses` now holds. All of that is checked before the first call.
+    """
+    return asyncio.run(_rate_file(Path(responses), judge, Path(journal), options or RateOptions()))
+
+
+async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOptions) -> RateSummary:
+    state = JournalState()
+    stop = StopSignal()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(path, on_record=state.add))
+        total, waiting = _check(responses, judge, path, state, options)
+        votes = _VoteStore(stack, path, options.votes, state)
+        progress = Progress(total=total, done=total - waiting, unit="item", show=options.progress)
+        run = _Run(judge, options, responses.parent, journal, votes, state, stop, progress)
+        if isinstance(judge, OpenAIJudge):
+            judge.endpoint.sleep = stop.sleep
+        try:
+            with stop_on_signals(stop):
+                pending = (item for item in read_items(responses) if not state.done(item.id, retry_failed=options.retry_failed))
+                await run_bounded(pending, run.work, concurrency=options.concurrency, stop=stop)
+                if stop.reason is None:
+                    await run.write_held()
+        finally:
+            progress.close()
+            if isinstance(judge, OpenAIJudge):
+                await judge.endpoint.close()
+        if stop.reason is None:
+            votes.remove()
+    return RateSummary(
+        items=total,
+        rated=len(state.fingerprints) - len(state.failed),
+        failures=dict(Counter(state.failed.values())),
+        open=waiting - run.written,
+        spent=state.spent,
+        done_now=run.written,
+        seconds=time.monotonic() - began,
+        stopped=stop.reason,
+    )
+
+
+def _check(responses: Path, judge: Judge, path: Path, state: JournalState, options: RateOptions) -> tuple[int, int]:
+    """Read the whole input once before anything is paid for; returns the number of items, and of those still to do."""
+    current = (judge.name, judge.rubric.fingerprint())
+    others = sorted(state.judges - {current})
+    if others:
+        raise JournalError(
+            f"{path} holds ratings of {others} (model, rubric) and this run would add {current}. Ratings of two judges do not mix: "
+            "pass another journal"
+        )
+    total = waiting = 0
+    for item in read_items(responses):
+        total += 1
+        waiting += not state.done(item.id, retry_failed=options.retry_failed)
+        known = state.fingerprints.get(item.id)
+        if known is not None and known != item.fingerprint():
+            raise JournalError(
+                f"{path}: item {item.id!r} was rated with another prompt, image or texts than {responses} holds; pass another journal"
+            )
+    return total, waiting
+
+
+class _Run:
+    """One run: what an item costs, where its line goes, and when to stop."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        options: RateOptions,
+        base: Path,
+        journal: Journal,
+        votes: _VoteStore,
+        state: JournalState,
+        stop: StopSignal,
+        progress: Progress,
+    ) -> None:
+        self.judge, self.options, self.base = judge, options, base
+        self.journal, self.votes, self.state, self.stop, self.progress = journal, votes, state, stop, progress
+        self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=len(state.fingerprints))
+        self.outage = OutageGuard(limit=2 * options.concurrency + 8)
+        self.label = {"model": judge.name, "rubric": judge.rubric.fingerprint()}
+        self.written = 0
+
+    async def work(self, item: JudgeItem) -> None:
+        """Rate one item and write its line."""
+        self.budget.start()
+        try:
+            record = await self._rate(item)
+        except BaseException:
+            self.budget.abandon()
+            raise
+        usage = Usage.from_json(record["usage"])
+        rated = record["status"] == "ok"
+        try:
+            if not rated and not usage.calls and record["error"]["kind"] in TRANSPORT_KINDS:
+                self.outage.hold(record, record["error"]["message"])
+            else:
+                await self._write(record)
+                if usage.calls:
+                    await self.write_held()
+        finally:
+            self.budget.finish(usage, usable=rated)
+
+    async def write_held(self) -> None:
+        """Write the items that got no answer although the endpoint answers others."""
+        for record in self.outage.release():
+            await self._write(record)
+
+    async def _write(self, record: Record) -> None:
+        await self.journal.append(record)
+        self.written += 1
+        self.state.add(record)
+        self.progress.update(failed=record["status"] == "failed", spent=self.state.spent)
+
+    async def _rate(self, item: JudgeItem) -> Record:
+        """The item's line. Whatever is wrong with the item or its answers is part of the line; StopRun passes through."""
+        began = time.monotonic()
+        record: Record = {"id": item.id, "status": "failed", "judge": self.label, "item": item.fingerprint()}
+        votes: list[Vote] = []
+        problems: list[AnswerError] = []
+        fatal: ItemError | None = None
+        try:
+            shown = await asyncio.to_thread(with_images, item, self.options.image_root, self.base)
+            await self._collect(shown, item, votes, problems)
+        except ItemError as error:
+            fatal = error
+        if fatal is None and 2 * len(votes) > self.options.votes:
+            rated = combine_votes(item, votes, self.judge.rubric.aspect_names)
+            record |= {"status": "ok", "ratings": rated.ratings, "rationales": rated.rationales}
+            record |= {"orders": rated.orders, "form": rated.form}
+            if self.options.votes > 1:
+                record |= {"spread": rated.spread, "vote_ratings": rated.vote_ratings}
+        else:
+            cause = fatal or problems[-1]
+            texts: list[AnswerError | ItemError] = [*problems, fatal] if fatal and fatal.raw else [*problems]
+            record["error"] = {"kind": cause.kind, "message": str(cause)}
+            record["attempts"] = [{"kind": text.kind, "message": str(text), "raw": text.raw} for text in texts]
+        usages = [source.usage for source in (*votes, *problems, *([fatal] if fatal else []))]
+        usage = sum(usages, Usage())
+        return record | {"usage": usage.to_json(), "seconds": round(time.monotonic() - began, 3)}
+
+    async def _collect(self, shown: JudgeItem, item: JudgeItem, votes: list[Vote], problems: list[AnswerError]) -> None:
+        """Cast the votes of an item into `votes`; end once too many of them failed. `shown` is `item` with its images found."""
+        for number in range(self.options.votes):
+            vote = self.votes.get(item, number)
+            if vote is None:
+                try:
+                    vote = await cast_vote(shown, self.judge, vote=number, seed=self.options.seed, attempts=self.options.attempts)
+                except UnusableAnswers as error:
+                    problems += error.errors
+                    if 2 * (number + 1 - len(votes)) >= self.options.votes:
+                        return
+                    continue
+                await self.votes.put(item, number, vote)
+            votes.append(vote)
+
+
+class _VoteStore:
+    """Single votes of items that are not finished yet, in a journal of their own beside the main one: a kill between two votes of an item
+    then loses neither. Nothing is stored where one vote is the whole item; the file goes away when the run is complete."""
+
+    def __init__(self, stack: ExitStack, path: Path, votes: int, state: JournalState) -> None:
+        self._saved: dict[tuple[str, str, int], Vote] = {}
+        self._state = state
+        self.path = path.with_name(path.name + ".votes")
+        self._journal = stack.enter_context(Journal(self.path, on_record=self._add)) if votes > 1 else None
+
+    def get(self, item: JudgeItem, number: int) -> Vote | None:
+        return self._saved.pop((item.id, item.fingerprint(), number), None)
+
+    async def put(self, item: JudgeItem, number: int, vote: Vote) -> None:
+        if self._journal is not None:
+            await self._journal.append({"id": item.id, "item": item.fingerprint(), "number": number, "vote": asdict(vote)})
+
+    def remove(self) -> None:
+        if self._journal is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _add(self, record: Record) -> None:
+        if record["id"] in self._state.fingerprints:
+            return
+        vote = record["vote"]
+        ratings = tuple({name: AspectRating(**entry) for name, entry in row.items()} for row in vote["ratings"])
+        loaded = Vote(order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"])
+        self._saved[(record["id"], record["item"], record["number"])] = loaded
+
+
+def rated_records(path: str | Path) -> Iterator[Record]:
+    """The rated items of a journal, in the order they finished; failed ones are left out."""
+    return (record for record in read_records(path) if record["status"] == "ok")

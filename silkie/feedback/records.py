@@ -1,0 +1,92 @@
+"""Read the JSON-lines files that people hand in: prompts to sample from, responses to rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from silkie.feedback.items import JudgeItem
+from silkie.feedback.media import resolve_image
+
+
+class RecordError(ValueError):
+    """A line of an input file that cannot be used: names file, line, column, what was found and what was expected."""
+
+
+def _fail(where: str, column: str, found: Any, expected: str) -> RecordError:
+    return RecordError(f"{where}, {column!r}: found {found!r:.120}; expected {expected}")
+
+
+def _images(value: Any, where: str) -> tuple[str, ...]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    for entry in values:
+        if not isinstance(entry, str) or not entry:
+            raise _fail(where, "image", value, "the path of an image, a list of paths, or null")
+    return tuple(values)
+
+
+def _responses(value: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(value, list) or not value:
+        raise _fail(where, "responses", value, 'a non-empty list of {"model", "response"}')
+    for entry in value:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("response"), str):
+            raise _fail(where, "responses", entry, '{"model": text, "response": text}')
+    return tuple(entry["response"] for entry in value), tuple(str(entry.get("model") or "unknown") for entry in value)
+
+
+def parse_item(record: Any, where: str, *, need_responses: bool = True, default_id: str | None = None) -> JudgeItem:
+    """The item in one decoded JSON line; images stay paths. Raises RecordError."""
+    if not isinstance(record, Mapping):
+        raise RecordError(f"{where}: found {type(record).__name__}; expected an object with id, image, prompt, responses")
+    item_id = record.get("id", default_id)
+    if not isinstance(item_id, (str, int)) or isinstance(item_id, bool) or item_id == "":
+        raise _fail(where, "id", item_id, "a text that is unique in the file")
+    prompt: Any = record.get("prompt")
+    is_conversation = isinstance(prompt, list) and prompt and all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in prompt)
+    if not (is_conversation or (isinstance(prompt, str) and prompt.strip())):
+        raise _fail(where, "prompt", prompt, "the instruction as a text, or a conversation of {role, content}")
+    responses, models = _responses(record.get("responses"), where) if need_responses else ((), ())
+    known = {"id", "prompt", "image", "responses"}
+    return JudgeItem(
+        id=str(item_id),
+        prompt=prompt,
+        images=_images(record.get("image"), where),
+        responses=responses,
+        models=models,
+        meta={key: value for key, value in record.items() if key not in known},
+    )
+
+
+def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[JudgeItem]:
+    """Items of a JSONL file, one at a time. Raises RecordError at the first line that cannot be used, and for an id that comes twice.
+
+    Without responses (prompts to sample from) an `id` may be missing: it is then the line number.
+    """
+    path = Path(path)
+    seen: dict[str, int] = {}
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error}") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RecordError(f"{where}: not valid JSON: {error}") from error
+            item = parse_item(record, where, need_responses=need_responses, default_id=None if need_responses else str(number))
+            if item.id in seen:
+                raise _fail(where, "id", item.id, f"an id that is unique in the file (line {seen[item.id]} has it too)")
+            seen[item.id] = number
+            yield item
+
+
+def with_images(item: JudgeItem, image_root: str | Path | None, base: str | Path) -> JudgeItem:
+    """The item with its image paths looked up below `image_root` (default: `base`). Raises ItemError("image")."""
+    return replace(item, images=tuple(resolve_image(image, image_root, base) for image in item.images))

@@ -1,0 +1,125 @@
+"""Work through items with bounded concurrency, and stop cleanly: what `rate` and `sample` share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from silkie.feedback.items import StopRun, Usage
+
+T = TypeVar("T")
+
+
+class StopSignal:
+    """Asked for by a signal, a spent budget or a lost endpoint: no further item starts, waiting retries end, answers under way are kept."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._event = asyncio.Event()
+
+    def request(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+        self._event.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait between two attempts. Raises StopRun where the run is asked to stop meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        if self.reason is not None:
+            raise StopRun(self.reason)
+
+
+async def run_bounded(items: Iterator[T], work: Callable[[T], Awaitable[None]], *, concurrency: int, stop: StopSignal) -> None:
+    """`await work(item)` for every item, at most `concurrency` at a time. StopRun from any of them stops the run; other errors end it."""
+
+    async def worker() -> None:
+        for item in items:
+            if stop.reason is not None:
+                return
+            try:
+                await work(item)
+            except StopRun as reason:
+                stop.request(str(reason))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(worker())
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: StopSignal) -> Iterator[None]:
+    """SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once, as usual."""
+    loop = asyncio.get_running_loop()
+
+    def ask(name: str, number: int) -> None:
+        loop.remove_signal_handler(number)
+        print(f"\n{name}: finishing the calls in flight (again to end at once)", file=sys.stderr)
+        stop.request(f"stopped by {name}")
+
+    installed = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not on Windows, and not outside the main thread
+            loop.add_signal_handler(number, ask, number.name, number)
+            installed.append(number)
+    try:
+        yield
+    finally:
+        for number in installed:
+            loop.remove_signal_handler(number)
+
+
+class OutageGuard:
+    """Keeps an outage from turning the rest of a run into failures.
+
+    An item that got no answer at all is held back until another item gets one, which proves the endpoint alive. After `limit` such items in
+    a row the run stops, and the held items stay undone for the next run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held: list[Any] = []
+
+    def hold(self, record: Any, why: str) -> None:
+        """An item without an answer. Raises StopRun for the `limit`-th in a row."""
+        self._held.append(record)
+        if len(self._held) >= self.limit:
+            raise StopRun(f"no answer for {len(self._held)} items in a row, the last: {why}. They stay undone; run the command again later")
+
+    def release(self) -> list[Any]:
+        """The held items, which are failures of their own after all."""
+        held, self._held = self._held, []
+        return held
+
+
+class Progress:
+    """One line on stderr: items done, rate, time left, failures, tokens and cost."""
+
+    def __init__(self, *, total: int, done: int, unit: str, show: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            disable=not show,
+            file=sys.stderr,
+            mininterval=0.5 if terminal else 15.0,
+            dynamic_ncols=terminal,
+        )
+        self.failed = 0
+
+    def update(self, *, failed: bool, spent: Usage) -> None:
+        self.failed += failed
+        cost = {"cost": f"{spent.cost:.4f}"} if spent.cost else {}
+        self._bar.set_postfix(failed=self.failed, tokens=spent.tokens, **cost, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
