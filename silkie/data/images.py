@@ -1,7 +1,7 @@
 """Images of a preference group: found lazily, decoded only at use, always RGB.
 
-A dataset stores an image as `{"bytes", "path"}` and never as pixels. `path` is a file, or `zip://MEMBER::ARCHIVE` for a member of a zip file that is
-read in place. `open_image` is the one place where pixels are made.
+A dataset stores an image as `{"bytes", "path"}` and never as pixels. `path` is a file, or `zip://MEMBER::ARCHIVE` for a member
+of a zip file that is read in place. `open_image` is the one place where pixels are made.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
-            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed (decompression bomb?)"
+            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed; "
+            "a decompression bomb, or an image to shrink first"
         )
     try:
         image.load()
@@ -173,7 +174,7 @@ _archives_lock = threading.Lock()
 
 
 def zip_archive(path: str) -> zipfile.ZipFile:
-    """An open zip file, kept per process: reading the index of a large archive takes seconds, and a file offset must not be shared by a fork."""
+    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be shared by a fork."""
     key = (os.getpid(), path)
     with _archives_lock:
         if key not in _archives:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from silkie.data.schema import DataError, RowError, SkipRow, group_features, is_
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
+BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 ASPECT_SAMPLE = 1000  # records that are read to learn the names of the rating aspects
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
 OnError = Literal["raise", "skip"]
@@ -78,11 +80,37 @@ class LoadReport:
 
 @overload
 def load_preferences(
-    source: str | os.PathLike | datasets.Dataset, *, return_report: Literal[False] = False, **options: Any
+    source: str | os.PathLike | datasets.Dataset,
+    *,
+    return_report: Literal[False] = False,
+    image_root: str | os.PathLike | None = ...,
+    split: str = ...,
+    pairs: str | PairOptions | PairFunction = ...,
+    on_error: OnError = ...,
+    allow_remote_images: bool = ...,
+    format: str | None = ...,
+    aspects: Sequence[str] | None = ...,
+    regroup_pairs: bool = ...,
+    keep_unpaired: bool = ...,
+    num_proc: int | None = ...,
+    cache_dir: str | os.PathLike | None = ...,
 ) -> datasets.Dataset: ...
 @overload
 def load_preferences(
-    source: str | os.PathLike | datasets.Dataset, *, return_report: Literal[True], **options: Any
+    source: str | os.PathLike | datasets.Dataset,
+    *,
+    return_report: Literal[True],
+    image_root: str | os.PathLike | None = ...,
+    split: str = ...,
+    pairs: str | PairOptions | PairFunction = ...,
+    on_error: OnError = ...,
+    allow_remote_images: bool = ...,
+    format: str | None = ...,
+    aspects: Sequence[str] | None = ...,
+    regroup_pairs: bool = ...,
+    keep_unpaired: bool = ...,
+    num_proc: int | None = ...,
+    cache_dir: str | os.PathLike | None = ...,
 ) -> tuple[datasets.Dataset, LoadReport]: ...
 
 
@@ -105,12 +133,12 @@ def load_preferences(
     """Load preference groups from any supported source.
 
     Args:
-        source: a file (.jsonl, .json, .parquet), a directory or zip archive of them, a directory written by `save_to_disk`, a dataset name on the
-            hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
+        source: a file (.jsonl, .json, .parquet), a directory or zip archive of them, a directory written by `save_to_disk`, a dataset name
+            on the hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
         image_root: directory or zip archive with the images that the records name. Default: the directory of the data.
         split: a split of the hub dataset, or of local files that carry it in their names.
-        pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that returns
-            (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".
+        pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that
+            returns (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".
         on_error: "raise" stops at the first broken row, "skip" drops broken rows, counts and lists them.
         allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise.
         format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
@@ -121,8 +149,9 @@ def load_preferences(
         cache_dir: where the Arrow files go; default: the cache of `datasets`.
         return_report: return (dataset, LoadReport).
 
-    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values: `silkie.data.open_image` decodes
-    them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and RowError for a broken row.
+    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values: `silkie.data.open_image`
+    decodes them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and RowError for a broken
+    row.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
@@ -241,22 +270,30 @@ class _Settings:
 
 
 def _write(records: raw.Records, settings: _Settings, num_proc: int | None, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
-    """Convert all records into an Arrow cache file; every record becomes one row, a dropped one with its problem."""
+    """Convert all records into Arrow cache files; every record becomes one row, a dropped one with its problem.
+
+    Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
+    """
     if not records.shards:
         raise DataError(f"{records.name}: no record in it")
     features = group_features(settings.aspects)
     features[PROBLEM] = datasets.Value("string")
     features[NOTES] = datasets.List(datasets.Value("string"))
-    key = Hasher.hash([code_digest(settings.source), records.shards, settings])
+    version = [code_digest(settings.source), None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns]
+    size = BLOCK_SHARDS * math.ceil((num_proc or 1) / BLOCK_SHARDS)
+    blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
     try:
-        return datasets.Dataset.from_generator(
-            _rows,
-            features=features,
-            gen_kwargs={"shards": list(records.shards), "dataset": records.dataset, "settings": settings},
-            num_proc=None if num_proc is None else max(1, min(num_proc, len(records.shards))),
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            fingerprint=key,
-        )
+        written = [
+            datasets.Dataset.from_generator(
+                _rows,
+                features=features,
+                gen_kwargs={"shards": block, "dataset": records.dataset, "settings": settings},
+                num_proc=None if num_proc is None else max(1, min(num_proc, len(block))),
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                fingerprint=Hasher.hash([version, block, settings]),
+            )
+            for block in blocks
+        ]
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # `datasets` wraps what the generator raises
@@ -264,6 +301,7 @@ def _write(records: raw.Records, settings: _Settings, num_proc: int | None, cach
                 raise cause from None
             cause = cause.__cause__
         raise
+    return datasets.concatenate_datasets(written)
 
 
 def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: _Settings) -> Iterator[dict[str, Any]]:

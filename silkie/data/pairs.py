@@ -155,14 +155,14 @@ def build_pairs(
     """The preference pairs of one group.
 
     Args:
-        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is not a number takes part in no pair.
-        options: `PairOptions` or a strategy name; further keyword arguments override single options (`min_margin=1`).
+        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is not a number takes part in no
+        pair. options: `PairOptions` or a strategy name; further keyword arguments override single options (`min_margin=1`).
         responses: [K] texts. Needed by "longest"; where given, pairs of identical texts are dropped.
         models: [K] names, needed by "model".
         key: names the group; with the seed it decides the draw of "random", so that the result does not depend on the order of the groups.
 
-    Returns (chosen, rejected) indices, with `.weights`, `.margins` and `.dropped`. VLFeedback's rule is the default: the mean over its three
-    aspects, all pairs, ties dropped (arXiv 2410.09421).
+    Returns (chosen, rejected) indices, with `.weights`, `.margins` and `.dropped`. VLFeedback's rule is the default: the mean over its
+    three aspects, all pairs, ties dropped (arXiv 2410.09421).
     """
     chosen_options = replace(PairOptions.parse(options or "all"), **changes)
     if chosen_options.strategy == "longest":
@@ -255,8 +255,8 @@ def same_text(first: str, second: str) -> bool:
 def filter_given(pairs: Sequence[Sequence[int]], strategy: str, *, seed: int = 0, key: str = "") -> list[int]:
     """Positions of the pairs that `strategy` keeps where a source brings pairs but no ratings. No preference is invented.
 
-    The best responses are those that are never rejected, the worst those that are never chosen: with all pairs of distinct ranks given, exactly the
-    first and the last rank.
+    The best responses are those that are never rejected, the worst those that are never chosen: with all pairs of distinct ranks given,
+    exactly the first and the last rank.
     """
     if strategy == "all" or not pairs:
         return list(range(len(pairs)))

@@ -1,7 +1,7 @@
 """Raw records from files, archives and datasets, in shards that are read as streams.
 
-A shard is a plain tuple, so that it can be hashed into the cache key and sent to a worker process. Reading never holds more than one record (or
-one parquet batch) in memory.
+A shard is a plain tuple, so that it can be hashed into the cache key and sent to a worker process. Reading never holds more than one record
+(or one parquet batch) in memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from silkie.data.images import zip_archive
 from silkie.data.schema import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-               "eval": "validation", "test": "test"}  # fmt: skip
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "test": "test",
+}  # fmt: skip
 SHARD_BYTES = 8 * 2**20
 SHARD_ROWS = 2048
 PARQUET_BATCH = 64  # rows: images are embedded, so a batch is tens of megabytes at most

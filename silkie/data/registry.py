@@ -13,12 +13,13 @@ A new format is one function that turns a record into a `Group`:
             pairs=[(0, 1)],
         )
 
-`Row` checks what it hands out: a missing column, an empty text or an absent image becomes an error that names the source, the row, the column, what
-was found and what was expected.
+`Row` checks what it hands out: a missing column, an empty text or an absent image becomes an error that names the source, the row, the
+column, what was found and what was expected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,10 +107,8 @@ def code_digest(source: Source) -> str:
     package = Path(__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
-    try:
+    with contextlib.suppress(OSError):  # defined at a prompt: the settings that are hashed beside this hold the function itself
         digest.update(inspect.getsource(source.adapt).encode())
-    except OSError:  # defined at a prompt: `datasets` hashes the function itself
-        pass
     return digest.hexdigest()
 
 

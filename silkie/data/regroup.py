@@ -39,8 +39,8 @@ class RegroupReport:
 
     def summary(self) -> str:
         text = (
-            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences become {self.responses:,} responses "
-            f"behind {self.groups:,} prompts, {self.prompt_forwards_saved:,} passes over image and prompt saved"
+            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences become {self.responses:,}, "
+            f"and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
         )
         return text + (f"; {self.contradictions:,} pairs occur in both orders" if self.contradictions else "")
 
@@ -54,9 +54,9 @@ def regroup(dataset: datasets.Dataset, *, return_report: Literal[True]) -> tuple
 def regroup(dataset: datasets.Dataset, *, return_report: bool = False) -> datasets.Dataset | tuple[datasets.Dataset, RegroupReport]:
     """Join the rows that share images and prompt. Takes groups, or TRL pair rows as they are.
 
-    Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the weighted mean over all pairs, the
-    loss, is the one of the pair rows. Images are equal when their bytes are, or, where only a path is stored, when the path is. Groups come in
-    the order of their first row. A dataset without repeats is returned as it is.
+    Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the weighted mean over all
+    pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, or, where only a path is stored, when the path is.
+    Groups come in the order of their first row. A dataset without repeats is returned as it is.
     """
     if not is_group_features(dataset.features):
         from silkie.data.loading import load_preferences  # a cycle at import time only: loading regroups what it has read

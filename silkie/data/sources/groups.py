@@ -1,9 +1,10 @@
 """silkie's own groups as JSON lines (or any rows of the same columns).
 
-    {"id": "a", "images": ["a.png"], "prompt": "What is this?", "responses": ["A cat.", "A dog."], "ratings": [{"Helpfulness": 5}, {"Helpfulness": 1}]}
+    {"id": "a", "images": ["a.png"], "prompt": "What is this?", "responses": ["A cat.", "A dog."],
+     "ratings": [{"Helpfulness": 5}, {"Helpfulness": 1}]}
 
-`prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`, `ratings`, `rationales`, `models`,
-`pair_weights` and `id` are optional. Without `pairs` they are built from the ratings.
+`prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`, `pair_weights`, `ratings`,
+`rationales`, `models` and `id` are optional. Without `pairs` they are built from the ratings.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """VLFeedback: one instruction, several responses, each rated on several aspects with a rationale.
 
-The JSONL has `completions` as a list of objects, `datasets` turns it into an object of lists; both load. The image is `img_path` (a file name) or an
-embedded `image`. Ratings are strings; those that are not numbers take their response out of the pairs.
+The JSONL has `completions` as a list of objects, `datasets` turns it into an object of lists; both load. The image is `img_path` (a file
+name) or an embedded `image`. Ratings are strings; those that are not numbers take their response out of the pairs.
 """
 
 from __future__ import annotations
