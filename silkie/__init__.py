@@ -1,6 +1,7 @@
 """silkie: preference training (DPO) of vision-language models. One image, one forward, every pair.
 
-The two names most scripts need are imported lazily, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used alone without loading
+The two names most scripts need are imported lazily, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used alone without
+loading
 the trainer stack.
 """
 

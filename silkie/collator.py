@@ -34,7 +34,8 @@ class GroupCollator:
         gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P]
         ratings [R] and aspect_ratings [R, A] (NaN where there is none)
         vision: the processor's image tensors
-    and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages), rows (per group, its row in
+    and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages), rows (per
+        group, its row in
         the dataset).
     """
 
@@ -118,7 +119,8 @@ def _number(value: float | None) -> float:
 
 
 def _join_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Image tensors of all groups, joined along the first dimension; further dimensions are padded with zeros, as processors pad their batches."""
+    """Image tensors of all groups, joined along the first dimension; further dimensions are padded with zeros, as processors pad their
+    batches."""
     keys = [key for part in parts for key in part]
     return {key: _join([part[key] for part in parts if key in part]) for key in dict.fromkeys(keys)}
 

@@ -15,11 +15,12 @@ class SilkieDPOConfig(DPOConfig):
     """Options of `SilkieDPOTrainer`.
 
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies; a batch counts preference groups, so
-    `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's: `max_length=None` (a prompt is
+    `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's: `max_length=None`
+    (a prompt is
     never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its rows).
     """
 
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]  # noqa: RUF012  (TRL parses these from JSON strings)
 
     layout: Literal["auto", "packed", "rows"] = field(
         default="auto",
@@ -49,7 +50,8 @@ class SilkieDPOConfig(DPOConfig):
     response_end: Literal["template", "end_of_turn"] = field(
         default="template",
         metadata={
-            "help": "template: score what the chat template writes after an answer, as TRL does; end_of_turn: stop at the end-of-turn token."
+            "help": "template: score what the chat template writes after an answer, as TRL does; end_of_turn: stop at the "
+            "end-of-turn token."
         },
     )
     freeze_vision: bool = field(

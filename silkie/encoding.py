@@ -84,7 +84,8 @@ class GroupEncoder:
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise ValueError(
-                f"{type(processor).__name__} has no chat template. Pass the processor of an instruction-tuned model, or set `processor.chat_template`."
+                f"{type(processor).__name__} has no chat template. Pass the processor of an instruction-tuned model, or set "
+                f"`processor.chat_template`."
             )
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -121,7 +122,8 @@ class GroupEncoder:
         )
 
     def measure(self, row: Mapping[str, Any], image_sizes: Sequence[tuple[int, int]]) -> GroupLengths:
-        """Token counts of a row, from its text and the (height, width) of its images, without decoding them where the processor can count."""
+        """Token counts of a row, from its text and the (height, width) of its images, without decoding them where the processor can
+        count."""
         images = len(image_sizes)
         if images and not hasattr(self.processor.image_processor, "get_number_of_image_patches"):
             prompt = len(self.encode(row).prompt_ids)

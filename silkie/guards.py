@@ -35,7 +35,8 @@ def check_launch(args: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and args.world_size == 1:
         raise LaunchError(
-            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the data. On a machine without GPUs pass "
+            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the data. "
+            f"On a machine without GPUs pass "
             "`--use_cpu` to the script and launch with `--multi_gpu`."
         )
     if (
@@ -43,7 +44,8 @@ def check_launch(args: Any) -> None:
         and args.distributed_state.distributed_type != DistributedType.DEEPSPEED
     ):
         raise LaunchError(
-            f"The launcher asked for DeepSpeed, but accelerate runs {args.distributed_state.distributed_type.value}: its config would be ignored. On CPU use the script's "
+            f"The launcher asked for DeepSpeed, but accelerate runs {args.distributed_state.distributed_type.value}: its "
+            f"config would be ignored. On CPU use the script's "
             "`--use_cpu`, not the variable ACCELERATE_USE_CPU."
         )
 
@@ -69,13 +71,15 @@ def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
     dtypes = {p.dtype for p in partitioned if p.dtype.is_floating_point}
     if len(dtypes) > 1:
         raise LaunchError(
-            f"ZeRO-3 with parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) fails at the first step. Load the model in one dtype and add the adapter with "
+            f"ZeRO-3 with parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) fails at the first step. "
+            f"Load the model in one dtype and add the adapter with "
             "`autocast_adapter_dtype=False` (passing `peft_config` to the trainer does both)."
         )
 
 
 def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
-    """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision weights, ranks that skip it hang the others."""
+    """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision weights, ranks
+    that skip it hang the others."""
     if accelerator.num_processes == 1:
         return False
     sharded = accelerator.distributed_type == DistributedType.FSDP or (
@@ -126,11 +130,13 @@ class FiniteWatch:
             first = finite.index(False)
             before = f" Groups of the micro-batch before it: {'; '.join(seen[first - 1][1])}." if first else ""
             raise NonFiniteError(
-                f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before} Training stopped before this state could be saved. "
+                f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before} Training stopped before this "
+                f"state could be saved. "
                 "Look at these rows; a lower learning rate, gradient clipping (max_grad_norm) or fp32 are the usual remedies."
             )
         if gradient_norm is not None and not gradient_norm - gradient_norm == 0:
             raise NonFiniteError(
-                f"The gradient norm is {gradient_norm}; groups since the last check: {'; '.join(name for _, names in seen for name in names)}. "
+                f"The gradient norm is {gradient_norm}; groups since the last check: "
+                f"{'; '.join(name for _, names in seen for name in names)}. "
                 "Training stopped before this state could be saved."
             )

@@ -56,7 +56,7 @@ def load_policy(
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # safetensors only: a pickle checkpoint can run code when loaded
     placement = {} if "device_map" in model_kwargs else {"device_map": {"": target}}
-    model = AutoModelForImageTextToText.from_pretrained(
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placement, **model_kwargs
     )
     if adapter:

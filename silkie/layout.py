@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from silkie.attention import Attention
+from silkie.attention import IMPLEMENTATIONS, Attention, Backend, why_not_available
+from silkie.attention.varlen import kernel_name
 from silkie.models import causal_lm, why_not_packable
 from silkie.packing import Layout
 
@@ -38,15 +38,15 @@ class LayoutChoice:
 
     layout: Layout
     reason: str
-    backend: str
+    backend: Backend
     backend_reason: str
     groups_per_row: int | None
 
     def apply(self, base: Any) -> None:
         """Sets the language model's attention implementation; the vision tower keeps its own."""
-        text = base.config.get_text_config()
-        if self.layout == "packed" and text._attn_implementation != self.backend:
-            base.set_attn_implementation({"text_config": self.backend})
+        implementation = IMPLEMENTATIONS[self.backend]
+        if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
+            base.set_attn_implementation({"text_config": implementation})
 
     def costs(self, dataset: Dataset) -> list[int]:
         """Tokens that each group occupies in a forward pass."""
@@ -75,12 +75,25 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     if args.layout == "rows" or obstacle:
         reason = obstacle if args.layout != "rows" else "asked for"
         return LayoutChoice(layout="rows", reason=reason or "", backend="sdpa", backend_reason="the model's own", groups_per_row=1)
-    backend = "sdpa" if args.attention_backend == "auto" else args.attention_backend
-    why = "asked for" if args.attention_backend != "auto" else "exact on every device; one group per row"
+    backend, why = _choose_backend(config, args)
     reason = "asked for" if args.layout == "packed" else f"{config.model_type} has only full and sliding attention"
     return LayoutChoice(
         layout="packed", reason=reason, backend=backend, backend_reason=why, groups_per_row=1 if backend in ("sdpa", "eager") else None
     )
+
+
+def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
+    """Backend and reason.
+
+    Raises:
+        ValueError: the backend asked for cannot run here.
+    """
+    wanted = args.attention_backend
+    if wanted == "auto":
+        return "sdpa", "exact on every device; one group per row"
+    if obstacle := why_not_available(wanted, config, torch.device(args.device)):
+        raise ValueError(f"attention_backend={wanted!r} cannot run here: {obstacle}.")
+    return wanted, f"asked for; {kernel_name()}" if wanted == "varlen" else "asked for"
 
 
 def self_test(trainer: Any) -> float:
@@ -102,7 +115,7 @@ def self_test(trainer: Any) -> float:
         for layout in ("packed", "rows"):
             batch = trainer._prepare_inputs(trainer.collator_for(layout)(rows))
             scorer = trainer.scorer if layout == "packed" else replace(trainer.scorer, attention=Attention(backend="sdpa", layout="rows"))
-            with torch.no_grad(), trainer.compute_loss_context_manager(), _attention_of(base, trainer.choice, layout):
+            with torch.no_grad(), trainer.compute_loss_context_manager():
                 values.append(scorer(model, batch, frozen_vision=True).per_token_logps.float())
     finally:
         model.train(training)
@@ -113,21 +126,10 @@ def self_test(trainer: Any) -> float:
     )
     if not difference <= tolerance:
         raise LayoutMismatch(
-            f"Self-test failed: packed and separate log-probs of the first group differ by up to {difference:.3g} per token (tolerance {tolerance:g}). "
-            "Packing is not exact on this model or attention backend. Set layout='rows', or attention_backend='sdpa' if another backend is in use."
+            f"Self-test failed: packed and separate log-probs of the first group differ by up to {difference:.3g} per token "
+            f"(tolerance {tolerance:g}). "
+            "Packing is not exact on this model or attention backend. Set layout='rows', or attention_backend='sdpa' if "
+            "another backend is in use."
         )
     logger.info("self-test: packed equals separate within %.2g per token (tolerance %g)", difference, tolerance)
     return difference
-
-
-@contextmanager
-def _attention_of(base: Any, choice: LayoutChoice, layout: str) -> Iterator[None]:
-    """Within the context the separate rows run on sdpa, which understands a plain padding mask whatever backend the packed layout uses."""
-    switch = layout == "rows" and choice.backend not in ("sdpa", "eager")
-    if switch:
-        base.set_attn_implementation({"text_config": "sdpa"})
-    try:
-        yield
-    finally:
-        if switch:
-            base.set_attn_implementation({"text_config": choice.backend})

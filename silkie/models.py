@@ -61,14 +61,11 @@ _UNKNOWN = Family(vision=("visual", "vision_tower", "vision_model", "multi_modal
 def causal_lm(model: Any) -> PreTrainedModel:
     """The transformers model under peft and distributed wrappers (the one that owns the output head)."""
     while not isinstance(model, PreTrainedModel):
-        if isinstance(model, PeftModel):
-            model = model.get_base_model()
-        else:
-            model = model.module
+        model = model.get_base_model() if isinstance(model, PeftModel) else model.module
     return model
 
 
-def backbone(model: Any) -> nn.Module:
+def backbone(model: Any) -> Any:
     """The module under the output head: it merges image features into the text and runs the language model."""
     return causal_lm(model).base_model
 
@@ -130,6 +127,11 @@ def with_default_targets(peft_config: PeftConfig, config: PretrainedConfig) -> P
         peft_config.target_modules = default_lora_targets(config)
         logger.info("LoRA targets: the attention and MLP projections of the language model")
     return peft_config
+
+
+def unquantized_modules(config: PretrainedConfig) -> list[str]:
+    """Modules that bitsandbytes must leave alone: the vision tower (it is small, and its features feed every token) and the output head."""
+    return [*family_of(config).vision, "lm_head"]
 
 
 class PromptPositions:

@@ -139,9 +139,18 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
             group_ids[i, prompt.start : at] = g
 
     return PackedBatch(
-        input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids, group_ids=group_ids, logical_positions=logical, token_types=token_types,
-        gather=torch.cat(gather), target=torch.cat(target), owner=torch.cat(owner), offset=torch.cat(offset), row_groups=[[g for g, _ in row] for row in rows],
-    )  # fmt: skip
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        group_ids=group_ids,
+        logical_positions=logical,
+        token_types=token_types,
+        gather=torch.cat(gather),
+        target=torch.cat(target),
+        owner=torch.cat(owner),
+        offset=torch.cat(offset),
+        row_groups=[[g for g, _ in row] for row in rows],
+    )
 
 
 def visible(
@@ -160,7 +169,8 @@ def visible(
     Args:
         group_ids, segment_ids, logical_positions: [B, T], see `PackedBatch`.
         window: sliding-window layers: a query sees keys less than `window` logical positions back.
-        bidirectional: [B, T] tokens with the same value >= 0 see each other in both directions within a group (image blocks, PaliGemma's prefix); -1 elsewhere.
+        bidirectional: [B, T] tokens with the same value >= 0 see each other in both directions within a group (image blocks, PaliGemma's
+            prefix); -1 elsewhere.
 
     Returns:
         bool [B, 1, T, T], True where query (dim 2) may attend to key (dim 3).

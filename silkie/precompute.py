@@ -54,7 +54,7 @@ def precompute_reference(trainer: SilkieDPOTrainer) -> ReferenceTable:
     args, accelerator, dataset = trainer.args, trainer.accelerator, trainer.train_dataset
     assert trainer.reference is not None
     tokens = "reference_tokens" in trainer.objective.needs
-    store = ReferenceStore(args.reference_cache_dir or Path(args.output_dir) / "reference_cache", _run_key(trainer), tokens=tokens)
+    store = ReferenceStore(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache", _run_key(trainer), tokens=tokens)
     # Every rank hashes its share of the rows: the key depends on the image bytes as they are now, so it is never cached.
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     columns = dataset.select_columns([c for c in ("prompt", "responses", "images", "chat_template_kwargs") if c in dataset.column_names])
@@ -77,9 +77,12 @@ def _compute(trainer: SilkieDPOTrainer, store: ReferenceStore, missing: list[int
     args, accelerator = trainer.args, trainer.accelerator
     dataset = trainer.train_dataset.select(missing)
     sampler = GroupBatchSampler(
-        trainer.choice.costs(dataset), batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
-        max_tokens=args.max_tokens_per_batch, world=accelerator.num_processes, padded=trainer.choice.groups_per_row == 1,
-    )  # fmt: skip
+        trainer.choice.costs(dataset),
+        batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+        max_tokens=args.max_tokens_per_batch,
+        world=accelerator.num_processes,
+        padded=trainer.choice.groups_per_row == 1,
+    )
     # Every rank takes the same number of batches; sharded models hang otherwise.
     batches = [batch for i, batch in enumerate(sampler) if i % accelerator.num_processes == accelerator.process_index]
     loader = torch.utils.data.DataLoader(

@@ -1,4 +1,5 @@
-"""Before training starts: every group is measured in tokens, its images are decoded once, and what cannot be trained on is dropped, counted and listed.
+"""Before training starts: every group is measured in tokens, its images are decoded once, and what cannot be trained on is dropped,
+counted and listed.
 
 Legend: L prompt tokens, K responses.
 """
@@ -54,7 +55,8 @@ class PreparationReport:
         """Human-readable summary."""
         out = [
             f"{name}: {self.groups} groups, {self.responses} responses, {self.pairs} pairs, {self.images} images; "
-            f"prompt tokens {self.prompt_tokens} (longest {self.longest_prompt}), response tokens {self.response_tokens} (longest {self.longest_response})"
+            f"prompt tokens {self.prompt_tokens} (longest {self.longest_prompt}), response tokens {self.response_tokens} "
+            f"(longest {self.longest_response})"
         ]
         if self.cut_responses:
             out.append(f"{name}: {self.cut_responses} responses were cut at the tail to hold the length limits")
@@ -69,8 +71,10 @@ def prepare_groups(
 ) -> tuple[Dataset, PreparationReport]:
     """Measures the groups of a dataset and drops those that cannot be trained on.
 
-    Dropped and counted: groups without pairs, and groups whose prompt leaves no room for a response. A broken row (an image that cannot be decoded, an empty
-    response, a pair that names a missing response, image parts that do not match the images) raises, or is dropped too with `on_bad_row="skip"`.
+    Dropped and counted: groups without pairs, and groups whose prompt leaves no room for a response. A broken row (an image that cannot
+        be decoded, an empty
+    response, a pair that names a missing response, image parts that do not match the images) raises, or is dropped too with
+    `on_bad_row="skip"`.
 
     Args:
         dataset: preference groups.
@@ -130,9 +134,14 @@ def prepare_groups(
 def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool) -> dict[str, Any]:
     named = {**row, "row": index}
     facts = {
-        "row": index, "problem": "", "prompt_length": 0, "response_lengths": [0] * len(row["responses"]), "cut": 0,
-        "n_pairs": len(row["pairs"] or []), "n_images": len(row.get("images") or []),
-    }  # fmt: skip
+        "row": index,
+        "problem": "",
+        "prompt_length": 0,
+        "response_lengths": [0] * len(row["responses"]),
+        "cut": 0,
+        "n_pairs": len(row["pairs"] or []),
+        "n_images": len(row.get("images") or []),
+    }
     try:
         _check_row(named)
         sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]

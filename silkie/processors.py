@@ -1,7 +1,9 @@
 """Load a VLM processor with or without torchvision.
 
-transformers builds `Qwen*VLProcessor` (and most VLM processors) around a video processor, which exists only with torchvision. silkie trains on images,
-so a missing or broken torchvision must not stop it: then the same processor class is built without its video part and with the PIL image processor.
+transformers builds `Qwen*VLProcessor` (and most VLM processors) around a video processor, which exists only with torchvision. silkie
+trains on images,
+so a missing or broken torchvision must not stop it: then the same processor class is built without its video part and with the PIL image
+processor.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:
             name = None
     if name is None:
         raise ValueError(
-            f"No processor found in {path}: expected processor_config.json or preprocessor_config.json with `processor_class`, or a config.json "
+            f"No processor found in {path}: expected processor_config.json or preprocessor_config.json with "
+            f"`processor_class`, or a config.json "
             "of a known VLM beside them. Pass the directory of the base model."
         )
     return getattr(transformers, name)
@@ -81,7 +84,8 @@ def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:
 def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass of `cls` that has no video part.
 
-    transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so that what it saves is loaded as
+    transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so that what it
+    saves is loaded as
     the full class where torchvision works.
     """
     parts = [name for name in cls.get_attributes() if name != "video_processor"]

@@ -1,4 +1,5 @@
-"""Reference log-probs: the adapter switched off, a frozen copy of a pre-loaded adapter, a second model, or numbers computed once and kept on disk."""
+"""Reference log-probs: the adapter switched off, a frozen copy of a pre-loaded adapter, a second model, or numbers computed once and
+kept on disk."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class Reference:
 
     @contextmanager
     def active(self, policy: Any) -> Iterator[Any]:
-        """Yields the model to call: in eval mode (no dropout, nothing to checkpoint), with the reference's adapter state, without gradients."""
+        """Yields the model to call: in eval mode (no dropout, nothing to checkpoint), with the reference's adapter state, without
+        gradients."""
         model = self.model if self.model is not None else policy
         training = model.training
         switch = nullcontext() if self.model is not None else self._switched()
@@ -84,7 +86,7 @@ class Reference:
 
     def weights_hash(self) -> str:
         """Hash of the reference's weights on this rank (ZeRO-3: of its shard)."""
-        model = self.model if self.model is not None else self.peft
+        model: Any = self.model if self.model is not None else self.peft
         skip = (
             [] if self.peft is None or self.model is not None else [f".{name}." for name in self.peft.peft_config if name != self._adapter]
         )
@@ -129,7 +131,8 @@ def group_key(row: Mapping[str, Any]) -> str:
 class ReferenceStore:
     """Reference log-probs by group, on disk and in memory.
 
-    One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next run goes on from there. fp32 numbers are
+    One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next run goes on from
+        there. fp32 numbers are
     kept exactly.
 
     Args:

@@ -1,7 +1,9 @@
 """Batches of preference groups: a fixed number per batch, or as many as fit a token budget.
 
-Every group comes exactly once an epoch, in an order that depends on the seed and the epoch alone. The batches of one optimizer step cost about
-the same, so that ranks do not wait for each other; the number of batches is the same in every epoch, so that a run can be resumed by counting.
+Every group comes exactly once an epoch, in an order that depends on the seed and the epoch alone. The batches of one optimizer step cost
+about
+the same, so that ranks do not wait for each other; the number of batches is the same in every epoch, so that a run can be resumed by
+counting.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from silkie.attention import Attention
-from silkie.logprob import LogprobStats, linear_logprob
+from silkie.logprob import Impl, LogprobStats, linear_logprob
 from silkie.logprob.head import HeadOptions, head_options, head_weight
 from silkie.models import causal_lm, family_of
 from silkie.vision import FeatureCache, image_features_once
@@ -49,7 +50,7 @@ class Scorer:
 
     attention: Attention
     fused: bool = True
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __call__(
         self, model: Any, batch: dict[str, Any], *, frozen_vision: bool, cache: FeatureCache | None = None, return_stats: bool = False
@@ -92,7 +93,8 @@ class Scorer:
 
 
 def sum_by_response(per_token: Tensor, batch: dict[str, Any]) -> Tensor:
-    """[R] sums of [N] token values by owner. Through a padded [R, longest] table: the same order of additions in every run, also on CUDA."""
+    """[R] sums of [N] token values by owner. Through a padded [R, longest] table: the same order of additions in every run, also on
+    CUDA."""
     table = per_token.new_zeros(len(batch["lengths"]), batch["longest"])
     table = table.index_put((batch["owner"], batch["offset"]), per_token)
     return table.sum(1)
@@ -100,9 +102,10 @@ def sum_by_response(per_token: Tensor, batch: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def scored_head(
-    base: Any, gather: Tensor, target: Tensor, *, fused: bool, impl: str, return_stats: bool, box: dict[str, Any]
+    base: Any, gather: Tensor, target: Tensor, *, fused: bool, impl: Impl, return_stats: bool, box: dict[str, Any]
 ) -> Iterator[None]:
-    """Within the context, the output head of `base` returns the log-probs [1, N, 1] of `target` at the flat positions `gather` in place of logits.
+    """Within the context, the output head of `base` returns the log-probs [1, N, 1] of `target` at the flat positions `gather` in place
+    of logits.
 
     Statistics go to `box["stats"]`.
     """
@@ -114,10 +117,10 @@ def scored_head(
         scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather.to(hidden.device))
         if fused:
             weight, bias = head_weight(head)
-            result = linear_logprob(
-                scored, weight, target, bias, impl=impl, softcap=options.softcap, logit_scale=options.logit_scale, return_stats=return_stats
+            score = partial(
+                linear_logprob, scored, weight, target, bias, impl=impl, softcap=options.softcap, logit_scale=options.logit_scale
             )
-            logps, stats = result if return_stats else (result, None)
+            logps, stats = score(return_stats=True) if return_stats else (score(), None)
         else:
             logps, stats = _plain(plain_forward(scored), target, options, return_stats)
         box["stats"] = stats
@@ -157,7 +160,8 @@ def _plain(logits: Tensor, target: Tensor, options: HeadOptions, return_stats: b
 
 
 def _applied_options(base: nn.Module) -> HeadOptions:
-    """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their config and ignore it."""
+    """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their config and
+    ignore it."""
     options = head_options(base.config)
     source = inspect.getsource(type(base).forward)
     return HeadOptions(
@@ -173,7 +177,8 @@ def _without_logit_transform(base: Any, options: HeadOptions) -> Iterator[None]:
     neutral = {"final_logit_softcapping": None} if options.softcap is not None else {}
     if options.logit_scale != 1.0:
         raise ValueError(
-            f"{type(base).__name__} scales its logits by {options.logit_scale}; this is not supported yet: use TRL's DPOTrainer for this model."
+            f"{type(base).__name__} scales its logits by {options.logit_scale}; this is not supported yet: use TRL's "
+            f"DPOTrainer for this model."
         )
     saved = {name: getattr(text, name) for name in neutral}
     for name, value in neutral.items():

@@ -21,13 +21,14 @@ from trl import DPOTrainer
 
 from silkie import guards
 from silkie.attention import Attention
+from silkie.card import write_card
 from silkie.collator import GroupCollator, blank_vision
 from silkie.config import SilkieDPOConfig
 from silkie.data import load_preferences
 from silkie.data.schema import aspects_of, is_group_features
 from silkie.encoding import GroupEncoder
 from silkie.layout import LayoutChoice, choose_layout, self_test
-from silkie.losses import GroupLogps, build_objective
+from silkie.losses import GroupLogps, Objective, build_objective
 from silkie.metrics import DeviceMeans
 from silkie.models import PromptPositions, causal_lm, vision_is_frozen, vision_parameters, vision_parts, with_default_targets
 from silkie.packing import Layout
@@ -50,9 +51,11 @@ class SilkieDPOTrainer(DPOTrainer):
 
     Args:
         model: model, PeftModel, local directory or hub name.
-        ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter: with its frozen initial copy).
+        ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter: with its frozen
+            initial copy).
         args: `SilkieDPOConfig`.
-        train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt / chosen / rejected / images), which are regrouped so
+        train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt / chosen / rejected
+            / images), which are regrouped so
             that pairs over the same prompt and images share their forward pass. `eval_dataset` may be a dict of them.
         processing_class: the model's processor; None loads it from the model's name.
         peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP projections.
@@ -64,6 +67,14 @@ class SilkieDPOTrainer(DPOTrainer):
     """
 
     _tag_names = ["silkie", "trl", "dpo"]  # noqa: RUF012  (transformers reads it as a class attribute)
+    args: SilkieDPOConfig
+    model: Any
+    train_dataset: Dataset
+    data_collator: Any
+    processing_class: Any
+    _signature_columns: Any
+    reports: dict[str, PreparationReport]
+    objective: Objective
     loss_is_scaled_for_ga = True  # compute_loss divides by the totals of the whole optimizer step
 
     def __init__(
@@ -105,9 +116,16 @@ class SilkieDPOTrainer(DPOTrainer):
         find_unused = args.ddp_find_unused_parameters
         with _without_precompute(args), guards.allow_adapted_head():
             super().__init__(
-                model=model, ref_model=ref_model, args=args, data_collator=_refuse_collation, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                processing_class=processing_class, peft_config=peft_config, **kwargs,
-            )  # fmt: skip
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=_refuse_collation,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         if peft_config is None and args.freeze_vision and isinstance(model, str):
             freeze_vision(self.model)
         self.frozen_vision = vision_is_frozen(self.model)
@@ -138,9 +156,11 @@ class SilkieDPOTrainer(DPOTrainer):
         self.reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
         self._sampler: GroupBatchSampler | None = None
         self.add_callback(_StepHooks(self))
-        self._log_plan()
+        for line in self._setup_lines():  # the data's lines were logged when it was prepared
+            logger.info(line)
 
-    # -- data ---------------------------------------------------------------------------------------------------------------------------------
+    # -- data
+    # ---------------------------------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
         if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
@@ -175,14 +195,23 @@ class SilkieDPOTrainer(DPOTrainer):
         """Batches of groups from `GroupBatchSampler`, dealt to the ranks by accelerate."""
         args, dataset = self.args, self.train_dataset
         self._sampler = GroupBatchSampler(
-            self.choice.costs(dataset), batch_size=self._train_batch_size, max_tokens=args.max_tokens_per_batch,
-            world=self.accelerator.num_processes, seed=args.data_seed if args.data_seed is not None else args.seed, padded=self.choice.groups_per_row == 1,
-        )  # fmt: skip
+            self.choice.costs(dataset),
+            batch_size=self._train_batch_size,
+            max_tokens=args.max_tokens_per_batch,
+            world=self.accelerator.num_processes,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            padded=self.choice.groups_per_row == 1,
+        )
         rows = dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])
         loader = DataLoader(
-            WithEmptyGroups(rows), batch_sampler=self._sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
-        )  # fmt: skip
+            WithEmptyGroups(rows),
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
         even = self.accelerator.even_batches
         self.accelerator.even_batches = False  # the sampler has made the batches even without repeating groups
         try:
@@ -190,7 +219,8 @@ class SilkieDPOTrainer(DPOTrainer):
         finally:
             self.accelerator.even_batches = even
 
-    # -- loss ---------------------------------------------------------------------------------------------------------------------------------
+    # -- loss
+    # ---------------------------------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the totals over them and over all ranks that normalise its loss."""
@@ -201,9 +231,7 @@ class SilkieDPOTrainer(DPOTrainer):
         totals = {name: torch.stack([u[name] for u in units]).sum().to(device) for name in units[0]}
         return samples, {name: self.accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: dict[str, Tensor] | None = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The micro-batch's share of the weighted mean over all pairs of the optimizer step.
 
         Args:
@@ -255,7 +283,8 @@ class SilkieDPOTrainer(DPOTrainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    # -- logging ------------------------------------------------------------------------------------------------------------------------------
+    # -- logging
+    # ------------------------------------------------------------------------------------------------------------------------------
 
     def _record(
         self, mode: str, batch: dict[str, Any], loss: Tensor, metrics: dict[str, Tensor], scores: Scores, group_logps: GroupLogps
@@ -299,16 +328,35 @@ class SilkieDPOTrainer(DPOTrainer):
             self._watch.check(logs.get("grad_norm"))
         super().log(logs, start_time)
 
-    def _log_plan(self) -> None:
-        for line in [
-            *self.choice.lines(),
-            f"log-probs: {'silkie.logprob, ' + self.args.logprob_impl if self.args.use_fused_logprob else 'plain logits'}",
-        ]:
-            logger.info(line)
-        logger.info("reference: %s", self.reference.kind if self.reference else "none (the losses need none)")
-        logger.info("vision tower: %s", "frozen, encoded once per step and shared" if self.frozen_vision else "trained")
+    def plan_lines(self) -> list[str]:
+        """What runs, and why: data, layout, attention, kernel, reference, vision."""
+        return [*(line for name, report in self.reports.items() for line in report.lines(name)), *self._setup_lines()]
 
-    # -- start and steps ----------------------------------------------------------------------------------------------------------------------
+    def _setup_lines(self) -> list[str]:
+        kernel = f"silkie.logprob ({self.args.logprob_impl})" if self.args.use_fused_logprob else "plain logits"
+        return [
+            *self.choice.lines(),
+            f"log-probs: {kernel}",
+            f"reference: {self.reference.kind if self.reference else 'none (the losses need none)'}",
+            f"vision tower: {'frozen, encoded once per step and shared' if self.frozen_vision else 'trained'}",
+        ]
+
+    # -- saving
+    # -------------------------------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves adapter (or weights), processor and model card."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            write_card(output_dir or str(self.args.output_dir), self)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes silkie's card in place of TRL's."""
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self)
+
+    # -- start and steps
+    # ----------------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
@@ -345,7 +393,8 @@ def freeze_vision(model: Any) -> None:
 
 
 def unhook_vision(base: PreTrainedModel) -> None:
-    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would back-propagate it for nothing."""
+    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would back-propagate it
+    for nothing."""
     for _, part in vision_parts(base):
         for module in part.modules() if isinstance(part, torch.nn.Module) else ():
             for key, hook in list(module._forward_hooks.items()):

@@ -1,4 +1,5 @@
-"""Image features once per step: computed for each image once, repeated for the rows that need them, shared by the policy and the reference pass."""
+"""Image features once per step: computed for each image once, repeated for the rows that need them, shared by the policy and the
+reference pass."""
 
 from __future__ import annotations
 
