@@ -18,11 +18,25 @@ if TYPE_CHECKING:
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _OPTIONS = (
-    "loss_type", "loss_weights", "beta", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "
-    ""num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "max_length", "
-    ""max_response_length", "seed", "bf16",
-    "layout", "use_fused_logprob", "precompute_ref_log_probs",
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_tokens_per_batch",
+    "max_length",
+    "max_response_length",
+    "seed",
+    "bf16",
+    "layout",
+    "use_fused_logprob",
+    "precompute_ref_log_probs",
 )
 _METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -45,10 +59,7 @@ def card_text(trainer: SilkieDPOTrainer) -> str:
     }
     if not Path(base).is_dir() and "/" in base:
         header["base_model"] = base
-    load = (
-        "from silkie.inference import load_policy\n\n"
-        "model, processor = load_policy(\"path/to/this/directory\")"
-    )
+    load = 'from silkie.inference import load_policy\n\nmodel, processor = load_policy("path/to/this/directory")'
     sections = [
         "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
         f"# {Path(str(trainer.args.output_dir)).name}",
