@@ -47,6 +47,23 @@ def build_parser() -> argparse.ArgumentParser:
     rate.add_argument("--retry-failed", action="store_true", help="do items again that an earlier run recorded as failed")
     add_endpoint_arguments(rate)
     rate.set_defaults(run=run_rate)
+
+    sample = commands.add_parser("sample", help="draw responses from a pool of models; run again to resume")
+    sample.add_argument("prompts", help='JSONL of {"image", "prompt"}, `id` optional')
+    sample.add_argument("--out", required=True, help="responses file, as `rate` reads it (its journal: OUT.journal)")
+    sample.add_argument("--pool", help="YAML file with the members of the pool (see silkie/feedback/pool.py)")
+    sample.add_argument("--local", help="instead of --pool: one model or adapter directory in this process")
+    sample.add_argument(
+        "--temperatures", type=float, nargs="+", default=[1.0], help="with --base-url or --local: temperatures of the draws"
+    )
+    sample.add_argument("--max-answer-tokens", type=int, default=512, help="with --base-url or --local: length of a response (default 512)")
+    sample.add_argument("--k", type=int, default=4, help="responses per prompt (default 4)")
+    sample.add_argument("--minimum", type=int, default=2, help="leave out items with fewer distinct responses (default 2)")
+    sample.add_argument("--redraws", type=int, default=3, help="tries for a draw that failed or repeats another (default 3)")
+    sample.add_argument("--image-root", help="directory or zip of the images (default: beside PROMPTS)")
+    sample.add_argument("--max-image-side", type=int, help="scale larger images down to this many pixels")
+    add_endpoint_arguments(sample)
+    sample.set_defaults(run=run_sample)
     return parser
 
 
@@ -64,12 +81,12 @@ def make_endpoint(arguments: argparse.Namespace) -> Any:
     )
 
 
-def check_endpoint_arguments(arguments: argparse.Namespace) -> None:
+def check_endpoint_arguments(arguments: argparse.Namespace, *, priced: bool) -> None:
     """Raises ValueError for options that contradict each other."""
     if arguments.concurrency < 1:
         raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
-    if arguments.max_cost is not None and not (arguments.price_prompt or arguments.price_completion):
-        raise ValueError("--max-cost needs --price-prompt and --price-completion")
+    if arguments.max_cost is not None and not priced:
+        raise ValueError("--max-cost needs prices (--price-prompt, --price-completion; in a pool: price_prompt, price_completion)")
 
 
 def run_rate(arguments: argparse.Namespace) -> int:
@@ -77,7 +94,7 @@ def run_rate(arguments: argparse.Namespace) -> int:
     from silkie.feedback.rate_run import RateOptions, rate_file
     from silkie.feedback.rubric import load_rubric
 
-    check_endpoint_arguments(arguments)
+    check_endpoint_arguments(arguments, priced=bool(arguments.price_prompt or arguments.price_completion))
     if arguments.votes < 1 or arguments.attempts < 1:
         raise ValueError("--votes and --attempts must be 1 or more")
     rubric = load_rubric(arguments.rubric)
@@ -119,6 +136,53 @@ def run_rate(arguments: argparse.Namespace) -> int:
     if summary.failures:
         print("--retry-failed does the failed items again")
     return 1 if summary.items and not summary.rated else 0
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    from silkie.feedback.pool import Member, Pool, load_pool
+    from silkie.feedback.sample import SampleOptions, sample_file
+
+    if sum(source is not None for source in (arguments.pool, arguments.local, arguments.base_url)) != 1:
+        raise ValueError("pass exactly one of --pool, --local and --base-url (with --model)")
+    if arguments.pool:
+        pool = load_pool(arguments.pool)
+    else:
+        member = Member(
+            name=arguments.model or arguments.local or "",
+            base_url=arguments.base_url,
+            model=arguments.model if arguments.base_url else None,
+            key_variable=arguments.key_variable,
+            local=arguments.local,
+            temperatures=tuple(arguments.temperatures),
+            max_tokens=arguments.max_answer_tokens,
+            price_prompt=arguments.price_prompt,
+            price_completion=arguments.price_completion,
+        )
+        pool = Pool((member,))
+    check_endpoint_arguments(arguments, priced=any(member.price_prompt or member.price_completion for member in pool.members))
+    summary = sample_file(
+        arguments.prompts,
+        pool,
+        arguments.out,
+        SampleOptions(
+            k=arguments.k,
+            minimum=arguments.minimum,
+            redraws=arguments.redraws,
+            seed=arguments.seed,
+            image_root=arguments.image_root,
+            concurrency=arguments.concurrency,
+            timeout=arguments.timeout,
+            max_image_side=arguments.max_image_side,
+            max_tokens=arguments.max_budget_tokens,
+            max_cost=arguments.max_cost,
+            progress=not arguments.quiet,
+        ),
+    )
+    print(summary.text())
+    if summary.stopped:
+        print("run the same command again to go on")
+        return STOPPED_EARLY
+    return 1 if summary.items and not (summary.complete or summary.short) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,12 @@
-"""What the judge is told: instruction and texts in one message, and the form its answer must take (Markdown, or a JSON schema)."""
+"""What goes to a model: the judge's question and the form of its answer (Markdown, or a JSON schema), and a prompt to be answered."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from silkie.feedback.items import JudgeItem, prompt_text
+from silkie.data.schema import user_turn
+from silkie.feedback.items import ItemError, JudgeItem, prompt_text
 from silkie.feedback.rubric import Rubric, number_text
 
 Form = Literal["json", "markdown"]
@@ -63,3 +65,34 @@ def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
     """The user turn that follows the images: instruction, the K texts in order, and the form of the answer."""
     texts = "\n\n".join(f"### Text {i}\n<text>\n{response}\n</text>" for i, response in enumerate(item.responses, 1))
     return f"# Instruction\n{prompt_text(item.prompt)}\n\n# Texts\n{texts}\n\n# Your answer\n{form_text(rubric, len(item.responses), form)}"
+
+
+def conversation(item: JudgeItem) -> list[dict[str, Any]]:
+    """The prompt as a conversation of typed parts with one image part per image. Raises ItemError("prompt") where their numbers differ."""
+    if isinstance(item.prompt, str):
+        try:
+            return [user_turn(item.prompt, len(item.images))]
+        except ValueError as error:
+            raise ItemError("prompt", str(error)) from error
+    turns = [
+        {
+            "role": turn["role"],
+            "content": [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"],
+        }
+        for turn in item.prompt
+    ]
+    parts = sum(part.get("type") == "image" for turn in turns for part in turn["content"])
+    if parts != len(item.images):
+        raise ItemError("prompt", f"the conversation has {parts} image parts, the item {len(item.images)} images")
+    return turns
+
+
+def endpoint_messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str, Any]]:
+    """A conversation as the chat API wants it: every image part holds the next of `urls`."""
+
+    def part(entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["type"] == "image":
+            return {"type": "image_url", "image_url": {"url": next(urls)}}
+        return {"type": "text", "text": entry["text"]}
+
+    return [{"role": turn["role"], "content": [part(entry) for entry in turn["content"]]} for turn in turns]

@@ -238,7 +238,7 @@ class _Run:
             texts: list[AnswerError | ItemError] = [*problems, fatal] if fatal and fatal.raw else [*problems]
             record["error"] = {"kind": cause.kind, "message": str(cause)}
             record["attempts"] = [{"kind": text.kind, "message": str(text), "raw": text.raw} for text in texts]
-        usages = [source.usage for source in (*votes, *problems, *([fatal] if fatal else []))]
+        usages = [vote.usage for vote in votes] + [problem.usage for problem in problems] + ([fatal.usage] if fatal else [])
         usage = sum(usages, Usage())
         return record | {"usage": usage.to_json(), "seconds": round(time.monotonic() - began, 3)}
 

@@ -115,11 +115,11 @@ class Progress:
         )
         self.failed = 0
 
-    def update(self, *, failed: bool, spent: Usage) -> None:
+    def update(self, *, failed: bool, spent: Usage, count: int = 1) -> None:
         self.failed += failed
         cost = {"cost": f"{spent.cost:.4f}"} if spent.cost else {}
         self._bar.set_postfix(failed=self.failed, tokens=spent.tokens, **cost, refresh=False)
-        self._bar.update()
+        self._bar.update(count)
 
     def close(self) -> None:
         self._bar.close()

@@ -1,0 +1,145 @@
+"""Who answers: a pool of endpoints and local models, and which of them draws which response of an item.
+
+members:
+  - {name: large, base_url: "http://localhost:8000/v1", model: org/large-vl, temperatures: [0.7, 1.0], key_variable: LARGE_KEY}
+  - {name: mine, local: out/adapter, temperatures: [1.0], weight: 2}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class PoolError(ValueError):
+    """A pool that cannot be used; the message names the member, the key and what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One model of a pool: behind an endpoint (`base_url` and `model`) or in this process (`local`, a model or adapter directory).
+
+    temperatures: the n-th draw of one item from this member uses the n-th of them, and round again. weight: how often it is chosen,
+    relative to the others. base_model: where an adapter's base is, if not where the adapter says. price_*: per million tokens.
+    """
+
+    name: str
+    base_url: str | None = None
+    model: str | None = None
+    key_variable: str | None = None
+    local: str | None = None
+    base_model: str | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+    top_p: float | None = None
+    max_tokens: int = 512
+    weight: float = 1.0
+    concurrency: int | None = None
+    batch_size: int = 8
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.local is None) == (self.base_url is None):
+            raise PoolError(f"pool member {self.name!r}: expected either `base_url` (and `model`) or `local`")
+        if self.base_url is not None and not self.model:
+            raise PoolError(f"pool member {self.name!r}: `base_url` needs `model`, the name the server knows")
+        if not self.temperatures or min(self.temperatures) < 0 or self.weight <= 0 or self.max_tokens < 1 or self.batch_size < 1:
+            raise PoolError(
+                f"pool member {self.name!r}: expected temperatures >= 0, weight > 0, max_tokens and batch_size >= 1; found "
+                f"temperatures {list(self.temperatures)}, weight {self.weight}, max_tokens {self.max_tokens}, batch_size {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The members, by distinct names."""
+
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if not names or len(set(names)) != len(names):
+            raise PoolError(f"expected one or more pool members with distinct names, found {names}")
+
+    def fingerprint(self) -> str:
+        """12 hex digits over everything that shapes the answers (not over concurrency, batch size or prices)."""
+        ignored = {"concurrency", "batch_size", "price_prompt", "price_completion", "key_variable"}
+        shaping = [{key: value for key, value in asdict(member).items() if key not in ignored} for member in self.members]
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _member(entry: Any, where: str) -> Member:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise PoolError(f"{where}: expected a mapping with a `name`, found {entry!r:.100}")
+    known = {field.name for field in fields(Member)}
+    unknown = sorted(set(entry) - known)
+    if unknown:
+        raise PoolError(f"{where} ({entry['name']}): unknown keys {unknown}; known are {', '.join(sorted(known))}")
+    values = dict(entry)
+    if "temperatures" in values:
+        given = values["temperatures"]
+        values["temperatures"] = tuple(float(t) for t in (given if isinstance(given, (list, tuple)) else [given]))
+    return Member(**values)
+
+
+def load_pool(path: str | Path) -> Pool:
+    """The pool of a YAML file. Raises PoolError. Paths of local members are taken from the working directory."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise PoolError(f"cannot read the pool {path}: {error}") from error
+    if not isinstance(data, Mapping) or not isinstance(data.get("members"), list):
+        raise PoolError(f"{path}: expected a mapping with a list `members`")
+    return Pool(tuple(_member(entry, f"{path}: members[{i}]") for i, entry in enumerate(data["members"])))
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """A member at one temperature."""
+
+    member: Member
+    temperature: float
+
+
+def voices(pool: Pool, item_id: str, seed: int) -> list[Voice]:
+    """The voices of an item in the order in which its slots use them: every member once, in a seeded weighted order, at its first
+    temperature; then every member that has a second temperature; and so on. So k draws come from k members where the pool has as many."""
+    rng = random.Random(f"{seed}|{item_id}|members")
+    order = sorted(pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight)))  # weighted sampling without replacement
+    rounds = max(len(member.temperatures) for member in order)
+    return [Voice(member, member.temperatures[i]) for i in range(rounds) for member in order if i < len(member.temperatures)]
+
+
+def voice_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Voice:
+    """The voice that draws response `slot` of an item; a repeated draw (`attempt` > 0) goes on to the voices that no slot has used."""
+    order = voices(pool, item_id, seed)
+    return order[(slot + attempt * k) % len(order)]
+
+
+def draw_seed(*parts: Any) -> int:
+    """A seed below 2**31 that depends on nothing but `parts`."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+def normalised(text: str) -> str:
+    """What counts as the same response: equal words, whatever the case, the spaces and the full stop at the end."""
+    return " ".join(text.casefold().split()).rstrip(" .!")
+
+
+def accepted_slots(texts: Sequence[str | None]) -> list[bool]:
+    """Which responses of an item are kept: those with a text that no earlier slot has."""
+    seen: set[str] = set()
+    kept = []
+    for text in texts:
+        key = None if text is None else normalised(text)
+        kept.append(bool(key) and key not in seen)
+        if key:
+            seen.add(key)
+    return kept

@@ -1,0 +1,364 @@
+"""`python -m silkie.feedback sample`: draw k responses per prompt from a pool, resumable at any point.
+
+Every single draw is one line of a journal (OUT.journal), so that a kill loses only the draws in flight. Draws go in rounds: round 0 fills
+every slot; a slot whose draw failed or repeats an earlier slot's text is drawn again in the next round, up to `redraws` times. What a round
+has to do follows from the journal alone. At the end the items with enough distinct responses go to OUT, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from silkie.feedback.budget import Budget, Prices
+from silkie.feedback.endpoint import Endpoint, TransportError
+from silkie.feedback.items import AnswerError, ItemError, JudgeItem, Usage
+from silkie.feedback.journal import Journal, JournalError, Record
+from silkie.feedback.media import data_url, load_image
+from silkie.feedback.pool import Member, Pool, Voice, accepted_slots, draw_seed, voice_of
+from silkie.feedback.prompting import conversation, endpoint_messages
+from silkie.feedback.records import read_items, with_images
+from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """How a run of `sample` works.
+
+    k: responses per prompt. minimum: items with fewer distinct ones are left out of the result. redraws: how often a failed or repeated
+    draw is tried again.
+    """
+
+    k: int = 4
+    minimum: int = 2
+    redraws: int = 3
+    seed: int = 0
+    image_root: str | None = None
+    concurrency: int = 16
+    timeout: float = 120.0
+    max_image_side: int | None = None
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One response to be drawn."""
+
+    item: JudgeItem
+    slot: int
+    attempt: int
+    voice: Voice
+
+
+@dataclass(slots=True)
+class DrawState:
+    """What the journal holds: per item and slot the last attempt and its text (None where it failed)."""
+
+    last: dict[str, dict[int, tuple[int, str | None, str]]] = field(default_factory=lambda: defaultdict(dict))
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    settings: set[tuple[Any, ...]] = field(default_factory=set)
+    spent: Usage = field(default_factory=Usage)
+    draws: int = 0
+
+    def add(self, record: Record) -> None:
+        self.last[record["id"]][record["slot"]] = (record["attempt"], record.get("response"), record["member"])
+        self.fingerprints[record["id"]] = record["item"]
+        self.settings.add((record["pool"], record["seed"], record["k"]))
+        self.spent += Usage.from_json(record.get("usage"))
+        self.draws += 1
+
+    def texts(self, item_id: str, k: int) -> list[str | None]:
+        slots = self.last.get(item_id, {})
+        return [slots[slot][1] if slot in slots else None for slot in range(k)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSummary:
+    """`complete`: items with k distinct responses; `short`: with fewer but enough; `dropped`: with too few."""
+
+    items: int
+    complete: int
+    short: int
+    dropped: list[str]
+    draws: int
+    spent: Usage
+    seconds: float
+    stopped: str | None
+
+    def text(self) -> str:
+        cost = f", cost {self.spent.cost:.4f}" if self.spent.cost else ""
+        lines = [
+            f"{self.items} items: {self.complete} complete, {self.short} with fewer responses, {len(self.dropped)} left out",
+            f"{self.draws} draws in all, {self.spent.tokens:,} tokens{cost}; {self.seconds:.1f} s now",
+        ]
+        if self.dropped and not self.stopped:
+            lines.append(f"left out (too few distinct responses): {', '.join(self.dropped[:10])}{' ...' if len(self.dropped) > 10 else ''}")
+        if self.stopped:
+            lines.append(f"stopped early: {self.stopped}")
+        return "\n".join(lines)
+
+
+def sample_file(prompts: str | Path, pool: Pool, out: str | Path, options: SampleOptions | None = None) -> SampleSummary:
+    """Draw responses for every item of `prompts` (JSONL of {"image", "prompt"}, `id` optional) and write the responses file `out`.
+
+    Raises RecordError for a line that cannot be used, JournalError for a journal (`out` + ".journal") in use, damaged, or begun with
+    another pool, seed, k or other prompts.
+    """
+    return asyncio.run(_sample_file(Path(prompts), pool, Path(out), options or SampleOptions()))
+
+
+async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOptions) -> SampleSummary:
+    began = time.monotonic()
+    state = DrawState()
+    stop = StopSignal()
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(out.with_name(out.name + ".journal"), on_record=state.add))
+        items = list(read_items(prompts, need_responses=False))
+        _check(items, pool, journal.path, state, options)
+        done = sum(sum(accepted_slots(state.texts(item.id, options.k))) for item in items)
+        progress = Progress(total=len(items) * options.k, done=done, unit="draw", show=options.progress)
+        run = _Run(pool, options, prompts.parent, journal, state, stop, progress)
+        try:
+            with stop_on_signals(stop):
+                for attempt in range(options.redraws + 1):
+                    await run.round(items, attempt)
+                    if stop.reason is not None:
+                        break
+        finally:
+            progress.close()
+            await run.close()
+        complete, short, dropped = _write_responses(items, state, prompts, out, options)
+    return SampleSummary(
+        items=len(items),
+        complete=complete,
+        short=short,
+        dropped=dropped,
+        draws=state.draws,
+        spent=state.spent,
+        seconds=time.monotonic() - began,
+        stopped=stop.reason,
+    )
+
+
+def _check(items: list[JudgeItem], pool: Pool, path: Path, state: DrawState, options: SampleOptions) -> None:
+    current = (pool.fingerprint(), options.seed, options.k)
+    if state.settings - {current}:
+        raise JournalError(f"{path} was begun with another pool, seed or k; pass those again, or another output file")
+    for item in items:
+        if state.fingerprints.get(item.id, item.fingerprint()) != item.fingerprint():
+            raise JournalError(
+                f"{path}: item {item.id!r} was drawn for another prompt or image than the input now holds; pass another output file"
+            )
+
+
+class _Run:
+    """One run: the endpoints, the local model that is loaded, and where a draw's line goes."""
+
+    def __init__(
+        self, pool: Pool, options: SampleOptions, base: Path, journal: Journal, state: DrawState, stop: StopSignal, progress: Progress
+    ) -> None:
+        self.pool, self.options, self.base = pool, options, base
+        self.journal, self.state, self.stop, self.progress = journal, state, stop, progress
+        self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=state.draws)
+        self.endpoints = {member.name: self._endpoint(member) for member in pool.members if member.base_url is not None}
+        self.outages = {name: OutageGuard(limit=2 * options.concurrency + 8) for name in self.endpoints}
+        self.local: tuple[str, Any, Any] | None = None  # (member name, model, processor): one at a time, they are large
+
+    def _endpoint(self, member: Member) -> Endpoint:
+        assert member.base_url is not None and member.model is not None
+        return Endpoint(
+            member.base_url,
+            member.model,
+            timeout=self.options.timeout,
+            prices=Prices(prompt=member.price_prompt, completion=member.price_completion),
+            key_variable=member.key_variable,
+            connections=member.concurrency or self.options.concurrency,
+            sleep=self.stop.sleep,
+        )
+
+    async def close(self) -> None:
+        for endpoint in self.endpoints.values():
+            await endpoint.close()
+
+    async def round(self, items: list[JudgeItem], attempt: int) -> None:
+        """Every draw of this round: the local members one after the other, then all endpoints side by side."""
+        by_member: dict[str, list[Draw]] = defaultdict(list)
+        for draw in self._draws(items, attempt):
+            by_member[draw.voice.member.name].append(draw)
+        for member in self.pool.members:
+            if member.local is not None and self.stop.reason is None:
+                await self._draw_locally(member, by_member[member.name])
+        async with asyncio.TaskGroup() as group:
+            for member in self.pool.members:
+                if member.base_url is not None:
+                    group.create_task(self._draw_remotely(member, by_member[member.name]))
+
+    def _draws(self, items: list[JudgeItem], attempt: int) -> Iterator[Draw]:
+        """Slots that have no accepted text and whose next attempt is this one."""
+        k = self.options.k
+        for item in items:
+            slots = self.state.last.get(item.id, {})
+            kept = accepted_slots(self.state.texts(item.id, k))
+            for slot in range(k):
+                tried = slots[slot][0] + 1 if slot in slots else 0
+                if not kept[slot] and tried == attempt:
+                    yield Draw(item, slot, attempt, voice_of(self.pool, item.id, slot, attempt, k, self.options.seed))
+
+    async def _draw_remotely(self, member: Member, draws: list[Draw]) -> None:
+        guard = self.outages[member.name]
+        await run_bounded(iter(draws), self._draw_one, concurrency=member.concurrency or self.options.concurrency, stop=self.stop)
+        if self.stop.reason is None:
+            for record in guard.release():
+                await self._write(record)
+
+    async def _draw_one(self, draw: Draw) -> None:
+        self.budget.start()
+        guard = self.outages[draw.voice.member.name]
+        usage, unanswered = Usage(), False
+        try:
+            try:
+                answer = await self._ask(draw)
+                usage, record = answer.usage, self._record(draw, answer.usage, response=answer.text.strip())
+            except (AnswerError, ItemError) as error:
+                usage, record = error.usage, self._record(draw, error.usage, error=error)
+                unanswered = isinstance(error, TransportError)
+        except BaseException:
+            self.budget.abandon()
+            raise
+        try:
+            if unanswered:
+                guard.hold(record, record["error"]["message"])
+            else:
+                await self._write(record)
+                for held in guard.release() if usage.calls else ():
+                    await self._write(held)
+        finally:
+            self.budget.finish(usage, usable="response" in record)
+
+    async def _ask(self, draw: Draw) -> Any:
+        def messages() -> list[dict[str, Any]]:
+            item = with_images(draw.item, self.options.image_root, self.base)
+            urls = (data_url(image, where=f"item {item.id!r}", max_side=self.options.max_image_side) for image in item.images)
+            return endpoint_messages(conversation(item), urls)
+
+        member = draw.voice.member
+        return await self.endpoints[member.name].chat(
+            await asyncio.to_thread(messages),
+            keep_truncated=True,
+            temperature=draw.voice.temperature,
+            top_p=member.top_p,
+            max_tokens=member.max_tokens,
+            seed=draw_seed(self.options.seed, draw.item.id, draw.slot, draw.attempt),
+        )
+
+    async def _draw_locally(self, member: Member, draws: list[Draw]) -> None:
+        by_temperature: dict[float, list[Draw]] = defaultdict(list)
+        for draw in draws:
+            by_temperature[draw.voice.temperature].append(draw)
+        for temperature, group in sorted(by_temperature.items()):
+            for batch in _batches(group, member.batch_size):
+                if self.stop.reason is not None:
+                    return
+                for record in await asyncio.to_thread(self._generate, member, temperature, batch):
+                    await self._write(record)
+
+    def _generate(self, member: Member, temperature: float, batch: tuple[Draw, ...]) -> list[Record]:
+        from silkie.inference import generate, load_policy
+
+        assert member.local is not None
+        if self.local is None or self.local[0] != member.name:
+            self.local = None
+            self.local = (member.name, *load_policy(member.local, base_model=member.base_model))
+        records, ready = [], []
+        for draw in batch:
+            try:
+                item = with_images(draw.item, self.options.image_root, self.base)
+                ready.append((draw, conversation(item), [load_image(image, where=f"item {item.id!r}") for image in item.images]))
+            except ItemError as error:
+                records.append(self._record(draw, Usage(), error=error))
+        if ready:
+            answers = generate(
+                self.local[1],
+                self.local[2],
+                [prompt for _, prompt, _ in ready],
+                [images for _, _, images in ready],
+                max_new_tokens=member.max_tokens,
+                temperature=temperature,
+                top_p=member.top_p if member.top_p is not None else 1.0,
+                seed=draw_seed(self.options.seed, ready[0][0].item.id, ready[0][0].slot, ready[0][0].attempt),
+                batch_size=member.batch_size,
+            )
+            records += [self._record(draw, Usage(calls=1), response=texts[0]) for (draw, _, _), texts in zip(ready, answers, strict=True)]
+        return records
+
+    def _record(self, draw: Draw, usage: Usage, *, response: str | None = None, error: AnswerError | ItemError | None = None) -> Record:
+        record: Record = {
+            "id": draw.item.id,
+            "slot": draw.slot,
+            "attempt": draw.attempt,
+            "member": draw.voice.member.name,
+            "temperature": draw.voice.temperature,
+            "item": draw.item.fingerprint(),
+            "pool": self.pool.fingerprint(),
+            "seed": self.options.seed,
+            "k": self.options.k,
+            "usage": usage.to_json(),
+        }
+        if error is not None:
+            return record | {"error": {"kind": error.kind, "message": str(error), "raw": error.raw}}
+        return record | {"response": response}
+
+    async def _write(self, record: Record) -> None:
+        before = sum(accepted_slots(self.state.texts(record["id"], self.options.k)))
+        await self.journal.append(record)
+        self.state.add(record)
+        gained = sum(accepted_slots(self.state.texts(record["id"], self.options.k))) - before
+        self.progress.update(failed=record.get("response") is None, spent=self.state.spent, count=max(0, gained))
+
+
+def _batches(draws: list[Draw], size: int) -> Iterator[tuple[Draw, ...]]:
+    return (tuple(draws[i : i + size]) for i in range(0, len(draws), size))
+
+
+def _write_responses(
+    items: list[JudgeItem], state: DrawState, prompts: Path, out: Path, options: SampleOptions
+) -> tuple[int, int, list[str]]:
+    """Write `out` atomically; returns (complete, short, ids left out)."""
+    complete = short = 0
+    dropped: list[str] = []
+    temporary = out.with_name(out.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for item in items:
+            texts = state.texts(item.id, options.k)
+            kept = [slot for slot, keep in enumerate(accepted_slots(texts)) if keep]
+            if len(kept) < min(options.minimum, options.k):
+                dropped.append(item.id)
+                continue
+            complete += len(kept) == options.k
+            short += len(kept) < options.k
+            responses = [{"model": state.last[item.id][slot][2], "response": texts[slot]} for slot in kept]
+            images = [_image_for(image, prompts, out, options.image_root) for image in item.images]
+            image = images[0] if len(images) == 1 else images or None
+            file.write(
+                json.dumps({**item.meta, "id": item.id, "image": image, "prompt": item.prompt, "responses": responses}, default=str) + "\n"
+            )
+    temporary.replace(out)
+    return complete, short, dropped
+
+
+def _image_for(image: str, prompts: Path, out: Path, image_root: str | None) -> str:
+    """The image's path as seen from `out`: a path that was meant from the prompts file must still work from the responses file."""
+    beside = prompts.parent / image
+    if image_root is not None or os.path.isabs(image) or not beside.exists() or prompts.parent.resolve() == out.parent.resolve():
+        return image
+    return os.path.relpath(beside, out.parent)
