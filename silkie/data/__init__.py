@@ -1,11 +1,12 @@
 """Preference data: any supported source to preference groups. See `load_preferences`, `build_pairs` and `register_source`."""
 
 from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
-from silkie.data.loading import LoadReport, Problem, load_preferences
+from silkie.data.loading import load_preferences
 from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
 from silkie.data.registry import SOURCES, Row, Source, register_source
 from silkie.data.regroup import RegroupReport, regroup
 from silkie.data.repair import repair_pairs
+from silkie.data.reports import LoadReport, Problem, ValidationReport
 from silkie.data.schema import (
     VLFEEDBACK_ASPECTS,
     DataError,
@@ -19,6 +20,8 @@ from silkie.data.schema import (
     to_messages,
     user_turn,
 )
+from silkie.data.splits import Leak, LeakError, check_leak, split_groups
+from silkie.data.validation import validate
 
 __all__ = [
     "SOURCES",
@@ -27,6 +30,8 @@ __all__ = [
     "Group",
     "ImageError",
     "ImageResolver",
+    "Leak",
+    "LeakError",
     "LoadReport",
     "PairOptions",
     "Pairs",
@@ -36,8 +41,10 @@ __all__ = [
     "RowError",
     "SkipRow",
     "Source",
+    "ValidationReport",
     "aspects_of",
     "build_pairs",
+    "check_leak",
     "group_features",
     "image_digest",
     "load_preferences",
@@ -48,8 +55,10 @@ __all__ = [
     "register_source",
     "regroup",
     "repair_pairs",
+    "split_groups",
     "text_turn",
     "to_messages",
     "to_rgb",
     "user_turn",
+    "validate",
 ]

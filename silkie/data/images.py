@@ -26,6 +26,7 @@ from silkie.data.schema import DataError, ImageValue
 MAX_PIXELS = 89_478_485  # PIL's own warning limit: a quarter of a GiB as RGB
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
+FLAT_STEP = 3  # grey levels: smaller steps are noise of the encoder
 BACKGROUND = (255, 255, 255)
 
 
@@ -144,10 +145,10 @@ def image_digest(value: Any, *, where: str = "image") -> str:
 
 
 def difference_hash(value: Any, *, where: str = "image", size: int = 16) -> int:
-    """Perceptual hash of `size * size` bits: the signs of horizontal brightness steps, nearly unchanged by re-encoding and resizing."""
+    """Perceptual hash of `size * size` bits: where brightness rises to the right, nearly unchanged by re-encoding and resizing."""
     grey = open_image(value, where=where).convert("L").resize((size + 1, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(grey, dtype=np.int16)
-    bits = (pixels[:, 1:] > pixels[:, :-1]).reshape(-1)
+    bits = (pixels[:, 1:] - pixels[:, :-1] > FLAT_STEP).reshape(-1)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

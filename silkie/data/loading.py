@@ -7,9 +7,8 @@ import json
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import datasets
@@ -21,8 +20,9 @@ from silkie.data.finish import NoPairs, finish
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest, detect_source, get_source, source_for_hub_name
-from silkie.data.regroup import RegroupReport, regroup
+from silkie.data.regroup import regroup
 from silkie.data.repair import repair_pairs
+from silkie.data.reports import LoadReport, Problem
 from silkie.data.schema import DataError, RowError, SkipRow, group_features, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
@@ -31,51 +31,6 @@ BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 ASPECT_SAMPLE = 1000  # records that are read to learn the names of the rating aspects
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
 OnError = Literal["raise", "skip"]
-
-
-@dataclass(slots=True, kw_only=True)
-class Problem:
-    """A dropped row: what kind, where, and why."""
-
-    kind: str  # "error", "skipped" (the source says so) or "no pairs"
-    row: str
-    reason: str
-    message: str
-
-
-@dataclass(slots=True, kw_only=True)
-class LoadReport:
-    """What `load_preferences` read and what it left out.
-
-    Attributes:
-        rows: records read.
-        groups: groups returned.
-        pairs: pairs in them.
-        problems: every dropped row.
-        notes: reason -> responses or pairs left out of groups that were kept or dropped.
-        regrouped: what regrouping saved; None where rows were groups already.
-    """
-
-    source: str
-    format: str
-    rows: int = 0
-    groups: int = 0
-    pairs: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    regrouped: RegroupReport | None = None
-
-    def reasons(self) -> Counter[str]:
-        """Dropped rows by reason."""
-        return Counter(problem.reason for problem in self.problems)
-
-    def summary(self) -> str:
-        lines = [f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"]
-        lines += [f"  dropped rows, {reason}: {count:,}" for reason, count in self.reasons().most_common()]
-        lines += [f"  left out of groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
-        if self.regrouped:
-            lines.append(f"  {self.regrouped.summary()}")
-        return "\n".join(lines)
 
 
 @overload

@@ -39,8 +39,8 @@ class RegroupReport:
 
     def summary(self) -> str:
         text = (
-            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences become {self.responses:,}, "
-            f"and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
+            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences become "
+            f"{self.responses:,}, and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
         )
         return text + (f"; {self.contradictions:,} pairs occur in both orders" if self.contradictions else "")
 

@@ -1,7 +1,7 @@
 """Train and evaluation data that share neither an image nor a prompt, and the check that refuses to go on where they do.
 
-VLFeedback's own split was made after pairing, so that one prompt landed on both sides. Here the unit is a connected component: groups that share an
-image or a prompt, directly or through others, stay together.
+VLFeedback's own split was made after pairing, so that one prompt landed on both sides. Here the unit is a connected component: groups that
+share an image or a prompt, directly or through others, stay together.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def split_groups(
         prompt, count = Counter(key.prompt for key in keys).most_common(1)[0]
         example = next(index for index, key in enumerate(keys) if key.prompt == prompt)
         raise DataError(
-            f"cannot split off {wanted} of {len(dataset)} groups: the {len(components)} components (groups that share an image or a prompt) are too "
-            f"large, the largest has {largest} groups; one prompt occurs in {count} groups, for example in row {example}. "
+            f"cannot split off {wanted} of {len(dataset)} groups: the {len(components)} components (groups that share an image or a "
+            f"prompt) are too large, the largest has {largest} groups; one prompt occurs in {count} groups, for example in row {example}. "
             "Pass by='image' to let prompts occur on both sides."
         )
     chosen = set(test)
@@ -102,8 +102,8 @@ def check_leak(
     Args:
         evaluation: groups, or benchmark rows with an `image` / `images` column and a `prompt` / `question` / `text` column.
         by: "both" refuses a shared image as well as a shared prompt text (compared without case and white space).
-        near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it decodes every image, and images
-            that differ in small details only (rendered scenes, charts) may be called equal.
+        near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it decodes every image, and
+            images that differ in small details only (rendered scenes, charts) may be called equal.
     """
     train_keys = row_keys(train, near=near, num_proc=num_proc)
     eval_keys = row_keys(evaluation, near=near, num_proc=num_proc)
@@ -111,47 +111,40 @@ def check_leak(
     if not leaks:
         return
     kinds = Counter(leak.kind for leak in leaks)
+    counts = ", ".join(f"{count} row(s) share their {kind}" for kind, count in kinds.items())
     examples = "; ".join(f"evaluation row {leak.eval_row} has the {leak.kind} of training row {leak.train_row}" for leak in leaks[:5])
-    hint = (
-        " If shared prompts are wanted (a benchmark's stock question), pass by='image'."
-        if by == "both" and set(kinds) == {"prompt"}
-        else ""
-    )
-    raise LeakError(
-        f"evaluation data leak into the training data: {', '.join(f'{count} row(s) share their {kind}' for kind, count in kinds.items())}. "
-        f"{examples}{'; ...' if len(leaks) > 5 else ''}. Drop these rows from the training data, or split with silkie.data.split_groups.{hint}",
-        leaks,
-    )
+    more = "; ..." if len(leaks) > 5 else ""
+    advice = "Drop these rows from the training data, or split with silkie.data.split_groups."
+    if by == "both" and set(kinds) == {"prompt"}:
+        advice += " If shared prompts are wanted (a benchmark's stock question), pass by='image'."
+    raise LeakError(f"evaluation data leak into the training data: {counts}. {examples}{more}. {advice}", leaks)
 
 
 def _leaks(train: Sequence[RowKeys], evaluation: Sequence[RowKeys], by: By, near: Near) -> Iterable[Leak]:
+    """One leak per kind for every evaluation row that has one."""
     prompts: dict[str, int] = {}
-    images: dict[str, int] = {}
+    images: dict[str, dict[str, int]] = {}  # lookup key -> image hash -> its first training row
     for index, key in enumerate(train):
         prompts.setdefault(key.prompt, index)
         for image in key.images:
             for part in _parts(image, near):
-                images.setdefault(part, index)
-    by_part: dict[str, list[tuple[int, str]]] = {}
-    if near == "perceptual":
-        for index, key in enumerate(train):
-            for image in key.images:
-                for part in _parts(image, near):
-                    by_part.setdefault(part, []).append((index, image))
+                images.setdefault(part, {}).setdefault(image, index)
+    tolerance = 0 if near == "exact" else NEAR_BITS
     for index, key in enumerate(evaluation):
-        if by != "prompt":
-            for image in key.images:
-                if near == "exact" and image in images:
-                    yield Leak("image", images[image], index)
-                    break
-                similar = (
-                    row for part in _parts(image, near) for row, other in by_part.get(part, ()) if _distance(image, other) <= NEAR_BITS
-                )
-                if (row := next(similar, None)) is not None:
-                    yield Leak("image", row, index)
-                    break
-        if by != "image" and key.prompt in prompts:
+        if by != "prompt" and (row := _same_image(key, images, near, tolerance)) is not None:
+            yield Leak("image", row, index)
+        if (by != "image" or not key.images) and key.prompt in prompts:  # a text-only row has nothing but its prompt
             yield Leak("prompt", prompts[key.prompt], index)
+
+
+def _same_image(key: RowKeys, images: dict[str, dict[str, int]], near: Near, tolerance: int) -> int | None:
+    """The first training row that has one of the images of `key`, up to `tolerance` bits of the hash."""
+    for image in key.images:
+        for part in _parts(image, near):
+            for other, row in images.get(part, {}).items():
+                if _distance(image, other) <= tolerance:
+                    return row
+    return None
 
 
 def _parts(image: str, near: Near) -> list[str]:
@@ -167,17 +160,25 @@ def _distance(first: str, second: str) -> int:
 
 
 def row_keys(dataset: datasets.Dataset, *, near: Near = "exact", num_proc: int | None = None) -> list[RowKeys]:
-    """Hashes of every row's images and prompt; computed in worker processes and cached by `datasets`. Raises ImageError naming the row."""
+    """Hashes of every row's images and prompt, cached by `datasets`. Raises ImageError naming the row."""
     image_column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
     prompt_column = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
     if prompt_column is None:
         raise DataError(f"no prompt column: found {', '.join(dataset.column_names)}; expected one of {', '.join(PROMPT_COLUMNS)}")
     columns = [column for column in (image_column, prompt_column) if column]
-    hashed = dataset.select_columns(columns).with_format("arrow").map(
-        _hash_batch, batched=True, batch_size=32, with_indices=True, remove_columns=columns, num_proc=num_proc, desc="hashing images and prompts",
+    features = datasets.Features({"image_keys": datasets.List(datasets.Value("string")), "prompt_key": datasets.Value("string")})
+    rows = dataset.select_columns(columns).with_format("arrow")
+    hashed = rows.map(
+        _hash_batch,
+        batched=True,
+        batch_size=32,
+        with_indices=True,
+        remove_columns=columns,
+        num_proc=num_proc,
+        desc="hashing images and prompts",
         fn_kwargs={"image_column": image_column, "prompt_column": prompt_column, "near": near},
-        features=datasets.Features({"image_keys": datasets.List(datasets.Value("string")), "prompt_key": datasets.Value("string")}),
-    )  # fmt: skip
+        features=features,
+    )
     return [RowKeys(tuple(row["image_keys"]), row["prompt_key"]) for row in hashed.with_format(None)]
 
 

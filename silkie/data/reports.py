@@ -1,0 +1,78 @@
+"""What loading and validating left out, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from silkie.data.regroup import RegroupReport
+
+
+@dataclass(slots=True, kw_only=True)
+class Problem:
+    """A dropped row: what kind, where, and why."""
+
+    kind: str  # "error", "skipped" (the source says so) or "no pairs"
+    row: str
+    reason: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadReport:
+    """What `load_preferences` read and what it left out.
+
+    Attributes:
+        rows: records read.
+        groups: groups returned.
+        pairs: pairs in them.
+        problems: every dropped row.
+        notes: reason -> responses or pairs left out of groups that were kept or dropped.
+        regrouped: what regrouping saved; None where rows were groups already.
+    """
+
+    source: str
+    format: str
+    rows: int = 0
+    groups: int = 0
+    pairs: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    regrouped: RegroupReport | None = None
+
+    def reasons(self) -> Counter[str]:
+        """Dropped rows by reason."""
+        return Counter(problem.reason for problem in self.problems)
+
+    def summary(self) -> str:
+        lines = [f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"]
+        lines += [f"  dropped rows, {reason}: {count:,}" for reason, count in self.reasons().most_common()]
+        lines += [f"  left out of groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
+        if self.regrouped:
+            lines.append(f"  {self.regrouped.summary()}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True, kw_only=True)
+class ValidationReport:
+    """What `validate` found.
+
+    Attributes:
+        rows: groups looked at.
+        problems: broken groups.
+        flags: judge behaviour that deserves a look: flag -> rows. Flagged groups are kept.
+    """
+
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    flags: dict[str, list[str]] = field(default_factory=dict)
+
+    def reasons(self) -> Counter[str]:
+        """Broken groups by reason."""
+        return Counter(problem.reason for problem in self.problems)
+
+    def summary(self) -> str:
+        lines = [f"{self.rows:,} groups, {len(self.problems):,} broken"]
+        lines += [f"  {reason}: {count:,}" for reason, count in self.reasons().most_common()]
+        lines += [f"  judge, {flag}: {len(rows):,} groups (first: {rows[0]})" for flag, rows in self.flags.items()]
+        return "\n".join(lines)

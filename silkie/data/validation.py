@@ -1,0 +1,134 @@
+"""`validate`: every rule that a training run relies on, checked on stored groups, images included."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal, overload
+
+import datasets
+
+from silkie.data.finish import check, check_pairs
+from silkie.data.images import ImageError, ImageResolver, open_image
+from silkie.data.judge_checks import judge_flags
+from silkie.data.pairs import same_text
+from silkie.data.registry import Found, Row
+from silkie.data.reports import Problem, ValidationReport
+from silkie.data.schema import DataError, Group, RowError, aspects_of
+
+REQUIRED = ("images", "prompt", "responses", "pairs")
+OnError = Literal["raise", "skip"]
+
+
+@overload
+def validate(
+    dataset: datasets.Dataset,
+    *,
+    return_report: Literal[False] = False,
+    on_error: OnError = ...,
+    decode_images: bool = ...,
+    num_proc: int | None = ...,
+) -> datasets.Dataset: ...
+@overload
+def validate(
+    dataset: datasets.Dataset,
+    *,
+    return_report: Literal[True],
+    on_error: OnError = ...,
+    decode_images: bool = ...,
+    num_proc: int | None = ...,
+) -> tuple[datasets.Dataset, ValidationReport]: ...
+
+
+def validate(
+    dataset: datasets.Dataset,
+    *,
+    on_error: OnError = "raise",
+    decode_images: bool = True,
+    num_proc: int | None = None,
+    return_report: bool = False,
+) -> datasets.Dataset | tuple[datasets.Dataset, ValidationReport]:
+    """Check preference groups before a long run: images that do not decode, empty or identical responses, NaN ratings, impossible pairs.
+
+    Args:
+        on_error: "raise" stops at the first broken group with a RowError, "skip" returns the sound groups and lists the others in the report.
+        decode_images: decode every image in full; without it images are not opened.
+
+    Signs of a judge that swapped or repeated texts are reported as flags, never dropped (see `silkie.data.judge_checks`).
+    """
+    missing = [column for column in REQUIRED if column not in dataset.column_names]
+    if missing:
+        columns = ", ".join(map(repr, dataset.column_names))
+        raise DataError(
+            f"not preference groups: no column {', '.join(map(repr, missing))} (there are: {columns}). Load them with silkie.data.load_preferences."
+        )
+    found = dataset.map(
+        _examine,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features({"problem": datasets.Value("string"), "flags": datasets.List(datasets.Value("string"))}),
+        fn_kwargs={"aspects": aspects_of(dataset.features), "decode_images": decode_images},
+        num_proc=num_proc,
+        desc="validating groups",
+    )
+    report, sound = ValidationReport(rows=len(dataset)), []
+    for index, row in enumerate(found):
+        for flag in row["flags"]:
+            report.flags.setdefault(flag, []).append(f"row {index}")
+        if row["problem"] is None:
+            sound.append(index)
+            continue
+        error = RowError(*json.loads(row["problem"]))
+        if on_error == "raise":
+            raise error
+        report.problems.append(Problem(kind="error", row=error.row, reason=error.reason, message=str(error)))
+    kept = dataset if len(sound) == len(dataset) else dataset.select(sound)
+    return (kept, report) if return_report else kept
+
+
+def _examine(group: dict[str, Any], index: int, aspects: tuple[str, ...], decode_images: bool) -> dict[str, Any]:
+    row = Row(group, "groups", f"row {index}", ImageResolver(None, None))
+    try:
+        _check(group, row, aspects, decode_images)
+    except RowError as error:
+        return {"problem": json.dumps(error.__reduce__()[1]), "flags": []}
+    return {"problem": None, "flags": list(judge_flags(group))}
+
+
+def _check(group: dict[str, Any], row: Row, aspects: tuple[str, ...], decode_images: bool) -> None:
+    for column in REQUIRED:
+        row.require(column, list, "a list")
+    if not group["prompt"]:
+        raise row.error("prompt", [], "a conversation that ends with a user turn")
+    for index, response in enumerate(group["responses"]):
+        row.check_text(response, f"responses[{index}]")
+    names = ("images", "prompt", "responses", "pairs", "ratings", "rationales", "models")
+    check(Group(**{name: group.get(name) for name in names}), row, aspects)
+    for index, rating in enumerate(group.get("ratings") or []):
+        for aspect, value in rating.items():
+            if value is not None and not math.isfinite(value):
+                raise row.error(f"ratings[{index}].{aspect}", value, "a finite number, or null for no rating")
+    check_weights(group, row)
+    if not group["pairs"]:
+        raise row.error("pairs", [], "at least one pair")
+    check_pairs(group["pairs"], len(group["responses"]), row)
+    for chosen, rejected in group["pairs"]:
+        if same_text(group["responses"][chosen], group["responses"][rejected]):
+            raise row.error("pairs", Found(f"responses {chosen} and {rejected}, which are identical"), "pairs of different responses")
+    if decode_images:
+        for index, image in enumerate(group["images"]):
+            try:
+                open_image(image, where=f"image {index}")
+            except ImageError as error:
+                raise row.error(f"images[{index}]", Found(str(error)), "an image that decodes") from error
+
+
+def check_weights(group: dict[str, Any], row: Row) -> None:
+    """Pair weights, where present, are finite, >= 0, and one per pair."""
+    weights = group.get("pair_weights")
+    if weights is None:
+        return
+    if len(weights) != len(group["pairs"]):
+        raise row.error("pair_weights", Found(f"{len(weights)} weights"), f"one for each of the {len(group['pairs'])} pairs")
+    if not all(weight is not None and math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise row.error("pair_weights", weights, "finite weights >= 0")
