@@ -49,15 +49,21 @@ def head_weight(module: nn.Module) -> HeadWeight:
 
 
 def head_options(config: Any) -> HeadOptions:
-    """Soft-cap and logit scale of a transformers config: `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite).
+    """Soft-cap and logit scale that a transformers config asks for; a vision-language config keeps them in its text config.
 
-    A vision-language config keeps them in its text config.
+    Soft-cap: `final_logit_softcapping` (Gemma). Scale: `logit_scale` (Cohere), `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1),
+    or `logits_scaling`, which Granite divides by and HyperCLOVA X multiplies by.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap = getattr(text, "final_logit_softcapping", None)
-    scale = getattr(text, "logit_scale", None) or 1.0
-    divisor = getattr(text, "logits_scaling", None) or 1.0
-    return HeadOptions(softcap=softcap, logit_scale=float(scale) / float(divisor))
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(text, name, None)
+        if scale is not None:
+            return HeadOptions(softcap, float(scale))
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling is None:
+        return HeadOptions(softcap, 1.0)
+    return HeadOptions(softcap, float(scaling) if getattr(text, "model_type", "") == "hyperclovax" else 1.0 / float(scaling))
 
 
 def _saved_copy(wrapper: nn.Module) -> nn.Module:
@@ -109,7 +115,7 @@ def _full(parameter: Tensor, module: nn.Module) -> Tensor:
             f"head_weight: the output head ({type(module).__name__}) is quantised; keep it in full precision "
             "(`llm_int8_skip_modules=['lm_head']`) or set use_fused_logprob=False"
         )
-    if hasattr(parameter, "ds_id") and getattr(parameter.ds_status, "name", "AVAILABLE") != "AVAILABLE":
+    if hasattr(parameter, "ds_id") and getattr(getattr(parameter, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
         raise ValueError(
             "head_weight: the output head is still partitioned by ZeRO-3; read it inside the head module's own forward, "
             "or under deepspeed.zero.GatheredParameters"

@@ -18,6 +18,7 @@ pass recomputes the logits (8NVD) and yields gradients for hidden, weight and bi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from silkie.logprob.types import LogitTransform, LogprobStats, accumulate_dtype
 
-ROWS = 2048
+ROWS = 512
 """Rows of one chunk."""
-COLUMNS = 2048
-"""Vocabulary columns of one tile: a 2048 x 2048 fp32 tile is 16 MiB and stays in a CPU's last-level cache."""
+COLUMNS = 4096
+"""Vocabulary columns of one tile: a 512 x 4096 fp32 tile is 8 MiB, so the passes over it stay in a CPU's cache."""
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,27 @@ def target_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
     return transform(raw)
 
 
-def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """Final logits [n, v] of one vocabulary tile."""
-    raw = _product(hidden, weight.t(), dtype)
+def _tile_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, anchor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Final logits [n, v] of one vocabulary tile, in the accumulation dtype.
+
+    Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32 accumulation: the rounding
+    is then relative to the distance from the anchor [n] (z_y, or lse), so it vanishes for the tokens that carry the probability mass.
+    """
+    if hidden.dtype == dtype or hidden.is_cuda:
+        raw = _product(hidden, weight.t(), dtype)
+    else:
+        near = anchor.to(hidden.dtype)[:, None]
+        raw = torch.addmm(-near, hidden, weight.t()).to(dtype).add_(near.to(dtype))
     if bias is not None:
         raw += bias
     return transform.apply_(raw)
+
+
+def _exp_(tile: Tensor, shift: Tensor) -> Tensor:
+    """exp(tile - shift[:, None]) in place. By exp2, which torch computes three times faster than exp on some CPUs."""
+    return tile.sub_(shift[:, None]).mul_(LOG2_E).exp2_()
 
 
 def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
@@ -126,7 +143,7 @@ def _scan(
     for start in range(0, weight.shape[0], COLUMNS):
         tile_weight = _matmul_operand(weight[start : start + COLUMNS])
         tile_bias = None if bias is None else bias[start : start + COLUMNS].to(dtype)
-        tile = _tile_logits(operand, tile_weight, tile_bias, transform, dtype)
+        tile = _tile_logits(operand, tile_weight, tile_bias, transform, base, dtype)
         if stats is not None:
             stats.logits += tile.sum(-1)
         slope = transform.slope(tile) if want_grad and not transform.is_identity else None
@@ -137,7 +154,7 @@ def _scan(
         rescale = (peak - new_peak).exp_()
         if stats is not None:
             shifted = (tile - base[:, None]).clamp_(min=-1e30)
-        tile.sub_(new_peak[:, None]).exp_()
+        _exp_(tile, new_peak)
         total.mul_(rescale).add_(tile.sum(-1))
         if stats is not None:
             stats.add(tile, shifted, rescale)
@@ -282,9 +299,9 @@ def _backward(
         for first in range(0, hidden.shape[0], ROWS):
             rows = slice(first, first + ROWS)
             operand = _matmul_operand(hidden[rows])
-            tile = _tile_logits(operand, tile_weight, tile_bias, transform, dtype)
+            tile = _tile_logits(operand, tile_weight, tile_bias, transform, lse[rows], dtype)
             slope = None if transform.is_identity else transform.slope(tile)
-            tile.sub_(lse[rows, None]).exp_().neg_()
+            _exp_(tile, lse[rows]).neg_()
             _set_target(tile, target[rows] - start, -torch.expm1(logps[rows]))
             if slope is not None:
                 tile.mul_(slope)
