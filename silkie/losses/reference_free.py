@@ -46,11 +46,7 @@ def cpo(
 def log1mexp(logps: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, stable at both ends. Values above -eps of the dtype count as -eps: at 0 the result is -inf."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
-    near = logps > LOG_HALF
-    # Both branches are evaluated, so each gets an input at which its gradient is finite.
-    small = torch.log(-torch.expm1(torch.where(near, logps, LOG_HALF)))
-    large = torch.log1p(-torch.exp(torch.where(near, LOG_HALF, logps)))
-    return torch.where(near, small, large)
+    return torch.where(logps > LOG_HALF, torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps)))
 
 
 def orpo(chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float = 0.1) -> Tensor:

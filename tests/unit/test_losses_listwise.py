@@ -77,6 +77,12 @@ def test_mean_over_groups_that_rank():
     torch.testing.assert_close(objective(both)[0], terms.sum() / 2)
 
 
+def test_objective_of_a_full_ranking():
+    order = [2, 0, 3, 1]
+    ranked = batch(ranking_pairs(order).tolist(), group=(0, 0, 0, 0))
+    assert build_objective("plackett_luce")(ranked)[0].item() == pytest.approx(brute_force(order, 0.1), rel=1e-12)
+
+
 def test_two_response_groups_with_weights_are_weighted_dpo():
     weighted = batch([[0, 1], [3, 2]], [0.5, 2.0])
     torch.testing.assert_close(build_objective("plackett_luce")(weighted)[0], build_objective("sigmoid")(weighted)[0])

@@ -148,11 +148,14 @@ def test_loss_weights_scale_the_terms():
     torch.testing.assert_close(mixed, 0.8 * parts["sigmoid"] + 0.2 * parts["bco_pair"] + parts["sft"])
 
 
-def test_half_precision_is_summed_in_single():
-    step = make_step(dtype=torch.float32)
-    half = dataclasses.replace(step, logps=step.logps.detach().bfloat16(), ref_logps=step.ref_logps.bfloat16())
-    loss, _ = build_objective("sigmoid")(half)
-    assert loss.dtype == torch.float32
+@pytest.mark.parametrize("name", ["sigmoid", "simpo", "sft", "mdpo_image", "plackett_luce"])
+def test_half_precision_is_computed_in_single(name):
+    step, fields = make_step(groups=8), ("logps", "ref_logps", "corrupted_logps", "ref_corrupted_logps")
+    half = dataclasses.replace(step, pair_weights=None, **{field: getattr(step, field).detach().bfloat16() for field in fields})
+    single = dataclasses.replace(half, **{field: getattr(half, field).float() for field in fields})
+    (loss, metrics), (expected, _) = build_objective(name)(half), build_objective(name)(single)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert metrics["rewards/margins"].dtype == torch.float32
 
 
 NEEDS = {

@@ -63,8 +63,8 @@ def test_distinct_words_align_exactly():
 def test_frequent_tokens_of_long_responses_align():
     """difflib's default drops tokens that make up more than 1 % of 200 or more."""
     ids = [0, 1] * 150
-    chosen, rejected = changed_tokens([*ids, 7], [*ids, 8])
-    assert chosen == rejected == [False] * 300 + [True]
+    chosen, rejected = changed_tokens([7, *ids, 7], [8, *ids, 8])
+    assert chosen == rejected == [True] + [False] * 300 + [True]
 
 
 @pytest.fixture
