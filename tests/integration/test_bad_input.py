@@ -1,0 +1,77 @@
+"""Bad input stops with row and remedy before training starts, or is dropped, counted and named."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.data import DataError
+from tests.support.data import dataset, group, mixed_groups, png
+from tests.support.tiny import image, tiny_model, tiny_processor
+
+
+def make(rows_or_dataset, tmp_path, **options):
+    data = rows_or_dataset if isinstance(rows_or_dataset, Dataset) else dataset(rows_or_dataset)
+    args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no", disable_tqdm=True, **options)
+    return SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor(), peft_config=LoraConfig(r=2))
+
+
+def broken(**change):
+    rows = mixed_groups()
+    rows[1] = {**rows[1], **change}
+    return rows
+
+
+TRUNCATED = png(image(3))["bytes"][:-60]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (broken(images=[{"bytes": b"no image", "path": None}, png(image(1))]), "row 1.*image 0"),
+        (broken(images=[png(image(1)), {"bytes": TRUNCATED, "path": None}]), "row 1.*image 1.*truncated"),
+        (broken(images=[png(image(1))]), "2 image parts and the row 1 images"),
+        (broken(responses=["a cat", " "]), "row 1.*response 1 of 2 is empty"),
+        (broken(responses=["a cat", "a cat"]), "row 1.*identical"),
+        (broken(pairs=[[0, 2]]), r"row 1.*\[0, 2\]"),
+        (broken(pair_weights=[float("nan")]), "row 1.*weight nan"),
+    ],
+    ids=["unreadable", "truncated", "missing image", "empty", "identical", "pair range", "weight"],
+)
+def test_a_broken_row_is_named_or_skipped(rows, message, tmp_path):
+    with pytest.raises(DataError, match=message) as error:
+        make(rows, tmp_path)
+    assert "on_bad_row" in str(error.value)
+    trainer = make(rows, tmp_path, on_bad_row="skip")
+    assert trainer.reports["train"].groups == 3
+    ((reason, named),) = trainer.reports["train"].dropped.items()
+    assert len(named) == 1 and "row 1" in named[0] and "'two'" in named[0], reason
+
+
+def test_a_prompt_that_does_not_fit_is_dropped_and_the_rest_trains(tmp_path):
+    rows = [*mixed_groups(), group([image(0)], "what " * 300, ["yes", "no"], [[0, 1]], id="long")]
+    trainer = make(rows, tmp_path, max_length=100)
+    assert list(trainer.reports["train"].dropped.values()) == [["row 4, id 'long'"]]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="No group.*does not fit max_length=5"):
+        make(mixed_groups(), tmp_path, max_length=5)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    rows = Dataset.from_list([{"prompt": "what", "chosen": "yes"}])
+    with pytest.raises(DataError, match="'prompt', 'chosen'"):
+        make(rows, tmp_path)
+
+
+def test_wrong_arguments(tmp_path):
+    from trl import DPOConfig
+
+    with pytest.raises(TypeError, match="SilkieDPOConfig"):
+        SilkieDPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset(), processing_class=tiny_processor())
+    with pytest.raises(TypeError, match="processor"):
+        args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+        SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor().tokenizer)

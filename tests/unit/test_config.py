@@ -1,0 +1,36 @@
+"""Options are validated once, where they are set."""
+
+import pytest
+
+from silkie import SilkieDPOConfig
+
+
+def config(**kwargs):
+    return SilkieDPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **kwargs)
+
+
+def test_defaults_never_cut_a_prompt():
+    assert config().max_length is None
+    assert config().layout == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "pack"}, "layout"),
+        ({"logprob_impl": "cuda"}, "logprob_impl"),
+        ({"max_tokens_per_batch": 0}, "positive"),
+        ({"layout": "rows", "attention_backend": "flex"}, "layout='packed'"),
+        ({"padding_free": True}, "padding_free"),
+        ({"loss_type": ["sigmod"]}, "sigmod"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma"),  # sigmoid does not read it
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model"),
+    ],
+)
+def test_what_cannot_work_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_loss_options_come_from_the_config():
+    assert config(beta=0.3, loss_type=["simpo"], simpo_gamma=1.5).loss_options.simpo_gamma == 1.5

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from silkie.guards import FiniteWatch, NonFiniteError
+from silkie.metrics import DeviceMeans
+
+
+def test_sums_and_counts_until_popped():
+    means = DeviceMeans()
+    means.add("a", torch.tensor(3.0), 2)
+    means.add("a", torch.tensor(1.0), torch.tensor(2))
+    means.add("b", torch.tensor(5.0), 0)
+    assert means.pop(lambda t: t * 2) == {"a": (8.0, 8.0), "b": (10.0, 0.0)}
+    assert means.pop(lambda t: t) == {}
+
+
+def test_watch_names_the_groups_of_a_non_finite_loss():
+    watch = FiniteWatch()
+    watch.add(torch.tensor(1.0), ["row 1"])
+    watch.add(torch.tensor(float("nan")), ["row 7, id 'x'"])
+    with pytest.raises(NonFiniteError, match="row 7, id 'x'"):
+        watch.check()
+    watch.add(torch.tensor(1.0), ["row 2"])
+    watch.check(0.5)
+    watch.add(torch.tensor(1.0), ["row 3"])
+    with pytest.raises(NonFiniteError, match="gradient norm is inf.*row 3"):
+        watch.check(float("inf"))
