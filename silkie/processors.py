@@ -8,6 +8,7 @@ processor.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwarg
         processor = AutoProcessor.from_pretrained(path, **kwargs)
     else:
         processor = _image_only_class(_processor_class(path, **kwargs)).from_pretrained(path, backend="pil", **kwargs)
+        if processor.chat_template is None:  # not passed on where `__init__` is replaced: transformers reads its argument names
+            processor.chat_template = ProcessorMixin.get_processor_dict(str(path), **_hub_options(kwargs))[0].get("chat_template")
         logger.info("torchvision is missing or broken: %s is loaded for images only (PIL backend)", type(processor).__name__)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{path} holds {type(processor).__name__}, not a vision-language processor (image processor + tokenizer).")
@@ -62,7 +65,7 @@ def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")}
+    hub = _hub_options(kwargs)
     name = None
     processor_dict, _ = ProcessorMixin.get_processor_dict(str(path), **hub)
     if processor_dict:
@@ -81,12 +84,17 @@ def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:
     return getattr(transformers, name)
 
 
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+    }
+
+
 def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass of `cls` that has no video part.
 
     transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so that what it
-    saves is loaded as
-    the full class where torchvision works.
+    saves is loaded as the full class where torchvision works.
     """
     parts = [name for name in cls.get_attributes() if name != "video_processor"]
     if parts == cls.get_attributes():
@@ -96,10 +104,15 @@ def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         # The inherited property would ask the missing video processor.
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
 
+    def without_video(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **{"video_processor": None, **kwargs})
+
     members = {
         "get_attributes": classmethod(lambda _: list(parts)),
         "model_input_names": property(input_names),
         "__doc__": cls.__doc__,
         "__module__": __name__,
     }
+    if inspect.signature(cls.__init__).parameters["video_processor"].default is inspect.Parameter.empty:
+        members["__init__"] = without_video
     return type(cls.__name__, (cls,), members)

@@ -139,8 +139,6 @@ class SilkieDPOTrainer(DPOTrainer):
         guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
         base = causal_lm(self.model)
         self.choice.apply(base)
-        if self.frozen_vision:
-            unhook_vision(base)
         self.scorer = Scorer(
             attention=Attention(backend=self.choice.backend, layout=self.choice.layout),
             fused=args.use_fused_logprob,
@@ -360,6 +358,8 @@ class SilkieDPOTrainer(DPOTrainer):
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
+        if self.frozen_vision:
+            unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         if self.args.self_test and self.choice.layout == "packed":
             self_test(self)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.reference_table is None:
