@@ -66,11 +66,10 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     for record in records:
         if questions and record.id not in questions:
             raise record.error(f"question {record.id!r} is not in {source}.")
-        grade = _grade(record)
-        items.append(_item(record, questions.get(record.id, record), grade))
+        items.append(_item(record, questions.get(record.id), _grade(record)))
     graded = {record.id for record in records}
     absent = [record for identity, record in questions.items() if identity not in graded]
-    items += [_item(record, record, None, answer="") for record in absent]
+    items += [_item(None, question, None) for question in absent]
     if absent:
         warnings.append(f"{len(absent)} of {len(questions)} questions have no grade and count as 0 (first: {absent[0].id}).")
     if not any(item.category for item in items):
@@ -126,22 +125,22 @@ def export_results(items: Sequence[dict], out: str | Path) -> Path:
     return path
 
 
-def _item(record: Record, question: Record, grade: float | None, answer: str | None = None) -> Item:
-    capability = question.data.get("capability") or record.data.get("capability") or []
+def _item(record: Record | None, question: Record | None, grade: float | None) -> Item:
+    """One question: `record` is its grade (None: it has none), `question` its entry in mm-vet.json (None: there is no such file)."""
+    source = question or record
+    assert source is not None
+    capability = source.data.get("capability") or []
+    reference = question.data.get("answer") if question else source.data.get("gt_answer")
     return Item(
-        id=record.id,
-        answer=answer
-        if answer is not None
-        else str(record.find(("answer", "prediction", "response"), ""))
-        if question is not record or "gt_answer" in record.data
-        else "",
+        id=source.id,
+        answer=str(record.find(("answer", "prediction", "response"), "")) if record else "",
         counts=(1.0, grade or 0.0, float(grade is None)),
         value=grade or 0.0,
         correct=(grade or 0.0) >= 0.5,
         category="+".join(capability) if isinstance(capability, list) else str(capability),
-        image=record.image or question.image,
-        prompt=record.prompt or question.prompt,
-        label=str(question.data.get("answer") or record.data.get("gt_answer") or "") or None,
+        image=(record.image if record else "") or source.image,
+        prompt=source.prompt,
+        label=str(reference) if reference else None,
         read=None if grade is None else f"{grade:g}",
     )
 

@@ -127,8 +127,11 @@ def read_records(path: str | Path, *, key_field: str | None = None) -> list[Reco
         return [
             Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})}) for k, v in mapping.items()
         ]
+    if (single := _pretty_printed(text)) is not None:
+        return [Record(path, 1, single)]
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # split at "\n" alone: JSON strings may hold other line separators (U+2028) as they are
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -225,6 +228,22 @@ def _object(text: str) -> dict[str, Any] | None:
         return None
     is_record = isinstance(value, dict) and set(value) & {*ID_FIELDS, *ANSWER_FIELDS, *PROMPT_FIELDS}
     return value if isinstance(value, dict) and not is_record else None
+
+
+def _pretty_printed(text: str) -> dict[str, Any] | None:
+    """One object written over several lines; None where the file is JSONL."""
+    first_line = text.lstrip().partition("\n")[0]
+    try:
+        json.loads(first_line)
+    except json.JSONDecodeError:
+        pass
+    else:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _line_of_key(text: str, key: str) -> int:

@@ -18,7 +18,8 @@ __all__ = ["BENCHMARKS", "Benchmark", "get_benchmark"]
 class Benchmark:
     """A benchmark: where its questions come from, how answers are asked for, how a results file is scored.
 
-    `prompt_suffix` is put behind every question unless it is already there. `judge_prompt` (a record of `run` -> text) exists where a
+    `prompt_suffix` is put behind every question unless it is already there, or the
+    question's category is in `no_suffix_for`. `judge_prompt` (a record of `run` -> text) exists where a
     judge must rate answers before they can be scored.
     """
 
@@ -29,6 +30,7 @@ class Benchmark:
     export_results: Callable[[Sequence[dict], str | Path], Path]
     max_new_tokens: int = 256
     prompt_suffix: str = ""
+    no_suffix_for: frozenset[str] = frozenset()
     judge_prompt: Callable[[dict[str, Any]], str] | None = None
     judge_sees_image: bool = False
 
@@ -60,6 +62,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             load_questions=amber.load_questions,
             score_results=amber.score_results,
             export_results=amber.export_results,
+            prompt_suffix=" Please answer yes or no.",
+            no_suffix_for=frozenset({"generative"}),
         ),
         Benchmark(
             name="chair",

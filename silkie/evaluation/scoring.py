@@ -62,6 +62,7 @@ class Score:
     lower_is_better: frozenset[str] = frozenset()
     rates: Rates = field(repr=False)
     totals: Totals = field(repr=False)
+    category_of: Callable[[Item], Sequence[str]] = field(repr=False)
 
     @property
     def primary(self) -> str:
@@ -155,6 +156,7 @@ def build_score(
         lower_is_better=frozenset(lower_is_better),
         rates=rates,
         totals=combine,
+        category_of=category_of,
     )
 
 
