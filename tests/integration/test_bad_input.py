@@ -12,7 +12,9 @@ from tests.support.tiny import image, tiny_model, tiny_processor
 
 def make(rows_or_dataset, tmp_path, **options):
     data = rows_or_dataset if isinstance(rows_or_dataset, Dataset) else dataset(rows_or_dataset)
-    args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no", disable_tqdm=True, **options)
+    args = SilkieDPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no", disable_tqdm=True, **options
+    )
     return SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor(), peft_config=LoraConfig(r=2))
 
 
@@ -71,7 +73,12 @@ def test_wrong_arguments(tmp_path):
     from trl import DPOConfig
 
     with pytest.raises(TypeError, match="SilkieDPOConfig"):
-        SilkieDPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset(), processing_class=tiny_processor())
+        SilkieDPOTrainer(
+            tiny_model(),
+            args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+            train_dataset=dataset(),
+            processing_class=tiny_processor(),
+        )
     with pytest.raises(TypeError, match="processor"):
         args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor().tokenizer)

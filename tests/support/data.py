@@ -35,7 +35,13 @@ def mixed_groups() -> list[dict[str, Any]]:
         group([image(0)], "what is in image ?", ["a red cat", "yes", "no not a dog on the table", "is it ?"], [[0, 1], [2, 3]], id="one"),
         group([image(1, 84, 56), image(2)], "how many cat are there in the image ?", ["two cat", "one"], [[0, 1]], id="two"),
         group([], "is there a dog", ["no", "yes yes", "one two three"], [[0, 1]], id="none"),
-        group([image(5)], "what is in image ?", ["a red dog", "yes", "no not a dog on the table", "is it ?"], [[0, 1], [2, 3], [0, 3]], id="last"),
+        group(
+            [image(5)],
+            "what is in image ?",
+            ["a red dog", "yes", "no not a dog on the table", "is it ?"],
+            [[0, 1], [2, 3], [0, 3]],
+            id="last",
+        ),
     ]
 
 

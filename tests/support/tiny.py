@@ -26,8 +26,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     roles = ["user", "assistant", "system"]
     vocab = {t: i for i, t in enumerate(SPECIAL + roles + WORDS + ["\n", ".", "?", ","])}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<unk>", additional_special_tokens=SPECIAL[1:7])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<unk>", additional_special_tokens=SPECIAL[1:7]
+    )
     fast.chat_template = QWEN_TEMPLATE
     return fast
 
@@ -44,7 +48,16 @@ def tiny_processor(family: str = "qwen2_5_vl", image_side: int = 56) -> Any:
     return _image_only_class(getattr(transformers, cls))(image_processor=image_processor, tokenizer=tok, chat_template=tok.chat_template)
 
 
-def tiny_model(family: str = "qwen2_5_vl", *, vocab_size: int | None = None, hidden: int = 32, layers: int = 2, seed: int = 0, tie: bool = False, **text_kwargs: Any) -> Any:
+def tiny_model(
+    family: str = "qwen2_5_vl",
+    *,
+    vocab_size: int | None = None,
+    hidden: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    tie: bool = False,
+    **text_kwargs: Any,
+) -> Any:
     tok = tiny_tokenizer()
     ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     text = dict(
@@ -57,7 +70,16 @@ def tiny_model(family: str = "qwen2_5_vl", *, vocab_size: int | None = None, hid
         vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tie,
     )  # fmt: skip
     if family == "qwen2_5_vl":
-        vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=hidden, patch_size=14, window_size=56, fullatt_block_indexes=[1])
+        vision = dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=hidden,
+            patch_size=14,
+            window_size=56,
+            fullatt_block_indexes=[1],
+        )
         text["rope_parameters"] = {**rope, "mrope_section": [1, 1, 2]}
         config = transformers.Qwen2_5_VLConfig(text_config={**text, **text_kwargs}, vision_config=vision, **top)
         cls = transformers.Qwen2_5_VLForConditionalGeneration

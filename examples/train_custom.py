@@ -1,0 +1,54 @@
+"""A training script of your own: load a model, group the preferences, train, save. Runs on the embedded demo model when nothing is named.
+
+python examples/train_custom.py [--model DIR_OR_NAME --data SOURCE --image-root DIR] [--out DIR]
+"""
+
+import argparse
+
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.data import load_preferences
+from silkie.inference import load_processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory or hub name; default: the embedded demo model")
+    parser.add_argument("--data", help="preference data; default: a few groups that a script of the demo writes")
+    parser.add_argument("--image-root")
+    parser.add_argument("--out", default="outputs/custom")
+    parser.add_argument("--use-cpu", action="store_true")
+    args = parser.parse_args()
+    if args.model is None or args.data is None:
+        from silkie.demo import base_dir, write_sample_preferences
+
+        args.model = args.model or str(base_dir())
+        args.data = args.data or str(write_sample_preferences(args.out + "/data"))
+
+    trainer = SilkieDPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(args.model, use_safetensors=True),
+        processing_class=load_processor(args.model),
+        train_dataset=load_preferences(args.data, image_root=args.image_root),
+        peft_config=LoraConfig(r=16, lora_alpha=32),  # no target_modules: the language model's attention and MLP projections
+        args=SilkieDPOConfig(
+            output_dir=args.out,
+            per_device_train_batch_size=4,  # groups: an image, a prompt, its responses and all pairs over them
+            learning_rate=1e-4,
+            num_train_epochs=1,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 0.5],
+            bf16=False,
+            use_cpu=args.use_cpu,
+            logging_steps=5,
+            report_to="none",
+        ),
+    )
+    trainer.train()
+    trainer.save_model(args.out)
+    print(f"adapter, processor and model card are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

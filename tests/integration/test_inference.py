@@ -1,0 +1,137 @@
+"""Loading and generating: adapter directories, moved bases, merging, batches, and examples as a person runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForImageTextToText
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.inference import generate, load_policy, load_processor
+from tests.support.data import dataset
+from tests.support.tiny import conversation, image, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+QUESTIONS = (
+    [conversation("what is in image ?"), conversation("is there a cat", 0), conversation("how many dog", 2)],
+    [[image(0)], [], [image(1), image(2, 84, 56)]],
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A base model on disk and an adapter trained on it."""
+    root = tmp_path_factory.mktemp("run")
+    base, out = root / "base", root / "adapter"
+    tiny_model().save_pretrained(base)
+    tiny_processor().save_pretrained(base)
+    args = SilkieDPOConfig(
+        str(out), use_cpu=True, bf16=False, report_to="none", learning_rate=3e-2, num_train_epochs=6, save_strategy="no", disable_tqdm=True
+    )
+    trainer = SilkieDPOTrainer(str(base), args=args, train_dataset=dataset(), peft_config=LoraConfig(r=8))
+    trainer.train()
+    trainer.save_model(str(out))
+    return base, out, trainer
+
+
+def answers(model, processor, **options):
+    return generate(model, processor, *QUESTIONS, max_new_tokens=8, **options)
+
+
+def test_the_saved_adapter_answers_as_the_trained_model(run):
+    base, out, trainer = run
+    trained = answers(trainer.model, trainer.processing_class)
+    model, processor = load_policy(out)
+    assert isinstance(model, PeftModel)
+    assert answers(model, processor) == trained
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), out)
+    assert answers(plain, processor) == trained
+    merged, _ = load_policy(out, merge=True)
+    assert not isinstance(merged, PeftModel)
+    assert answers(merged, processor) == trained
+    with model.disable_adapter():
+        assert answers(model, processor) == answers(*load_policy(base)) != trained
+
+
+def test_logits_of_the_merged_model(run):
+    _, out, _ = run
+    model, _ = load_policy(out)
+    merged, _ = load_policy(out, merge=True)
+    ids = torch.tensor([[8, 12, 13, 14]])
+    with torch.no_grad():
+        assert (model(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max() < 1e-4
+
+
+def test_a_moved_base_is_named_and_can_be_given(run, tmp_path):
+    base, out, _ = run
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    try:
+        with pytest.raises(FileNotFoundError, match="base_model="):
+            load_policy(out)
+        model, processor = load_policy(out, base_model=moved)
+        assert answers(model, processor)
+    finally:
+        moved.rename(base)
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        load_policy(str(tmp_path / "nothing" / "here" / "at" / "all"))
+
+
+def test_sampling_is_seeded_and_shaped(run):
+    model, processor = load_policy(run[0])
+    one = answers(model, processor, temperature=1.0, num_return_sequences=3, seed=1)
+    assert [len(a) for a in one] == [3, 3, 3]
+    assert one == answers(model, processor, temperature=1.0, num_return_sequences=3, seed=1)
+    assert one != answers(model, processor, temperature=1.0, num_return_sequences=3, seed=2)
+
+
+def test_batching_does_not_change_greedy_answers(run):
+    model, processor = load_policy(run[0])
+    assert answers(model, processor, batch_size=8) == answers(model, processor, batch_size=1)
+
+
+def test_wrong_calls(run):
+    model, processor = load_policy(run[0])
+    with pytest.raises(ValueError, match="temperature > 0"):
+        answers(model, processor, num_return_sequences=2)
+    with pytest.raises(ValueError, match="prompt 0 has 1 image parts but 0 images"):
+        generate(model, processor, [conversation("a")], [[]])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_processors_load_without_torchvision_and_round_trip(tmp_path, family):
+    processor = tiny_processor(family)
+    tiny_model(family).save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    loaded = load_processor(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    again = load_processor(tmp_path / "b")
+    text = again.apply_chat_template(QUESTIONS[0][0], tokenize=False, add_generation_prompt=True)
+    for p in (loaded, again):
+        a, b = (q(text=[text], images=[[image(0)]], return_tensors="pt") for q in (processor, p))
+        assert (a["input_ids"] == b["input_ids"]).all() and torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+def test_examples_infer_and_merge(run, tmp_path):
+    _, out, _ = run
+    picture = tmp_path / "picture.png"
+    image(0).save(picture)
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "infer.py"),
+        str(out),
+        str(picture),
+        "what is in image ?",
+        "--compare",
+        "--max-new-tokens",
+        "8",
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"answer: {answers(*load_policy(out))[0][0]}" in shown and "base:" in shown
+    command = [sys.executable, str(ROOT / "examples" / "merge_adapter.py"), str(out), str(tmp_path / "merged")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answers(*load_policy(tmp_path / "merged")) == answers(*load_policy(out))
+    assert subprocess.run(command, capture_output=True).returncode == 2  # not over something that is there
