@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 STOPPED_EARLY = 3
@@ -64,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--max-image-side", type=int, help="scale larger images down to this many pixels")
     add_endpoint_arguments(sample)
     sample.set_defaults(run=run_sample)
+
+    build = commands.add_parser("build", help="responses and journal -> VLFeedback dataset, pairs and a quality report")
+    build.add_argument("responses", help="the file that was rated")
+    build.add_argument("--journal", required=True, help="the journal of `rate`")
+    build.add_argument("--out", required=True, help="directory of the dataset")
+    build.add_argument("--image-root", help="directory or zip of the images (default: beside RESPONSES)")
+    build.add_argument("--pairs", default="all", help="all, best_vs_worst, best_vs_rest, random, longest or model:NAME (default all)")
+    build.add_argument("--min-margin", type=float, default=0.0, help="smallest gap of mean ratings that makes a pair")
+    build.add_argument("--reference", help='held-out ratings by people or an oracle: JSONL of {"id", "ratings": [{aspect: number}, ...]}')
+    build.set_defaults(run=run_build)
     return parser
 
 
@@ -185,8 +196,28 @@ def run_sample(arguments: argparse.Namespace) -> int:
     return 1 if summary.items and not (summary.complete or summary.short) else 0
 
 
+def run_build(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from silkie.data import PairOptions
+    from silkie.feedback.build import build_dataset, read_reference
+
+    summary = build_dataset(
+        arguments.responses,
+        arguments.journal,
+        arguments.out,
+        image_root=arguments.image_root,
+        pairs=replace(PairOptions.parse(arguments.pairs), min_margin=arguments.min_margin),
+        reference=read_reference(arguments.reference) if arguments.reference else None,
+    )
+    print(summary.text())
+    print((Path(arguments.out) / "quality.md").read_text(encoding="utf-8"))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0: every item is accounted for; 1: every item failed; 2: wrong use; 3: stopped early, run again to go on."""
+    from silkie.feedback.items import ItemError
     from silkie.feedback.journal import JournalError
     from silkie.feedback.records import RecordError
     from silkie.feedback.rubric import RubricError
@@ -197,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return arguments.run(arguments)
-    except (JournalError, RecordError, RubricError, ValueError, OSError) as error:
+    except (ItemError, JournalError, RecordError, RubricError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -62,6 +62,16 @@ def _scan(path: Path) -> Iterator[tuple[Record, int]]:
                 broken = number
 
 
+def record_offsets(path: str | Path) -> dict[str, int]:
+    """Where the last line of every id begins."""
+    offsets: dict[str, int] = {}
+    begin = 0
+    for record, end in _scan(Path(path)):
+        offsets[record["id"]] = begin
+        begin = end
+    return offsets
+
+
 class Journal:
     """The journal of one run; use as a context manager.
 

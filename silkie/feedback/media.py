@@ -64,10 +64,8 @@ def data_url(source: Any, *, where: str = "image", max_side: int | None = None) 
 
 def image_bytes(source: Any, *, where: str = "image") -> bytes:
     """The encoded bytes of an image, as they are on disk where it has any (PNG of a PIL image). Raises ItemError("image")."""
-    if isinstance(source, Image.Image):
-        return _png(source)
-    load_image(source, where=where)  # a dataset with an unreadable image would only fail later, in training
-    return read_bytes(source, where=where)
+    image = load_image(source, where=where)  # a dataset with an unreadable image would only fail later, in training
+    return _png(image) if isinstance(source, Image.Image) else read_bytes(source, where=where)
 
 
 def resolve_image(value: str, image_root: str | Path | None, base: str | Path) -> Any:

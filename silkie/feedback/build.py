@@ -1,0 +1,177 @@
+"""`python -m silkie.feedback build`: responses and their journal become a preference dataset.
+
+OUT/data/train-*.parquet   VLFeedback's schema with embedded images: load it with `silkie.data.load_preferences(OUT)`
+OUT/pairs.csv              the preference pairs: id, chosen, rejected (indices of responses), weight, margin
+OUT/quality.md, .json      what the ratings are worth (silkie.feedback.quality)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from silkie.data import PairOptions, build_pairs
+from silkie.feedback.items import ItemError, JudgeItem, prompt_text
+from silkie.feedback.journal import JournalError, Record, record_offsets
+from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
+from silkie.feedback.records import RecordError, read_items, with_images
+from silkie.feedback.vlfeedback import write_vlfeedback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSummary:
+    """`left_out`: why (a kind of failure, or "not rated yet") -> items; `pairless`: items in the dataset without a single pair."""
+
+    items: int
+    left_out: dict[str, int]
+    pairs: int
+    pairless: int
+    quality: dict[str, Any]
+    files: list[Path]
+
+    def text(self) -> str:
+        missing = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
+        return (
+            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out: {missing or 'none'}\n"
+            f"{len(self.files)} parquet file(s) in {self.files[0].parent if self.files else '-'}"
+        )
+
+
+class _JournalReader:
+    """Ratings by item id, read from the journal one at a time: rationales of a large journal do not fit in memory."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise JournalError(f"{path} does not exist; run `rate` first")
+        self.offsets = record_offsets(path)
+        self._file = path.open("rb")
+
+    def get(self, item_id: str) -> Record | None:
+        offset = self.offsets.get(item_id)
+        if offset is None:
+            return None
+        self._file.seek(offset)
+        return json.loads(self._file.readline())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_reference(path: str | Path) -> dict[str, list[Row]]:
+    """Ratings to compare a judge with: JSONL of {"id", "ratings": [{aspect: number}, ...]}, one mapping per response in the order of the
+    responses file. A journal (of an oracle, of a stronger judge) is such a file. Raises RecordError."""
+    reference: dict[str, list[Row]] = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if record.get("status") == "failed":
+                    continue
+                rows: list[Row] = [{str(k): None if v is None else float(v) for k, v in row.items()} for row in record["ratings"]]
+                reference[str(record["id"])] = rows
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RecordError(f'{path}, line {number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}') from error
+    return reference
+
+
+def build_dataset(
+    responses: str | Path,
+    journal: str | Path,
+    out: str | Path,
+    *,
+    image_root: str | None = None,
+    pairs: PairOptions | str = "all",
+    reference: Mapping[str, Sequence[Row]] | None = None,
+    shard_bytes: int = 500_000_000,
+) -> BuildSummary:
+    """Join responses with their ratings and write the dataset, the pairs and the quality report below `out`.
+
+    Items that are not rated are left out and counted. Raises FileExistsError where `out` already holds a dataset, JournalError where the
+    journal belongs to other texts, ItemError for an image that cannot be read.
+    """
+    responses, out = Path(responses), Path(out)
+    options = PairOptions.parse(pairs)
+    reader = _JournalReader(Path(journal))
+    left_out: Counter[str] = Counter()
+    judged: list[Judged] = []
+    counts: Counter[str] = Counter()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with (out / "pairs.csv.partial").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["id", "chosen", "rejected", "weight", "margin"])
+
+            def records() -> Iterator[dict[str, Any]]:
+                for item in read_items(responses):
+                    record = reader.get(item.id)
+                    if record is None or record["status"] != "ok":
+                        left_out["not rated yet" if record is None else record["error"]["kind"]] += 1
+                        continue
+                    row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
+                    found = build_pairs(row["ratings"], options, responses=item.responses, models=item.models, key=item.id)
+                    table.writerows(
+                        [item.id, chosen, rejected, weight, margin]
+                        for (chosen, rejected), weight, margin in zip(found, found.weights, found.margins, strict=True)
+                    )
+                    counts["pairs"] += len(found)
+                    counts["pairless"] += not found
+                    judged.append(_judged(item, record))
+                    yield row
+
+            aspects = _aspects(reader)
+            files = write_vlfeedback(records(), out, aspects=aspects, shard_bytes=shard_bytes)
+        (out / "pairs.csv.partial").replace(out / "pairs.csv")
+    finally:
+        reader.close()
+        (out / "pairs.csv.partial").unlink(missing_ok=True)
+    quality = quality_report(judged, reference)
+    (out / "quality.json").write_text(json.dumps(quality, indent=1), encoding="utf-8")
+    (out / "quality.md").write_text(quality_markdown(quality), encoding="utf-8")
+    return BuildSummary(
+        items=len(judged), left_out=dict(left_out), pairs=counts["pairs"], pairless=counts["pairless"], quality=quality, files=files
+    )
+
+
+def _aspects(reader: _JournalReader) -> list[str]:
+    """The aspects of the first rated item: a journal has one rubric, so the others have the same."""
+    for item_id in reader.offsets:
+        record = reader.get(item_id)
+        if record is not None and record["status"] == "ok":
+            return list(record["ratings"][0])
+    raise JournalError("the journal holds no rated item, so there is nothing to build")
+
+
+def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]:
+    """The arguments of `vlfeedback_row`. Raises JournalError, ItemError."""
+    if record["item"] != fingerprint:
+        raise JournalError(f"item {item.id!r} was rated with another prompt, image or texts than the responses file holds")
+    if len(item.images) > 1:
+        raise ItemError("image", f"item {item.id!r} has {len(item.images)} images; a VLFeedback record holds one")
+    return {
+        "id": item.id,
+        "prompt": prompt_text(item.prompt),
+        "image": item.images[0] if item.images else None,
+        "models": item.models,
+        "responses": item.responses,
+        "ratings": record["ratings"],
+        "rationales": record["rationales"],
+    }
+
+
+def _judged(item: JudgeItem, record: Record) -> Judged:
+    return Judged(
+        id=item.id,
+        models=item.models,
+        lengths=tuple(len(response) for response in item.responses),
+        ratings=record["ratings"],
+        orders=record["orders"],
+        vote_ratings=record.get("vote_ratings") or [record["ratings"]],
+        spread=record.get("spread"),
+    )
