@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from silkie.corruption import Corruption, corrupt
+from silkie.data.images import open_image
 from silkie.data.schema import mean_rating
 from silkie.encoding import EncodedGroup, GroupEncoder, describe
 from silkie.models import PromptPositions
@@ -28,12 +31,13 @@ class GroupCollator:
         image_token_id: id of the placeholder that an image feature replaces.
         aspects: rating aspects, the columns of `aspect_ratings`.
         dummy_vision: image tensors for a micro-batch without images; their features are thrown away. None: no tower is run for it.
+        corruption: makes the images of mDPO's second pass. None: there is none.
 
     A batch is a dict of tensors (G groups, K responses of a group, R responses, P pairs, N scored tokens, B rows, T tokens):
         input_ids, segment_ids, group_ids, logical_positions, token_types [B, T], position_ids [C, B, T]
         gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P]
         ratings [R] and aspect_ratings [R, A] (NaN where there is none)
-        vision: the processor's image tensors
+        vision: the processor's image tensors; corrupted_vision: those of the corrupted images
     and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages), rows (per
         group, its row in
         the dataset).
@@ -47,6 +51,7 @@ class GroupCollator:
     groups_per_row: int | None = 1
     aspects: tuple[str, ...] = ()
     dummy_vision: dict[str, Tensor] | None = None
+    corruption: ImageCorruption | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         encoded = [self.encoder.encode(row) for row in rows]
@@ -93,6 +98,8 @@ class GroupCollator:
             "names": [describe(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
+        if self.corruption is not None:
+            batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows)) or vision
         return batch
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> dict[str, Tensor]:
@@ -106,6 +113,27 @@ class GroupCollator:
         if self.image_token_id is None or not group.n_images:
             return 0
         return int((group.prompt_ids == self.image_token_id).sum())
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ImageCorruption:
+    """Corrupts the images of a batch; the same row is always corrupted in the same way, so that a resumed run sees what the first one
+    saw."""
+
+    kind: Corruption
+    strength: float
+    seed: int
+
+    def __call__(self, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+        """The processor's image tensors of each row's corrupted images."""
+        decoded = [[open_image(i, where=describe(row)) for i in row.get("images") or []] for row in rows]
+        out = []
+        for g, (row, images) in enumerate(zip(rows, decoded, strict=True)):
+            rng = random.Random(f"{self.seed}-{row.get('row')}")
+            others = [image for other, own in enumerate(decoded) if other != g for image in own]
+            corrupted = [corrupt(image, self.kind, rng, strength=self.strength, others=others) for image in images]
+            out.append(encoder.encode({**row, "images": corrupted}).vision)
+        return out
 
 
 def blank_vision(encoder: GroupEncoder) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from trl import DPOConfig
 
+from silkie.corruption import CORRUPTIONS
 from silkie.losses.options import LossOptions, validate
 
 
@@ -92,6 +93,10 @@ class SilkieDPOConfig(DPOConfig):
         default=None, metadata={"help": "DDPO: weight of the tokens that differ between the two responses of a pair."}
     )
     ddpo_normalize: bool = field(default=True, metadata={"help": "DDPO: divide by the sum of token weights."})
+    corruption: Literal["crop", "noise", "blur", "other_image"] = field(
+        default="crop", metadata={"help": "mDPO: how the image of its second pass is corrupted."}
+    )
+    corruption_strength: float = field(default=1.0, metadata={"help": "mDPO: strength of the corruption, in (0, 1]."})
     aspect_weights: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Aspect -> weight: mix the ratings anew at training time; pairs that contradict get weight 0."}
     )
@@ -104,6 +109,10 @@ class SilkieDPOConfig(DPOConfig):
         for name in ("max_tokens_per_batch", "max_length", "max_response_length"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
+        if (self.corruption != "crop" or self.corruption_strength != 1.0) and "mdpo_image" not in self.loss_type:
+            raise ValueError(f"`corruption` is read by the loss mdpo_image only; loss_type is {self.loss_type}.")
+        if not 0 < self.corruption_strength <= 1:
+            raise ValueError(f"`corruption_strength` must be in (0, 1], not {self.corruption_strength}.")
         if self.layout == "rows" and self.attention_backend in ("flex", "varlen"):
             raise ValueError(f"`attention_backend={self.attention_backend!r}` packs groups; it needs layout='packed'.")
         if self.padding_free:
@@ -124,6 +133,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "layout": ("auto", "packed", "rows"),
     "attention_backend": ("auto", "sdpa", "eager", "flex", "varlen"),
     "logprob_impl": ("auto", "reference", "tiled", "triton"),
+    "corruption": CORRUPTIONS,
     "response_end": ("template", "end_of_turn"),
     "on_bad_row": ("raise", "skip"),
 }

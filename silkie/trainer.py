@@ -22,7 +22,7 @@ from trl import DPOTrainer
 from silkie import guards
 from silkie.attention import Attention
 from silkie.card import write_card
-from silkie.collator import GroupCollator, blank_vision
+from silkie.collator import GroupCollator, ImageCorruption, blank_vision
 from silkie.config import SilkieDPOConfig
 from silkie.data import load_preferences
 from silkie.data.schema import aspects_of, is_group_features
@@ -182,8 +182,14 @@ class SilkieDPOTrainer(DPOTrainer):
             image_token_id=getattr(config, "image_token_id", None),
             groups_per_row=self.choice.groups_per_row,
             aspects=aspects_of(self.train_dataset.features),
+            corruption=self._corruption(),
             dummy_vision=blank_vision(self.encoder) if guards.needs_dummy_image(self.accelerator, self.frozen_vision) else None,
         )
+
+    def _corruption(self) -> ImageCorruption | None:
+        if "corrupted" not in self.objective.needs:
+            return None
+        return ImageCorruption(kind=self.args.corruption, strength=self.args.corruption_strength, seed=self.args.seed)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -241,6 +247,8 @@ class SilkieDPOTrainer(DPOTrainer):
         wants_stats = self.args.log_token_stats or "stats" in self.objective.needs
         scores = self.scorer(model, inputs, frozen_vision=self.frozen_vision, cache=cache, return_stats=wants_stats)
         group_logps = self._group_logps(inputs, scores, reference)
+        if "corrupted" in self.objective.needs:
+            self._score_corrupted(model, inputs, group_logps)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=mode == "train")
         self._record(mode, inputs, loss, metrics, scores, group_logps)
         if mode == "train" and num_items_in_batch is not None:
@@ -255,6 +263,16 @@ class SilkieDPOTrainer(DPOTrainer):
         shared = cache if self.reference.shares_vision else None
         with self.reference.active(model) as reference_model:
             return self.scorer(reference_model, inputs, frozen_vision=True, cache=shared)
+
+    def _score_corrupted(self, model: Any, inputs: dict[str, Any], group_logps: GroupLogps) -> None:
+        """mDPO's second pass: the same rows with corrupted images."""
+        batch = {**inputs, "vision": inputs["corrupted_vision"]}
+        cache = FeatureCache() if self.frozen_vision else None
+        assert self.reference is not None
+        with self.reference.active(model) as reference_model:
+            shared = cache if self.reference.shares_vision else None
+            group_logps.ref_corrupted_logps = self.scorer(reference_model, batch, frozen_vision=True, cache=shared).logps
+        group_logps.corrupted_logps = self.scorer(model, batch, frozen_vision=self.frozen_vision, cache=cache).logps
 
     def _group_logps(self, batch: dict[str, Any], scores: Scores | None = None, reference: Scores | None = None) -> GroupLogps:
         return GroupLogps(
