@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from functools import cache
-from typing import Literal, overload
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
+from silkie.logprob import tiled
+from silkie.logprob.autograd import Backend, fused_logprob
 from silkie.logprob.reference import reference_logprob
-from silkie.logprob.tiled import tiled_logprob
 from silkie.logprob.types import Impl, LogitTransform, LogprobStats
 
 logger = logging.getLogger(__name__)
 
-_IMPLS = {"reference": reference_logprob, "tiled": tiled_logprob}
+_Implementation = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, LogitTransform, bool], tuple[Tensor, LogprobStats | None]]
 
 
 @overload
@@ -96,7 +100,7 @@ def linear_logprob(
     _check_targets(target, ignored, weight.shape[0])
     safe_target = target.masked_fill(ignored, 0)
     transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap))
-    run = _IMPLS[_choose(impl, hidden.device.type)]
+    run = _implementation(impl, hidden.device.type, hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, stats = run(hidden, weight, safe_target, bias, ignored, transform, return_stats)
     if return_stats:
@@ -119,9 +123,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         raise ValueError(f"linear_logprob: {what}")
 
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        fail(
-            f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}; select the scored tokens first"
-        )
+        fail(f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if weight.shape[0] == 0:
         fail("weight has no rows; a sharded head must be gathered first (silkie.logprob.head_weight)")
     if target.shape != hidden.shape[:1]:
@@ -152,15 +154,44 @@ def _check_targets(target: Tensor, ignored: Tensor, vocab: int) -> None:
         raise ValueError(f"linear_logprob: target token {bad} lies outside [0, {vocab}); is the tokenizer larger than the output head?")
 
 
-def _choose(impl: str, device: str) -> str:
-    """The dispatch point: which implementation runs on this kind of device. Says so once."""
-    if impl not in ("auto", *_IMPLS):
-        raise ValueError(f"linear_logprob: impl must be one of auto, {', '.join(_IMPLS)}; found {impl!r}")
-    chosen = "tiled" if impl == "auto" else impl
-    _announce(impl, chosen, device)
-    return chosen
+def _implementation(impl: str, device: str, dtype: torch.dtype) -> _Implementation:
+    """The dispatch point: which implementation runs. It says once what it chose, and why."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"linear_logprob: impl must be one of {', '.join(get_args(Impl))}; found {impl!r}")
+    obstacle = _triton_obstacle(device, dtype) if impl in ("auto", "triton") else None
+    if impl == "triton" and obstacle:
+        raise ValueError(f"linear_logprob: impl='triton' cannot run here: {obstacle}; use impl='auto'")
+    chosen = impl if impl != "auto" else ("tiled" if obstacle else "triton")
+    _announce(impl, chosen, device, obstacle)
+    if chosen == "reference":
+        return reference_logprob
+    return partial(fused_logprob, _backend(chosen))
+
+
+def _triton_obstacle(device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton pass cannot run, or None. Under Triton's interpreter it runs on CPU tensors (for tests)."""
+    if dtype == torch.float64:
+        return "it has no float64 form"
+    if not _has_triton():
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"the tensors are on {device}, it needs CUDA"
 
 
 @cache
-def _announce(asked: str, chosen: str, device: str) -> None:
-    logger.info("linear_logprob: impl=%s -> %s on %s", asked, chosen, device)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _backend(name: str) -> Backend:
+    if name == "tiled":
+        return tiled
+    from silkie.logprob import triton_pass  # imports triton, which not every platform has
+
+    return triton_pass
+
+
+@cache
+def _announce(asked: str, chosen: str, device: str, obstacle: str | None) -> None:
+    logger.info("linear_logprob: impl=%s -> %s on %s%s", asked, chosen, device, f" ({obstacle})" if obstacle else "")

@@ -51,8 +51,8 @@ def head_weight(module: nn.Module) -> HeadWeight:
 def head_options(config: Any) -> HeadOptions:
     """Soft-cap and logit scale that a transformers config asks for; a vision-language config keeps them in its text config.
 
-    Soft-cap: `final_logit_softcapping` (Gemma). Scale: `logit_scale` (Cohere), `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1),
-    or `logits_scaling`, which Granite divides by and HyperCLOVA X multiplies by.
+    Soft-cap: `final_logit_softcapping` (Gemma). Scale: `logit_scale` (Cohere), `output_multiplier` (Muse), `lm_head_multiplier`
+    (Falcon-H1), or `logits_scaling`, which Granite divides by and HyperCLOVA X multiplies by.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap = getattr(text, "final_logit_softcapping", None)

@@ -31,10 +31,9 @@ def dense_stats(logits: Tensor, log_probs: Tensor, target: Tensor, ignored: Tens
     """The statistics from full logits and log-probs [N, V]."""
     probs = log_probs.exp()
     plogp = torch.where(probs > 0, probs * log_probs, torch.zeros_like(probs))
-    target_logit = logits.gather(1, target[:, None]).squeeze(1)
     return LogprobStats(
         mean_logit=logits.mean(-1).masked_fill(ignored, 0.0),
         entropy=plogp.sum(-1).neg().masked_fill(ignored, 0.0),
-        is_top1=(target_logit >= logits.amax(-1)) & ~ignored,
+        is_top1=(logits.argmax(-1) == target) & ~ignored,
         log_sum_sq_probs=(2 * log_probs).logsumexp(-1).masked_fill(ignored, 0.0),
     )

@@ -19,12 +19,11 @@ pass recomputes the logits (8NVD) and yields gradients for hidden, weight and bi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from silkie.logprob.sums import ChunkResult, PassResult, RowSums, StatSums, join_stats
 from silkie.logprob.types import LogitTransform, LogprobStats, accumulate_dtype
 
 ROWS = 512
@@ -32,16 +31,6 @@ ROWS = 512
 COLUMNS = 4096
 """Vocabulary columns of one tile: a 512 x 4096 fp32 tile is 8 MiB, so the passes over it stay in a CPU's cache."""
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What one pass over the vocabulary yields for n rows: logps [n], lse [n] (log sum_v exp z_v), grad [n, D], stats."""
-
-    logps: Tensor
-    lse: Tensor
-    grad: Tensor | None
-    stats: LogprobStats | None
 
 
 def _matmul_operand(x: Tensor) -> Tensor:
@@ -72,8 +61,8 @@ def _tile_logits(
 ) -> Tensor:
     """Final logits [n, v] of one vocabulary tile, in the accumulation dtype.
 
-    Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32 accumulation: the rounding
-    is then relative to the distance from the anchor [n] (z_y, or lse), so it vanishes for the tokens that carry the probability mass.
+    Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32 accumulation: the
+    rounding is then relative to the distance from the anchor [n] (z_y, or lse), so it vanishes for the tokens that carry the mass.
     """
     if hidden.dtype == dtype or hidden.is_cuda:
         raw = _product(hidden, weight.t(), dtype)
@@ -99,35 +88,9 @@ def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
     tile.scatter_(1, index, torch.where(inside[:, None], new, old))
 
 
-@dataclass(slots=True)
-class _StatSums:
-    """Running sums over the tiles: of logits, of e * (z - base) and of e^2, with e = exp(z - peak) over v != y."""
-
-    logits: Tensor
-    weighted: Tensor
-    squares: Tensor
-
-    @staticmethod
-    def zeros(like: Tensor) -> _StatSums:
-        return _StatSums(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like))
-
-    def add(self, exps: Tensor, shifted: Tensor, rescale: Tensor) -> None:
-        self.weighted.mul_(rescale).add_(shifted.mul_(exps).sum(-1))
-        self.squares.mul_(rescale).mul_(rescale).add_(torch.mul(exps, exps, out=shifted).sum(-1))
-
-    def finish(self, distance: Tensor, own: Tensor, norm: Tensor, is_top1: Tensor, vocab: int) -> LogprobStats:
-        """distance: lse - base; own: exp(z_y - peak); norm: the sum of all exponentials."""
-        return LogprobStats(
-            mean_logit=self.logits / vocab,
-            entropy=distance - self.weighted / norm,
-            is_top1=is_top1,
-            log_sum_sq_probs=(self.squares + own * own).log() - 2 * norm.log(),
-        )
-
-
 def _scan(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform, want_grad: bool, want_stats: bool
-) -> _Pass:
+) -> ChunkResult:
     """One pass over the vocabulary for the rows of one chunk (hidden [n, D])."""
     dtype = accumulate_dtype(hidden.dtype)
     n = hidden.shape[0]
@@ -137,7 +100,7 @@ def _scan(
     operand = _matmul_operand(hidden)
     total = hidden.new_zeros(n, dtype=dtype)
     grad = hidden.new_zeros(hidden.shape, dtype=dtype) if want_grad else None
-    stats = _StatSums.zeros(total) if want_stats else None
+    stats = StatSums.zeros(total) if want_stats else None
     best = torch.full_like(total, -torch.inf)
 
     for start in range(0, weight.shape[0], COLUMNS):
@@ -146,6 +109,8 @@ def _scan(
         tile = _tile_logits(operand, tile_weight, tile_bias, transform, base, dtype)
         if stats is not None:
             stats.logits += tile.sum(-1)
+            earlier = torch.arange(start, start + tile.shape[1], device=tile.device) < target[:, None]
+            stats.before = torch.maximum(stats.before, tile.masked_fill(~earlier, -torch.inf).amax(-1))
         slope = transform.slope(tile) if want_grad and not transform.is_identity else None
         _set_target(tile, target - start, -torch.inf)
         tile_best = tile.amax(-1)
@@ -164,33 +129,14 @@ def _scan(
             grad.mul_(rescale[:, None]).add_(_product(tile.to(tile_weight.dtype), tile_weight, dtype))
         peak = new_peak
 
-    gap = z_y - peak
-    own = gap.exp()
-    norm = total + own
-    ratio = total / own
-    logps = torch.where(ratio.isfinite() & (gap > -80), -ratio.log1p(), gap - norm.log())
+    rows = RowSums(z_y, peak, total, best)
     if grad is not None:
         slope_y = 1.0 if transform.is_identity else transform.slope(z_y)[:, None]
-        grad = (total[:, None] * slope_y * weight[target].to(dtype)).sub_(grad).div_(norm[:, None])
-    lse = peak + norm.log()
-    if stats is None:
-        return _Pass(logps, lse, grad, None)
-    # The distance to the target's logit is -logp, which keeps its accuracy where lse - z_y would cancel.
-    distance = torch.where(z_y.isfinite(), -logps, lse)
-    return _Pass(logps, lse, grad, stats.finish(distance, own, norm, z_y >= best, weight.shape[0]))
+        grad = (total[:, None] * slope_y * weight[target].to(dtype)).sub_(grad).div_(rows.norm[:, None])
+    return rows.result(grad, stats, weight.shape[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """The chunks of a call put together: logps, lse [N] (0 where ignored), grad [N, D] or None, stats or None."""
-
-    logps: Tensor
-    lse: Tensor
-    grad: Tensor | None
-    stats: LogprobStats | None
-
-
-def _forward(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -199,7 +145,7 @@ def _forward(
     transform: LogitTransform,
     want_grad: bool,
     want_stats: bool,
-) -> _Whole:
+) -> PassResult:
     """All rows, chunk by chunk."""
     dtype = accumulate_dtype(hidden.dtype)
     count = hidden.shape[0]
@@ -215,64 +161,10 @@ def _forward(
             grad[rows] = done.grad.masked_fill_(ignored[rows, None], 0.0)
         if done.stats is not None:
             parts.append(done.stats)
-    return _Whole(logps, lse, grad, _join_stats(parts, ignored, dtype) if want_stats else None)
+    return PassResult(logps, lse, grad, join_stats(parts, ignored, dtype) if want_stats else None)
 
 
-def _join_stats(parts: list[LogprobStats], ignored: Tensor, dtype: torch.dtype) -> LogprobStats:
-    def join(name: str, like: torch.dtype) -> Tensor:
-        found = [getattr(part, name) for part in parts]
-        whole = torch.cat(found) if found else torch.zeros(0, dtype=like, device=ignored.device)
-        return whole.masked_fill_(ignored, 0)
-
-    return LogprobStats(
-        mean_logit=join("mean_logit", dtype),
-        entropy=join("entropy", dtype),
-        is_top1=join("is_top1", torch.bool),
-        log_sum_sq_probs=join("log_sum_sq_probs", dtype),
-    )
-
-
-class _FrozenHead(torch.autograd.Function):
-    """The gradient to the hidden states is computed in the forward pass; backward scales its rows."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target, bias, ignored, transform, want_stats, keep):
-        done = _forward(hidden, weight, target, bias, ignored, transform, True, want_stats)
-        ctx.save_for_backward(done.grad)
-        keep.append(done.stats)
-        return done.logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logps):
-        (grad,) = ctx.saved_tensors
-        # A row whose loss gradient is zero gets exactly zero, also where its own gradient overflowed.
-        row = grad_logps[:, None]
-        return torch.where(row != 0, row * grad, 0.0).to(grad.dtype), None, None, None, None, None, None, None
-
-
-class _TrainableHead(torch.autograd.Function):
-    """Recomputes the logits in the backward pass; gradients for hidden, weight and bias."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target, bias, ignored, transform, want_stats, keep):
-        done = _forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
-        ctx.save_for_backward(hidden, weight, target, bias, ignored, done.logps, done.lse)
-        ctx.transform = transform
-        keep.append(done.stats)
-        return done.logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logps):
-        hidden, weight, target, bias, ignored, logps, lse = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        rows = grad_logps.masked_fill(ignored, 0.0)
-        grads = _backward(hidden, weight, target, bias, rows, logps, lse, ctx.transform, want_hidden, want_weight, want_bias)
-        return grads[0], grads[1], None, grads[2], None, None, None, None
-
-
-def _backward(
+def backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -281,11 +173,10 @@ def _backward(
     logps: Tensor,
     lse: Tensor,
     transform: LogitTransform,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum(grad_logps * logps): tiles outside, chunks inside, so that each weight tile is summed in fp32 and written once."""
+    want_hidden, want_weight, want_bias = want
     dtype = accumulate_dtype(hidden.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
@@ -318,18 +209,3 @@ def _backward(
         if grad_bias is not None and sum_bias is not None:
             grad_bias[columns] = sum_bias
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-
-def tiled_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignored: Tensor, transform: LogitTransform, want_stats: bool
-) -> tuple[Tensor, LogprobStats | None]:
-    """See `silkie.logprob.linear_logprob`; target inside [0, V) everywhere, ignored [N] bool."""
-    tracks = torch.is_grad_enabled()
-    head_trains = tracks and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if not head_trains and not (tracks and hidden.requires_grad):
-        done = _forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
-        return done.logps, done.stats
-    function = _TrainableHead if head_trains else _FrozenHead
-    keep: list[LogprobStats | None] = []
-    logps = function.apply(hidden, weight, target, bias, ignored, transform, want_stats, keep)
-    return logps, keep[0]

@@ -20,7 +20,7 @@ class LogprobStats:
 
     mean_logit        [N]  mean over the vocabulary of the final logits
     entropy           [N]  -sum_v p_v log p_v, in nats
-    is_top1           [N]  bool: no other token has a larger logit than the target (ties count as top-1)
+    is_top1           [N]  bool: the target is the argmax (of equal logits the smallest id is)
     log_sum_sq_probs  [N]  log sum_v p_v^2 (the token weight of WPO, arXiv:2406.11827, section 4)
     """
 
