@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from silkie.evaluation.answerers import AnswererError
 from silkie.evaluation.records import ResultError, read_records
 from silkie.evaluation.registry import BENCHMARKS, Benchmark, get_benchmark
 from silkie.evaluation.text import comparison_text, score_text
@@ -101,7 +103,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     settings = {"benchmark": arguments.benchmark, "data": str(Path(data).resolve()), **_settings(arguments, benchmark)}
     outputs = _answerers(arguments, benchmark)
     _check_writable(outputs)
-    answer_tasks(tasks, outputs, settings=settings, **_loop_arguments(arguments))
+    with closing_all(outputs.values()):
+        answer_tasks(tasks, outputs, settings=settings, **_loop_arguments(arguments))
     if arguments.export:
         rows = [record.data for record in read_records(arguments.out)]
         print(f"official layout: {benchmark.export_results(rows, arguments.export)}")
@@ -123,7 +126,9 @@ def judge_command(arguments: argparse.Namespace) -> int:
     tasks = judge_tasks(benchmark, arguments.results, arguments.images)
     arguments.adapter = arguments.base_out = None
     settings = {"benchmark": arguments.benchmark, "results": str(Path(arguments.results).resolve()), **_settings(arguments, benchmark)}
-    answer_tasks(tasks, _answerers(arguments, benchmark), settings=settings, field="judge", **_loop_arguments(arguments))
+    outputs = _answerers(arguments, benchmark)
+    with closing_all(outputs.values()):
+        answer_tasks(tasks, outputs, settings=settings, field="judge", **_loop_arguments(arguments))
     print(score_text(benchmark.score_results(arguments.out)))
     return 0
 
@@ -206,6 +211,14 @@ def _answerers(arguments: argparse.Namespace, benchmark: Benchmark) -> dict[str 
     return outputs
 
 
+def closing_all(answerers: Iterable[Any]) -> ExitStack:
+    """Closes every answerer on leaving, also after an error."""
+    stack = ExitStack()
+    for answerer in answerers:
+        stack.callback(answerer.close)
+    return stack
+
+
 def _check_writable(outputs: dict[str | Path, Any]) -> None:
     for file in outputs:
         if Path(file).is_dir():
@@ -217,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ResultError, ValueError, FileNotFoundError) as error:
+    except (ResultError, AnswererError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

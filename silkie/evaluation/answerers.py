@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-__all__ = ["Answerer", "EndpointAnswerer", "LocalAnswerer"]
+__all__ = ["Answerer", "AnswererError", "EndpointAnswerer", "LocalAnswerer"]
+
+
+class AnswererError(RuntimeError):
+    """No answers can be had for now; the answers written so far stand, and running the same command again goes on from them."""
 
 
 class Answerer(Protocol):
@@ -16,6 +20,8 @@ class Answerer(Protocol):
     wants_pixels: bool
 
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]: ...
+
+    def close(self) -> None: ...
 
 
 class LocalAnswerer:
@@ -62,6 +68,9 @@ class LocalAnswerer:
             )
         return [text[0] for text in texts]
 
+    def close(self) -> None:
+        """Nothing to close: the model belongs to the caller."""
+
 
 class EndpointAnswerer:
     """A model behind an OpenAI-compatible endpoint; the questions of a batch go out together. The key comes from the environment.
@@ -93,7 +102,12 @@ class EndpointAnswerer:
         self._runner = asyncio.Runner()
 
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]:
-        return self._runner.run(self._answer_all(prompts, images, seed))
+        from silkie.feedback.items import AnswerError, ItemError, StopRun
+
+        try:
+            return self._runner.run(self._answer_all(prompts, images, seed))
+        except (AnswerError, ItemError, StopRun) as error:
+            raise AnswererError(f"{error}. The answers so far are kept; run the same command again to go on.") from error
 
     def close(self) -> None:
         self._runner.run(self.endpoint.close())

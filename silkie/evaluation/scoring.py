@@ -98,11 +98,12 @@ class Table:
     clusters: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, items: Iterable[Item]) -> Table:
+    def of(cls, items: Sequence[Item], owners: Sequence[Item] | None = None) -> Table:
+        """Sum the items' counts by cluster. `owners`: the same questions in another results file, whose clusters and strata are taken."""
         index: dict[tuple[str, str], int] = {}
         rows: list[Array] = []
-        for item in items:
-            key = (item.stratum, item.cluster or item.id)
+        for item, owner in zip(items, owners or items, strict=True):
+            key = (owner.stratum, owner.cluster or owner.id)
             if key not in index:
                 index[key] = len(rows)
                 rows.append(np.zeros(len(item.counts)))
