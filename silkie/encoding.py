@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ResponseEnd = Literal["template", "end_of_turn"]
 
 # Per-token inputs of the processor; everything else it returns describes images.
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 _MARK = "silkieresponse"
 
 
