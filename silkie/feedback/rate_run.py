@@ -198,9 +198,11 @@ class _Run:
             if not rated and not usage.calls and record["error"]["kind"] in TRANSPORT_KINDS:
                 self.outage.hold(record, record["error"]["message"])
             else:
-                await self._write(record)
-                if usage.calls:
-                    await self.write_held()
+                held = (
+                    self.outage.release() if usage.calls else []
+                )  # before the write: items that fail meanwhile are not proved wrong by it
+                for line in (record, *held):
+                    await self._write(line)
         finally:
             self.budget.finish(usage, usable=rated)
 

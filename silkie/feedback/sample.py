@@ -239,9 +239,9 @@ class _Run:
             if unanswered:
                 guard.hold(record, record["error"]["message"])
             else:
-                await self._write(record)
-                for held in guard.release() if usage.calls else ():
-                    await self._write(held)
+                held = guard.release() if usage.calls else []
+                for line in (record, *held):
+                    await self._write(line)
         finally:
             self.budget.finish(usage, usable="response" in record)
 

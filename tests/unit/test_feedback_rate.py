@@ -1,0 +1,358 @@
+"""Rating items with any judge: order, votes, repeated questions; and whole runs of `rate_file` with what stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from silkie.feedback import AnswerError, AspectRating, JudgeItem, OracleJudge, Usage, Verdict, default_rubric, rate_item, rate_items
+from silkie.feedback.items import ItemError, StopRun, prompt_text
+from silkie.feedback.journal import JournalError, read_records
+from silkie.feedback.rate import UnusableAnswers, shown_order
+from silkie.feedback.rate_run import RateOptions, rate_file, rated_records
+from silkie.feedback.records import RecordError, read_items
+from tests.support.feedback import true_ratings, write_responses
+
+NAMES = default_rubric().aspect_names
+ITEM = JudgeItem(id="a", prompt="What?", responses=("one", "two", "three", "four"), models=("m1", "m2", "m3", "m4"), meta={"best": "three"})
+
+
+def by_length(item: JudgeItem):
+    return [dict.fromkeys(NAMES, float(len(text))) for text in item.responses]
+
+
+class ScriptedJudge:
+    """Answers by `script(item, attempt)`, which may raise; counts its calls."""
+
+    name = "scripted"
+    rubric = default_rubric()
+
+    def __init__(self, script):
+        self.script = script
+        self.calls: list[tuple[str, int]] = []
+
+    def rate(self, item, *, attempt=0):
+        self.calls.append((item.id, attempt))
+        rows = self.script(item, attempt)
+        return Verdict(ratings=tuple({name: AspectRating(value) for name, value in row.items()} for row in rows), usage=Usage(1, 10, 5))
+
+    async def arate(self, item, *, attempt=0):
+        await asyncio.sleep(0)
+        return self.rate(item, attempt=attempt)
+
+
+def quality(item, attempt):
+    return [dict.fromkeys(NAMES, float(text[len("quality=")])) for text in item.responses]
+
+
+def test_ratings_belong_to_their_responses_whatever_the_order_shown():
+    shown: list[tuple[str, ...]] = []
+
+    def fn(item):
+        shown.append(item.responses)
+        assert dict(zip(item.responses, item.models, strict=True)) == dict(zip(ITEM.responses, ITEM.models, strict=True))
+        return by_length(item)
+
+    for seed in range(6):
+        rated = asyncio.run(rate_item(ITEM, OracleJudge(fn), seed=seed))
+        assert [row["Helpfulness"] for row in rated.ratings] == [3, 3, 5, 4]
+        assert tuple(ITEM.responses[i] for i in rated.orders[0]) == shown[-1]
+    assert len(set(shown)) > 1
+
+
+def test_orders_are_seeded_fair_and_balanced_over_votes():
+    assert shown_order("x", 4, seed=1) == shown_order("x", 4, seed=1)
+    counts = Counter((response, position) for i in range(4000) for position, response in enumerate(shown_order(f"item {i}", 4)))
+    assert all(850 < counts[response, position] < 1150 for response in range(4) for position in range(4))
+    for position in range(4):  # four votes show every response at every position
+        assert {shown_order("x", 4, vote=vote)[position] for vote in range(4)} == {0, 1, 2, 3}
+    assert len({shown_order("x", 5, attempt=attempt) for attempt in range(8)}) > 1
+
+
+def test_a_position_bias_cancels_over_as_many_votes_as_responses():
+    judge = OracleJudge(lambda item: [dict.fromkeys(NAMES, 5.0 - position) for position in range(len(item.responses))])
+    rated = rate_items([ITEM], judge, votes=4)[0]
+    assert [row["Helpfulness"] for row in rated.ratings] == [3.5] * 4
+    assert rated.spread[0]["Helpfulness"] == pytest.approx(1.25**0.5)
+
+
+def test_votes_give_mean_spread_and_the_nearest_rationale():
+    script = iter([(1.0, "low"), (4.0, "mid"), (4.0, "mid 2")])
+
+    def fn(item):
+        value, why = next(script)
+        return [{name: AspectRating(value, why) for name in NAMES} for _ in item.responses]
+
+    rated = asyncio.run(rate_item(ITEM, OracleJudge(fn), votes=3))
+    assert rated.ratings[0]["Helpfulness"] == 3.0
+    assert rated.spread[0]["Helpfulness"] == pytest.approx(2**0.5)
+    assert rated.rationales[0]["Helpfulness"] == "mid"
+    assert [vote[0]["Helpfulness"] for vote in rated.vote_ratings] == [1, 4, 4]
+
+
+def test_a_rating_that_is_not_applicable_stays_none():
+    rated = rate_items([ITEM], OracleJudge(lambda item: [dict.fromkeys(NAMES) for _ in item.responses]), votes=2)[0]
+    assert rated.ratings[0] == dict.fromkeys(NAMES)
+    assert rated.spread[0] == dict.fromkeys(NAMES)
+
+
+def test_an_unusable_answer_is_asked_again_in_another_order():
+    orders = []
+
+    def script(item, attempt):
+        orders.append(item.responses)
+        if attempt < 2:
+            raise AnswerError("malformed", "no", raw=f"answer {attempt}", usage=Usage(1, 7, 3))
+        return by_length(item)
+
+    rated = asyncio.run(rate_item(ITEM, ScriptedJudge(script)))
+    assert rated.usage == Usage(3, 24, 11), "the unusable answers were paid for"
+    assert len(set(orders)) > 1
+    assert [row["Helpfulness"] for row in rated.ratings] == [3, 3, 5, 4]
+
+
+def test_after_all_attempts_every_raw_text_is_there():
+    def script(item, attempt):
+        raise AnswerError("refused", "no", raw=f"answer {attempt}")
+
+    with pytest.raises(UnusableAnswers) as caught:
+        asyncio.run(rate_item(ITEM, ScriptedJudge(script), attempts=2))
+    assert [error.raw for error in caught.value.errors] == ["answer 0", "answer 1"]
+
+
+def test_an_oracle_that_breaks_the_rules_is_explained():
+    with pytest.raises(ValueError, match="expected 4 ratings"):
+        rate_items([ITEM], OracleJudge(lambda item: []))
+    with pytest.raises(ValueError, match="expected the aspects"):
+        rate_items([ITEM], OracleJudge(lambda item: [{"Fun": 1.0}] * 4))
+    with pytest.raises(ValueError, match="the scale is 1 to 5"):
+        rate_items([ITEM], OracleJudge(lambda item: [dict.fromkeys(NAMES, 9.0)] * 4))
+
+
+def test_prompts_as_text_and_as_conversation():
+    assert prompt_text("<image>\nWhat?") == "What?"
+    assert prompt_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]) == "What?"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "What?"}]
+    assert prompt_text(turns) == "User: Hi\n\nAssistant: Yes?\n\nUser: What?"
+
+
+QUIET = RateOptions(progress=False, concurrency=4)
+
+
+def options(**changes) -> RateOptions:
+    return RateOptions(**{"progress": False, "concurrency": 4, **changes})
+
+
+def test_a_run_and_its_resumption(tmp_path):
+    responses, journal = write_responses(tmp_path, 30), tmp_path / "j.jsonl"
+    judge = ScriptedJudge(quality)
+    summary = rate_file(responses, judge, journal, QUIET)
+    assert (summary.items, summary.rated, summary.open, summary.stopped) == (30, 30, 0, None)
+    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in rated_records(journal)} == true_ratings(responses)
+    again = rate_file(responses, judge, journal, QUIET)
+    assert (again.rated, again.done_now, len(judge.calls)) == (30, 0, 30)
+
+
+def test_more_items_later_cost_only_the_new_ones(tmp_path):
+    judge, journal = ScriptedJudge(quality), tmp_path / "j.jsonl"
+    rate_file(write_responses(tmp_path, 10), judge, journal, QUIET)
+    summary = rate_file(write_responses(tmp_path, 15), judge, journal, QUIET)
+    assert (summary.rated, summary.done_now, len(judge.calls)) == (15, 5, 15)
+
+
+def test_failures_are_recorded_once_and_retried_only_on_request(tmp_path):
+    responses, journal = write_responses(tmp_path, 6), tmp_path / "j.jsonl"
+    broken = {"item-0002", "item-0004"}
+
+    def script(item, attempt):
+        if item.id in broken:
+            raise AnswerError("refused", "I will not", raw="I'm sorry", usage=Usage(1, 10, 1))
+        return quality(item, attempt)
+
+    judge = ScriptedJudge(script)
+    summary = rate_file(responses, judge, journal, QUIET)
+    assert (summary.rated, summary.failures, summary.open) == (4, {"refused": 2}, 0)
+    failed = [record for record in read_records(journal) if record["status"] == "failed"]
+    assert {record["id"] for record in failed} == broken
+    assert all(
+        [attempt["raw"] for attempt in record["attempts"]] == ["I'm sorry"] * 3 and record["usage"]["calls"] == 3 for record in failed
+    )
+    before = len(judge.calls)
+    assert rate_file(responses, judge, journal, QUIET).failures == {"refused": 2}
+    assert len(judge.calls) == before
+    broken.clear()
+    healed = rate_file(responses, judge, journal, options(retry_failed=True))
+    assert (healed.rated, healed.failures, healed.done_now) == (6, {}, 2)
+    assert healed.spent.calls == 4 + 6 + 2, "what the failed answers cost is not forgotten"
+
+
+def test_a_missing_image_fails_its_item_without_a_call(tmp_path):
+    responses, journal = write_responses(tmp_path, 3), tmp_path / "j.jsonl"
+    lines = responses.read_text().splitlines()
+    responses.write_text("\n".join([lines[0], lines[1].replace("red.png", "gone.png"), lines[2]]))
+    judge = ScriptedJudge(quality)
+    summary = rate_file(responses, judge, journal, QUIET)
+    assert summary.failures == {"image": 1}
+    assert len(judge.calls) == 2
+    record = next(record for record in read_records(journal) if record["status"] == "failed")
+    assert "gone.png" in record["error"]["message"]
+
+
+def test_images_are_found_below_the_root(tmp_path):
+    (tmp_path / "images").mkdir()
+    responses = write_responses(tmp_path, 1)
+    (tmp_path / "red.png").rename(tmp_path / "images" / "red.png")
+    seen = []
+    judge = ScriptedJudge(lambda item, attempt: seen.append(item.images) or quality(item, attempt))
+    assert rate_file(responses, judge, tmp_path / "j.jsonl", options(image_root=str(tmp_path / "images"))).rated == 1
+    assert seen[0][0]["path"].endswith("images/red.png")
+
+
+def test_a_budget_stops_the_run_and_holds_for_the_next(tmp_path):
+    responses, journal = write_responses(tmp_path, 40), tmp_path / "j.jsonl"
+    judge = ScriptedJudge(quality)
+    summary = rate_file(responses, judge, journal, options(max_tokens=150))
+    assert summary.stopped is not None and "token budget" in summary.stopped
+    assert summary.spent.tokens == 150 and summary.rated == 10 and summary.open == 30
+    assert rate_file(responses, judge, journal, options(max_tokens=150)).done_now == 0
+    assert rate_file(responses, judge, journal, QUIET).rated == 40
+    assert len(judge.calls) == 40
+
+
+def test_a_stop_keeps_what_is_done_and_nothing_else(tmp_path):
+    responses, journal = write_responses(tmp_path, 20), tmp_path / "j.jsonl"
+
+    def script(item, attempt):
+        if item.id == "item-0010":
+            raise StopRun("the key was rejected")
+        return quality(item, attempt)
+
+    summary = rate_file(responses, ScriptedJudge(script), journal, QUIET)
+    assert summary.stopped == "the key was rejected"
+    assert summary.open == 20 - summary.rated and 9 <= summary.rated <= 14
+    finish = rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    assert finish.rated == 20 and finish.stopped is None
+
+
+def test_an_outage_stops_the_run_instead_of_failing_everything(tmp_path):
+    responses, journal = write_responses(tmp_path, 60), tmp_path / "j.jsonl"
+
+    def script(item, attempt):
+        if item.id >= "item-0005":
+            raise ItemError("connection", "refused")
+        return quality(item, attempt)
+
+    summary = rate_file(responses, ScriptedJudge(script), journal, QUIET)
+    assert summary.stopped is not None and "in a row" in summary.stopped
+    assert (summary.rated, summary.failures) == (5, {}), "unanswered items stay open"
+    assert rate_file(responses, ScriptedJudge(quality), journal, QUIET).rated == 60
+
+
+def test_single_unanswered_items_are_failures(tmp_path):
+    responses, journal = write_responses(tmp_path, 60), tmp_path / "j.jsonl"
+
+    def script(item, attempt):
+        if item.id.endswith("5"):
+            raise ItemError("timeout", "no answer")
+        return quality(item, attempt)
+
+    summary = rate_file(responses, ScriptedJudge(script), journal, QUIET)
+    assert (summary.rated, summary.failures, summary.open, summary.stopped) == (54, {"timeout": 6}, 0, None)
+
+
+def test_votes_survive_a_stop_between_them(tmp_path):
+    responses, journal = write_responses(tmp_path, 1), tmp_path / "j.jsonl"
+    count = 0
+
+    def script(item, attempt):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise StopRun("killed")
+        return quality(item, attempt)
+
+    judge = ScriptedJudge(script)
+    first = rate_file(responses, judge, journal, options(votes=3))
+    assert (first.rated, len(judge.calls)) == (0, 3)
+    second = rate_file(responses, judge, journal, options(votes=3))
+    assert (second.rated, len(judge.calls)) == (1, 4), "two votes were on the disk, one was asked for"
+    record = next(iter(rated_records(journal)))
+    assert len(record["orders"]) == len(record["vote_ratings"]) == 3
+    assert record["usage"]["calls"] == 3
+    assert not (tmp_path / "j.jsonl.votes").exists()
+
+
+@pytest.mark.parametrize(("bad", "rated"), [(1, 1), (2, 0)])
+def test_more_than_half_of_the_votes_must_be_usable(tmp_path, bad, rated):
+    responses = write_responses(tmp_path, 1)
+    votes = iter(range(3))
+
+    def script(item, attempt):
+        if next(votes) < bad:
+            raise AnswerError("malformed", "no", raw="x")
+        return quality(item, attempt)
+
+    summary = rate_file(responses, ScriptedJudge(script), tmp_path / "j.jsonl", options(votes=3, attempts=1))
+    assert summary.rated == rated
+
+
+def test_what_would_mix_up_a_journal_is_refused_before_any_call(tmp_path):
+    responses, journal = write_responses(tmp_path, 3), tmp_path / "j.jsonl"
+    rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    other = ScriptedJudge(quality)
+    other.name = "another"
+    with pytest.raises(JournalError, match="two judges do not mix"):
+        rate_file(responses, other, journal, QUIET)
+    changed = responses.read_text().replace("item-0001: what", "item-0001: who")
+    responses.write_text(changed)
+    with pytest.raises(JournalError, match="'item-0001' was rated with another prompt"):
+        rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    assert not other.calls
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: found list"),
+        ('{"id": "x", "prompt": "p"}', "'responses'"),
+        ('{"id": "x", "prompt": "p", "responses": []}', "'responses'"),
+        ('{"id": "x", "prompt": "p", "responses": ["text"]}', "'responses'"),
+        ('{"prompt": "p", "responses": [{"response": "r"}]}', "'id'"),
+        ('{"id": "item-0000", "prompt": "p", "responses": [{"response": "r"}]}', "line 1 has it too"),
+        ('{"id": "x", "prompt": "", "responses": [{"response": "r"}]}', "'prompt'"),
+        ('{"id": "x", "prompt": "p", "image": 7, "responses": [{"response": "r"}]}', "'image'"),
+    ],
+)
+def test_a_broken_line_is_named_before_any_call(tmp_path, line, message):
+    responses = write_responses(tmp_path, 1)
+    responses.write_text(responses.read_text() + line + "\n")
+    judge = ScriptedJudge(quality)
+    with pytest.raises(RecordError, match=message):
+        rate_file(responses, judge, tmp_path / "j.jsonl", QUIET)
+    assert not judge.calls
+
+
+def test_items_keep_several_images_and_further_columns(tmp_path):
+    record = {"id": 7, "image": ["a.png", "b.png"], "prompt": "p", "responses": [{"response": "r"}], "topic": "cats"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record))
+    item = next(read_items(tmp_path / "r.jsonl"))
+    assert (item.id, item.images, item.models, item.meta) == ("7", ("a.png", "b.png"), ("unknown",), {"topic": "cats"})
+
+
+def test_images_go_out_as_they_are_where_endpoints_take_them(tmp_path):
+    from silkie.feedback.media import encoded_image
+
+    Image.new("RGB", (8, 4), (1, 2, 3)).save(tmp_path / "a.jpg")
+    assert encoded_image(str(tmp_path / "a.jpg")) == ((tmp_path / "a.jpg").read_bytes(), "image/jpeg")
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.bmp")
+    assert encoded_image(str(tmp_path / "a.bmp"))[1] == "image/png"
+    small, mime = encoded_image(str(tmp_path / "a.jpg"), max_side=4)
+    assert mime == "image/png" and small != (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "secret.txt").write_text("root:x:0:0")
+    with pytest.raises(ItemError, match="not an image"):
+        encoded_image(str(tmp_path / "secret.txt"))
