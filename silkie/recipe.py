@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.checkpoints import PREEMPTED_EXIT_CODE
 from silkie.data import load_preferences
 from silkie.data.splits import check_leak, split_groups
 from silkie.models import unquantized_modules
@@ -80,6 +81,8 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
         dry_run(trainer)
         return trainer
     trainer.train(resume_from_checkpoint=run_args.resume)
+    if trainer.preempted:
+        raise SystemExit(PREEMPTED_EXIT_CODE)
     trainer.save_model(args.output_dir)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
@@ -98,7 +101,8 @@ def load_data(run_args: RunArguments, args: SilkieDPOConfig) -> tuple[Dataset, D
             check_leak(train, evaluation)
             return train, evaluation
         if run_args.eval_size:
-            return split_groups(train, run_args.eval_size, seed=args.seed)
+            parts = split_groups(train, run_args.eval_size, seed=args.seed)
+            return parts["train"], parts["test"]
     return train, None
 
 

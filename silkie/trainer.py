@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
-from silkie import guards
+from silkie import checkpoints, guards
 from silkie.attention import Attention
 from silkie.card import write_card
 from silkie.collator import GroupCollator, ImageCorruption, blank_vision
@@ -153,6 +155,8 @@ class SilkieDPOTrainer(DPOTrainer):
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
         self.reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
         self._sampler: GroupBatchSampler | None = None
+        self._terminated, self.preempted = False, False
+        self._keep: int | None = args.save_total_limit
         self.add_callback(_StepHooks(self))
         for line in self._setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
@@ -371,6 +375,47 @@ class SilkieDPOTrainer(DPOTrainer):
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self)
 
+    # -- run
+    # ----------------------------------------------------------------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
+        """Trains.
+
+        Args:
+            resume_from_checkpoint: a checkpoint directory, or True: the last complete one in `output_dir`, or from the start where there
+                is none.
+
+        SIGTERM makes the run save a checkpoint after the current step and stop; `preempted` is True then.
+
+        Raises:
+            silkie.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged.
+            silkie.guards.NonFiniteError: a loss or gradient is not finite.
+        """
+        directory = str(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.last_complete_checkpoint(directory)
+            logger.info(
+                "resuming from %s" if resume_from_checkpoint else "%s: no complete checkpoint, training from the start",
+                resume_from_checkpoint or directory,
+            )
+        if resume_from_checkpoint:
+            state = checkpoints.read_state(str(resume_from_checkpoint))
+            self.objective.load_state_dict(state.get("objective", {}))
+            self._total_train_tokens = state.get("train_tokens", 0)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # old checkpoints go once the new one is complete
+        self._keep = keep
+        try:
+            with checkpoints.clear_disk_errors(directory), checkpoints.on_sigterm(self._preempt):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.args.save_total_limit = keep
+
+    def _preempt(self) -> None:
+        self._terminated = True
+        logger.warning("SIGTERM: saving a checkpoint after this step, then stopping")
+
     # -- start and steps
     # ----------------------------------------------------------------------------------------------------------------------
 
@@ -400,8 +445,24 @@ class _StepHooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.objective.end_step(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
+        if self._any_rank(trainer._terminated):
+            trainer.preempted = control.should_save = control.should_training_stop = True
         if control.should_save:
             trainer._watch.check()  # a checkpoint must not hold weights that a non-finite step has ruined
+
+    def _any_rank(self, flag: bool) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return flag
+        return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.accelerator.wait_for_everyone()  # every rank has written its part
+        if trainer.is_world_process_zero():
+            own = {"objective": trainer.objective.state_dict(), "train_tokens": trainer._total_train_tokens}
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoints.finish_checkpoint(checkpoint, own, keep=trainer._keep, best=state.best_model_checkpoint)
 
 
 def freeze_vision(model: Any) -> None:

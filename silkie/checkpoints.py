@@ -1,0 +1,136 @@
+"""Checkpoints that can be trusted: complete or ignored, whatever killed the run while they were written.
+
+A checkpoint counts once `silkie_complete.json` is in it, which is written last, lists every file with its size, and is put in place by a
+rename. Older
+checkpoints are deleted only after that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import rotate_checkpoints
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "silkie_complete.json"
+STATE = "silkie_state.json"
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again and it goes on
+_DISK_FULL = (
+    "no space left on device",
+    "disk quota exceeded",
+    "file too large",
+    "enforce fail at inline_container",
+    "file write failed",
+    "unexpected pos",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+def mark_complete(checkpoint: str | Path) -> None:
+    """Declares a checkpoint complete. To be called once every rank has written its part."""
+    path = Path(checkpoint)
+    files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file() and f.name != COMPLETE}
+    part = path / (COMPLETE + ".part")
+    with part.open("w") as file:
+        json.dump({"files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path / COMPLETE)
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was declared complete and all its files still have their sizes."""
+    path = Path(checkpoint)
+    try:
+        files = json.loads((path / COMPLETE).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete checkpoint with the highest step in a directory, None where there is none. Incomplete ones are named in the log."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            if is_complete(path):
+                found.append((int(match[1]), path))
+            else:
+                logger.warning(
+                    "%s is incomplete (the run was killed while writing it, or it is not silkie's) and is not resumed from", path
+                )
+    return str(max(found)[1]) if found else None
+
+
+def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | None, best: str | None) -> None:
+    """On the main process, after all ranks have written: saves silkie's own state, declares the checkpoint complete, deletes old ones."""
+    (checkpoint / STATE).write_text(json.dumps(state))
+    mark_complete(checkpoint)
+    rotate_checkpoints(str(checkpoint.parent), save_total_limit=keep, best_model_checkpoint=best)
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """What `finish_checkpoint` saved; {} for a checkpoint that another trainer wrote.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = Path(checkpoint) / STATE
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Resume from an earlier checkpoint.") from error
+
+
+@contextmanager
+def clear_disk_errors(output_dir: str | Path) -> Iterator[None]:
+    """Within the context, a full disk is reported as what it is, with the checkpoint that is left."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not any(sign in str(error).lower() for sign in _DISK_FULL):
+            raise
+        last = last_complete_checkpoint(output_dir)
+        kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"
+        raise CheckpointError(
+            f"Cannot write to {output_dir}: the disk is full ({error}). {kept}; free some space and start the same command again."
+        ) from error
+
+
+@contextmanager
+def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Within the context, the first SIGTERM (a preempted job) calls `act`; a second one ends the process as usual.
+
+    Only the main thread can set signal handlers; elsewhere the context does nothing.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, previous)
+        act()
+
+    try:
+        previous = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handle)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

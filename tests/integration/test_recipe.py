@@ -1,0 +1,93 @@
+"""The recipe as a person runs it: VLFeedback files and a model directory in, adapter out; dry run; wrong arguments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.tiny import image, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model directory and a VLFeedback directory in the schema of the public data set."""
+    root = tmp_path_factory.mktemp("recipe")
+    tiny_model().save_pretrained(root / "model")
+    tiny_processor().save_pretrained(root / "model")
+    (root / "data" / "images").mkdir(parents=True)
+    responses = ["a red cat", "a dog on the table", "yes", "not one"]
+    with (root / "data" / "vlfeedback.jsonl").open("w") as file:
+        for n in range(8):
+            image(n).save(root / "data" / "images" / f"{n}.png")
+            annotations = [
+                {
+                    a: {"Rating": str(1 + (i + n + j) % 5) if (n, i) != (3, 0) else "N/A", "Rationale": "because"}
+                    for j, a in enumerate(ASPECTS)
+                }
+                for i in range(4)
+            ]
+            completions = {"annotations": annotations, "model": ["a", "b", "c", "d"], "response": responses}
+            record = {
+                "id": f"svit-{n}",
+                "prompt": f"what is in image {n} ?",
+                "models": ["a", "b", "c", "d"],
+                "completions": completions,
+                "img_path": f"images/{n}.png",
+            }
+            file.write(json.dumps(record) + "\n")
+    return root
+
+
+def launch(inputs, out, *extra, check=True):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        str(ROOT / "recipes" / "dpo_silkie.py"), "--model_name_or_path", str(inputs / "model"), "--dataset_name", str(inputs / "data" / "vlfeedback.jsonl"),
+        "--image_root", str(inputs / "data"), "--output_dir", str(out), "--use_peft", "--use_cpu", "--bf16", "false", "--report_to", "none",
+        "--per_device_train_batch_size", "2", "--num_train_epochs", "1", "--logging_steps", "1", *extra,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
+    result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3")
+    for text in ("Plan", "groups", "pairs", "layout: packed", "attention: sdpa", "silkie.logprob", "adapter off", "peak"):
+        assert text in result.stdout, text
+    assert not list(Path(tmp_path / "dry").glob("checkpoint-*"))
+
+
+def test_it_trains_and_saves_an_adapter(inputs, tmp_path):
+    out = tmp_path / "out"
+    launch(inputs, out, "--save_steps", "2", "--precompute_ref_log_probs", "true")
+    state = json.loads((out / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logged) == 4 and logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert (out / "adapter_model.safetensors").exists() and "svit" not in (out / "README.md").read_text()
+    again = launch(inputs, out, "--save_steps", "2", "--precompute_ref_log_probs", "true")
+    assert "8 groups known, 0 of 8 to compute" in again.stderr  # the second run reads the reference and goes on from the last checkpoint
+
+
+def test_wrong_data_is_an_error_before_the_model_is_loaded(inputs, tmp_path):
+    result = launch(inputs, tmp_path / "x", "--dataset_name", str(inputs / "nothing.jsonl"), check=False)
+    assert result.returncode != 0 and "nothing.jsonl" in result.stderr
+    assert "Loading weights" not in result.stderr
+
+
+def test_the_paper_recipe_parses_and_holds_the_paper_hyper_parameters():
+    from trl import ModelConfig, TrlParser
+
+    from silkie import SilkieDPOConfig
+    from silkie.recipe import RunArguments
+
+    path = ROOT / "recipes" / "silkie_qwen2_5_vl_7b.yaml"
+    parser = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig))
+    run, args, model = parser.parse_args_and_config(args=["--config", str(path), "--use_cpu", "--bf16", "false", "--tf32", "false"])
+    assert run.dataset_name == "MMInstruction/VLFeedback"
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 16, 0.05)
+    assert (args.beta, args.learning_rate, args.weight_decay, args.adam_beta2, args.num_train_epochs) == (0.1, 1e-5, 0.05, 0.98, 3)
+    assert set(yaml.safe_load(path.read_text())) <= {f for c in (run, args, model) for f in vars(c)}
