@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from silkie.logprob.sums import PassResult
+from silkie.logprob.sums import PassResult, RowSums
 from silkie.logprob.types import LogitTransform, LogprobStats
 
 
@@ -35,8 +35,7 @@ class Backend(Protocol):
         target: Tensor,
         bias: Tensor | None,
         grad_logps: Tensor,
-        logps: Tensor,
-        lse: Tensor,
+        sums: RowSums,
         transform: LogitTransform,
         want: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -87,7 +86,7 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, hidden, weight, target, bias, ignored, transform, want_stats, stats):
         done = backend.forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
-        ctx.save_for_backward(hidden, weight, target, bias, ignored, done.logps, done.lse)
+        ctx.save_for_backward(hidden, weight, target, bias, ignored, done.rows.z_y, done.rows.peak, done.rows.total)
         ctx.backend, ctx.transform, ctx.shape = backend, transform, weight.shape
         stats.append(done.stats)
         return done.logps
@@ -95,7 +94,7 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps):
-        hidden, weight, target, bias, ignored, logps, lse = ctx.saved_tensors
+        hidden, weight, target, bias, ignored, *sums = ctx.saved_tensors
         if weight.shape != ctx.shape:
             was, now = tuple(ctx.shape), tuple(weight.shape)
             raise RuntimeError(
@@ -104,5 +103,5 @@ class _TrainableHead(torch.autograd.Function):
             )
         want = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         rows = grad_logps.masked_fill(ignored, 0.0)
-        found = ctx.backend.backward(hidden, weight, target, bias, rows, logps, lse, ctx.transform, want)
+        found = ctx.backend.backward(hidden, weight, target, bias, rows, RowSums(*sums), ctx.transform, want)
         return None, found[0], found[1], None, found[2], None, None, None, None

@@ -14,82 +14,88 @@ from silkie.logprob.types import LogprobStats
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What one pass over the vocabulary yields for n rows: logps [n], lse [n] (log sum_v exp z_v), grad [n, D], stats."""
+class RowSums:
+    """z_y [n], c [n] and total = sum_{v != y} exp(z_v - c) [n]: all that log-probs, and a backward pass that recomputes logits, need."""
 
-    logps: Tensor
-    lse: Tensor
-    grad: Tensor | None
-    stats: LogprobStats | None
+    z_y: Tensor
+    peak: Tensor
+    total: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        """exp(z_y - c)."""
+        return (self.z_y - self.peak).exp()
+
+    @property
+    def norm(self) -> Tensor:
+        """sum over all v of exp(z_v - c)."""
+        return self.total + self.own
+
+    def log_norm(self) -> Tensor:
+        """log(norm), accurate also where the target is nearly certain (c = z_y, total near 0)."""
+        return torch.where(self.z_y == self.peak, self.total.log1p(), self.norm.log())
+
+    def logps(self) -> Tensor:
+        """-log1p(total / exp(z_y - c)); where that quotient cannot be represented, the difference of logarithms is accurate."""
+        gap = self.z_y - self.peak
+        ratio = self.total / self.own
+        return torch.where(ratio.isfinite() & (gap > -80), -ratio.log1p(), gap - self.log_norm())
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """The chunks of a call put together: logps [N] (0 where ignored), lse [N], grad [N, D] in hidden's dtype or None, stats or None."""
+    """What a pass over the vocabulary yields: logps [N], the rows' sums, grad [N, D] in hidden's dtype or None, stats or None.
+
+    logps, grad and stats are 0 where ignored.
+    """
 
     logps: Tensor
-    lse: Tensor
+    rows: RowSums
     grad: Tensor | None
     stats: LogprobStats | None
 
 
 @dataclass(slots=True)
 class StatSums:
-    """Running sums over the tiles: of logits (all v), and over v != y of e * (z - base) and e^2, with e = exp(z - c).
+    """Running sums over the tiles: of logits (all v), and over v != y of e * (z - c) and e^2, with e = exp(z - c).
 
-    base is z_y, or 0 where z_y is infinite; `before` is the largest logit of a token with a smaller id than the target.
+    best: the largest logit of v != y; before: the largest logit of a token with a smaller id than the target.
     """
 
     logits: Tensor
     weighted: Tensor
     squares: Tensor
+    best: Tensor
     before: Tensor
 
     @staticmethod
-    def zeros(like: Tensor) -> StatSums:
-        return StatSums(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like), torch.full_like(like, -torch.inf))
+    def empty(like: Tensor) -> StatSums:
+        zeros = [torch.zeros_like(like) for _ in range(3)]
+        return StatSums(zeros[0], zeros[1], zeros[2], torch.full_like(like, -torch.inf), torch.full_like(like, -torch.inf))
 
-    def add(self, exps: Tensor, shifted: Tensor, rescale: Tensor) -> None:
-        """exps [n, v]; shifted = z - base [n, v], which is overwritten; rescale [n]: exp(old c - new c)."""
-        self.weighted.mul_(rescale).add_(shifted.mul_(exps).sum(-1))
-        self.squares.mul_(rescale).mul_(rescale).add_(torch.mul(exps, exps, out=shifted).sum(-1))
-
-
-@dataclass(frozen=True, slots=True)
-class RowSums:
-    """z_y [n], c [n], total = sum_{v != y} exp(z_v - c) [n] and best = max_{v != y} z_v [n]."""
-
-    z_y: Tensor
-    peak: Tensor
-    total: Tensor
-    best: Tensor
-
-    @property
-    def norm(self) -> Tensor:
-        """sum over all v of exp(z_v - c)."""
-        return self.total + (self.z_y - self.peak).exp()
-
-    def logps(self) -> Tensor:
-        """-log1p(total / exp(z_y - c)); where that quotient cannot be represented, the difference of logarithms is accurate."""
-        gap = self.z_y - self.peak
-        ratio = self.total / gap.exp()
-        return torch.where(ratio.isfinite() & (gap > -80), -ratio.log1p(), gap - self.norm.log())
-
-    def result(self, grad: Tensor | None, sums: StatSums | None, vocab: int) -> ChunkResult:
-        logps, norm = self.logps(), self.norm
-        lse = self.peak + norm.log()
-        if sums is None:
-            return ChunkResult(logps, lse, grad, None)
-        own = (self.z_y - self.peak).exp()
-        # lse - base is -logp where base is z_y: that keeps its accuracy where the difference would cancel.
-        distance = torch.where(self.z_y.isfinite(), -logps, lse)
-        stats = LogprobStats(
-            mean_logit=sums.logits / vocab,
-            entropy=distance - sums.weighted / norm,
-            is_top1=(self.z_y >= self.best) & (self.z_y > sums.before),
-            log_sum_sq_probs=(sums.squares + own * own).log() - 2 * norm.log(),
+    def finish(self, rows: RowSums, vocab: int) -> LogprobStats:
+        """entropy = log norm - mean of (z - c) under p; exponents of -inf weigh nothing."""
+        norm, own, log_norm = rows.norm, rows.own, rows.log_norm()
+        target_term = torch.where(own > 0, own * (rows.z_y - rows.peak), torch.zeros_like(own))
+        return LogprobStats(
+            mean_logit=self.logits / vocab,
+            entropy=log_norm - (self.weighted + target_term) / norm,
+            is_top1=(rows.z_y >= self.best) & (rows.z_y > self.before),
+            log_sum_sq_probs=(self.squares + own * own).log() - 2 * log_norm,
         )
-        return ChunkResult(logps, lse, grad, stats)
+
+
+def join_rows(parts: list[RowSums], like: Tensor) -> RowSums:
+    """The chunks' sums in one piece; `like` is what no rows look like."""
+    return RowSums(*(torch.cat([getattr(part, name) for part in parts] or [like]) for name in ("z_y", "peak", "total")))
+
+
+def row_factor(grad_logps: Tensor, rows: RowSums) -> Tensor:
+    """What turns exp(z_v - c) into a logit's gradient: -grad_logp / norm [n]; 0 for rows without a gradient, whatever their sums hold.
+
+    With -total in the target's place, the product there is grad_logp * (1 - p_y) without a cancellation.
+    """
+    return torch.where(grad_logps == 0, torch.zeros_like(grad_logps), -grad_logps / rows.norm)
 
 
 def join_stats(parts: list[LogprobStats], ignored: Tensor, dtype: torch.dtype) -> LogprobStats:

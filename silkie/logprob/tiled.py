@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from silkie.logprob.sums import ChunkResult, PassResult, RowSums, StatSums, join_stats
+from silkie.logprob.sums import PassResult, RowSums, StatSums, join_rows, join_stats, row_factor
 from silkie.logprob.types import LogitTransform, LogprobStats, accumulate_dtype
 
 ROWS = 512
@@ -56,18 +56,22 @@ def target_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
     return transform(raw)
 
 
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
+
+
 def _tile_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, anchor: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Final logits [n, v] of one vocabulary tile, in the accumulation dtype.
 
     Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32 accumulation: the
-    rounding is then relative to the distance from the anchor [n] (z_y, or lse), so it vanishes for the tokens that carry the mass.
+    rounding is then relative to the distance from the anchor [n] (z_y), so it vanishes for the tokens that carry the mass.
     """
     if hidden.dtype == dtype or hidden.is_cuda:
         raw = _product(hidden, weight.t(), dtype)
     else:
-        near = anchor.to(hidden.dtype)[:, None]
+        near = torch.where(anchor.isfinite(), anchor, torch.zeros_like(anchor)).to(hidden.dtype)[:, None]
         raw = torch.addmm(-near, hidden, weight.t()).to(dtype).add_(near.to(dtype))
     if bias is not None:
         raw += bias
@@ -90,50 +94,55 @@ def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
 
 def _scan(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform, want_grad: bool, want_stats: bool
-) -> ChunkResult:
-    """One pass over the vocabulary for the rows of one chunk (hidden [n, D])."""
+) -> tuple[RowSums, Tensor | None, LogprobStats | None]:
+    """One pass over the vocabulary for the rows of one chunk (hidden [n, D]): sums, gradient [n, D] of each log-prob, statistics."""
     dtype = accumulate_dtype(hidden.dtype)
-    n = hidden.shape[0]
     z_y = target_logits(hidden, weight, target, bias, transform)
-    base = torch.where(z_y.isfinite(), z_y, torch.zeros_like(z_y))
     peak = torch.where(z_y.isfinite(), z_y, torch.full_like(z_y, torch.finfo(dtype).min / 4))
     operand = _matmul_operand(hidden)
-    total = hidden.new_zeros(n, dtype=dtype)
+    total = torch.zeros_like(z_y)
     grad = hidden.new_zeros(hidden.shape, dtype=dtype) if want_grad else None
-    stats = StatSums.zeros(total) if want_stats else None
-    best = torch.full_like(total, -torch.inf)
+    stats = StatSums.empty(z_y) if want_stats else None
 
     for start in range(0, weight.shape[0], COLUMNS):
         tile_weight = _matmul_operand(weight[start : start + COLUMNS])
         tile_bias = None if bias is None else bias[start : start + COLUMNS].to(dtype)
-        tile = _tile_logits(operand, tile_weight, tile_bias, transform, base, dtype)
+        tile = _tile_logits(operand, tile_weight, tile_bias, transform, z_y, dtype)
+        slope = transform.slope(tile) if want_grad and not transform.is_identity else None
         if stats is not None:
             stats.logits += tile.sum(-1)
-            earlier = torch.arange(start, start + tile.shape[1], device=tile.device) < target[:, None]
-            stats.before = torch.maximum(stats.before, tile.masked_fill(~earlier, -torch.inf).amax(-1))
-        slope = transform.slope(tile) if want_grad and not transform.is_identity else None
         _set_target(tile, target - start, -torch.inf)
-        tile_best = tile.amax(-1)
-        best = torch.maximum(best, tile_best)
-        new_peak = torch.maximum(peak, tile_best)
+        best = tile.amax(-1)
+        new_peak = torch.maximum(peak, best)
         rescale = (peak - new_peak).exp_()
         if stats is not None:
-            shifted = (tile - base[:, None]).clamp_(min=-1e30)
+            _add_stats(stats, tile, best, target - start, peak, new_peak, rescale, total)
         _exp_(tile, new_peak)
-        total.mul_(rescale).add_(tile.sum(-1))
-        if stats is not None:
-            stats.add(tile, shifted, rescale)
+        total = total.mul_(rescale).add_(tile.sum(-1))
         if grad is not None:
             if slope is not None:
                 tile.mul_(slope)
             grad.mul_(rescale[:, None]).add_(_product(tile.to(tile_weight.dtype), tile_weight, dtype))
         peak = new_peak
 
-    rows = RowSums(z_y, peak, total, best)
+    rows = RowSums(z_y, peak, total)
     if grad is not None:
         slope_y = 1.0 if transform.is_identity else transform.slope(z_y)[:, None]
         grad = (total[:, None] * slope_y * weight[target].to(dtype)).sub_(grad).div_(rows.norm[:, None])
-    return rows.result(grad, stats, weight.shape[0])
+    return rows, grad, None if stats is None else stats.finish(rows, weight.shape[0])
+
+
+def _add_stats(
+    stats: StatSums, tile: Tensor, best: Tensor, local: Tensor, peak: Tensor, new_peak: Tensor, rescale: Tensor, total: Tensor
+) -> None:
+    """Folds a tile of logits [n, v] (the target's own at -inf) into the statistics; total is still relative to the old peak."""
+    earlier = torch.arange(tile.shape[1], device=tile.device) < local[:, None]
+    stats.before = torch.maximum(stats.before, tile.masked_fill(~earlier, -torch.inf).amax(-1))
+    stats.best = torch.maximum(stats.best, best)
+    distance = (tile - new_peak[:, None]).clamp_(min=-1e30)
+    exps = distance.exp()
+    stats.weighted = (stats.weighted + (peak - new_peak) * total) * rescale + (distance * exps).sum(-1)
+    stats.squares = stats.squares * rescale * rescale + exps.square_().sum(-1)
 
 
 def forward(
@@ -146,22 +155,21 @@ def forward(
     want_grad: bool,
     want_stats: bool,
 ) -> PassResult:
-    """All rows, chunk by chunk."""
+    """All rows, chunk by chunk: see `silkie.logprob.autograd.Backend`."""
     dtype = accumulate_dtype(hidden.dtype)
-    count = hidden.shape[0]
-    logps, lse = hidden.new_zeros(count, dtype=dtype), hidden.new_zeros(count, dtype=dtype)
     grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_grad else None
+    sums: list[RowSums] = []
     parts: list[LogprobStats] = []
-    for start in range(0, count, ROWS):
-        rows = slice(start, start + ROWS)
-        done = _scan(hidden[rows], weight, target[rows], bias, transform, want_grad, want_stats)
-        logps[rows] = done.logps.masked_fill_(ignored[rows], 0.0)
-        lse[rows] = done.lse
-        if grad is not None and done.grad is not None:
-            grad[rows] = done.grad.masked_fill_(ignored[rows, None], 0.0)
-        if done.stats is not None:
-            parts.append(done.stats)
-    return PassResult(logps, lse, grad, join_stats(parts, ignored, dtype) if want_stats else None)
+    for rows in _chunks(len(hidden)):
+        found, chunk_grad, stats = _scan(hidden[rows], weight, target[rows], bias, transform, want_grad, want_stats)
+        sums.append(found)
+        if grad is not None and chunk_grad is not None:
+            grad[rows] = chunk_grad.masked_fill_(ignored[rows, None], 0.0)
+        if stats is not None:
+            parts.append(stats)
+    joined = join_rows(sums, hidden.new_zeros(0, dtype=dtype))
+    logps = joined.logps().masked_fill_(ignored, 0.0)
+    return PassResult(logps, joined, grad, join_stats(parts, ignored, dtype) if want_stats else None)
 
 
 def backward(
@@ -170,8 +178,7 @@ def backward(
     target: Tensor,
     bias: Tensor | None,
     grad_logps: Tensor,
-    logps: Tensor,
-    lse: Tensor,
+    sums: RowSums,
     transform: LogitTransform,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -181,22 +188,22 @@ def backward(
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
+    factor = row_factor(grad_logps, sums)
     for start in range(0, weight.shape[0], COLUMNS):
         columns = slice(start, start + COLUMNS)
         tile_weight = _matmul_operand(weight[columns])
         tile_bias = None if bias is None else bias[columns].to(dtype)
         sum_weight = tile_weight.new_zeros(tile_weight.shape, dtype=dtype) if want_weight else None
         sum_bias = tile_weight.new_zeros(tile_weight.shape[0], dtype=dtype) if grad_bias is not None else None
-        for first in range(0, hidden.shape[0], ROWS):
-            rows = slice(first, first + ROWS)
+        for rows in _chunks(len(hidden)):
             operand = _matmul_operand(hidden[rows])
-            tile = _tile_logits(operand, tile_weight, tile_bias, transform, lse[rows], dtype)
+            tile = _tile_logits(operand, tile_weight, tile_bias, transform, sums.z_y[rows], dtype)
             slope = None if transform.is_identity else transform.slope(tile)
-            _exp_(tile, lse[rows]).neg_()
-            _set_target(tile, target[rows] - start, -torch.expm1(logps[rows]))
+            _exp_(tile, sums.peak[rows])
+            _set_target(tile, target[rows] - start, -sums.total[rows])
             if slope is not None:
                 tile.mul_(slope)
-            tile.mul_(grad_logps[rows, None])
+            tile.mul_(factor[rows, None])
             coefficients = tile.to(operand.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] += _product(coefficients, tile_weight, dtype)

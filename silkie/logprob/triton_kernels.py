@@ -22,11 +22,10 @@ def _transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def _cap_slope(z, softcap, HAS_SOFTCAP: tl.constexpr):
     """d final / d (scale * raw) at a final logit z: at most 1. The factor `scale` is applied at the end, where nothing can overflow."""
+    slope = z * 0 + 1.0
     if HAS_SOFTCAP:
-        z = 1 - (z / softcap) * (z / softcap)
-    else:
-        z = z * 0 + 1.0
-    return z
+        slope = 1 - (z / softcap) * (z / softcap)
+    return slope
 
 
 @triton.jit
@@ -69,7 +68,6 @@ def _sweep(
     exps_ptr,
     bias_ptr,
     peak,
-    base,
     local,
     scale,
     softcap,
@@ -83,7 +81,7 @@ def _sweep(
 ):
     """One read of a row of the slab, relative to `peak`; the target (column `local`) is left out of all but the sum of logits.
 
-    Returns the sum of exponentials, the largest logit, and for statistics the sums of logits, of e * (z - base) and of e^2 and the largest
+    Returns the sum of exponentials, the largest logit, and for statistics the sums of logits, of e * (z - peak) and of e^2 and the largest
     logit left of the target. Writes the exponentials (times the soft-cap's slope) where the gradient is wanted.
     """
     total = tl.zeros((BLOCK,), tl.float32)
@@ -105,7 +103,7 @@ def _sweep(
         best = tl.maximum(best, tl.where(other, z, -float("inf")))
         if WANT_STATS:
             logits_sum += tl.where(mask, z, 0.0)
-            weighted += tl.where(e > 0, e * (z - base), 0.0)
+            weighted += tl.where(e > 0, e * (z - peak), 0.0)
             squares += e * e
             before = tl.maximum(before, tl.where(other & (offsets < local), z, -float("inf")))
         if WANT_GRAD:
@@ -130,15 +128,14 @@ def slab_kernel(
     exps_stride,
     bias_ptr,
     target_ptr,
-    target_logit_ptr,
     peak_ptr,
     total_ptr,
-    best_ptr,
     grad_ptr,
     grad_stride,
     logits_sum_ptr,
     weighted_ptr,
     squares_ptr,
+    best_ptr,
     before_ptr,
     first_column,
     scale,
@@ -166,20 +163,20 @@ def slab_kernel(
     logits_ptr += row * logits_stride
     exps_ptr += row * exps_stride
     peak = tl.load(peak_ptr + row)
-    z_y = tl.load(target_logit_ptr + row)
-    base = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)
     local = tl.load(target_ptr + row) - first_column
     total, best, logits_sum, weighted, squares, before = _sweep(
-        logits_ptr, exps_ptr, bias_ptr, peak, base, local, scale, softcap, exps_scale,
+        logits_ptr, exps_ptr, bias_ptr, peak, local, scale, softcap, exps_scale,
         HAS_BIAS, HAS_SOFTCAP, WANT_GRAD, WANT_STATS, COLS, BLOCK,
     )  # fmt: skip
     old_total = tl.load(total_ptr + row)
     rescale = 1.0
+    moved = 0.0
     if best > peak + headroom:
-        rescale = tl.exp(peak - best)
+        moved = peak - best
+        rescale = tl.exp(moved)
         tl.store(peak_ptr + row, best)
         total, best, logits_sum, weighted, squares, before = _sweep(
-            logits_ptr, exps_ptr, bias_ptr, best, base, local, scale, softcap, exps_scale,
+            logits_ptr, exps_ptr, bias_ptr, best, local, scale, softcap, exps_scale,
             HAS_BIAS, HAS_SOFTCAP, WANT_GRAD, WANT_STATS, COLS, BLOCK,
         )  # fmt: skip
         if WANT_GRAD:
@@ -188,10 +185,10 @@ def slab_kernel(
                 ptrs = grad_ptr + row * grad_stride + offsets
                 tl.store(ptrs, tl.load(ptrs, mask=offsets < D, other=0.0) * rescale, mask=offsets < D)
     tl.store(total_ptr + row, old_total * rescale + total)
-    tl.store(best_ptr + row, tl.maximum(tl.load(best_ptr + row), best))
     if WANT_STATS:
+        tl.store(best_ptr + row, tl.maximum(tl.load(best_ptr + row), best))
         tl.store(logits_sum_ptr + row, tl.load(logits_sum_ptr + row) + logits_sum)
-        tl.store(weighted_ptr + row, tl.load(weighted_ptr + row) * rescale + weighted)
+        tl.store(weighted_ptr + row, (tl.load(weighted_ptr + row) + moved * old_total) * rescale + weighted)
         tl.store(squares_ptr + row, tl.load(squares_ptr + row) * rescale * rescale + squares)
         tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), before))
 
@@ -216,7 +213,7 @@ def gradient_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = scale * (total * slope_y * W_y - sum_{v != y} e_v slope_v W_v) / norm in the output's dtype; 0 where ignored. One program per row."""
+    """out = scale * (total * slope_y * W_y - sum_{v != y} e_v slope_v W_v) / norm; 0 where ignored. One program per row."""
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     exps_scale = tl.cast(exps_scale, tl.float32)
@@ -242,9 +239,9 @@ def coefficient_kernel(
     out_stride,
     bias_ptr,
     target_ptr,
-    logps_ptr,
-    lse_ptr,
-    grad_logps_ptr,
+    peak_ptr,
+    total_ptr,
+    factor_ptr,
     first_column,
     scale,
     softcap,
@@ -253,7 +250,7 @@ def coefficient_kernel(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n, v] = grad_logps[n] * (1[v = y] - p_v) * slope_v for one slab; 1 - p_y as -expm1(logp). Grid (n, column blocks)."""
+    """out[n, v] = factor[n] * (exp(z - c), or -total at the target) * slope_v for one slab. Grid (n, column blocks)."""
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     row = tl.program_id(0).to(tl.int64)
@@ -263,11 +260,7 @@ def coefficient_kernel(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     z = _transform(raw, scale, softcap, HAS_SOFTCAP)
-    lse = tl.load(lse_ptr + row)
-    logp = tl.load(logps_ptr + row)
-    # -expm1(logp): the series near 0, where 1 - exp(logp) would cancel.
-    miss = tl.where(logp > -1e-2, -logp * (1 + logp * (0.5 + logp * (1.0 / 6 + logp / 24))), 1 - tl.exp(logp))
     local = tl.load(target_ptr + row) - first_column
-    value = tl.where(offsets == local, miss, -tl.exp(z - lse))
-    value = value * tl.load(grad_logps_ptr + row) * _cap_slope(z, softcap, HAS_SOFTCAP) * scale
+    value = tl.where(offsets == local, -tl.load(total_ptr + row), tl.exp(z - tl.load(peak_ptr + row)))
+    value = value * tl.load(factor_ptr + row) * _cap_slope(z, softcap, HAS_SOFTCAP) * scale
     tl.store(out_ptr + row * out_stride + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)

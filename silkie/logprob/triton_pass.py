@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from silkie.logprob.sums import ChunkResult, PassResult, RowSums, StatSums, join_stats
+from silkie.logprob.sums import PassResult, RowSums, StatSums, join_rows, join_stats, row_factor
 from silkie.logprob.triton_kernels import coefficient_kernel, gradient_kernel, slab_kernel, target_logit_kernel
 from silkie.logprob.types import LogitTransform, LogprobStats
 
@@ -27,7 +27,8 @@ COLUMNS = 12288
 """Columns of one slab. Constant, so that a new N compiles nothing; 3072 logit tiles of 128 x 256 are 23.3 waves."""
 _BLOCK = 2048
 _HEADROOM = 30.0
-"""bf16 and fp32 hold exp(60), the square of the largest exponential, times any vocabulary; fp16 operands get headroom 0 and exponentials scaled by 2^15."""
+"""bf16 and fp32 hold exp(60), the square of the largest exponential, times any vocabulary. fp16 operands get headroom 0 and
+exponentials scaled by 2^15."""
 
 
 def _kernel_range(dtype: torch.dtype) -> tuple[float, float]:
@@ -80,23 +81,23 @@ def _scan(
     transform: LogitTransform,
     out: Tensor | None,
     want_stats: bool,
-) -> ChunkResult:
-    """One pass over the vocabulary for the rows of one chunk; the gradient goes to `out` [n, D]."""
+) -> tuple[RowSums, LogprobStats | None]:
+    """One pass over the vocabulary for the rows of one chunk; the gradient of each log-prob goes to `out` [n, D]."""
     (n, d), vocab = hidden.shape, weight.shape[0]
     z_y = _target_logits(hidden, weight, target, bias, transform)
     peak = torch.where(z_y.isfinite(), z_y, torch.full_like(z_y, torch.finfo(torch.float32).min / 4))
-    total, best = torch.zeros_like(z_y), torch.full_like(z_y, -torch.inf)
+    total = torch.zeros_like(z_y)
     grad = torch.zeros(n, d, dtype=torch.float32, device=hidden.device) if out is not None else None
-    stats = StatSums.zeros(z_y) if want_stats else None
+    stats = StatSums.empty(z_y) if want_stats else None
     headroom, factor = _kernel_range(hidden.dtype)
     for start in range(0, vocab, COLUMNS):
         slab = weight[start : start + COLUMNS]
         logits = _product(hidden, slab.t())
         exps = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device) if grad is not None else logits
         slab_kernel[(n,)](
-            logits, logits.stride(0), exps, exps.stride(0), logits if bias is None else bias[start:], target, z_y, peak, total, best,
+            logits, logits.stride(0), exps, exps.stride(0), logits if bias is None else bias[start:], target, peak, total,
             total if grad is None else grad, d,
-            *((total,) * 4 if stats is None else (stats.logits, stats.weighted, stats.squares, stats.before)),
+            *((total,) * 5 if stats is None else (stats.logits, stats.weighted, stats.squares, stats.best, stats.before)),
             start, **_options(transform), headroom=headroom, exps_scale=factor,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, WANT_GRAD=grad is not None, WANT_STATS=want_stats,
             COLS=slab.shape[0], D=d, BLOCK=min(_BLOCK, triton.next_power_of_2(slab.shape[0])),
@@ -104,14 +105,14 @@ def _scan(
         if grad is not None:
             _accumulate(grad, exps, slab)
         del logits, exps  # the next slab's arrays take their place
-    rows = RowSums(z_y, peak, total, best)
+    rows = RowSums(z_y, peak, total)
     if grad is not None and out is not None:
         gradient_kernel[(n,)](
             grad, d, out, out.stride(0), weight, weight.stride(0), target, ignored.to(torch.int8), z_y, total, rows.norm,
             **_options(transform), exps_scale=factor, HAS_SOFTCAP=transform.softcap is not None,
             D=d, BLOCK=min(_BLOCK, triton.next_power_of_2(d)),
         )  # fmt: skip
-    return rows.result(out, stats, vocab)
+    return rows, None if stats is None else stats.finish(rows, vocab)
 
 
 def forward(
@@ -127,19 +128,19 @@ def forward(
     """All rows, chunk by chunk: see `silkie.logprob.autograd.Backend`."""
     count, d = hidden.shape
     hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
-    logps = torch.zeros(count, dtype=torch.float32, device=hidden.device)
-    lse = torch.zeros_like(logps)
     grad = torch.empty(count, d, dtype=hidden.dtype, device=hidden.device) if want_grad else None
+    sums: list[RowSums] = []
     parts: list[LogprobStats] = []
     for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)
         out = None if grad is None else grad[rows]
-        done = _scan(hidden[rows], weight, target[rows], bias, ignored[rows], transform, out, want_stats)
-        logps[rows] = done.logps.masked_fill_(ignored[rows], 0.0)
-        lse[rows] = done.lse
-        if done.stats is not None:
-            parts.append(done.stats)
-    return PassResult(logps, lse, grad, join_stats(parts, ignored, torch.float32) if want_stats else None)
+        found, stats = _scan(hidden[rows], weight, target[rows], bias, ignored[rows], transform, out, want_stats)
+        sums.append(found)
+        if stats is not None:
+            parts.append(stats)
+    joined = join_rows(sums, hidden.new_zeros(0, dtype=torch.float32))
+    logps = joined.logps().masked_fill_(ignored, 0.0)
+    return PassResult(logps, joined, grad, join_stats(parts, ignored, torch.float32) if want_stats else None)
 
 
 def backward(
@@ -148,8 +149,7 @@ def backward(
     target: Tensor,
     bias: Tensor | None,
     grad_logps: Tensor,
-    logps: Tensor,
-    lse: Tensor,
+    sums: RowSums,
     transform: LogitTransform,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -160,7 +160,7 @@ def backward(
     grad_hidden = torch.zeros(count, d, dtype=torch.float32, device=hidden.device) if want_hidden else None
     grad_weight = torch.empty_like(weight) if want_weight else None
     grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
-    grad_logps = grad_logps.contiguous()
+    factor = row_factor(grad_logps, sums)
     for start in range(0, vocab, COLUMNS):
         columns = slice(start, start + COLUMNS)
         slab = weight[columns]
@@ -174,7 +174,7 @@ def backward(
             block = min(_BLOCK, triton.next_power_of_2(width))
             coefficient_kernel[(logits.shape[0], triton.cdiv(width, block))](
                 logits, logits.stride(0), coefficients, coefficients.stride(0), logits if bias is None else bias[start:], target[rows],
-                logps[rows], lse[rows], grad_logps[rows], start, **_options(transform),
+                sums.peak[rows], sums.total[rows], factor[rows], start, **_options(transform),
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, COLS=width, BLOCK=block,
             )  # fmt: skip
             if grad_hidden is not None:
