@@ -74,6 +74,11 @@ class SilkieDPOConfig(DPOConfig):
     log_token_stats: bool = field(
         default=False, metadata={"help": "Also log entropy, mean_token_accuracy and logits/*, as TRL does; costs a little time."}
     )
+    eval_benchmarks: list[str] | None = field(
+        default=None, metadata={"help": "Benchmarks to answer while training, as NAME=FOLDER (silkie.evaluation), or YAML definitions."}
+    )
+    eval_benchmark_steps: int = field(default=500, metadata={"help": "Optimizer steps between two rounds of eval_benchmarks."})
+    eval_benchmark_limit: int | None = field(default=None, metadata={"help": "Questions per benchmark while training. None: all."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Kept off: a non-finite loss must stop the run, not be smoothed over."}
     )
@@ -106,7 +111,7 @@ class SilkieDPOConfig(DPOConfig):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
-        for name in ("max_tokens_per_batch", "max_length", "max_response_length"):
+        for name in ("max_tokens_per_batch", "max_length", "max_response_length", "eval_benchmark_steps", "eval_benchmark_limit"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
         if (self.corruption != "crop" or self.corruption_strength != 1.0) and "mdpo_image" not in self.loss_type:

@@ -158,6 +158,16 @@ class SilkieDPOTrainer(DPOTrainer):
         self._terminated, self.preempted = False, False
         self._keep: int | None = args.save_total_limit
         self.add_callback(_StepHooks(self))
+        if args.eval_benchmarks:
+            from silkie.evaluation.callback import (
+                BenchmarkCallback,
+            )  # only where asked for: the trainer does without the evaluation package
+
+            self.add_callback(
+                BenchmarkCallback(
+                    args.eval_benchmarks, args.eval_benchmark_steps, limit=args.eval_benchmark_limit, seed=args.seed, trainer=self
+                )
+            )
         for line in self._setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
 

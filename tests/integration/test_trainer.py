@@ -250,3 +250,19 @@ def test_peft_model_from_outside(tmp_path):
     trainer = make(tmp_path, model=model, peft=False)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_benchmarks_while_training_are_logged_and_disturb_nothing(tmp_path):
+    folder = tmp_path / "pope"
+    (folder / "images").mkdir(parents=True)
+    with (folder / "pope_random.jsonl").open("w") as file:
+        for n in range(4):
+            image(n).save(folder / "images" / f"{n}.png")
+            question = {"question_id": n, "image": f"{n}.png", "text": "Is there a cat in the image?", "label": "yes" if n % 2 else "no"}
+            file.write(json.dumps(question) + "\n")
+    plain = make(tmp_path / "a")
+    watched = make(tmp_path / "b", eval_benchmarks=[f"pope={folder}"], eval_benchmark_steps=2)
+    plain.train(), watched.train()
+    assert losses(plain) == losses(watched)
+    scored = [entry for entry in watched.state.log_history if any(key.startswith("eval_pope") for key in entry)]
+    assert [entry["step"] for entry in scored] == [2, 4]
