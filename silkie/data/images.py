@@ -137,6 +137,21 @@ def _read_path(path: str, where: str) -> bytes:
         raise ImageError(f"{where}: cannot read {path!r}: {error}") from error
 
 
+def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
+    """(width, height) from the header of an encoded image, as stored (before EXIF rotation). Raises ImageError."""
+    if isinstance(value, Image.Image):
+        return value.size
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+    from_file = path is not None and not path.startswith("zip://") and not is_remote(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path if from_file else io.BytesIO(read_bytes(value, where=where))) as image:  # type: ignore[arg-type]
+                return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read: {error}") from error
+
+
 def image_digest(value: Any, *, where: str = "image") -> str:
     """Hash of an image's encoded bytes: equal for the same file under two names, and no pixel is decoded."""
     if isinstance(value, Image.Image):

@@ -1,7 +1,7 @@
 """Signs that a judge mixed up the texts it rated.
 
-A judge sees all responses of a group at once and writes one block per text. When it swaps two texts or repeats one, the ratings land on the wrong
-response, and the pairs are wrong without anything failing.
+A judge sees all responses of a group at once and writes one block per text. When it swaps two texts or repeats one, the ratings land on the
+wrong response, and the pairs are wrong without anything failing.
 """
 
 from __future__ import annotations

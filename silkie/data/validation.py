@@ -48,10 +48,10 @@ def validate(
     num_proc: int | None = None,
     return_report: bool = False,
 ) -> datasets.Dataset | tuple[datasets.Dataset, ValidationReport]:
-    """Check preference groups before a long run: images that do not decode, empty or identical responses, NaN ratings, impossible pairs.
+    """Check preference groups before a long run: images that decode, texts, finite ratings, possible pairs.
 
     Args:
-        on_error: "raise" stops at the first broken group with a RowError, "skip" returns the sound groups and lists the others in the report.
+        on_error: "raise" stops at the first broken group with a RowError, "skip" returns the sound groups and reports the others.
         decode_images: decode every image in full; without it images are not opened.
 
     Signs of a judge that swapped or repeated texts are reported as flags, never dropped (see `silkie.data.judge_checks`).
@@ -60,7 +60,8 @@ def validate(
     if missing:
         columns = ", ".join(map(repr, dataset.column_names))
         raise DataError(
-            f"not preference groups: no column {', '.join(map(repr, missing))} (there are: {columns}). Load them with silkie.data.load_preferences."
+            f"not preference groups: no column {', '.join(map(repr, missing))} (there are: {columns}). "
+            "Load them with silkie.data.load_preferences."
         )
     found = dataset.map(
         _examine,
@@ -103,7 +104,8 @@ def _check(group: dict[str, Any], row: Row, aspects: tuple[str, ...], decode_ima
     for index, response in enumerate(group["responses"]):
         row.check_text(response, f"responses[{index}]")
     names = ("images", "prompt", "responses", "pairs", "ratings", "rationales", "models")
-    check(Group(**{name: group.get(name) for name in names}), row, aspects)
+    fields: dict[str, Any] = {name: group.get(name) for name in names}
+    check(Group(**fields), row, aspects)
     for index, rating in enumerate(group.get("ratings") or []):
         for aspect, value in rating.items():
             if value is not None and not math.isfinite(value):

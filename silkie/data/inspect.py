@@ -1,0 +1,117 @@
+"""Look at preference data before training on them: figures, dropped rows, and groups with their images."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+
+from silkie.data.images import ImageError, image_size
+from silkie.data.loading import load_preferences
+from silkie.data.reports import LoadReport
+from silkie.data.statistics import Length, Statistics, count_words, histogram
+
+BATCH = 1000  # groups read at a time, without their images
+
+
+@dataclass(slots=True, kw_only=True)
+class Inspection:
+    """The dataset, how it was loaded, and its figures (plain JSON values)."""
+
+    dataset: datasets.Dataset
+    report: LoadReport
+    figures: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that the text and HTML forms show, except the gallery."""
+        loading = {
+            "source": self.report.source,
+            "format": self.report.format,
+            "rows": self.report.rows,
+            "dropped_rows": dict(self.report.reasons().most_common()),
+            "left_out": dict(self.report.notes.most_common()),
+            "problems": [asdict(problem) for problem in self.report.problems[:100]],
+            "regrouped": None if self.report.regrouped is None else asdict(self.report.regrouped),
+        }
+        return {"loading": loading, **self.figures}
+
+
+def inspect_preferences(
+    source: str | os.PathLike | datasets.Dataset,
+    *,
+    tokenizer: Any = None,
+    read_images: bool = True,
+    num_proc: int | None = None,
+    **load_options: Any,
+) -> Inspection:
+    """Load a source (broken rows are listed, not raised, unless `on_error` says otherwise) and compute its figures.
+
+    Args:
+        tokenizer: a transformers tokenizer, to measure lengths in its tokens; without it they are in words.
+        read_images: read the header of every image for the size histogram. No pixel is decoded.
+        load_options: as for `load_preferences`.
+    """
+    options = {"on_error": "skip", "keep_unpaired": True, **load_options}
+    dataset, report = load_preferences(source, num_proc=num_proc, return_report=True, **options)
+    statistics = Statistics(length=_token_length(tokenizer), unit="words" if tokenizer is None else "tokens")
+    columns = [column for column in dataset.column_names if column != "images"]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+        for group in batch.to_pylist():
+            statistics.add(group)
+    figures = statistics.figures()
+    figures["image_sizes"] = image_figures(dataset, num_proc) if read_images else None
+    return Inspection(dataset=dataset, report=report, figures=figures)
+
+
+def _token_length(tokenizer: Any) -> Length:
+    if tokenizer is None:
+        return count_words
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dict[str, Any]:
+    """Sizes of all images: histogram of the longer side in pixels, the most frequent sizes, and images without a readable header."""
+    sizes = dataset.select_columns(["images"]).map(
+        _sizes,
+        with_indices=True,
+        remove_columns=["images"],
+        features=datasets.Features({"sizes": datasets.List(datasets.List(datasets.Value("int32"))), "broken": datasets.Value("string")}),
+        num_proc=num_proc,
+        desc="reading image headers",
+    )
+    counts: Counter[tuple[int, int]] = Counter()
+    broken: list[str] = []
+    for batch in sizes.with_format("arrow").iter(batch_size=BATCH):
+        counts.update(tuple(size) for group in batch["sizes"].to_pylist() for size in group)
+        broken += [message for message in batch["broken"].to_pylist() if message]
+    sides: Counter[int] = Counter()
+    for size, count in counts.items():
+        sides[max(size)] += count
+    return {
+        "images": counts.total(),
+        "different_sizes": len(counts),
+        "most_frequent": {f"{width} x {height}": count for (width, height), count in counts.most_common(5)},
+        "longer_side": histogram(sides) if sides else {},
+        "mean_megapixels": sum(w * h * count for (w, h), count in counts.items()) / 1e6 / counts.total() if counts else None,
+        "unreadable": len(broken),
+        "unreadable_examples": broken[:10],
+    }
+
+
+def _sizes(group: dict[str, Any], index: int) -> dict[str, Any]:
+    sizes, broken = [], None
+    for number, image in enumerate(group["images"]):
+        try:
+            sizes.append(list(image_size(image, where=f"row {index}, image {number}")))
+        except ImageError as error:
+            broken = str(error)
+    return {"sizes": sizes, "broken": broken}
+
+
+def sample_rows(dataset: datasets.Dataset, count: int, seed: int = 0) -> list[int]:
+    """Row numbers of `count` random groups, in order."""
+    return sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))
