@@ -111,14 +111,15 @@ class BenchmarkCallback(TrainerCallback):
         assert self.trainer is not None
         self._last_step = step
         logs: dict[str, float] = {}
-        training = self.trainer.model.training
+        model: Any = self.trainer.model
+        training = model.training
         with preserved_random_state():
             for benchmark, folder, tasks in self.sets:
                 logs |= self._scores(benchmark, folder, self._answers(benchmark, tasks), step)
             # in evaluation mode, TRL's trainers do not flush the running means of the training metrics into this entry
-            self.trainer.model.eval()
+            model.eval()
             self.trainer.log(logs)
-        self.trainer.model.train(training)
+        model.train(training)
         return logs
 
     def _answers(self, benchmark: Benchmark, tasks: list[Task]) -> list[dict[str, Any]]:
@@ -173,13 +174,13 @@ class BenchmarkCallback(TrainerCallback):
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Generation seeds all generators; a training run must not depend on whether it was evaluated."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global generator is what other libraries draw from)
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _spread(tasks: list[Task], limit: int | None) -> list[Task]:

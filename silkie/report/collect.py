@@ -1,0 +1,273 @@
+"""A run directory -> what its report shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from silkie.evaluation import get_benchmark
+from silkie.evaluation.compare import Comparison, MetricDifference, compare_scores
+from silkie.evaluation.intervals import metric_intervals
+from silkie.evaluation.run import read_meta
+from silkie.evaluation.scoring import Item, Score
+from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System, card_of, row_of
+
+__all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
+
+MAX_CARDS = 160
+
+# Panels of the log: title -> (name of the series, keys in the log history by preference).
+PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
+    ("Loss", "", {"train": ("loss",), "evaluation": ("eval_loss",)}),
+    ("Reward margin", "chosen minus rejected reward", {"train": ("rewards/margins",), "evaluation": ("eval_rewards/margins",)}),
+    (
+        "Preference accuracy",
+        "pairs whose chosen answer has the higher reward",
+        {"train": ("rewards/accuracies",), "evaluation": ("eval_rewards/accuracies",)},
+    ),
+    ("Rewards", "", {"chosen": ("rewards/chosen",), "rejected": ("rewards/rejected",)}),
+    ("Log-probability of answers", "summed over tokens", {"chosen": ("logps/chosen",), "rejected": ("logps/rejected",)}),
+    ("Gradient norm", "", {"norm": ("grad_norm",)}),
+)
+
+
+def collect(run_dir: str | Path) -> Report:
+    """Read `report.json` (see `silkie.report.schema`) and the trainer's state from a run directory; either may be missing, not both.
+
+    Raises:
+        FileNotFoundError: neither is there, or a file that `report.json` names is missing.
+        ValueError: `report.json` is not as the schema says.
+    """
+    root = Path(run_dir)
+    described = _json(root / "report.json") if (root / "report.json").is_file() else {}
+    state_file = root / described["trainer_state"] if described.get("trainer_state") else _trainer_state(root)
+    if not described and state_file is None:
+        raise FileNotFoundError(
+            f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output directory?"
+        )
+    known = {"title", "summary", "configuration", "data", "trainer_state", "log_history", "evaluations", "benchmarks", "gallery", "notes"}
+    if unknown := sorted(set(described) - known):
+        raise ValueError(f"{root / 'report.json'}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(known))}.")
+    history = described.get("log_history") or (_json(state_file).get("log_history", []) if state_file else [])
+    report = Report(
+        title=described.get("title") or root.resolve().name,
+        summary=described.get("summary", ""),
+        configuration=_sections(described.get("configuration", {})) or _saved_configuration(root),
+        data=_sections(described.get("data", {})),
+        curves=curves_of(history),
+        notes=list(described.get("notes", [])),
+    )
+    for evaluation in described.get("evaluations", []):
+        rows, cards = _evaluation(root, evaluation)
+        report.benchmarks += rows
+        report.gallery += cards
+    try:
+        report.benchmarks += [row_of(row) for row in described.get("benchmarks", [])]
+        given = [card_of(card) for card in described.get("gallery", [])]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{root / 'report.json'}: {error}") from None
+    report.gallery += [replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card for card in given]
+    report.gallery_total = len(report.gallery)
+    report.gallery = pick_cards(report.gallery, MAX_CARDS)
+    return report
+
+
+def comparison_report(comparison: Comparison, image_root: str | Path | None, names: tuple[str, str]) -> Report:
+    """The page of `compare --html`: metrics, categories and every flipped question."""
+    root = Path(image_root or ".")
+    pairs = [*comparison.fixed, *comparison.broken]
+    cards = [_card(a, b, root, comparison.benchmark) for a, b in pairs]
+    rows = [_row(m, comparison.benchmark, names, comparison.questions, headline=i == 0) for i, m in enumerate(comparison.metrics)]
+    rows += [
+        replace(_row(m, f"{comparison.benchmark}: {name}", names, None), group="categories (p-values corrected by Holm)")
+        for name, m in comparison.categories.items()
+    ]
+    flips = f"{len(comparison.fixed)} questions went from wrong to right, {len(comparison.broken)} from right to wrong"
+    p = "" if comparison.mcnemar_p is None else f" (McNemar's exact test: p = {comparison.mcnemar_p:.2g})"
+    return Report(
+        title=f"{comparison.benchmark}: {Path(names[0]).stem} against {Path(names[1]).stem}",
+        summary=f"{comparison.questions} questions; {flips}{p}.",
+        names=(Path(names[0]).stem, Path(names[1]).stem),
+        benchmarks=rows,
+        gallery=cards,
+        gallery_total=len(cards),
+    )
+
+
+def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """The panels for which the log history has at least two points; benchmark scores of the training callback get panels of their own."""
+    curves = []
+    for title, note, keys in PANELS:
+        series = {name: points for name, names in keys.items() if len(points := _points(history, names)) > 1}
+        if series:
+            curves.append(Curve(title=title, note=note, series=series))
+    plain = {
+        "eval_loss",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "eval_num_tokens",
+        "eval_model_preparation_time",
+    }
+    taken = plain | {key for _, _, keys in PANELS for names in keys.values() for key in names}
+    scores = list(dict.fromkeys(k for row in history for k in row if k.startswith("eval_") and k not in taken and "/" not in k))
+    for key in scores:
+        points = _points(history, (key,))
+        if len(points) > 1 and key.count("_") >= 2 and not key.endswith(("_unreadable", "_yes_rate")):
+            benchmark, _, metric = key.removeprefix("eval_").partition("_")
+            curves.append(Curve(title=f"{benchmark.upper()} {metric}", note="during training", series={metric: points}))
+    return curves
+
+
+def pick_cards(cards: Sequence[Card], limit: int) -> list[Card]:
+    """At most `limit` cards: all flips first, then the rest, spread evenly; the order of the input is kept."""
+    if len(cards) <= limit:
+        return list(cards)
+    order = {"fixed": 0, "broken": 0, "unjudged": 1, "wrong": 1, "right": 1}
+    flipped = [i for i, card in enumerate(cards) if order[card.flip] == 0]
+    others = [i for i, card in enumerate(cards) if order[card.flip] == 1]
+    flips_kept = _evenly(flipped, max(limit // 2, limit - len(others)))
+    return [cards[i] for i in sorted(flips_kept + _evenly(others, limit - len(flips_kept)))]
+
+
+def _evenly(values: Sequence[int], count: int) -> list[int]:
+    return list(values) if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
+
+
+def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[BenchmarkRow], list[Card]]:
+    """Score the results files of one evaluation and compare every system with the first."""
+    if "benchmark" not in described or not isinstance(described.get("systems"), dict) or not described["systems"]:
+        raise ValueError(
+            f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found {described!r:.160}."
+        )
+    benchmark = get_benchmark(described["benchmark"])
+    files = {name: root / file for name, file in described["systems"].items()}
+    annotations = root / described["annotations"] if described.get("annotations") else None
+    scores = {name: benchmark.score_results(file, annotations) for name, file in files.items()}
+    base_name, base = next(iter(scores.items()))
+    intervals = {name: metric_intervals(score) for name, score in scores.items()}
+    differences = {name: {m.name: m for m in compare_scores(base, score).metrics} for name, score in scores.items() if name != base_name}
+    title = described.get("name") or benchmark.title
+    rows = [
+        BenchmarkRow(
+            name=title,
+            metric=metric,
+            lower_is_better=metric in base.lower_is_better,
+            systems=tuple(
+                _system(name, score, metric, intervals[name], differences.get(name, {}).get(metric)) for name, score in scores.items()
+            ),
+            headline=metric == base.primary,
+            questions=len(base.items) if metric == base.primary else None,
+        )
+        for metric in base.metrics
+        if metric not in ("unreadable", "ungraded")
+    ]
+    if not described.get("gallery", True) or len(scores) < 2:
+        return rows, []
+    last = described.get("compare_with") or list(scores)[1]
+    images = root / described["images"] if described.get("images") else Path(read_meta(files[base_name]).get("data", root))
+    other = {item.id: item for item in scores[last].items}
+    return rows, [_card(item, other[item.id], images, title) for item in base.items if item.id in other]
+
+
+def _system(
+    name: str, score: Score, metric: str, intervals: Mapping[str, tuple[float, float]], difference: MetricDifference | None
+) -> System:
+    low, high = intervals.get(metric, (None, None))
+    changed = (
+        {}
+        if difference is None
+        else {"difference": difference.difference, "difference_low": difference.low, "difference_high": difference.high}
+    )
+    return System(
+        name=name, value=score.metrics.get(metric), low=low, high=high, **changed, p_value=difference.p_value if difference else None
+    )
+
+
+def _row(m: MetricDifference, name: str, names: tuple[str, str], questions: int | None, headline: bool = False) -> BenchmarkRow:
+    lower = bool(m.difference and m.better is not None and (m.difference < 0) == m.better)
+    b = System(
+        name=Path(names[1]).stem, value=m.b, difference=m.difference, difference_low=m.low, difference_high=m.high, p_value=m.p_value
+    )
+    return BenchmarkRow(
+        name=name,
+        metric=m.name,
+        lower_is_better=lower,
+        systems=(System(name=Path(names[0]).stem, value=m.a), b),
+        headline=headline,
+        questions=questions,
+    )
+
+
+def _card(a: Item, b: Item, images: Path, benchmark: str) -> Card:
+    def answer(item: Item) -> Answer:
+        invented = item.note.partition("invented: ")[2].partition(";")[0] if "invented: " in item.note else ""
+        return Answer(answer=item.answer, correct=item.correct, invented=tuple(filter(None, invented.split(", "))), note=item.note)
+
+    shown = a.image or b.image
+    image = next((p for p in (images / shown, Path(shown)) if shown and p.is_file()), None)
+    return Card(
+        id=a.id,
+        prompt=a.prompt or b.prompt,
+        base=answer(a),
+        trained=answer(b),
+        image=image,
+        category=a.category,
+        benchmark=benchmark,
+        reference=a.label or "",
+    )
+
+
+def _points(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[float, float]]:
+    """(step, value) of the first of the keys that occurs; one point per step."""
+    for key in keys:
+        found = {float(row["step"]): float(row[key]) for row in history if isinstance(row.get(key), int | float) and "step" in row}
+        if found:
+            return sorted(found.items())
+    return []
+
+
+def _trainer_state(root: Path) -> Path | None:
+    """The state in the directory itself, else that of the latest checkpoint."""
+    if (root / "trainer_state.json").is_file():
+        return root / "trainer_state.json"
+    steps = [
+        (int(f.parent.name.split("-")[1]), f) for f in root.glob("checkpoint-*/trainer_state.json") if f.parent.name.split("-")[1].isdigit()
+    ]
+    return max(steps)[1] if steps else None
+
+
+def _saved_configuration(root: Path) -> dict[str, dict[str, Any]]:
+    """The adapter's configuration, where the run described none."""
+    file = root / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    adapter = _json(file)
+    names = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
+    return {"Adapter": {name: adapter[name] for name in names if name in adapter}}
+
+
+def _sections(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Flat entries get a section without a name."""
+    flat = {k: v for k, v in data.items() if not isinstance(v, dict)}
+    return ({"": flat} if flat else {}) | {k: v for k, v in data.items() if isinstance(v, dict)}
+
+
+def _existing(root: Path, image: str) -> Path:
+    path = root / image
+    if not path.is_file():
+        raise FileNotFoundError(f"{root / 'report.json'} names the image {image}, which is not there.")
+    return path
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
+    return value

@@ -1,0 +1,185 @@
+"""A report as one self-contained HTML page: style, script, charts and images inside, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from silkie.report.charts import interval_plot, line_chart
+from silkie.report.pictures import PictureBook
+from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
+
+__all__ = ["render"]
+
+FLIP_NAMES = {"fixed": "Fixed", "broken": "Broken", "right": "Both right", "wrong": "Both wrong", "unjudged": "Not judged"}
+
+
+def render(report: Report) -> str:
+    """The page. All texts are escaped; only this package's own markup is not."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("silkie.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"value": format_value, "number": format_number, "signed": signed}
+    book = PictureBook()
+    cards = [_card(card, book) for card in report.gallery]
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        style=Markup(_resource("style.css")),
+        script=Markup(_resource("script.js")),
+        tiles=[_tile(row) for row in report.benchmarks if row.headline and len(row.systems) > 1 and row.systems[1].value is not None][:4],
+        curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves],
+        tables=_tables(report.benchmarks),
+        cards=cards,
+        categories=sorted({card["category"] for card in cards if card["category"]}),
+        sets=sorted({card["benchmark"] for card in cards if card["benchmark"]}),
+        flips=[
+            (flip, name, sum(card["flip"] == flip for card in cards))
+            for flip, name in FLIP_NAMES.items()
+            if any(card["flip"] == flip for card in cards)
+        ],
+        pictures=book.uris,
+    )
+
+
+def format_number(value: float | None) -> str:
+    """Shares with three places, large scores with one, nothing as a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "±") + format_number(abs(value))
+
+
+def format_value(value: Any) -> str:
+    """A configuration value as a person writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple | set):
+        return ", ".join(map(format_value, value))
+    return "–" if value is None else str(value)
+
+
+def _tile(row: BenchmarkRow) -> dict[str, Any]:
+    base, trained = row.systems[0], row.systems[1]
+    difference = trained.difference
+    if difference is None and base.value is not None and trained.value is not None:
+        difference = trained.value - base.value
+    return {
+        "name": row.name,
+        "metric": row.metric,
+        "base": base.value,
+        "trained": trained.value,
+        "difference": difference,
+        "low": trained.difference_low,
+        "high": trained.difference_high,
+        "kind": _direction(row, difference),
+    }
+
+
+def _direction(row: BenchmarkRow, difference: float | None) -> str:
+    if not difference or row.metric in ("yes_rate", "objects_per_answer"):
+        return "same"
+    return "better" if (difference < 0) == row.lower_is_better else "worse"
+
+
+def _tables(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
+    """Rows of the same benchmark (or group) under one heading."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(row.group or row.name, []).append(_row(row))
+    return [
+        {"name": name, "rows": own, "questions": next((r["row"].questions for r in own if r["row"].questions), None)}
+        for name, own in tables.items()
+    ]
+
+
+def _row(row: BenchmarkRow) -> dict[str, Any]:
+    edges = [v for s in row.systems for v in (s.value, s.low, s.high) if v is not None]
+    low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
+    strips = [Markup(strip) for strip in interval_plot(row.systems, low, high)]
+    values = [s.value for s in row.systems if s.value is not None]
+    best = (
+        (min(values) if row.lower_is_better else max(values)) if values and row.metric not in ("yes_rate", "objects_per_answer") else None
+    )
+    systems = [
+        {
+            "system": s,
+            "strip": strip,
+            "kind": _direction(row, s.difference),
+            "sure": _sure(s),
+            "best": s.value is not None and s.value == best,
+            "number": i,
+        }
+        for i, (s, strip) in enumerate(zip(row.systems, strips, strict=True))
+    ]
+    return {
+        "row": row,
+        "systems": systems,
+        "title": f"{row.name.split(': ', 1)[-1]} ({row.metric})" if row.group else row.metric or row.name,
+    }
+
+
+def _sure(system: System) -> bool:
+    """Whether the difference's interval leaves out zero."""
+    return (
+        system.difference_low is not None
+        and system.difference_high is not None
+        and (system.difference_low > 0 or system.difference_high < 0)
+    )
+
+
+def _card(card: Card, book: PictureBook) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "prompt": card.prompt,
+        "reference": card.reference,
+        "category": card.category,
+        "benchmark": card.benchmark,
+        "flip": card.flip,
+        "flip_name": FLIP_NAMES[card.flip],
+        "picture": book.add(card.image) if card.image is not None else None,
+        "answers": [_answer(card.base), _answer(card.trained)],
+    }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    note = answer.note if not answer.note.startswith("invented: ") else answer.note.partition("; ")[2]
+    return {
+        "html": _marked(answer.answer, answer.invented),
+        "correct": answer.correct,
+        "ratings": answer.ratings,
+        "note": note,
+        "invented": answer.invented,
+    }
+
+
+def _marked(text: str, phrases: Sequence[str]) -> Markup:
+    """The text, escaped, with the invented phrases marked (singular and plural, whole words)."""
+    if not text.strip():
+        return Markup('<span class="empty">(no answer)</span>')
+    if not phrases:
+        return Markup(escape(text))
+    pattern = re.compile(
+        r"\b(?:" + "|".join(re.escape(escape(p)) + r"(?:e?s)?" for p in sorted(phrases, key=len, reverse=True)) + r")\b", re.IGNORECASE
+    )
+    return Markup(pattern.sub(lambda m: f"<mark>{m.group()}</mark>", escape(text)))
+
+
+def _resource(name: str) -> str:
+    return files("silkie.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,60 @@
+"use strict";
+(() => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+  // An image that several questions share is in the page once.
+  all("img[data-same]").forEach((image) => { image.src = document.getElementById("i" + image.dataset.same).src; });
+  all(".card img").forEach((image) => image.addEventListener("click", () => image.closest(".card").classList.toggle("big")));
+
+  const form = document.querySelector(".filters");
+  if (form) {
+    const cards = all(".card"), count = document.getElementById("count"), none = document.querySelector(".none");
+    const state = { flip: "", category: "", set: "", text: "" };
+    const total = count.textContent;
+    const apply = () => {
+      let shown = 0;
+      const words = state.text.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const card of cards) {
+        const text = words.length ? card.textContent.toLowerCase() : "";
+        const fits = (!state.flip || card.dataset.flip === state.flip) && (!state.category || card.dataset.category === state.category)
+          && (!state.set || card.dataset.set === state.set) && words.every((word) => text.includes(word));
+        card.hidden = !fits;
+        shown += fits;
+      }
+      count.textContent = shown === cards.length ? total : `${shown} of ${cards.length} shown`;
+      none.hidden = shown > 0;
+    };
+    all("button[data-flip]", form).forEach((button) => button.addEventListener("click", () => {
+      state.flip = button.dataset.flip;
+      all("button[data-flip]", form).forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+      apply();
+    }));
+    all("select, input", form).forEach((field) => field.addEventListener("input", () => { state[field.name] = field.value; apply(); }));
+    form.addEventListener("submit", (event) => event.preventDefault());
+  }
+
+  // The values under the pointer.
+  all("figure").forEach((figure) => {
+    const svg = figure.querySelector("svg"), output = figure.querySelector("output");
+    if (!svg) return;
+    const series = all("path", svg).map((path) => ({
+      name: path.dataset.name,
+      points: path.dataset.points.split(" ").map((point) => point.split(",").map(Number)),
+    }));
+    const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
+    cursor.setAttribute("class", "cursor");
+    const show = (event) => {
+      const box = svg.getBoundingClientRect();
+      const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+      const nearest = series.map((s) => s.points.reduce((best, p) => (Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best)));
+      const at = nearest.reduce((best, p) => (Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best));
+      for (const [key, value] of [["x1", at[0]], ["x2", at[0]], ["y1", 12], ["y2", 190]]) cursor.setAttribute(key, value);
+      svg.append(cursor);
+      const values = series.map((s, i) => [s, nearest[i]]).filter(([, p]) => Math.abs(p[0] - at[0]) < 8);
+      output.textContent = `step ${at[2]}: ` + values.map(([s, p]) => (series.length > 1 ? `${s.name} ` : "") + p[3]).join(", ");
+    };
+    svg.addEventListener("pointermove", show);
+    svg.addEventListener("pointerdown", show);
+    svg.addEventListener("pointerleave", () => { cursor.remove(); output.textContent = ""; });
+  });
+})();
