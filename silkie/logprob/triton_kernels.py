@@ -22,7 +22,7 @@ def _transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def _cap_slope(z, softcap, HAS_SOFTCAP: tl.constexpr):
     """d final / d (scale * raw) at a final logit z: at most 1. The factor `scale` is applied at the end, where nothing can overflow."""
-    slope = z * 0 + 1.0
+    slope = 1.0
     if HAS_SOFTCAP:
         slope = 1 - (z / softcap) * (z / softcap)
     return slope
