@@ -141,7 +141,7 @@ def load_preferences(
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
     dataset = _collect(written, report)
     if regrouping and len(dataset):
-        dataset, report.regrouped = regroup(dataset, return_report=True)
+        dataset, report.regrouped = regroup(dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
         if options != PairOptions():
             dataset, dropped = repair_pairs(dataset, options, source=records.name, need_pairs=not keep_unpaired, num_proc=num_proc)
             report.problems += [Problem(kind="no pairs", row=row, reason=reason, message=f"{row}: {reason}") for row, reason in dropped]

@@ -46,12 +46,16 @@ class RegroupReport:
 
 
 @overload
-def regroup(dataset: datasets.Dataset, *, return_report: Literal[False] = False) -> datasets.Dataset: ...
+def regroup(dataset: datasets.Dataset, *, return_report: Literal[False] = False, cache_dir: str | None = ...) -> datasets.Dataset: ...
 @overload
-def regroup(dataset: datasets.Dataset, *, return_report: Literal[True]) -> tuple[datasets.Dataset, RegroupReport]: ...
+def regroup(
+    dataset: datasets.Dataset, *, return_report: Literal[True], cache_dir: str | None = ...
+) -> tuple[datasets.Dataset, RegroupReport]: ...
 
 
-def regroup(dataset: datasets.Dataset, *, return_report: bool = False) -> datasets.Dataset | tuple[datasets.Dataset, RegroupReport]:
+def regroup(
+    dataset: datasets.Dataset, *, return_report: bool = False, cache_dir: str | None = None
+) -> datasets.Dataset | tuple[datasets.Dataset, RegroupReport]:
     """Join the rows that share images and prompt. Takes groups, or TRL pair rows as they are.
 
     Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the weighted mean over all
@@ -61,7 +65,7 @@ def regroup(dataset: datasets.Dataset, *, return_report: bool = False) -> datase
     if not is_group_features(dataset.features):
         from silkie.data.loading import load_preferences  # a cycle at import time only: loading regroups what it has read
 
-        dataset = load_preferences(dataset, regroup_pairs=False)
+        dataset = load_preferences(dataset, regroup_pairs=False, cache_dir=cache_dir)
     clusters = _clusters(dataset)
     if len(clusters) == len(dataset):
         joined = dataset
@@ -71,6 +75,7 @@ def regroup(dataset: datasets.Dataset, *, return_report: bool = False) -> datase
             _joined,
             features=dataset.features,
             gen_kwargs={"dataset": dataset, "clusters": [clusters[start : start + 2048] for start in starts]},
+            cache_dir=cache_dir,
             fingerprint=Hasher.hash(["regroup", 1, dataset._fingerprint]),
         )
     return (joined, _report(dataset, joined)) if return_report else joined

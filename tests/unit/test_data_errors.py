@@ -1,0 +1,229 @@
+"""Every broken row has a message that names source, row, column, what was found and what was expected; `on_error="skip"` counts it instead."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import datasets
+import pytest
+
+from silkie.data import DataError, RowError, load_preferences
+from tests.support import preference_files as files
+
+PAIR = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+QUESTION = {"image": "0.png", "question": "Q", "chosen": "yes", "rejected": "no"}
+LLAVA = {
+    "image": "0.png",
+    "conversations": [{"from": "human", "value": "Q"}],
+    "output_1": {"value": "a"},
+    "output_2": {"value": "b"},
+    "preference": 1,
+}
+TALK = {"conversations": [{"from": "human", "value": "Q"}], "chosen": "a", "rejected": "b"}
+
+
+def feedback(**changes):
+    return {**files.vlfeedback(0), **changes}
+
+
+def without(record, *names):
+    return {key: value for key, value in record.items() if key not in names}
+
+
+def with_response(text):
+    record = files.vlfeedback(0)
+    record["completions"][2]["response"] = text
+    return record
+
+
+# name: (format, broken record, column, words of the message)
+BROKEN = {
+    "not JSON": ("trl", '{"prompt": ', "(record)", "found Expecting value"),
+    "not an object": ("trl", "[1, 2]", "(record)", r"found \[1, 2\]; expected a JSON object"),
+    "missing column": ("trl", without(PAIR, "rejected"), "rejected", r"no such column \(there are: 'prompt', 'chosen'\)"),
+    "null answer": ("trl", {**PAIR, "chosen": None}, "chosen", "found None; expected a non-empty response"),
+    "empty answer": ("trl", {**PAIR, "chosen": "  "}, "chosen", "found '  '; expected a non-empty string"),
+    "empty prompt": ("trl", {**PAIR, "prompt": ""}, "prompt", "found ''"),
+    "prompt of a wrong type": ("trl", {**PAIR, "prompt": 3}, "prompt", "found 3; expected a string or a conversation"),
+    "video": ("trl", {**PAIR, "videos": ["a.mp4"]}, "videos", "expected no videos"),
+    "prompt ends with an answer": ("trl", {**PAIR, "prompt": [{"role": "assistant", "content": "x"}]}, "prompt", "ends with a user turn"),
+    "unknown role": ("trl", {**PAIR, "prompt": [{"role": "robot", "content": "x"}]}, "prompt[0]", "found role 'robot'"),
+    "video part": ("trl", {**PAIR, "prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "prompt[0]", "Videos are not supported"),
+    "two answers": ("trl", {**PAIR, "prompt": TALK["conversations"], "chosen": [{"role": "assistant", "content": "x"}] * 2}, "chosen", "found 2 turns"),
+    "answer of a user": ("trl", {**PAIR, "chosen": [{"role": "user", "content": "x"}]}, "chosen", "found a turn of role 'user'"),
+    "mark without image": ("trl", {**PAIR, "prompt": "<image>Q"}, "prompt", r"1 <image> marks for 0 image\(s\)"),
+    "images without marks": ("sharegpt", {**TALK, "images": ["0.png", "0.png"], "conversations": [{"from": "human", "value": "<image>Q"}]},
+                             "conversations", r"1 image mark\(s\) for 2 image\(s\)"),
+    "no turns": ("sharegpt", {**TALK, "conversations": []}, "conversations", r"found \[\]; expected a list of turns"),
+    "missing image file": ("mmpr", {**QUESTION, "image": "9.png"}, "image", "found '9.png', and no file of that name beside the data"),
+    "no image": ("spa-vl", {**QUESTION, "image": None, "image_name": "x"}, "image", "found None; expected an image"),
+    "image of a wrong type": ("mmpr", {**QUESTION, "image": 5}, "image", r"found no image \(5\)"),
+    "remote image": ("mmpr", {**QUESTION, "image": "https://example.org/a.png"}, "image", "refused; pass allow_remote_images=True"),
+    "broken data URI": ("mmpr", {**QUESTION, "image": "data:image/png;base64,%%%"}, "image", "base64 is broken"),
+    "text is not JSON": ("rlhf-v", {"text": "{", "image": "0.png"}, "text", "expected a JSON object with question, chosen and rejected"),
+    "text lacks a key": ("rlhf-v", {"text": json.dumps({"question": "Q", "chosen": "a"}), "image": "0.png"}, "text", "expected a JSON object"),
+    "preference 3": ("llava-rlhf", {**LLAVA, "preference": 3}, "preference", "found 3; expected 1 or 2"),
+    "history": ("alpaca", {"instruction": "Q", "chosen": "a", "rejected": "b", "history": [["x"]]}, "history[0]", r"expected \[instruction, response\]"),
+    "empty response": ("vlfeedback", with_response(""), "completions[2].response", "found ''"),
+    "no completions": ("vlfeedback", feedback(completions=None), "completions", "expected a list of completions"),
+    "unequal lists": ("vlfeedback", feedback(completions={"response": ["a", "b"], "model": ["m"]}), "completions", "lists of different lengths"),
+    "no image at all": ("vlfeedback", without(files.vlfeedback(0), "img_path"), "image", "an image in `image` or a file name in `img_path`"),
+    "other models": ("vlfeedback", feedback(models=["a", "b", "c", "d"]), "models", "The judge's texts may have been swapped"),
+    "pair out of range": ("groups", files.group_record(pairs=[[0, 2]]), "pairs", r"found \[0, 2\]; expected two different indices from 0 to 1"),
+    "pair with itself": ("groups", files.group_record(pairs=[[1, 1]]), "pairs", "two different indices"),
+    "negative pair": ("groups", files.group_record(pairs=[[0, -1]]), "pairs", "two different indices"),
+    "ratings too short": ("groups", files.group_record(ratings=[{"Help": 1}]), "ratings", "found 1 entries; expected one entry for each of the 2"),
+    "rating is a number": ("groups", files.group_record(ratings=[1, 2]), "ratings", r"expected one object \{aspect: rating\} per response"),
+    "no pairs and no ratings": ("groups", files.group_record(ratings=...), "ratings", "expected ratings or pairs for pairs='all'"),
+    "weights": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[1, 2]), "pair_weights", "one weight per pair"),
+    "negative weight": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[-1]), "pair_weights", "finite weights >= 0"),
+    "no responses": ("groups", files.group_record(responses=[], ratings=[]), "responses", "expected at least one response"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    datasets.disable_progress_bars()
+    files.write_images(tmp_path, 1)
+    return lambda *records: files.write_lines(tmp_path / "rows.jsonl", list(records))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_row(case, write, tmp_path):
+    name, record, column, words = BROKEN[case]
+    path = write(record)
+    with pytest.raises(RowError, match=words) as caught:
+        load_preferences(path, format=name, cache_dir=tmp_path)
+    assert (caught.value.row, caught.value.column) == ("line 1", column)
+    assert str(caught.value).startswith(f"rows.jsonl ({name}), line 1, column {column!r}: found ")
+
+
+def test_skip_counts_and_lists_what_raise_refuses(write, tmp_path):
+    path = write(PAIR, {**PAIR, "chosen": ""}, {**PAIR, "rejected": " "}, "{", {**PAIR, "prompt": "R"})
+    groups, report = load_preferences(path, on_error="skip", cache_dir=tmp_path, return_report=True)
+    assert groups["id"][:] == ["rows.jsonl:line-1", "rows.jsonl:line-5"]
+    assert [problem.row for problem in report.problems] == ["line 2", "line 3", "line 4"]
+    assert report.reasons() == {
+        "column 'chosen': expected a non-empty string": 1,
+        "column 'rejected': expected a non-empty string": 1,
+        "column '(record)': expected a JSON object": 1,
+    }
+    again = load_preferences(path, on_error="skip", cache_dir=tmp_path, return_report=True)[1]
+    assert [problem.message for problem in again.problems] == [problem.message for problem in report.problems]  # from the cache, too
+
+
+def test_the_error_reaches_the_caller_from_worker_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    path = files.write_lines(tmp_path / "rows.jsonl", [PAIR] * 40 + [{**PAIR, "chosen": ""}])
+    with pytest.raises(RowError, match=r"rows.jsonl \(trl\), line 41, column 'chosen'"):
+        load_preferences(path, num_proc=2, cache_dir=tmp_path)
+
+
+def test_groups_without_a_pair_are_dropped_and_counted(write, tmp_path):
+    path = write(
+        files.group_record(id="kept", images=[]),
+        files.group_record(images=[], ratings=[{"Help": 2}, {"Help": 2}]),
+        files.group_record(images=[], ratings=[{"Help": "N/A"}, {"Help": 2}]),
+        files.group_record(images=[], responses=["one"], ratings=[{"Help": 1}]),
+        files.group_record(images=[], responses=["same", "same"]),
+    )
+    groups, report = load_preferences(path, cache_dir=tmp_path, return_report=True)
+    assert groups["id"][:] == ["kept"]
+    assert report.reasons() == {
+        "no pairs: tie": 1,
+        "no pairs: rating not a number": 1,
+        "no pairs: a single response": 1,
+        "no pairs: identical responses": 1,
+    }
+    assert report.notes == {"tie": 1, "rating not a number": 1, "identical responses": 1}
+    assert len(load_preferences(path, cache_dir=tmp_path, keep_unpaired=True)) == 5
+
+
+def test_an_aspect_that_the_first_rows_lack(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.loading.ASPECT_SAMPLE", 1)
+    path = write(files.group_record(images=[]), files.group_record(images=[], ratings=[{"Help": 5, "Tone": 1}, {"Help": 1, "Tone": 1}]))
+    with pytest.raises(
+        RowError, match="line 2, column 'ratings': found aspect 'Tone'; expected one of the aspects 'Help'. .*pass aspects="
+    ):
+        load_preferences(path, cache_dir=tmp_path)
+    assert load_preferences(path, cache_dir=tmp_path, aspects=("Help", "Tone"))[0]["ratings"] is not None
+
+
+def test_pair_options_that_the_source_cannot_serve(write, tmp_path):
+    path = write(files.group_record(images=[]))
+    with pytest.raises(RowError, match=r"column 'ratings': found aspect 'Tone' is not among the rated ones: 'Help'"):
+        from silkie.data import PairOptions
+
+        load_preferences(path, pairs=PairOptions(aspects=["Tone"]), cache_dir=tmp_path)
+    with pytest.raises(RowError, match="column 'models': found pairs='model' needs the models of the group, and there are none"):
+        load_preferences(path, pairs="model:gpt4v", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="pairs='bestest' is not known; choose from all, best_vs_worst"):
+        load_preferences(path, pairs="bestest", cache_dir=tmp_path)
+    with pytest.raises(RowError, match=r"found \(0,\); expected \(chosen, rejected\)"):
+        load_preferences(path, pairs=lambda group: [(0,)], cache_dir=tmp_path)
+
+
+def test_nothing_left_says_why(write, tmp_path):
+    with pytest.raises(DataError, match=r"no group is left of 1 rows(.|\n)*no pairs: tie: 1"):
+        load_preferences(write(files.group_record(images=[], ratings=[{"Help": 1}, {"Help": 1}])), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere/at/all.jsonl", "neither an existing file or directory nor a dataset name"),
+        ("./missing.parquet", "neither an existing file or directory nor a dataset name"),
+        ("notes.txt", "cannot read a .txt; expected .jsonl, .json, .parquet, .zip or a directory"),
+        ("empty", "no .jsonl, .json, .parquet file in it"),
+        ("empty.jsonl", "no record in it"),
+        ("number.json", "found a JSON int, expected a list of records"),
+        ("unknown.jsonl", r"no known format has its columns \('a', 'b'\). Known formats: .*trl"),
+    ],
+)
+def test_sources_that_cannot_be_read(source, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "unknown.jsonl").write_text('{"a": 1, "b": 2}\n')
+    with pytest.raises(DataError, match=words):
+        load_preferences(source, cache_dir=tmp_path / "cache")
+
+
+def test_wrong_kinds_of_dataset(tmp_path):
+    rows = datasets.Dataset.from_list([PAIR])
+    with pytest.raises(DataError, match=r"found a DatasetDict with splits train; pass one of them"):
+        load_preferences(datasets.DatasetDict({"train": rows}))
+    with pytest.raises(DataError, match="found an IterableDataset"):
+        load_preferences(rows.to_iterable_dataset())
+    with pytest.raises(DataError, match="format='nope' is not known; choose from"):
+        load_preferences(rows, format="nope")
+    with pytest.raises(DataError, match="image_root .* does not exist"):
+        load_preferences(rows, image_root=tmp_path / "none", cache_dir=tmp_path)
+
+
+def test_a_path_cannot_leave_the_image_root(tmp_path):
+    files.write_images(tmp_path, 1)
+    (tmp_path / "root").mkdir()
+    for path in ("../0.png", str(tmp_path / "0.png")):
+        source = files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": path}])
+        with pytest.raises(RowError, match="no file of that name below image_root"):
+            load_preferences(source, image_root=tmp_path / "root", cache_dir=tmp_path)
+
+
+def test_two_files_of_one_name_are_not_guessed_between(tmp_path):
+    for folder in ("a", "b"):
+        files.write_images(tmp_path / "img" / folder, 1)
+    source = files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": "elsewhere/0.png"}])
+    with pytest.raises(RowError, match="2 files of that name"):
+        load_preferences(source, image_root=tmp_path / "img", cache_dir=tmp_path)
+
+
+def test_a_changed_file_is_read_again(write, tmp_path):
+    path = write(PAIR)
+    assert load_preferences(path, cache_dir=tmp_path)[0]["responses"] == ["yes", "no"]
+    path.write_text(json.dumps({**PAIR, "chosen": "oui"}) + "\n")
+    os.utime(path, ns=(1, 1))
+    assert load_preferences(path, cache_dir=tmp_path)[0]["responses"] == ["oui", "no"]
