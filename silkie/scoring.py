@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from silkie.attention import Attention
 from silkie.logprob import Impl, LogprobStats, linear_logprob
-from silkie.logprob.head import HeadOptions, head_options, head_weight
+from silkie.logprob.head import HeadOptions, head_operands, head_options
 from silkie.models import causal_lm, family_of
 from silkie.vision import FeatureCache, image_features_once
 
@@ -116,9 +116,9 @@ def scored_head(
     def forward(hidden: Tensor) -> Tensor:
         scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather.to(hidden.device))
         if fused:
-            weight, bias = head_weight(head)
+            states, weight, bias = head_operands(head, scored)
             score = partial(
-                linear_logprob, scored, weight, target, bias, impl=impl, softcap=options.softcap, logit_scale=options.logit_scale
+                linear_logprob, states, weight, target, bias, impl=impl, softcap=options.softcap, logit_scale=options.logit_scale
             )
             logps, stats = score(return_stats=True) if return_stats else (score(), None)
         else:

@@ -17,7 +17,7 @@ Legend: N scored tokens, D hidden size, V vocabulary size; z_NV logits; y_N targ
 """
 
 from silkie.logprob.api import linear_logprob
-from silkie.logprob.head import HeadOptions, HeadWeight, head_options, head_weight
+from silkie.logprob.head import HeadOperands, HeadOptions, head_operands, head_options
 from silkie.logprob.types import Impl, LogprobStats
 
-__all__ = ["HeadOptions", "HeadWeight", "Impl", "LogprobStats", "head_options", "head_weight", "linear_logprob"]
+__all__ = ["HeadOperands", "HeadOptions", "Impl", "LogprobStats", "head_operands", "head_options", "linear_logprob"]

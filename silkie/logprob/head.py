@@ -1,7 +1,7 @@
-"""The weight an output head really applies: plain, LoRA-wrapped, trained in full by peft, or sharded.
+"""The operands an output head really multiplies: plain, LoRA-wrapped, trained in full by peft, or sharded.
 
-Call these inside the head's own forward, where ZeRO-3 and FSDP2 have already gathered the module's parameters, so that a sharded head
-is gathered once per pass and its gradient goes back through the framework's hooks.
+Call `head_operands` inside the head's own forward, where ZeRO-3 and FSDP2 have already gathered the module's parameters: a sharded head is
+then gathered once per pass, and its gradient goes back through the framework's hooks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 
-class HeadWeight(NamedTuple):
-    """weight [V, D] and bias [V] or None, of one dtype, differentiable in whatever trains."""
+class HeadOperands(NamedTuple):
+    """hidden [N, D], weight [V, D] and bias [V] or None, of one dtype, differentiable in whatever trains.
 
+    `hidden @ weight.T + bias` are the head's raw logits. Under an active LoRA adapter of rank r, D is the hidden size + r.
+    """
+
+    hidden: Tensor
     weight: Tensor
     bias: Tensor | None
 
@@ -26,26 +30,26 @@ class HeadOptions(NamedTuple):
     logit_scale: float
 
 
-def head_weight(module: nn.Module) -> HeadWeight:
-    """The effective weight and bias of an output head.
+def head_operands(module: nn.Module, hidden: Tensor) -> HeadOperands:
+    """What `linear_logprob` needs to score hidden states [N, D] with an output head.
 
-    Handles `nn.Linear` and layers like it, peft's LoRA linear layer (base + scaling * B @ A for the active adapters; the base alone while
-    adapters are disabled or already merged), peft's `modules_to_save` copy, DTensor parameters (FSDP2: `full_tensor`) and ZeRO-3
-    parameters gathered by the module's hooks.
+    Handles `nn.Linear` and layers like it, peft's LoRA linear layer, peft's `modules_to_save` copy, DTensor parameters (FSDP2:
+    `full_tensor`) and ZeRO-3 parameters gathered by the module's hooks. An active LoRA adapter becomes r further columns,
+    `[h, scaling * A h]` against `[W, B]`: exact, where adding B @ A to a bf16 W would round a young adapter away. Disabled or merged
+    adapters leave the base.
 
     Raises:
-        ValueError: a parameter is still partitioned, the weight is quantised, or the adapter cannot be written as a weight (a LoRA variant
-            such as DoRA, or active LoRA dropout).
+        ValueError: a parameter is still partitioned, the weight is quantised, or the adapter is a LoRA variant (such as DoRA).
     """
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return head_weight(_saved_copy(module))
+        return head_operands(_saved_copy(module), hidden)
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-        return _lora_weight(module)
+        return _lora_operands(module, hidden)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        raise ValueError(f"head_weight: {type(module).__name__} has no weight; expected an nn.Linear, or a peft wrapper of one")
+        raise ValueError(f"head_operands: {type(module).__name__} has no weight; expected an nn.Linear, or a peft wrapper of one")
     bias = getattr(module, "bias", None)
-    return HeadWeight(_full(weight, module), None if bias is None else _full(bias, module))
+    return HeadOperands(hidden, _full(weight, module), None if bias is None else _full(bias, module))
 
 
 def head_options(config: Any) -> HeadOptions:
@@ -74,50 +78,42 @@ def _saved_copy(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]  # type: ignore[index,return-value]
 
 
-def _lora_weight(module: Any) -> HeadWeight:
-    """W + sum over active adapters of scaling * B @ A.
-
-    A and B are read by calling the adapter's own layers on an identity matrix, so that sharding hooks on those layers run.
-    """
-    weight, bias = head_weight(module.get_base_layer())
+def _lora_operands(module: Any, hidden: Tensor) -> HeadOperands:
+    """B is read by calling the adapter's own layer on an identity matrix, so that sharding hooks on that layer run."""
+    plain = head_operands(module.get_base_layer(), hidden)
     if module.disable_adapters or module.merged:
         if module.disable_adapters and module.merged:
-            raise ValueError("head_weight: adapters are disabled but still merged into the head; call `unmerge_adapter()` first")
-        return HeadWeight(weight, bias)
+            raise ValueError("head_operands: adapters are disabled but still merged into the head; call `unmerge_adapter()` first")
+        return plain
+    inputs, columns, bias = [hidden], [plain.weight], plain.bias
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
         if name in getattr(module, "lora_variant", {}):
-            raise ValueError(
-                f"head_weight: adapter {name!r} on the output head is a LoRA variant (such as DoRA); set use_fused_logprob=False"
-            )
-        dropout = module.lora_dropout[name]
-        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
-            raise ValueError(
-                f"head_weight: adapter {name!r} applies dropout {dropout.p} before the output head, which no weight can express; "
-                "set lora_dropout=0 or use_fused_logprob=False"
-            )
-        down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
-        probe = torch.eye(weight.shape[1] + 1, weight.shape[1], dtype=down.weight.dtype, device=weight.device)
-        rows = up(down(probe)) * scaling  # [D + 1, V]: the transposed product, and the adapter's bias in the last row
+            raise ValueError(f"head_operands: adapter {name!r} on the head is a LoRA variant (such as DoRA); set use_fused_logprob=False")
+        down, up = module.lora_A[name], module.lora_B[name]
+        dtype = down.weight.dtype
+        inputs.append((down(module.lora_dropout[name](hidden.to(dtype))) * module.scaling[name]).to(hidden.dtype))
+        rank = module.r[name]
+        rows = up(torch.eye(rank + 1, rank, dtype=dtype, device=hidden.device))  # [r + 1, V]: B transposed, and in the last row its bias
         if up.bias is not None:
-            offset = rows[-1]
-            rows = rows - offset
-            bias = offset.to(weight.dtype) if bias is None else (bias + offset).to(weight.dtype)
-        weight = (weight + rows[:-1].t()).to(weight.dtype)
-    return HeadWeight(weight, bias)
+            offset = rows[-1] * module.scaling[name]
+            bias = offset.to(hidden.dtype) if bias is None else (bias + offset).to(bias.dtype)
+            rows = rows - rows[-1]
+        columns.append(rows[:-1].t().to(plain.weight.dtype))
+    return HeadOperands(torch.cat(inputs, 1), torch.cat(columns, 1), bias)
 
 
 def _full(parameter: Tensor, module: nn.Module) -> Tensor:
     """The whole parameter, checked."""
     if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
         raise ValueError(
-            f"head_weight: the output head ({type(module).__name__}) is quantised; keep it in full precision "
+            f"head_operands: the output head ({type(module).__name__}) is quantised; keep it in full precision "
             "(`llm_int8_skip_modules=['lm_head']`) or set use_fused_logprob=False"
         )
     if hasattr(parameter, "ds_id") and getattr(getattr(parameter, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
         raise ValueError(
-            "head_weight: the output head is still partitioned by ZeRO-3; read it inside the head module's own forward, "
+            "head_operands: the output head is still partitioned by ZeRO-3; read it inside the head module's own forward, "
             "or under deepspeed.zero.GatheredParameters"
         )
     if hasattr(parameter, "full_tensor"):
