@@ -13,6 +13,7 @@ from silkie.evaluation.compare import Comparison, MetricDifference, compare_scor
 from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.run import read_meta
 from silkie.evaluation.scoring import Item, Score
+from silkie.report.names import metric_name
 from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System, card_of, row_of
 
 __all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
@@ -25,7 +26,7 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
     ("Reward margin", "chosen minus rejected reward", {"train": ("rewards/margins",), "evaluation": ("eval_rewards/margins",)}),
     (
         "Preference accuracy",
-        "pairs whose chosen answer has the higher reward",
+        "chosen answer has the higher reward",
         {"train": ("rewards/accuracies",), "evaluation": ("eval_rewards/accuracies",)},
     ),
     ("Rewards", "", {"chosen": ("rewards/chosen",), "rejected": ("rewards/rejected",)}),
@@ -118,7 +119,9 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
         points = _points(history, (key,))
         if len(points) > 1 and key.count("_") >= 2 and not key.endswith(("_unreadable", "_yes_rate")):
             benchmark, _, metric = key.removeprefix("eval_").partition("_")
-            curves.append(Curve(title=f"{benchmark.upper()} {metric}", note="during training", series={metric: points}))
+            curves.append(
+                Curve(title=f"{benchmark.upper()}: {metric_name(metric)}", note="during training", series={metric_name(metric): points})
+            )
     return curves
 
 

@@ -12,11 +12,13 @@ import jinja2
 from markupsafe import Markup
 
 from silkie.report.charts import interval_plot, line_chart
+from silkie.report.names import metric_name
 from silkie.report.pictures import PictureBook
 from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
 
 __all__ = ["render"]
 
+NEUTRAL = ("yes_rate", "objects_per_answer")
 FLIP_NAMES = {"fixed": "Fixed", "broken": "Broken", "right": "Both right", "wrong": "Both wrong", "unjudged": "Not judged"}
 
 
@@ -31,7 +33,7 @@ def render(report: Report) -> str:
     )
     environment.filters |= {"value": format_value, "number": format_number, "signed": signed}
     book = PictureBook()
-    cards = [_card(card, book) for card in report.gallery]
+    cards = [_card(card, book) for card in sorted(report.gallery, key=lambda card: card.flip not in ("fixed", "broken"))]
     return environment.get_template("page.html.j2").render(
         report=report,
         style=Markup(_resource("style.css")),
@@ -82,18 +84,19 @@ def _tile(row: BenchmarkRow) -> dict[str, Any]:
         difference = trained.value - base.value
     return {
         "name": row.name,
-        "metric": row.metric,
+        "metric": metric_name(row.metric),
         "base": base.value,
         "trained": trained.value,
         "difference": difference,
         "low": trained.difference_low,
         "high": trained.difference_high,
-        "kind": _direction(row, difference),
+        # coloured where the change is sure, or where nothing says how sure it is
+        "kind": _direction(row, difference) if _sure(trained) or trained.difference_low is None else "same",
     }
 
 
 def _direction(row: BenchmarkRow, difference: float | None) -> str:
-    if not difference or row.metric in ("yes_rate", "objects_per_answer"):
+    if not difference or row.metric in NEUTRAL:
         return "same"
     return "better" if (difference < 0) == row.lower_is_better else "worse"
 
@@ -114,14 +117,12 @@ def _row(row: BenchmarkRow) -> dict[str, Any]:
     low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
     strips = [Markup(strip) for strip in interval_plot(row.systems, low, high)]
     values = [s.value for s in row.systems if s.value is not None]
-    best = (
-        (min(values) if row.lower_is_better else max(values)) if values and row.metric not in ("yes_rate", "objects_per_answer") else None
-    )
+    best = (min(values) if row.lower_is_better else max(values)) if values and row.metric not in NEUTRAL else None
     systems = [
         {
             "system": s,
             "strip": strip,
-            "kind": _direction(row, s.difference),
+            "kind": _direction(row, s.difference) if _sure(s) or s.difference_low is None else "same",
             "sure": _sure(s),
             "best": s.value is not None and s.value == best,
             "number": i,
@@ -131,7 +132,7 @@ def _row(row: BenchmarkRow) -> dict[str, Any]:
     return {
         "row": row,
         "systems": systems,
-        "title": f"{row.name.split(': ', 1)[-1]} ({row.metric})" if row.group else row.metric or row.name,
+        "title": f"{row.name.split(': ', 1)[-1]} ({metric_name(row.metric)})" if row.group else metric_name(row.metric) or row.name,
     }
 
 

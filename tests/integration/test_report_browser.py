@@ -1,0 +1,94 @@
+"""The report in a real browser: filters work, a phone's width is enough, nothing is requested or thrown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from silkie.report import build_report
+from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
+
+# Runs in the report's own page and tells the page around it what it saw.
+PROBE = """<script>
+addEventListener("load", () => {
+  const shown = () => document.querySelectorAll(".card:not([hidden])").length;
+  const seen = {errors: window.probeErrors, width: document.documentElement.clientWidth, needs: document.documentElement.scrollWidth, all: shown()};
+  document.querySelector('button[data-flip="fixed"]').click();
+  seen.fixed = shown();
+  const category = document.querySelector("select[name=category]");
+  category.value = "odd";
+  category.dispatchEvent(new Event("input", {bubbles: true}));
+  seen.fixedOdd = shown();
+  seen.count = document.getElementById("count").textContent;
+  document.querySelector('button[data-flip=""]').click();
+  const text = document.querySelector("input[name=text]");
+  text.value = "UNICORN answer";
+  text.dispatchEvent(new Event("input", {bubbles: true}));
+  seen.search = shown();
+  text.value = "nowhere";
+  text.dispatchEvent(new Event("input", {bubbles: true}));
+  seen.emptyNote = !document.querySelector(".none").hidden;
+  seen.images = [...document.images].every((image) => image.src.startsWith("data:") );
+  const svg = document.querySelector("svg.chart"), box = svg.getBoundingClientRect();
+  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width * 12 / 420, clientY: box.top + 20, bubbles: true}));
+  seen.readout = document.querySelector("figure output").textContent;
+  seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
+  parent.postMessage(JSON.stringify(seen), "*");
+});
+</script>"""
+FRAME = """<!doctype html><body style="margin:0"><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="seen"></pre>
+<script>addEventListener("message", (event) => {{ document.getElementById("seen").textContent = event.data; }});</script>"""
+
+
+def page(folder) -> None:
+    def card(i: int) -> Card:
+        texts = ("A unicorn-free answer." if i else "A unicorn, says this answer.", "x" * 300 if i == 3 else "Short.")
+        answers = [
+            Answer(answer=text, correct=right, ratings={"Helpfulness": 4})
+            for text, right in zip(texts, (i % 3 == 0, i % 2 == 0), strict=True)
+        ]
+        image = Image.new("RGB", (60, 40), ("red", "green")[i % 2])
+        return Card(id=str(i), prompt="What is this?", base=answers[0], trained=answers[1], image=image, category=("even", "odd")[i % 2])
+
+    systems = tuple(
+        System(name=n, value=v, low=v - 0.1, high=v + 0.1, difference=v - 0.3)
+        for n, v in (("base", 0.3), ("a long name of a baseline", 0.5))
+    )
+    rows = [BenchmarkRow(name="A benchmark", metric="accuracy", systems=systems, headline=True)]
+    curves = [Curve(title="Loss", series={"train": [(1, 0.7), (2, 0.25)]})]
+    report = Report(
+        title="T",
+        configuration={"": {"a_very_long_option_name_without_any_break": "v" * 120}},
+        gallery=[card(i) for i in range(12)],
+        benchmarks=rows,
+        curves=curves,
+    )
+    text = build_report(report, folder / "page.html").read_text()
+    watch = "<script>window.probeErrors = []; addEventListener('error', (event) => window.probeErrors.push(event.message));</script>"
+    (folder / "page.html").write_text(text.replace("<head>", "<head>" + watch).replace("</body>", PROBE + "</body>"))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_filters_width_and_silence(tmp_path, width):
+    page(tmp_path)
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += [f"--window-size={max(width, 600)},1000", "--virtual-time-budget=5000", "--dump-dom"]
+    result = subprocess.run([CHROMIUM, *options, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert found and found.group(1), result.stderr[-2000:]
+    seen = json.loads(found.group(1).replace("&amp;", "&"))
+    assert seen["errors"] == [] and seen["requests"] == []
+    assert seen["width"] == width and seen["needs"] <= width, "the page must not scroll sideways"
+    # wrong before (i % 3 != 0) and right after (i even): 2, 4, 8, 10; none of them odd
+    assert (seen["all"], seen["fixed"], seen["fixedOdd"], seen["count"]) == (12, 4, 0, "0 of 12 shown")
+    assert seen["search"] == 0 and seen["emptyNote"], "the category filter still holds"
+    assert seen["images"] and seen["readout"] == "step 2: 0.25"

@@ -1,0 +1,179 @@
+"""The report's pieces: what it collects, how it draws, that a page is self-contained and safe."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from silkie.report import build_report
+from silkie.report.__main__ import main
+from silkie.report.charts import interval_plot, line_chart, nice_ticks
+from silkie.report.collect import collect, curves_of, pick_cards
+from silkie.report.pictures import PictureBook
+from silkie.report.render import format_number, render, signed
+from silkie.report.schema import Answer, Card, Curve, Report, System
+
+HISTORY = [
+    {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "eval_pope_accuracy": 0.5, "eval_runtime": 3.0},
+    {"step": 2, "loss": 0.6, "rewards/margins": 0.4, "rewards/accuracies": 0.7},
+    {"step": 2, "eval_loss": 0.65, "eval_pope_accuracy": 0.6, "eval_pope_unreadable": 0.0},
+    {"step": 4, "eval_loss": 0.55, "eval_pope_accuracy": 0.7, "eval_pope_unreadable": 0.1},
+    {"train_runtime": 12.0, "step": 4},
+]
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """Base, trained and a control on 12 described images: the base invents a cat in all, the trained model in every fourth."""
+    (tmp_path / "images").mkdir()
+    for name, invents in (("base", 1), ("trained", 4), ("control", 2)):
+        rows = []
+        for i in range(12):
+            Image.new("RGB", (40, 30), (i * 20, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+            answer = "A dog and a cat." if i % invents == 0 else "A dog."
+            what = {"prompt": "Describe <it>.", "category": "few" if i < 6 else "many", "objects": ["dog"]}
+            rows.append({"id": i, "image": f"{i}.png", **what, "vocabulary": {"dog": "dog", "cat": "cat"}, "answer": answer})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"log_history": []}')
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    systems = {name: f"{name}.jsonl" for name in ("base", "trained", "control")}
+    report = {
+        "title": "A run",
+        "configuration": {"seed": 0, "Training": {"beta": 0.1, "loss": ["sigmoid", "sft"], "packed": True}},
+        "data": {"train": {"pairs": 2210}},
+        "evaluations": [{"benchmark": "chair", "name": "Descriptions", "systems": systems, "images": "images"}],
+        "benchmarks": [
+            {"name": "Given", "metric": "exact", "systems": [{"name": "base", "value": 0.5}, {"name": "trained", "value": None}]}
+        ],
+        "gallery": [{"id": "x", "prompt": "p", "base": "only text", "trained": {"answer": "b", "ratings": {"Helpfulness": 4.0}}}],
+        "notes": ["A note."],
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_a_run_directory_is_scored_and_compared(run_dir):
+    report = collect(run_dir)
+    first = report.benchmarks[0]
+    assert (first.name, first.metric, first.lower_is_better, first.headline) == ("Descriptions", "chair_s", True, True)
+    assert [(s.name, s.value) for s in first.systems] == [("base", 1.0), ("trained", 0.25), ("control", 0.5)]
+    trained = first.systems[1]
+    assert trained.difference == -0.75 and trained.difference_low < -0.75 < trained.difference_high and trained.p_value < 0.01
+    assert first.systems[0].difference is None
+    assert report.benchmarks[-1].name == "Given"
+    assert [card.flip for card in report.gallery].count("fixed") == 9
+    assert report.gallery[1].base.invented == ("cat",) and report.gallery[1].image == run_dir / "images" / "1.png"
+    assert report.gallery[-1].flip == "unjudged" and report.gallery[-1].base.answer == "only text"
+    assert {curve.title for curve in report.curves} == {"Loss", "Reward margin", "Preference accuracy", "POPE: accuracy"}
+
+
+def test_curves_come_from_the_latest_checkpoint_with_one_point_per_step():
+    curves = {curve.title: curve.series for curve in curves_of(HISTORY)}
+    assert curves["Loss"] == {"train": [(1.0, 0.7), (2.0, 0.6)], "evaluation": [(2.0, 0.65), (4.0, 0.55)]}
+    assert curves["POPE: accuracy"] == {"accuracy": [(1.0, 0.5), (2.0, 0.6), (4.0, 0.7)]}
+    assert curves_of([]) == []
+
+
+def test_the_page_is_self_contained_and_escaped(run_dir):
+    page = build_report(run_dir).read_text()
+    links = re.findall(r"""(?:src|href|action)\s*=\s*["']([^"']*)""", page)
+    assert links and all(link.startswith(("#", "data:image/")) for link in links)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|sendBeacon|<link|<iframe", page)
+    assert "Describe &lt;it&gt;." in page and "Describe <it>." not in page
+    assert page.count("data:image/") == 12, "each image once"
+    assert "A dog and a <mark>cat</mark>." in page
+    assert "sigmoid, sft" in page and "2,210" in page and ">yes<" in page
+    assert str(run_dir) not in page
+
+
+def test_hostile_texts_stay_text(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    answer = Answer(answer=evil, correct=True, invented=("script", "(.*"), note=evil, ratings={evil: 1.0})
+    card = Card(id=evil, prompt=evil, base=answer, trained=answer, category=evil, reference=evil)
+    curve = Curve(title=evil, series={evil: [(0, 1), (1, 2)]})
+    page = render(
+        Report(
+            title=evil, summary=evil, names=(evil, evil), configuration={evil: {evil: evil}}, notes=[evil], gallery=[card], curves=[curve]
+        )
+    )
+    assert page.count("<script>") == 1 and page.count("</script>") == 1
+    assert "<img src=x" not in page
+
+
+def test_what_is_wrong_is_named(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "neither report.json nor trainer_state.json" in capsys.readouterr().err
+    for text, message in [
+        ('{"title": 1,\n oops}', "report.json:2: not valid JSON"),
+        ('{"titel": "x"}', "unknown fields titel; expected benchmarks"),
+        ('{"evaluations": [{"benchmark": "pope"}]}', "an evaluation needs `benchmark` and `systems`"),
+        ('{"benchmarks": [{"name": "x"}]}', "a benchmark needs `name` and a list of `systems`"),
+        ('{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}', "`base` and `trained` are texts or objects"),
+        (
+            '{"gallery": [{"id": 1, "prompt": "p", "base": "a", "trained": "b", "image": "gone.png"}]}',
+            "names the image gone.png, which is not there",
+        ),
+        ('{"evaluations": [{"benchmark": "pope", "systems": {"base": "none.jsonl"}}]}', "none.jsonl: no such file"),
+    ]:
+        (tmp_path / "report.json").write_text(text)
+        assert main([str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_bare_trainer_state_is_enough(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 16, "peft_version": "x"}))
+    assert main([str(tmp_path), "--out", str(tmp_path / "deep" / "page.html")]) == 0
+    page = (tmp_path / "deep" / "page.html").read_text()
+    assert "Reward margin" in page and "lora_alpha" in page and 'id="gallery"' not in page
+
+
+def test_ticks_are_round_and_cover():
+    assert nice_ticks(0, 1, 4) == [0, 0.5, 1.0]
+    assert nice_ticks(0.03, 0.71, 4) == [0, 0.2, 0.4, 0.6, 0.8]
+    assert nice_ticks(-2.3, 0.6, 4) == [-3, -2, -1, 0, 1]
+    assert nice_ticks(100, 5000, 5) == [0, 1000, 2000, 3000, 4000, 5000]
+    flat = nice_ticks(0.5, 0.5, 4)
+    assert flat[0] < 0.5 < flat[-1]
+
+
+def test_a_chart_puts_values_where_its_axes_say():
+    svg = line_chart(Curve(title="t", series={"a": [(0, 0.0), (10, 1.0), (20, float("nan")), (20, 0.5)]}))
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'data-points="([^"]*)"', svg).group(1).split()]
+    assert [(p[2], p[3]) for p in points] == [(0, 0), (10, 1), (20, 0.5)], "NaN is left out"
+    (x0, y0, *_), (x1, y1, *_), (x2, y2, *_) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 == pytest.approx((y0 + y1) / 2, abs=0.2) and y1 < y0
+    assert "nan" not in svg
+    strips = interval_plot([System(name="a", value=0.2, low=0.0, high=0.4), System(name="b", value=0.4, low=0.3, high=1.0)], 0.0, 1.0)
+    assert 'cx="34.4"' in strips[0] and 'x="4.0"' in strips[0] and 'class="base" x1="34.4"' in strips[1]
+
+
+def test_pictures_are_small_and_stored_once(tmp_path):
+    book = PictureBook(longest_side=64)
+    noise = Image.effect_noise((400, 200), 80).convert("RGB")
+    noise.save(tmp_path / "a.png")
+    assert book.add(noise) == book.add(tmp_path / "a.png") == book.add((tmp_path / "a.png").read_bytes())
+    assert len(book.uris) == 1 and next(iter(book.uris.values())).startswith("data:image/jpeg")
+    assert book.uris[book.add(Image.new("RGB", (40, 40), "red"))].startswith("data:image/png")
+
+
+def test_cards_are_thinned_without_losing_flips():
+    def card(i, before, after):
+        return Card(id=str(i), prompt="", base=Answer(answer="", correct=before), trained=Answer(answer="", correct=after))
+
+    cards = [card(i, i % 10 == 0, i % 10 == 0 or i % 7 == 0) for i in range(1000)]
+    kept = pick_cards(cards, 160)
+    assert len(kept) == 160 and [int(c.id) for c in kept] == sorted(int(c.id) for c in kept)
+    flips = [c for c in cards if c.flip in ("fixed", "broken")]
+    assert sum(c.flip == "fixed" for c in kept) == min(len(flips), 80)
+    assert len(pick_cards(cards[:50], 160)) == 50
+
+
+def test_numbers_read_well():
+    assert [format_number(v) for v in (None, 0.12345, 12.345, -0.5)] == ["–", "0.123", "12.3", "-0.500"]
+    assert [signed(v) for v in (0.1, -0.1, 0.0, None)] == ["+0.100", "−0.100", "±0.000", "–"]
