@@ -178,7 +178,7 @@ def file_shards(path: str, image_root: str | None) -> list[Shard]:
 def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shard]:
     start = offset = first = lines = 0
     with open(path, "rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(min(2**20, SHARD_BYTES)):
             position = 0
             if offset + len(block) - start >= SHARD_BYTES and (end := block.rfind(b"\n")) >= 0:
                 lines += block.count(b"\n", 0, end + 1)

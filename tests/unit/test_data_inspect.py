@@ -1,0 +1,132 @@
+"""`inspect`: the figures on data whose answers are known, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import datasets
+import pytest
+
+from silkie.data.__main__ import main
+from silkie.data.gallery import write_gallery
+from silkie.data.inspect import inspect_preferences
+from silkie.data.rendering import to_text
+from silkie.data.statistics import Moments, histogram, quantile
+from tests.support import preference_files as files
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two VLFeedback rows with known figures, one broken row and one row whose image does not decode."""
+    datasets.disable_progress_bars()
+    files.write_images(tmp_path, 2)
+    (tmp_path / "2.png").write_bytes(b"broken")
+    records = [
+        files.vlfeedback(0, ratings=((5, 5, 1), (1, 5, 5))),  # 11 / 3 each: a tie
+        files.vlfeedback(1, ratings=((4, 5, 1), (1, 5, 2))),
+        {**files.vlfeedback(2, ratings=((3, 5, 3), ("N/A", 5, 1))), "prompt": "<script>alert(1)</script>"},
+        {**files.vlfeedback(0), "prompt": ""},
+    ]
+    return files.write_lines(tmp_path / "rows.jsonl", records)
+
+
+def test_figures(data, tmp_path):
+    inspection = inspect_preferences(data, cache_dir=tmp_path / "cache")
+    figures = inspection.figures
+    assert (figures["groups"], figures["responses"], figures["pairs"], figures["images"]) == (3, 6, 1, 3)
+    assert figures["pairs_per_group"] == {"0": 2, "1": 1}
+    assert figures["ratings"]["Helpfulness"]["share"] == {"1": 0.4, "3": 0.2, "4": 0.2, "5": 0.2}
+    assert figures["ratings"]["Helpfulness"]["not_a_number"] == 1 and figures["ratings"]["Helpfulness"]["mean"] == pytest.approx(14 / 5)
+    diversity = figures["preference_diversity"]
+    assert diversity["rated_pairs"] == 1 and diversity["aspects_conflict"] == 1.0
+    assert diversity["aspects"]["Helpfulness"] == {"for": 1.0, "tie": 0.0, "against": 0.0, "alone": 0.0}
+    assert diversity["aspects"]["Visual Faithfulness"]["against"] == 1.0 and diversity["aspects"]["Ethical Considerations"]["tie"] == 1.0
+    both = figures["agreement"]["Helpfulness / Visual Faithfulness"]
+    assert both["same_order"] == 0.0 and both["response_pairs"] == 2
+    assert figures["models"]["gpt4v"]["win_rate"] == 1.0 and figures["models"]["fuyu-8b"]["win_rate"] == 0.0
+    assert figures["length_bias"]["chosen_equal"] == 1.0
+    assert figures["image_sizes"]["longer_side"] == {"8-15": 2} and figures["image_sizes"]["unreadable"] == 1
+    assert inspection.report.reasons() == {"column 'prompt': expected a non-empty string": 1}
+
+
+def test_text_and_json_on_the_command_line(data, capsys):
+    assert main(["inspect", str(data), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["loading"]["dropped_rows"] == {"column 'prompt': expected a non-empty string": 1}
+    assert figures["groups"] == 3
+    assert main(["inspect", str(data), "--no-images"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"Helpfulness +40\.0 % +0\.0 % +20\.0 % +20\.0 % +20\.0 % +2\.80 +1\n", text)
+    assert "broken rows:\n  rows.jsonl (vlfeedback), line 4, column 'prompt': found ''" in text
+    assert main(["inspect", str(data), "--on-error", "raise"]) == 1
+    assert capsys.readouterr().err.startswith("error: rows.jsonl (vlfeedback), line 4, column 'prompt'")
+    assert main(["inspect", "nowhere.jsonl"]) == 1
+    assert "neither an existing file" in capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+
+
+def test_gallery_is_one_file_that_loads_nothing(data, tmp_path):
+    write_gallery(inspect_preferences(data, cache_dir=tmp_path / "cache"), tmp_path / "page.html", groups=10)
+    html = (tmp_path / "page.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.tags.count("article") == 3 and page.tags.count("script") == 1
+    assert len(page.links) == 2 and all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    assert "http://" not in html and "https://" not in html and "url(" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "<script>alert" not in html
+    assert "is not an image that Pillow can read" in html  # the broken image is shown as its error
+    assert "Helpfulness is 4" in html and "answer 1 of gpt4v" in html
+
+
+def test_best_response_comes_first_in_a_card(tmp_path):
+    from silkie.data.gallery import card
+
+    files.write_images(tmp_path, 1)
+    data = files.write_lines(tmp_path / "rows.jsonl", [files.vlfeedback(0, ratings=((1, 1, 1), (5, 5, 5), (3, 3, "N/A")))])
+    shown = card(inspect_preferences(data, cache_dir=tmp_path / "cache").dataset[0], 0)
+    assert [response["index"] for response in shown["responses"]] == [1, 0, 2]
+    assert [(response["wins"], response["losses"]) for response in shown["responses"]] == [(1, 0), (0, 1), (0, 0)]
+
+
+def test_sources_without_ratings_or_images(tmp_path):
+    datasets.disable_progress_bars()
+    pairs = files.write_lines(tmp_path / "pairs.jsonl", [{"prompt": "Q", "chosen": "a longer answer", "rejected": "short"}])
+    inspection = inspect_preferences(pairs, cache_dir=tmp_path / "cache")
+    assert "longer in 100.0 %, shorter in 0.0 %" in to_text(inspection)
+    write_gallery(inspection, tmp_path / "page.html")
+    assert "a longer answer" in (tmp_path / "page.html").read_text()
+
+
+def test_lengths_in_tokens(tmp_path):
+    datasets.disable_progress_bars()
+
+    def letters(text, add_special_tokens):
+        return {"input_ids": list(text)}
+
+    pairs = files.write_lines(tmp_path / "pairs.jsonl", [{"prompt": "Why?", "chosen": "abc", "rejected": "ab"}])
+    figures = inspect_preferences(pairs, tokenizer=letters, cache_dir=tmp_path / "cache").figures
+    assert (figures["length_unit"], figures["prompt_length"]["mean"], figures["response_length"]["mean"]) == ("tokens", 4, 2.5)
+
+
+def test_helpers():
+    from collections import Counter
+
+    assert histogram(Counter({0: 1, 1: 2, 5: 1, 9: 4})) == {"0": 1, "1": 2, "2-3": 0, "4-7": 1, "8-15": 4}
+    assert [quantile(Counter({1: 1, 2: 2, 10: 1}), q) for q in (0.25, 0.5, 0.95)] == [1, 2, 10]
+    moments = Moments()
+    for x, y in ((1, 2), (2, 4), (3, 6)):
+        moments.add(x, y)
+    assert moments.correlation() == pytest.approx(1.0)
+    assert Moments().correlation() is None
