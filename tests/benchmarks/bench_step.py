@@ -1,0 +1,158 @@
+"""One optimizer step of the same preference data: stock TRL DPOTrainer against silkie's layouts, in one run.
+
+    python tests/benchmarks/bench_step.py                                                # CPU: Qwen2.5-VL's shape scaled down
+    python tests/benchmarks/bench_step.py --device cuda --shape 3b --groups 2            # CUDA: 3B parameters, random weights, bf16
+    python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
+
+Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors, reference pass, policy
+pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen. Every contender runs in a process of its own;
+they take turns within each repeat and the best step counts. Time is processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it
+is the time of one undisturbed core), the clock on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of the steps over what the process held before them, on CUDA the
+allocator's peak. The precomputed reference is made before the first step and not part of it: it is paid once, for all epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+from step_setting import CONTENDERS, IMAGE_GRIDS, SHAPES, run
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+_RESULT = "result: "
+
+
+def in_own_process(contender: str, image_tokens: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One contender in a fresh process: no memory, caches or compiled code of another."""
+    one = {"contender": contender, "image_tokens": image_tokens, "k": k, "groups_per_step": args.groups, "timed": args.timed}
+    one |= {"shape": args.shape, "device": args.device, "backend": args.backend}
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if done.returncode or not lines:
+        reason = "out of memory" if "OutOfMemoryError" in done.stderr else done.stderr.strip()[-2000:]
+        print(f"{contender}, {image_tokens} image tokens, k={k}: no result: {reason}", flush=True)
+        return {}
+    return json.loads(lines[-1][len(_RESULT) :])
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The faster of two repeats; times of both, the larger peak."""
+    if not old or not new:
+        return old or new
+    best, other = (old, new) if old["seconds"] <= new["seconds"] else (new, old)
+    return {**best, "all_seconds": old["all_seconds"] + new["all_seconds"], "extra_bytes": max(best["extra_bytes"], other["extra_bytes"])}
+
+
+def measure(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    results: dict[tuple[int, int, str], dict[str, Any]] = {}
+    for _ in range(args.repeats):
+        for tokens in args.image_tokens:
+            for k in args.ks:
+                for contender in CONTENDERS:
+                    key = (tokens, k, contender)
+                    results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, args))
+                    if results[key]:
+                        print(row(results[key], results.get((tokens, k, CONTENDERS[0]), {})), flush=True)
+                        save([r for r in results.values() if r])
+    return [r for r in results.values() if r]
+
+
+def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
+    speed = f"{result['pairs_per_second'] / stock['pairs_per_second']:5.2f}x" if stock else "    -"
+    flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
+    losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3])
+    return (
+        f"| {result['image_tokens']:5d} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
+        f"| {result['flops'] / 1e9:10.1f} | {flops} | {result['extra_bytes'] / 2**20:8.0f} | {losses} |"
+    )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = (
+        "| image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n" + "|---" * 10 + "|"
+    )
+    stock = {(r["image_tokens"], r["k"]): r for r in results if r["contender"] == CONTENDERS[0]}
+    return "\n".join([head, *(row(r, stock.get((r["image_tokens"], r["k"]), {})) for r in results)])
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    ks = sorted({r["k"] for r in results})
+    tokens = sorted({r["image_tokens"] for r in results})
+    figure, axes = plt.subplots(1, len(ks), figsize=(5.5 * len(ks), 3.8), squeeze=False)
+    for axis, k in zip(axes[0], ks, strict=True):
+        for n, contender in enumerate(CONTENDERS):
+            bars = [
+                (i, r["pairs_per_second"])
+                for i, t in enumerate(tokens)
+                for r in results
+                if (r["image_tokens"], r["k"], r["contender"]) == (t, k, contender)
+            ]
+            axis.bar([i + 0.2 * n - 0.3 for i, _ in bars], [v for _, v in bars], 0.2, label=contender)
+        axis.set(
+            title=f"{k} responses, {k * (k - 1) // 2} pairs",
+            xlabel="image tokens",
+            ylabel="pairs per second",
+            xticks=range(len(tokens)),
+            xticklabels=tokens,
+        )
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{model.group(1) if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--image-tokens", type=int, nargs="+", choices=tuple(IMAGE_GRIDS), default=[256, 576, 1280])
+    parser.add_argument("--ks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--groups", type=int, default=1, help="groups per optimizer step")
+    parser.add_argument("--backend", default="auto", help="attention_backend of the packed layout")
+    parser.add_argument("--timed", type=int, default=2, help="timed steps per run")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default=None, help="file name without suffix; default: step_<device>")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(_RESULT + json.dumps(run(**json.loads(args.one))))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.name or 'step_' + args.device}.json"
+    facts = {
+        "command": " ".join(["python", "tests/benchmarks/bench_step.py", *sys.argv[1:]]), "date": date.today().isoformat(), "device": device_name(args.device),
+        "python": platform.python_version(), "packages": {p: metadata.version(p) for p in PACKAGES}, "shape": SHAPES[args.shape],
+    }  # fmt: skip
+    # after every run: a long measurement that is cut off keeps what it has
+    results = measure(args, lambda found: file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n") and None)
+    print("\n" + table(results))
+    plot(results, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
