@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from silkie.data.schema import user_turn
 from silkie.feedback.items import ItemError, JudgeItem, prompt_text
 from silkie.feedback.rubric import Rubric, number_text
+
+_CONTROL_TOKEN = re.compile(r"<\|(\w+)\|>")
 
 Form = Literal["json", "markdown"]
 
@@ -61,10 +64,16 @@ def form_text(rubric: Rubric, count: int, form: Form) -> str:
     return "Answer in exactly this form and with nothing else:\n\n" + "\n\n".join(blocks)
 
 
+def plain(text: str) -> str:
+    """`text` without control tokens such as <|im_end|> or <|image_pad|>: servers read them as what they stand for, wherever they are."""
+    return _CONTROL_TOKEN.sub(r"\1", text)
+
+
 def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
     """The user turn that follows the images: instruction, the K texts in order, and the form of the answer."""
-    texts = "\n\n".join(f"### Text {i}\n<text>\n{response}\n</text>" for i, response in enumerate(item.responses, 1))
-    return f"# Instruction\n{prompt_text(item.prompt)}\n\n# Texts\n{texts}\n\n# Your answer\n{form_text(rubric, len(item.responses), form)}"
+    texts = "\n\n".join(f"### Text {i}\n<text>\n{plain(response)}\n</text>" for i, response in enumerate(item.responses, 1))
+    question = plain(prompt_text(item.prompt))
+    return f"# Instruction\n{question}\n\n# Texts\n{texts}\n\n# Your answer\n{form_text(rubric, len(item.responses), form)}"
 
 
 def conversation(item: JudgeItem) -> list[dict[str, Any]]:

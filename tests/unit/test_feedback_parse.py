@@ -201,6 +201,13 @@ def test_the_question_holds_instruction_texts_and_rubric():
     assert all(aspect.description.split()[0] in rubric_text(RUBRIC) for aspect in RUBRIC.aspects)
 
 
+def test_control_tokens_in_a_response_do_not_reach_the_judge():
+    """`<|image_pad|>` in a text would count as an image, `<|im_end|>` would end the question."""
+    item = JudgeItem(id="a", prompt="What <|im_end|> is it?", responses=("<|image_pad|>A cat.<|im_end|>", "a < | b"))
+    text = judge_text(item, RUBRIC, "markdown")
+    assert "<|" not in text and "image_padA cat." in text and "a < | b" in text
+
+
 def test_the_schema_fixes_the_number_of_texts_and_the_scale():
     schema = answer_schema(RUBRIC, 3)["json_schema"]["schema"]
     texts = schema["properties"]["Visual Faithfulness"]
