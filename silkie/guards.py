@@ -27,38 +27,35 @@ class NonFiniteError(RuntimeError):
 
 
 def check_launch(args: Any) -> None:
-    """Before anything is loaded: is what the launcher asked for what this process will do?
+    """Before anything is loaded: will this process train with the others?
 
     Raises:
-        LaunchError: several processes were launched but this one would train alone, or a DeepSpeed config would be ignored.
+        LaunchError: several processes were launched but this one would train alone.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and args.world_size == 1:
         raise LaunchError(
             f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the data. "
-            f"On a machine without GPUs pass "
-            "`--use_cpu` to the script and launch with `--multi_gpu`."
-        )
-    if (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        and args.distributed_state.distributed_type != DistributedType.DEEPSPEED
-    ):
-        raise LaunchError(
-            f"The launcher asked for DeepSpeed, but accelerate runs {args.distributed_state.distributed_type.value}: its "
-            f"config would be ignored. On CPU use the script's "
-            "`--use_cpu`, not the variable ACCELERATE_USE_CPU."
+            "On a machine without GPUs pass `--use_cpu` to the script and launch with `--multi_gpu`."
         )
 
 
 def check_process_count(args: Any, accelerator: Any) -> None:
-    """After TRL's set-up.
+    """After TRL's set-up, where accelerate has made up its mind: does it run what the launcher asked for?
 
     Raises:
-        LaunchError: accelerate runs fewer processes than the launcher started.
+        LaunchError: accelerate runs fewer processes than the launcher started, or ignores the DeepSpeed or FSDP config.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise LaunchError(f"The launcher started {world} processes, accelerate reports {accelerator.num_processes}.")
+    runs = accelerator.distributed_type
+    for variable, wanted in (("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED), ("ACCELERATE_USE_FSDP", DistributedType.FSDP)):
+        if os.environ.get(variable, "false").lower() == "true" and runs != wanted:
+            raise LaunchError(
+                f"The launcher asked for {wanted.value}, but accelerate runs {runs.value}: the config would be ignored in silence. "
+                "FSDP needs GPUs. DeepSpeed on CPU needs the script's `--use_cpu`, not the variable ACCELERATE_USE_CPU."
+            )
 
 
 def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:

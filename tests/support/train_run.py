@@ -1,0 +1,104 @@
+"""One small training run, described by a JSON file, for tests that launch processes: `python -m tests.support.train_run SPEC [--use_cpu]`.
+
+Writes `result.json` (the log, one entry per step, and what the process saw) beside the checkpoints, and the final weights to `final/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from tests.support.data import dataset, group, mixed_groups
+from tests.support.tiny import image, tiny_model, tiny_processor
+
+
+def many_groups() -> list[dict[str, Any]]:
+    """12 groups of 1 to 3 pairs, a third of them without an image, so that ranks differ in pairs and images."""
+    rows = mixed_groups()
+    for i in range(8):
+        images = [] if i % 3 == 0 else [image(10 + i)]
+        responses = ["yes", "no", "a red cat on the table"][: 2 + i % 2]
+        pairs = [[0, 1]] if i % 2 == 0 else [[0, 1], [2, 1], [0, 2]]
+        rows.append(group(images, "is there a cat" if i % 2 else "how many dog are there", responses, pairs, id=f"more {i}"))
+    return rows
+
+
+def text_and_images() -> list[dict[str, Any]]:
+    """4 groups, two of them without an image: in batches of one group and seed 0, a rank is without an image while the other has one."""
+    return [g for row in mixed_groups()[:2] for g in (row, group([], "is there a dog", ["no", "yes yes"], [[0, 1]], id="text"))]
+
+
+DATA = {"mixed": mixed_groups, "many": many_groups, "text_and_images": text_and_images}
+
+
+def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
+    torch.manual_seed(0)
+    data: Dataset = dataset(DATA[spec.get("data", "many")]())
+    lora = spec.get("lora", True)
+    options = dict(
+        output_dir=spec["out"], bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=spec.get("lr", 0.05),
+        optim="sgd", lr_scheduler_type="constant", per_device_train_batch_size=1, num_train_epochs=1, seed=0, gradient_checkpointing=False,
+        max_grad_norm=1e6, **extra,
+    )  # fmt: skip
+    options.update(spec.get("args", {}))
+    return SilkieDPOTrainer(
+        tiny_model(spec.get("family", "qwen2_5_vl")),
+        ref_model=None if lora else tiny_model(spec.get("family", "qwen2_5_vl")),
+        args=SilkieDPOConfig(**options),
+        train_dataset=data,
+        processing_class=tiny_processor(spec.get("family", "qwen2_5_vl")),
+        peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
+    )
+
+
+def without_compiled_collectives() -> None:
+    """DeepSpeed would compile shared-memory collectives on first use (minutes); gloo does the same."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Started(TrainerCallback):
+    """Leaves a file once training begins, for tests that kill the run at a chosen time after it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        Path(args.output_dir, "training").touch()
+
+
+def run(spec: dict[str, Any], use_cpu: bool) -> None:
+    """Trains, saves to `final/`, and writes `result.json`."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        without_compiled_collectives()
+    torch.set_num_threads(1)
+    trainer = make(spec, {"use_cpu": True} if use_cpu else {})
+    trainer.add_callback(Started())
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
+    trainer.save_model(str(Path(spec["out"]) / "final"))
+    if trainer.accelerator.is_main_process:
+        plugin = trainer.accelerator.deepspeed_plugin
+        result = {
+            "log": [
+                {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in trainer.state.log_history
+            ],
+            "world": trainer.accelerator.num_processes,
+            "kind": trainer.accelerator.distributed_type.value,
+            "stage": plugin.zero_stage if plugin else None,
+            "preempted": trainer.preempted,
+            "objective": trainer.objective.state_dict(),
+        }
+        Path(spec["out"], "result.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text()), "--use_cpu" in sys.argv)

@@ -1,0 +1,77 @@
+"""Silent launch failures become errors; non-finite numbers name their rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from silkie import guards
+
+
+def accelerator(processes=1, kind=DistributedType.NO, stage=0):
+    return SimpleNamespace(num_processes=processes, distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+
+
+def test_two_processes_that_train_alone_are_stopped(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(guards.LaunchError, match="started 2 processes.*--use_cpu"):
+        guards.check_launch(SimpleNamespace(world_size=1))
+    guards.check_launch(SimpleNamespace(world_size=2))
+    with pytest.raises(guards.LaunchError, match="accelerate reports 1"):
+        guards.check_process_count(None, accelerator(1))
+    guards.check_process_count(None, accelerator(2, DistributedType.MULTI_CPU))
+
+
+@pytest.mark.parametrize(
+    ("variable", "right"), [("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED), ("ACCELERATE_USE_FSDP", DistributedType.FSDP)]
+)
+def test_an_ignored_engine_config_is_stopped(monkeypatch, variable, right):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(guards.LaunchError, match=f"{right.value}.*ignored in silence"):
+        guards.check_process_count(None, accelerator(2, DistributedType.MULTI_CPU))
+    guards.check_process_count(None, accelerator(2, right))
+
+
+def test_mixed_dtypes_under_zero3_are_stopped():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    guards.check_adapter_dtypes(model, True)  # not partitioned: ZeRO-2
+    for p in model.parameters():
+        p.ds_id = 0
+    with pytest.raises(guards.LaunchError, match="several dtypes.*autocast_adapter_dtype=False"):
+        guards.check_adapter_dtypes(model, True)
+    guards.check_adapter_dtypes(model.float(), True)
+
+
+@pytest.mark.parametrize(
+    ("where", "frozen", "needed"),
+    [
+        (accelerator(1), False, False),
+        (accelerator(2, DistributedType.MULTI_GPU), True, False),
+        (accelerator(2, DistributedType.MULTI_GPU), False, True),
+        (accelerator(2, DistributedType.FSDP), True, True),
+        (accelerator(2, DistributedType.DEEPSPEED, 2), True, False),
+        (accelerator(2, DistributedType.DEEPSPEED, 3), True, True),
+    ],
+)
+def test_who_needs_a_dummy_image(where, frozen, needed):
+    assert guards.needs_dummy_image(where, frozen) is needed
+
+
+def test_a_non_finite_loss_names_its_groups_and_those_before():
+    watch = guards.FiniteWatch()
+    watch.add(torch.tensor(1.0), ["group a"])
+    watch.add(torch.tensor(float("nan")), ["group b", "group c"])
+    with pytest.raises(guards.NonFiniteError, match="nan on: group b; group c.*before it: group a"):
+        watch.check()
+    watch.check()  # forgotten
+
+
+def test_a_non_finite_gradient_names_the_groups_of_the_step():
+    watch = guards.FiniteWatch()
+    watch.add(torch.tensor(1.0), ["group a"])
+    with pytest.raises(guards.NonFiniteError, match="gradient norm is inf.*group a"):
+        watch.check(float("inf"))
+    watch.add(torch.tensor(1.0), ["group a"])
+    watch.check(2.5)
