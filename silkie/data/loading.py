@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import datasets
-from datasets.fingerprint import Hasher
 
 from silkie.data import records as raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
-from silkie.data.finish import NoPairs, finish
+from silkie.data.convert import OnError, Settings, collect, write_groups
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
-from silkie.data.registry import Found, Row, Source, code_digest, detect_source, get_source, source_for_hub_name
+from silkie.data.registry import Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup
 from silkie.data.repair import repair_pairs
 from silkie.data.reports import LoadReport, Problem
-from silkie.data.schema import DataError, RowError, SkipRow, group_features, is_group_features
+from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
-BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 ASPECT_SAMPLE = 1000  # records that are read to learn the names of the rating aspects
-PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
-OnError = Literal["raise", "skip"]
 
 
 @overload
@@ -126,7 +118,7 @@ def load_preferences(
     if root is not None:
         ImageResolver(root, None)  # a wrong image_root is one clear error, not one per row
     regrouping = adapter.pair_rows and regroup_pairs
-    settings = _Settings(
+    settings = Settings(
         source=adapter,
         name=f"{records.name} ({adapter.name})",
         options=PairOptions() if regrouping else options,
@@ -137,9 +129,9 @@ def load_preferences(
         allow_remote=allow_remote_images,
         need_pairs=not keep_unpaired,
     )
-    written = _write(records, settings, num_proc, cache_dir)
+    written = write_groups(records, settings, num_proc, cache_dir)
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
-    dataset = _collect(written, report)
+    dataset = collect(written, report)
     if regrouping and len(dataset):
         dataset, report.regrouped = regroup(dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
         if options != PairOptions():
@@ -207,114 +199,6 @@ def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) 
         except (TypeError, ValueError, AttributeError):  # a broken row: reported with its place when the rows are read
             continue
     return tuple(sorted(names, key=aspect_order))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    """What `_rows` needs to know; part of the cache key."""
-
-    source: Source
-    name: str
-    options: PairOptions
-    aspects: tuple[str, ...]
-    base: str | None
-    image_root: str | None
-    on_error: OnError
-    allow_remote: bool
-    need_pairs: bool
-
-
-def _write(records: raw.Records, settings: _Settings, num_proc: int | None, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
-    """Convert all records into Arrow cache files; every record becomes one row, a dropped one with its problem.
-
-    Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
-    """
-    if not records.shards:
-        raise DataError(f"{records.name}: no record in it")
-    features = group_features(settings.aspects)
-    features[PROBLEM] = datasets.Value("string")
-    features[NOTES] = datasets.List(datasets.Value("string"))
-    version = [code_digest(settings.source), None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns]
-    size = BLOCK_SHARDS * math.ceil((num_proc or 1) / BLOCK_SHARDS)
-    blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
-    try:
-        written = [
-            datasets.Dataset.from_generator(
-                _rows,
-                features=features,
-                gen_kwargs={"shards": block, "dataset": records.dataset, "settings": settings},
-                num_proc=None if num_proc is None else max(1, min(num_proc, len(block))),
-                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                fingerprint=Hasher.hash([version, block, settings]),
-            )
-            for block in blocks
-        ]
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:  # `datasets` wraps what the generator raises
-            if isinstance(cause, DataError):
-                raise cause from None
-            cause = cause.__cause__
-        raise
-    return datasets.concatenate_datasets(written)
-
-
-def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: _Settings) -> Iterator[dict[str, Any]]:
-    """Stored rows of some shards. Runs in the worker processes."""
-    empty = dict.fromkeys(group_features(settings.aspects))
-    stem = settings.name.rsplit(" (", 1)[0]
-    for shard in shards:
-        resolver = _resolver(settings.image_root or shard.image_root, settings.base, settings.allow_remote)
-        for location, record in raw.read(shard, dataset):
-            row = Row(record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolver)
-            try:
-                if not isinstance(record, dict):
-                    raise row.error("(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object")
-                stored, notes = finish(
-                    settings.source.adapt(row), row, settings.options, settings.aspects,
-                    fallback_id=f"{stem}:{location.replace(' ', '-')}", need_pairs=settings.need_pairs,
-                )  # fmt: skip
-                yield {**stored, PROBLEM: None, NOTES: notes}
-            except NoPairs as problem:
-                yield {**empty, PROBLEM: _pack("no pairs", row, str(problem), f"{location}: {problem}"), NOTES: problem.notes}
-            except SkipRow as problem:
-                yield {**empty, PROBLEM: _pack("skipped", row, str(problem), f"{location}: {problem}"), NOTES: []}
-            except RowError as problem:
-                if settings.on_error == "raise":
-                    raise
-                yield {**empty, PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
-
-
-@functools.lru_cache(maxsize=64)
-def _resolver(root: str | None, base: str | None, allow_remote: bool) -> ImageResolver:
-    return ImageResolver(root, base, allow_remote=allow_remote)
-
-
-def _place(name: str, shard: raw.Shard) -> str:
-    """The source, with the file where it is read from several."""
-    file = os.path.basename(shard.member or shard.path) if shard.kind != "dataset" else ""
-    return name if not file or name.startswith(file) else f"{name}, {file}"
-
-
-def _pack(kind: str, row: Row, reason: str, message: str) -> str:
-    return json.dumps([kind, row.location, reason, message])
-
-
-def _collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
-    """Move the helper columns into the report and return the sound rows."""
-    sound: list[int] = []
-    helper, offset = written.select_columns([PROBLEM, NOTES]).with_format("arrow"), 0
-    for batch in helper.iter(batch_size=10_000):
-        for index, packed in enumerate(batch[PROBLEM].to_pylist()):
-            if packed is None:
-                sound.append(offset + index)
-            else:
-                kind, row, reason, message = json.loads(packed)
-                report.problems.append(Problem(kind=kind, row=row, reason=reason, message=message))
-        report.notes.update(note for notes in batch[NOTES].to_pylist() for note in notes or [])
-        offset += len(batch)
-    dataset = written.remove_columns([PROBLEM, NOTES])
-    return dataset if len(sound) == len(written) else dataset.select(sound)
 
 
 def _as_it_is(records: raw.Records, return_report: bool) -> Any:

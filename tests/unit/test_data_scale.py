@@ -74,17 +74,17 @@ def test_loading_opens_no_image(tmp_path, monkeypatch):
 def test_a_second_load_reads_nothing(tmp_path, monkeypatch):
     path = files.write_lines(tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(5)])
     first = load_preferences(path, cache_dir=tmp_path)
-    monkeypatch.setattr("silkie.data.loading.finish", lambda *_, **__: pytest.fail("a row was converted again"))
+    monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
     assert load_preferences(path, cache_dir=tmp_path).to_list() == first.to_list()
 
 
 def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 300)
-    monkeypatch.setattr("silkie.data.loading.BLOCK_SHARDS", 2)
+    monkeypatch.setattr("silkie.data.convert.BLOCK_SHARDS", 2)
     path = files.write_lines(tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(40)])
-    from silkie.data import loading
+    from silkie.data import convert
 
-    real, converted = loading.finish, []
+    real, converted = convert.finish, []
 
     def stop_at_30(group, *arguments, **options):
         if group.id == "30" and "stopped" not in converted:
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch)
         converted.append(group.id)
         return real(group, *arguments, **options)
 
-    monkeypatch.setattr(loading, "finish", stop_at_30)
+    monkeypatch.setattr(convert, "finish", stop_at_30)
     with pytest.raises(DataError, match="the power went out"):
         load_preferences(path, cache_dir=tmp_path)
     before = converted.index("stopped")

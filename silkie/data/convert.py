@@ -1,0 +1,148 @@
+"""Records to stored groups: the generator behind the Arrow cache files, and what it could not use."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets.fingerprint import Hasher
+
+from silkie.data import records as raw
+from silkie.data.finish import NoPairs, finish
+from silkie.data.images import ImageResolver
+from silkie.data.pairs import PairOptions
+from silkie.data.registry import Found, Row, Source, code_digest
+from silkie.data.reports import LoadReport, Problem
+from silkie.data.schema import DataError, RowError, SkipRow, group_features
+
+BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
+PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `_rows` needs to know; part of the cache key."""
+
+    source: Source
+    name: str
+    options: PairOptions
+    aspects: tuple[str, ...]
+    base: str | None
+    image_root: str | None
+    on_error: OnError
+    allow_remote: bool
+    need_pairs: bool
+
+    def empty_row(self) -> dict[str, Any]:
+        return dict.fromkeys(group_features(self.aspects))
+
+
+def write_groups(records: raw.Records, settings: Settings, num_proc: int | None, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
+    """Convert all records into Arrow cache files; every record becomes one row, a dropped one with its problem.
+
+    Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
+    """
+    if not records.shards:
+        raise DataError(f"{records.name}: no record in it")
+    features = group_features(settings.aspects)
+    features[PROBLEM] = datasets.Value("string")
+    features[NOTES] = datasets.List(datasets.Value("string"))
+    version = [code_digest(settings.source), None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns]
+    size = BLOCK_SHARDS * math.ceil((num_proc or 1) / BLOCK_SHARDS)
+    blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
+    written = []
+    with tempfile.TemporaryDirectory(prefix="silkie-") as outbox:
+        for block in blocks:
+            try:
+                part = datasets.Dataset.from_generator(
+                    _rows,
+                    features=features,
+                    gen_kwargs={"shards": block, "dataset": records.dataset, "settings": settings, "outbox": outbox},
+                    num_proc=None if num_proc is None else max(1, min(num_proc, len(block))),
+                    cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                    fingerprint=Hasher.hash([version, block, settings]),
+                )
+            except Exception:
+                if (posted := _posted(outbox)) is not None:
+                    raise posted from None
+                raise
+            written.append(part)
+    return datasets.concatenate_datasets(written)
+
+
+def _posted(outbox: str) -> DataError | None:
+    """The error that a worker left: `datasets` replaces what a generator raises, and the cause does not cross processes."""
+    found = sorted(Path(outbox).iterdir())
+    return pickle.loads(found[0].read_bytes()) if found else None
+
+
+def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: Settings, outbox: str) -> Iterator[dict[str, Any]]:
+    """Stored rows of some shards. Runs in the worker processes."""
+    resolvers: dict[str | None, ImageResolver] = {}
+    for shard in shards:
+        root = settings.image_root or shard.image_root
+        if root not in resolvers:
+            resolvers[root] = ImageResolver(root, settings.base, allow_remote=settings.allow_remote)
+        try:
+            for location, record in raw.read(shard, dataset):
+                row = Row(record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolvers[root])
+                yield _row(row, record, settings)
+        except DataError as error:
+            (Path(outbox) / f"{shard.first:012d}-{os.getpid()}").write_bytes(pickle.dumps(error))
+            raise
+
+
+def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
+    """The stored row of one record, or a row that holds nothing but its problem."""
+    empty = settings.empty_row()
+    try:
+        if not isinstance(record, dict):
+            raise row.error("(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object")
+        name = f"{settings.name.rsplit(' (', 1)[0]}:{row.location.replace(' ', '-')}"
+        group = settings.source.adapt(row)
+        stored, notes = finish(group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs)
+        return {**stored, PROBLEM: None, NOTES: notes}
+    except NoPairs as problem:
+        return {**empty, PROBLEM: _pack("no pairs", row, str(problem), f"{row.location}: {problem}"), NOTES: problem.notes}
+    except SkipRow as problem:
+        return {**empty, PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"), NOTES: []}
+    except RowError as problem:
+        if settings.on_error == "raise":
+            raise
+        return {**empty, PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
+
+
+def _place(name: str, shard: raw.Shard) -> str:
+    """The source, with the file where it is read from several."""
+    file = os.path.basename(shard.member or shard.path) if shard.kind != "dataset" else ""
+    return name if not file or name.startswith(file) else f"{name}, {file}"
+
+
+def _pack(kind: str, row: Row, reason: str, message: str) -> str:
+    return json.dumps([kind, row.location, reason, message])
+
+
+def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
+    """Move the helper columns into the report and return the sound rows."""
+    sound: list[int] = []
+    helper, offset = written.select_columns([PROBLEM, NOTES]).with_format("arrow"), 0
+    for batch in helper.iter(batch_size=10_000):
+        for index, packed in enumerate(batch[PROBLEM].to_pylist()):
+            if packed is None:
+                sound.append(offset + index)
+            else:
+                kind, row, reason, message = json.loads(packed)
+                report.problems.append(Problem(kind=kind, row=row, reason=reason, message=message))
+        report.notes.update(note for notes in batch[NOTES].to_pylist() for note in notes or [])
+        offset += len(batch)
+    dataset = written.remove_columns([PROBLEM, NOTES])
+    return dataset if len(sound) == len(written) else dataset.select(sound)
