@@ -118,7 +118,9 @@ class BenchmarkCallback(TrainerCallback):
                 logs |= self._scores(benchmark, folder, self._answers(benchmark, tasks), step)
             # in evaluation mode, TRL's trainers do not flush the running means of the training metrics into this entry
             model.eval()
+            due = self.trainer.control.should_log
             self.trainer.log(logs)
+            self.trainer.control.should_log = due  # logging clears it, and the step's own entry would be left out
         model.train(training)
         return logs
 

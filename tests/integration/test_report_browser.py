@@ -30,8 +30,11 @@ addEventListener("load", () => {
   seen.count = document.getElementById("count").textContent;
   document.querySelector('button[data-flip=""]').click();
   const text = document.querySelector("input[name=text]");
-  text.value = "UNICORN answer";
+  text.value = "says UNICORN";
   text.dispatchEvent(new Event("input", {bubbles: true}));
+  seen.searchOdd = shown();
+  category.value = "";
+  category.dispatchEvent(new Event("input", {bubbles: true}));
   seen.search = shown();
   text.value = "nowhere";
   text.dispatchEvent(new Event("input", {bubbles: true}));
@@ -90,5 +93,6 @@ def test_filters_width_and_silence(tmp_path, width):
     assert seen["width"] == width and seen["needs"] <= width, "the page must not scroll sideways"
     # wrong before (i % 3 != 0) and right after (i even): 2, 4, 8, 10; none of them odd
     assert (seen["all"], seen["fixed"], seen["fixedOdd"], seen["count"]) == (12, 4, 0, "0 of 12 shown")
-    assert seen["search"] == 0 and seen["emptyNote"], "the category filter still holds"
+    assert (seen["searchOdd"], seen["search"]) == (0, 1), "filters add up, and searching ignores case and order"
+    assert seen["emptyNote"]
     assert seen["images"] and seen["readout"] == "step 2: 0.25"
