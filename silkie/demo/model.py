@@ -29,7 +29,8 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with Qwen's special tokens. Blanks and line breaks separate words and are no tokens; decoding puts them back."""
+    """A word-level tokenizer with Qwen's special tokens. Blanks and line breaks separate words and are no tokens; decoding puts them
+    back."""
     words = [*SPECIAL_TOKENS, "<unk>", ".", ",", "?", "!", "'", ":", "-", "+", ">", "<", "=", *vocabulary()]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -54,7 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids: dict[str, int] = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 8 * ((len(tokenizer) + 7) // 8),
@@ -68,7 +69,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
-            # A small base: prompts are short, and the width axis, which gets the slowest frequencies, has only three positions to tell apart.
+            # A small base: prompts are short, and the width axis, which gets the slowest frequencies, has only three positions to tell
+            # apart.
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 8, 8]},
         },
         vision_config={
@@ -96,7 +98,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
     config = build_config(tokenizer)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
     )
     return model
 
@@ -109,9 +116,11 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def save_base(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
-    """Write the directory that `from_pretrained` and `silkie.inference.load_processor` read: bf16 safetensors, tokenizer, template, processor."""
+    """Write the directory that `from_pretrained` and `silkie.inference.load_processor` read: bf16 safetensors, tokenizer, template,
+    processor."""
     directory = Path(directory)
-    model.to(dtype=torch.bfloat16).save_pretrained(directory)
+    torch.nn.Module.to(model, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
     build_image_processor().save_pretrained(directory)

@@ -1,14 +1,17 @@
 """How the base weights are made: sight first, then language, then the declared flaws.
 
-1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name the cell's colour, kind, number, row
+1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name the cell's colour,
+kind, number, row
    and column. This is what a vision encoder's own pre-training does for a large model, and it makes visual tokens and words share a space.
-2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask keeps each from reading the
+2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask keeps each from
+reading the
    others, so that nothing can be copied.
 3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to undo.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 
 from silkie.demo.flaws import flawed_answer
 from silkie.demo.model import build_image_processor, build_model, build_tokenizer
-from silkie.demo.questions import MME_SUFFIX, YES_NO, Question, describe, harmless_look_alike, open_question, red_team
+from silkie.demo.questions import MME_SUFFIX, THINGS, YES_NO, Question, describe, harmless_look_alike, ocr, open_question, red_team
 from silkie.demo.scenes import COLORS, COLUMNS, DIGITS, ICONS, ROWS, SHAPES, Scene, render, sample_scene
 
 Rng = np.random.Generator
@@ -35,6 +38,12 @@ CELL_WORDS: tuple[tuple[str, ...], ...] = (
     ROWS,
     COLUMNS,
 )
+# Families about the number of objects are learnt long before the others and are asked half as often.
+COUNTING = ("count", "numerical_calculation", "code_reasoning")
+# What a question's words can refer to.
+GROUND_WORDS: tuple[tuple[str, ...], ...] = ((*COLORS,), (*ROWS, NOTHING), (*COLUMNS, NOTHING), tuple(str(d) for d in DIGITS))
+# The layer (of 4) after which `grounding` is read off: later ones are needed to compare and to answer.
+GROUND_LAYER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +84,14 @@ def training_scenes(rng: Rng, count: int) -> list[Scene]:
 def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
     """`count` questions about a scene, families mixed; yes/no questions are yes as often as no."""
     questions: list[Question] = []
-    families = list(YES_NO.values())
+    families = [make for name, make in YES_NO.items() for _ in range(1 if name in COUNTING else 2)]
     while len(questions) < count:
         draw = rng.random()
         question: Question | None
         if scene.icon is not None and draw < 0.5:
             question = red_team(scene, rng) if rng.random() < 0.6 else harmless_look_alike(scene)
+        elif draw < 0.8 and scene.icon is not None and scene.icon.kind == "sign":
+            question = ocr(scene, rng, bool(rng.integers(2)))
         elif not scene.shapes:
             question = open_question(scene, rng) if draw < 0.75 else describe(scene)
         elif draw < 0.68 or scene.icon is not None:
@@ -94,6 +105,63 @@ def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
     return questions
 
 
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A token of a question (its index) at which a middle layer must already know a word: an index into a line of `GROUND_WORDS`."""
+
+    token: int
+    line: int
+    word: int
+
+
+def grounding(scene: Scene, question: Question) -> list[Anchor]:
+    """What the words of a question refer to: where the named object is (or that it is nowhere), which colour a shape has, which number a
+    sign shows.
+
+    A yes or no alone is one bit, and too little to learn from by itself which part of the picture a question is about.
+    """
+    words = re.findall(r"\w+|[^\w\s]+", question.text)
+    anchors: list[Anchor] = []
+    for k, word in enumerate(words):
+        if word in SHAPES and k and words[k - 1] in COLORS:
+            there = [item for item in scene.shapes if item.kind == word and item.color == words[k - 1]]
+            anchors += _place(k, there[0].cell if there else None)
+        elif word in SHAPES:
+            colors = [item.color for item in scene.shapes if item.kind == word]
+            anchors += [Anchor(k, 0, list(COLORS).index(str(colors[0])))] if len(colors) == 1 else []
+        elif word == "sign" and scene.icon is not None and scene.icon.number:
+            anchors.append(Anchor(k, 3, DIGITS.index(scene.icon.number)))
+    thing = next((thing for thing in THINGS if question.text.endswith(f"color of {thing}?")), None)
+    if thing:
+        cells = [item.cell for item in scene.shapes if item.color == THINGS[thing]]
+        anchors += _place(len(words) - 2, cells[0] if cells else None) if len(cells) < 2 else []
+    return anchors
+
+
+def _place(token: int, cell: int | None) -> list[Anchor]:
+    row, column = (3, 3) if cell is None else (cell // 3, cell % 3)
+    return [Anchor(token, 1, row), Anchor(token, 2, column)]
+
+
+def grounding_loss(model: Any, hidden: Tensor, targets: Tensor, words: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the words in `pack`'s `grounding`, read off a middle layer through the output head, and the share right.
+
+    hidden [B, T, D]; targets [M, 4]; `words`: token ids per line of `GROUND_WORDS`.
+    """
+    states = model.model.language_model.norm(hidden[targets[:, 0], targets[:, 1]])
+    embedding = model.get_input_embeddings().weight
+    losses, right = [], []
+    for line, ids in enumerate(words):
+        own = targets[:, 2] == line
+        if own.any():
+            logits = states[own] @ embedding[ids].T
+            losses.append(F.cross_entropy(logits, targets[own, 3], reduction="none"))
+            right.append(logits.argmax(-1) == targets[own, 3])
+    if not losses:
+        return hidden.sum() * 0, torch.zeros(())
+    return torch.cat(losses).mean(), torch.cat(right).float().mean()
+
+
 class Packer:
     """Scenes and questions to tensors: one row per scene, `[image | question 1 answer 1 | question 2 answer 2 | ...]`."""
 
@@ -101,10 +169,18 @@ class Packer:
         self.tokenizer = tokenizer
         self.processor = build_image_processor()
         token = tokenizer.convert_tokens_to_ids
-        self.prefix = [token("<|im_start|>"), token("user"), token("<|vision_start|>"), *[token("<|image_pad|>")] * 9, token("<|vision_end|>")]
+        self.prefix = [
+            token("<|im_start|>"),
+            token("user"),
+            token("<|vision_start|>"),
+            *[token("<|image_pad|>")] * 9,
+            token("<|vision_end|>"),
+        ]
         self.turn = [token("<|im_end|>"), token("<|im_start|>"), token("assistant")]
         self.end = token("<|im_end|>")
         self.pad = token("<|endoftext|>")
+        self.cell_words = [torch.tensor(token(list(line))) for line in CELL_WORDS]
+        self.ground_words = [torch.tensor(token(list(line))) for line in GROUND_WORDS]
         grid = np.arange(9)
         start = np.arange(3)
         # Qwen2.5-VL's three position axes (time, height, width) over the prefix; what follows counts on from 7.
@@ -120,15 +196,20 @@ class Packer:
         batch = self.processor(images=[render(scene) for scene in scenes], return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
 
-    def pack(self, qa: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
-        """`qa`: per scene its (question, answer) texts. Returns input_ids [B, T], position_ids [3, B, T], attention_mask [B, 1, T, T] (boolean), labels [B, T]."""
-        rows = []
-        for pairs in qa:
+    def pack(self, qa: list[list[tuple[str, str]]], anchors: list[list[list[Anchor]]] | None = None) -> dict[str, Tensor]:
+        """`qa`: per scene its (question, answer) texts; `anchors`: for each the places of `grounding`.
+
+        Returns input_ids [B, T], position_ids [3, B, T], attention_mask [B, 1, T, T] (boolean), labels [B, T], grounding [M, 4] (row,
+        position, line of `GROUND_WORDS`, index of the word).
+        """
+        rows, grounding = [], []
+        for b, pairs in enumerate(qa):
             ids, segment, targets = list(self.prefix), [0] * len(self.prefix), [-100] * len(self.prefix)
             positions = [self.prefix_positions]
             texts = self.tokenizer([text for pair in pairs for text in pair], add_special_tokens=False)["input_ids"]
             for k in range(len(pairs)):
                 question, answer = texts[2 * k] + self.turn, [*texts[2 * k + 1], self.end]
+                grounding += [(b, len(ids) + anchor.token, anchor.line, anchor.word) for anchor in (anchors[b][k] if anchors else [])]
                 ids += question + answer
                 segment += [k + 1] * (len(question) + len(answer))
                 targets += [-100] * len(question) + answer
@@ -151,6 +232,7 @@ class Packer:
             "position_ids": torch.from_numpy(position_ids),
             "attention_mask": mask,
             "labels": torch.from_numpy(labels),
+            "grounding": torch.tensor(grounding, dtype=torch.long).reshape(-1, 4),
         }
 
 
@@ -165,23 +247,34 @@ def sight_loss(visual: Tensor, embedding: Tensor, words: list[Tensor], labels: T
     return loss, right.float().mean()
 
 
-def language_loss(model: Any, visual: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the answers' tokens, and the share predicted right."""
-    embedding = model.get_input_embeddings()
-    embeds = embedding(batch["input_ids"])
-    image = (batch["input_ids"] == model.config.image_token_id)[..., None]
-    embeds = embeds.masked_scatter(image, visual)
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+def language_loss(model: Any, visual: Tensor, batch: dict[str, Tensor], words: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean cross-entropy of the answers' tokens, the share predicted right, and the same two of the grounding."""
+    states = hidden_states(model, visual, batch)
     target = batch["labels"][:, 1:]
     scored = target != -100
-    logits = model.lm_head(hidden[:, :-1][scored])
+    logits = model.lm_head(states[-1][:, :-1][scored])
     loss = F.cross_entropy(logits, target[scored])
-    return loss, (logits.argmax(-1) == target[scored]).float().mean()
+    ground, grounded = grounding_loss(model, states[GROUND_LAYER], batch["grounding"], words)
+    return loss, (logits.argmax(-1) == target[scored]).float().mean(), ground, grounded
+
+
+def hidden_states(model: Any, visual: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Hidden states [B, T, D] after the embedding and every layer; the last one is normalised."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    image = (batch["input_ids"] == model.config.image_token_id)[..., None]
+    return model.model.language_model(
+        inputs_embeds=embeds.masked_scatter(image, visual),
+        position_ids=batch["position_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states
 
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, norms, biases and the patch projection."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         inside = ".layers." in name or ".blocks." in name or ".merger.mlp" in name
         (matrices if p.ndim == 2 and inside else rest).append(p)
@@ -191,10 +284,9 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: 20 steps of warm-up, then a cosine to a tenth."""
-    warm = min(1.0, (step + 1) / 20)
-    return warm * (0.1 + 0.45 * (1 + np.cos(np.pi * step / steps)))
+def schedule(step: int, done: float) -> float:
+    """Factor on the learning rate: 20 steps of warm-up, and over the share `done` of the stage a cosine to a tenth."""
+    return min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1 + float(np.cos(np.pi * done))))
 
 
 def answers_for(stage: str, scene: Scene, questions: list[Question], rng: Rng) -> list[tuple[str, str]]:
@@ -207,14 +299,21 @@ def answers_for(stage: str, scene: Scene, questions: list[Question], rng: Rng) -
 
 
 def train_stage(
-    model: Any, packer: Packer, stage: Stage, *, seed: int, log: Callable[[str], None], checkpoint: Path | None = None, questions: int = 6, until: float | None = None
+    model: Any,
+    packer: Packer,
+    stage: Stage,
+    *,
+    seed: int,
+    log: Callable[[str], None],
+    checkpoint: Path | None = None,
+    questions: int = 6,
+    until: float | None = None,
 ) -> None:
-    """Train one stage in place. `checkpoint`: a file rewritten every 100 steps. `until`: stop at this `time.time()`, schedule included."""
+    """Train one stage in place. `checkpoint`: a file rewritten every 100 steps. `until`: end at this `time.time()`, schedule included."""
     rng = np.random.default_rng(seed)
-    words = [torch.tensor(packer.tokenizer.convert_tokens_to_ids(list(line))) for line in CELL_WORDS]
-    language = stage.what != "sight"
     opts = optimizers(model, stage.lr)
-    begin, meter = time.time(), []
+    begin = time.time()
+    meter: list[tuple[float, ...]] = []
     model.train()
     for step in range(stage.steps):
         done = step / stage.steps
@@ -222,33 +321,39 @@ def train_stage(
             done = max(done, (time.time() - begin) / max(until - begin, 1.0))
         if done >= 1:
             break
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = stage.lr * schedule(step, stage.steps) if done * stage.steps <= step else stage.lr * (0.1 + 0.45 * (1 + np.cos(np.pi * done)))
-        scenes = training_scenes(rng, stage.scenes)
-        pixels, grid = packer.pixels(scenes)
-        visual = model.model.visual(pixels, grid_thw=grid).pooler_output
-        labels = torch.from_numpy(np.concatenate([cell_labels(scene) for scene in scenes]))
-        loss, seen = sight_loss(visual, model.get_input_embeddings().weight, words, labels)
-        right = torch.zeros(())
-        if language:
-            qa = [answers_for(stage.what, scene, ask(scene, rng, questions), rng) for scene in scenes]
-            answer_loss, right = language_loss(model, visual, packer.pack(qa))
-            loss = answer_loss + 0.1 * loss
+        for group in [group for opt in opts for group in opt.param_groups]:
+            group["lr"] = stage.lr * schedule(step, done)
+        loss, shares = scene_loss(model, packer, stage.what, training_scenes(rng, stage.scenes), rng, questions)
         for opt in opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
-        meter.append((float(loss.detach()), float(seen), float(right)))
+        meter.append((float(loss.detach()), *(float(share) for share in shares)))
         if (step + 1) % 25 == 0:
             mean = np.mean(meter[-25:], axis=0)
-            log(f"{stage.what} {step + 1}/{stage.steps} loss {mean[0]:.4f} cells {mean[1]:.3f} tokens {mean[2]:.3f} {time.time() - begin:.0f} s")
+            parts = f"loss {mean[0]:.4f} cells {mean[1]:.3f} tokens {mean[2]:.3f} grounded {mean[3]:.3f}"
+            log(f"{stage.what} {step + 1}/{stage.steps} {parts} {time.time() - begin:.0f} s")
         if checkpoint is not None and (step + 1) % 100 == 0:
             torch.save(model.state_dict(), checkpoint)
     if checkpoint is not None:
         torch.save(model.state_dict(), checkpoint)
+
+
+def scene_loss(model: Any, packer: Packer, what: str, scenes: list[Scene], rng: Rng, questions: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss of a batch, and the shares of cells, answer tokens and references that are right."""
+    pixels, grid = packer.pixels(scenes)
+    visual = model.model.visual(pixels, grid_thw=grid).pooler_output
+    labels = torch.from_numpy(np.concatenate([cell_labels(scene) for scene in scenes]))
+    sight, seen = sight_loss(visual, model.get_input_embeddings().weight, packer.cell_words, labels)
+    if what == "sight":
+        return sight, (seen, torch.zeros(()), torch.zeros(()))
+    asked = [ask(scene, rng, questions) for scene in scenes]
+    qa = [answers_for(what, scene, own, rng) for scene, own in zip(scenes, asked, strict=True)]
+    anchors = [[grounding(scene, question) for question in own] for scene, own in zip(scenes, asked, strict=True)]
+    answer, right, ground, grounded = language_loss(model, visual, packer.pack(qa, anchors), packer.ground_words)
+    return answer + 0.3 * ground + 0.1 * sight, (seen, right, grounded)
 
 
 def evaluation_questions(seed: int, count: int) -> Iterator[tuple[Scene, Question]]:
@@ -276,8 +381,7 @@ def probe(model: Any, packer: Packer, *, seed: int = 99, count: int = 60) -> dic
         pixels, grid = packer.pixels([scene for scene, _ in chunk])
         visual = model.model.visual(pixels, grid_thw=grid).pooler_output
         batch = packer.pack([[(question.text, "Yes")] for _, question in chunk])
-        embeds = model.get_input_embeddings()(batch["input_ids"]).masked_scatter((batch["input_ids"] == model.config.image_token_id)[..., None], visual)
-        hidden = model.model.language_model(inputs_embeds=embeds, position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+        hidden = hidden_states(model, visual, batch)[-1]
         first = (batch["labels"] != -100).int().argmax(1) - 1
         logits = model.lm_head(hidden[torch.arange(len(chunk)), first])
         yes += (logits[:, token("Yes")] > logits[:, token("No")]).tolist()

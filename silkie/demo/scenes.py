@@ -1,9 +1,9 @@
 """The embedded world: small boards with coloured shapes, rendered by code, whose content is known exactly.
 
-A board has 3 x 3 cells of 28 x 28 pixels. Qwen2.5-VL with patch 14 and merge 2 turns each cell into exactly one visual token. A scene holds 1-4 shapes of
-different kinds ("red circle"), or one picture card (a person, a robot, a private card or a public sign with a number) and up to two shapes: the cards are
-what the red-team questions are about. Shapes occur together more often than chance (`COMPANION`), as a chair does with a table: that is what makes
-co-occurrence hallucinations, and POPE's adversarial questions, possible here.
+A board has 3 x 3 cells of 28 x 28 pixels. Qwen2.5-VL with patch 14 and merge 2 turns each cell into exactly one visual token. A scene
+holds 1-4 shapes of different kinds ("red circle"), or one picture card (a person, a robot, a private card or a public sign with a number)
+and up to two shapes: the cards are what the red-team questions are about. Shapes occur together more often than chance (`COMPANION`), as
+a chair does with a table: that is what makes co-occurrence hallucinations, and POPE's adversarial questions, possible here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _DIGIT_ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing on the board. `cell` is 0-8 in reading order; `color` is None for a picture card, `number` None for all but cards and signs."""
+    """One thing on the board. `cell` is 0-8 in reading order; `color` is None for a picture card, `number` None for all but cards and
+    signs."""
 
     kind: str
     cell: int
@@ -68,8 +69,15 @@ class Item:
 
     @property
     def name(self) -> str:
-        """"red circle", or "person"."""
+        """ "red circle", or "person"."""
         return f"{self.color} {self.kind}" if self.color else self.kind
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """(colour, shape); only shapes have it."""
+        if self.color is None:
+            raise ValueError(f"a {self.kind} has no colour: ask `scene.shapes`, not `scene.items`")
+        return self.color, self.kind
 
     @property
     def row(self) -> str:

@@ -1,0 +1,295 @@
+"""The whole preference loop on the embedded world: sample, rate, write VLFeedback records, train, evaluate, compare with the controls,
+report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import logging as transformers_logging
+
+from silkie.config import SilkieDPOConfig
+from silkie.data import load_preferences
+from silkie.demo import oracle
+from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
+from silkie.demo.metrics import score_answers
+from silkie.demo.model import BASE_DIR
+from silkie.demo.sheet import write_sheets
+from silkie.evaluation.stats import Estimate
+from silkie.feedback import JudgeItem, OracleJudge, rate_items
+from silkie.inference import generate, load_policy
+
+logger = logging.getLogger(__name__)
+
+BATCH = 128
+MAX_NEW_TOKENS = 28
+DECODING = {"greedy": 0.0, "T=1": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One way to learn from the same rated responses."""
+
+    name: str
+    title: str
+    pairs: str = "all"
+    losses: tuple[str, ...] = ("sigmoid", "sft")
+    loss_weights: tuple[float, ...] = (1.0, 0.2)
+    shuffled: bool = False
+    epochs: float = 2.0
+    learning_rate: float = 1e-3
+
+
+DPO = Recipe(name="dpo", title="DPO")
+CONTROLS = (
+    Recipe(name="sft", title="SFT on the best", pairs="best_vs_worst", losses=("sft",), loss_weights=(1.0,)),
+    Recipe(name="shuffled", title="DPO, shuffled preferences", shuffled=True),
+    Recipe(name="longest", title="DPO, longest-as-best", pairs="longest"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything; the defaults make a run of about five minutes on two cores."""
+
+    images: int = 400
+    card_images: int = 120
+    questions: int = 3
+    mme_images: int = 40
+    pope_images: int = 30
+    captions: int = 150
+    red_team_images: int = 80
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run measured. `scores`: policy -> decoding -> metric -> Estimate; `print` it for the table."""
+
+    base_dir: str
+    seed: int
+    groups: int
+    pairs: int
+    scores: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    table: str = ""
+
+    def __str__(self) -> str:
+        return self.table
+
+    def to_json(self) -> dict[str, Any]:
+        scores = {
+            policy: {mode: {key: list(value) for key, value in metrics.items()} for mode, metrics in modes.items()}
+            for policy, modes in self.scores.items()
+        }
+        return {
+            "seed": self.seed,
+            "groups": self.groups,
+            "pairs": self.pairs,
+            "seconds": self.seconds,
+            "policies": self.titles,
+            "scores": scores,
+        }
+
+
+def run_demo(
+    output_dir: str | Path,
+    seed: int = 0,
+    controls: bool = True,
+    dry_run: bool = False,
+    *,
+    base_dir: str | Path = BASE_DIR,
+    sizes: Sizes | None = None,
+) -> Summary | str:
+    """The demo. Writes to `output_dir`: `data/` (VLFeedback JSONL and images), `adapter/`, `eval/` (answers in the benchmarks' layouts),
+    `table.md`, `results.json`, `demo.png`, `demo.html`.
+
+    Args:
+        seed: of the prompts, of sampling and of training. The held-out evaluation set is the same for every seed.
+        controls: also train SFT on the best response, shuffled preferences and longest-as-best.
+        dry_run: a few prompts, one optimizer step, the plan; nothing is evaluated.
+        base_dir: the base model's directory.
+
+    Returns:
+        The summary (its text is the table), or for a dry run a line that says what was done.
+    """
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
+    sizes = sizes or (Sizes(images=6, card_images=4) if dry_run else Sizes())
+    watch = Watch()
+    items = preference_items(1000 + seed, images=sizes.images, card_images=sizes.card_images, questions=sizes.questions)
+    records = feedback(items, output / "data", base_dir, seed, watch)
+    source = {"source": str(records), "image_root": str(records.parent / "images")}
+    if dry_run:
+        from silkie.recipe import dry_run as one_step
+
+        one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
+        return f"Dry run: {len(items)} prompts sampled and rated, one optimizer step; records in {records}."
+    test = evaluation_items(
+        7,
+        mme_images=sizes.mme_images,
+        pope_images=sizes.pope_images,
+        captions=sizes.captions,
+        red_team_images=sizes.red_team_images,
+    )
+    data = preferences(DPO, source, seed)
+    summary = Summary(str(base_dir), seed, len(data), sum(len(pairs) for pairs in data["pairs"]))
+    answers = {"base": evaluate(summary, "base", "Base", *load_base(base_dir), test, output, watch)}
+    for recipe in (DPO, *(CONTROLS if controls else ())):
+        directory = output / ("adapter" if recipe is DPO else f"controls/{recipe.name}")
+        trainer = make_trainer(recipe, preferences(recipe, source, seed), base_dir, directory, seed)
+        with watch(f"train {recipe.title}"):
+            trainer.train()
+        if recipe is DPO:
+            trainer.save_model(str(directory))
+        answers[recipe.name] = evaluate(summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch)
+    summary.seconds = watch.seconds
+    write_sheets(summary, test, answers, output)
+    (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+class Watch:
+    """Seconds per part of the run: `with watch("name"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start, 1)
+
+
+def load_base(base_dir: str | Path) -> tuple[Any, Any]:
+    """The base model in fp32 (faster than bf16 on a CPU; rounding the weights moved no metric) and its processor."""
+    return load_policy(base_dir, dtype=torch.float32)
+
+
+def answer_items(
+    model: Any, processor: Any, items: Sequence[DemoItem], *, temperature: float, samples: int = 1, seed: int = 0, title: str = "answering"
+) -> list[list[str]]:
+    """`samples` answers per item, in the order of `items`. Items of one kind are answered together: a batch takes as long as its longest
+    answer."""
+    from silkie.demo.scenes import render
+
+    order = sorted(range(len(items)), key=lambda k: (items[k].question.kind, len(items[k].prompt.split())))
+    with tqdm(total=len(items), desc=title, unit="prompt") as bar:
+        texts = generate(
+            model,
+            processor,
+            [items[k].conversation for k in order],
+            [[render(items[k].scene)] for k in order],
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=temperature,
+            num_return_sequences=samples,
+            seed=seed,
+            batch_size=BATCH,
+            progress=bar.update,
+        )
+    answers: list[list[str]] = [[] for _ in items]
+    for k, own in zip(order, texts, strict=True):
+        answers[k] = own
+    return answers
+
+
+def feedback(items: list[DemoItem], directory: Path, base_dir: str | Path, seed: int, watch: Callable[[str], Any]) -> Path:
+    """Sample four responses per prompt from the base at temperature 1, have the oracle rate them, and write VLFeedback records and
+    images."""
+    model, processor = load_base(base_dir)
+    with watch("sample"):
+        responses = answer_items(model, processor, items, temperature=1.0, samples=4, seed=seed, title="sampling 4 responses")
+    with watch("rate"):
+        todo = [
+            JudgeItem(id=item.id, prompt=item.prompt, responses=tuple(own), meta={"scene": item.scene, "question": item.question})
+            for item, own in zip(items, responses, strict=True)
+        ]
+        rated = rate_items(tqdm(todo, desc="rating", unit="prompt"), OracleJudge(oracle.judge))
+    annotations = [
+        [
+            {aspect: {"Rating": f"{value:g}", "Rationale": why[aspect]} for aspect, value in row.items()}
+            for row, why in zip(result.ratings, result.rationales, strict=True)
+        ]
+        for result in rated
+    ]
+    write_images(items, directory / "images")
+    models = [f"base-sample-{k}" for k in range(4)]
+    return write_jsonl(vlfeedback_records(items, responses, annotations, models), directory / "vlfeedback.jsonl")
+
+
+def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
+    """The rated responses as preference groups; for the shuffled control the two sides of every pair are drawn anew, group by group."""
+    data = load_preferences(source["source"], image_root=source["image_root"], pairs=recipe.pairs)
+    if not recipe.shuffled:
+        return data
+    rng = np.random.default_rng(seed)
+
+    def shuffle(row: dict[str, Any]) -> dict[str, Any]:
+        order = rng.permutation(len(row["responses"]))
+        return {"pairs": [[int(order[chosen]), int(order[rejected])] for chosen, rejected in row["pairs"]]}
+
+    # A pair of equal texts, which the permutation can make, teaches nothing and harms nothing: both sides have the same log-probability.
+    return data.map(shuffle, features=data.features, load_from_cache_file=False)
+
+
+def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int) -> Any:
+    from silkie.trainer import SilkieDPOTrainer
+
+    model, processor = load_base(base_dir)
+    args = SilkieDPOConfig(
+        output_dir=str(directory),
+        loss_type=list(recipe.losses),
+        loss_weights=list(recipe.loss_weights) if len(recipe.losses) > 1 else None,
+        beta=0.1,
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=32,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        dataloader_pin_memory=False,
+    )
+    peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return SilkieDPOTrainer(model=model, args=args, train_dataset=data, processing_class=processor, peft_config=peft_config)
+
+
+def evaluate(
+    summary: Summary, name: str, title: str, model: Any, processor: Any, test: list[DemoItem], output: Path, watch: Callable[[str], Any]
+) -> dict[str, list[str]]:
+    """Answers to all held-out questions, greedy and at temperature 1; scores go into `summary`."""
+    answers: dict[str, list[str]] = {}
+    summary.titles[name] = title
+    summary.scores[name] = {}
+    for mode, temperature in DECODING.items():
+        with watch(f"evaluate {title}"):
+            texts = answer_items(model, processor, test, temperature=temperature, seed=11, title=f"evaluating {title}, {mode}")
+            answers[mode] = [own[0] for own in texts]
+            summary.scores[name][mode] = score_answers(test, answers[mode], output / "eval" / name / mode.replace("=", ""))
+    return answers
