@@ -88,7 +88,7 @@ def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
     inside = (column >= 0) & (column < tile.shape[1])
     index = column.clamp(0, tile.shape[1] - 1)[:, None]
     old = tile.gather(1, index)
-    new = torch.as_tensor(value, dtype=tile.dtype, device=tile.device).expand(len(column))[:, None]
+    new = value[:, None] if isinstance(value, Tensor) else torch.full_like(old, value)
     tile.scatter_(1, index, torch.where(inside[:, None], new, old))
 
 
