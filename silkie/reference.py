@@ -170,6 +170,8 @@ class ReferenceStore:
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = (self.directory / f"{platform.node()}-{os.getpid()}.jsonl").open("a")
+            if self._file.tell():  # a process of the same number wrote here before; it may have been killed in the middle of a line
+                self._file.write("\n")
         self.values[key] = values
         packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in values]
         self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")

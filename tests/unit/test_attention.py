@@ -1,0 +1,105 @@
+"""Backends: what they make of a batch, and the errors of those that cannot run."""
+
+import pytest
+import torch
+
+from silkie.attention import IMPLEMENTATIONS, Attention, flex, varlen, why_not_available
+from silkie.packing import visible
+from tests.support.families import family_model
+from tests.support.tiny import tiny_model
+from tests.unit.test_packing import build, pack
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def batch(per_row=None, sizes=((5, [3, 2, 4]), (3, [1, 2]), (4, [2, 2]))):
+    packed = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
+    return {name: getattr(packed, name) for name in ("group_ids", "segment_ids", "logical_positions", "token_types")}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("per_row", [1, 2, None])
+def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
+    one = batch(per_row)
+    b, t = one["segment_ids"].shape
+    torch.manual_seed(0)
+    query, key, value = torch.randn(b, 4, t, 8).double(), torch.randn(b, 2, t, 8).double(), torch.randn(b, 2, t, 8).double()
+    mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
+    truth = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    plan = varlen.segment_plan(one["group_ids"], one["segment_ids"], window=window)
+    blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
+    module = torch.nn.Identity()
+    real = (one["segment_ids"] >= 0)[..., None, None]  # varlen lets the padding of a row see itself as a sequence
+    for attend, plan_or_blocks in ((varlen.attention, plan), (flex.attention, blocks)):
+        found, _ = attend(module, query, key, value, plan_or_blocks)
+        assert ((found - truth) * real).abs().max() < 1e-12
+
+
+def test_a_plan_gathers_the_prompt_and_the_own_keys():
+    plan = varlen.segment_plan(torch.tensor([[0, 0, 0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 2, 0, 1]]))
+    assert plan.as_subclass(torch.Tensor).flatten().tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 4, 5]
+    assert plan.cu_queries.tolist() == [0, 2, 3, 4, 5, 6] and plan.cu_keys.tolist() == [0, 2, 5, 8, 9, 11]
+    assert (plan.longest_query, plan.longest_key) == (2, 3)
+
+
+def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
+    one = batch()
+    t = one["segment_ids"].shape[1]
+    query = torch.randn(1, 2, t, 8, requires_grad=True)
+    blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"])
+    with pytest.raises(RuntimeError, match="no backward pass on the CPU"):
+        flex.attention(torch.nn.Identity(), query, query, query, blocks)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
+def test_varlen_refuses_what_it_cannot_do(option):
+    one = batch()
+    query = torch.randn(1, 2, one["segment_ids"].shape[1], 8)
+    plan = varlen.segment_plan(one["group_ids"], one["segment_ids"])
+    with pytest.raises(ValueError, match=next(iter(option))):
+        varlen.attention(torch.nn.Identity(), query, query, query, plan, **option)
+
+
+def test_eager_masks_are_float_and_sdpa_masks_boolean():
+    config = tiny_model().config
+    dense = {name: Attention(backend=name, layout="packed").inputs(config, batch(1))["attention_mask"] for name in ("sdpa", "eager")}
+    assert dense["sdpa"].dtype is torch.bool and dense["eager"].dtype is torch.float32
+    assert ((dense["eager"] == 0) == dense["sdpa"]).all() and dense["eager"].min() < -1e30
+
+
+def test_a_model_with_sliding_layers_gets_a_mask_per_layer_type():
+    masks = Attention(backend="sdpa", layout="packed").inputs(family_model("gemma3").config, batch(1))["attention_mask"]
+    assert set(masks) == {"full_attention", "sliding_attention"}
+    assert masks["full_attention"].sum() > masks["sliding_attention"].sum()
+
+
+def test_the_reference_pass_reuses_the_plan_of_the_policy_pass():
+    one, attention, config = batch(), Attention(backend="varlen", layout="packed"), tiny_model().config
+    assert attention.inputs(config, one)["attention_mask"] is attention.inputs(config, one)["attention_mask"]
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_generation_and_rows_work_whatever_backend_is_set(backend):
+    """Padding on the left and a plain 2-D mask, as `generate` passes it."""
+    model = tiny_model()
+    ids = torch.randint(8, 40, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        truth = model(input_ids=ids, attention_mask=mask).logits
+        model.set_attn_implementation({"text_config": IMPLEMENTATIONS[backend]})
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        assert (model(input_ids=ids, attention_mask=mask).logits - truth)[mask.bool()].abs().max() < 1e-5
+
+
+def test_why_not_available(monkeypatch):
+    qwen, gemma = tiny_model().config, family_model("gemma3").config
+    assert why_not_available("sdpa", qwen, CPU) is None
+    assert "needs a CUDA device, this run is on cpu" in why_not_available("flex", qwen, CPU)
+    assert why_not_available("flex", gemma, CUDA) is None
+    assert "both directions" in why_not_available("varlen", gemma, CUDA)
+    monkeypatch.setattr(varlen, "_flash_attn_installed", lambda: False)
+    monkeypatch.setattr(varlen, "_torch_has_varlen", lambda: False)
+    assert "pip install flash-attn" in why_not_available("varlen", qwen, CUDA)
+    monkeypatch.setattr(varlen, "_flash_attn_installed", lambda: True)
+    assert why_not_available("varlen", qwen, CUDA) is None

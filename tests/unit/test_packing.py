@@ -1,0 +1,98 @@
+"""Rows of packed groups and their visibility, against a slow definition written token by token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from silkie.packing import PromptAndResponses, pack, visible
+
+SIZES = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4)
+MANY = settings(max_examples=60, deadline=None)
+
+
+def build(sizes, channels=3):
+    """Token ids are unique numbers, so that every place can be named."""
+    out, next_id = [], 1
+    for prompt, responses in sizes:
+
+        def take(n):
+            nonlocal next_id
+            next_id += n
+            return torch.arange(next_id - n, next_id)
+
+        positions = torch.arange(prompt).expand(channels, -1) // 2  # as after an image: the largest position is below the length
+        out.append(
+            PromptAndResponses(
+                prompt_ids=take(prompt),
+                prompt_positions=positions,
+                token_types=torch.zeros(prompt, dtype=torch.long),
+                responses=[take(n) for n in responses],
+            )
+        )
+    return out
+
+
+@MANY
+@given(SIZES, st.sampled_from([1, 2, None]), st.sampled_from(["packed", "rows"]))
+def test_every_scored_token_is_predicted_by_the_token_before_it(sizes, per_row, layout):
+    groups = build(sizes)
+    batch = pack(groups, layout, pad_id=0, groups_per_row=per_row)
+    flat, expected = batch.input_ids.flatten(), []
+    for group in groups:
+        for response in group.responses:
+            expected += list(zip([int(group.prompt_ids[-1]), *response[:-1].tolist()], response.tolist(), strict=True))
+    assert list(zip(flat[batch.gather].tolist(), batch.target.tolist(), strict=True)) == expected
+    owners = [r for r, n in enumerate(len(r) for g in groups for r in g.responses) for _ in range(n)]
+    assert batch.owner.tolist() == owners
+
+
+@MANY
+@given(SIZES, st.sampled_from([1, 2, None]))
+def test_positions_restart_after_the_prompt(sizes, per_row):
+    groups = build(sizes)
+    batch = pack(groups, "packed", pad_id=0, groups_per_row=per_row)
+    for group in groups:
+        restart = int(group.prompt_positions.max()) + 1
+        for response in group.responses:
+            for step, token in enumerate(response.tolist()):
+                place = batch.input_ids == token
+                assert batch.position_ids[:, place].flatten().tolist() == [restart + step] * 3
+                assert batch.logical_positions[place].item() == len(group.prompt_ids) + step
+
+
+@MANY
+@given(SIZES, st.sampled_from([1, None]), st.sampled_from([None, 2, 3]))
+def test_a_token_sees_its_prompt_and_the_earlier_of_its_own_response(sizes, per_row, window):
+    groups = build(sizes)
+    batch = pack(groups, "packed", pad_id=0, groups_per_row=per_row)
+    mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, window=window)[:, 0]
+    sequences = [[*g.prompt_ids.tolist(), *r.tolist()] for g in groups for r in g.responses]
+    for b, row in enumerate(batch.input_ids.tolist()):
+        for q, query in enumerate(row):
+            seen = {row[k] for k in range(len(row)) if mask[b, q, k]}
+            if query == 0:
+                assert mask[b, q].nonzero().flatten().tolist() == [q]  # padding sees itself
+                continue
+            sequence = next(s for s in sequences if query in s)
+            at = sequence.index(query)
+            assert seen == set(sequence[max(0, at - window + 1) if window else 0 : at + 1])
+
+
+def test_image_blocks_see_both_ways_within_their_group_and_window():
+    batch = pack(build([(4, [2]), (3, [1])]), "packed", pad_id=0, groups_per_row=None)
+    blocks = torch.tensor([[-1, 0, 0, 0, -1, -1, 0, -1, -1, -1]])  # the number 0 again in the second group: other groups stay hidden
+    mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks)[0, 0]
+    assert mask[1, 3] and mask[3, 1] and not mask[1, 6] and not mask[0, 1]
+    narrow = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks, window=2)[0, 0]
+    assert narrow[1, 2] and not narrow[1, 3]
+
+
+def test_rows_hold_each_response_once_not_once_per_pair():
+    batch = pack(build([(3, [1, 2, 2, 1])]), "rows", pad_id=0)
+    assert batch.input_ids.shape == (4, 5) and batch.row_groups == [[0]] * 4
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match="'packed' or 'rows', not 'dense'"):
+        pack(build([(1, [1])]), "dense", pad_id=0)

@@ -1,0 +1,91 @@
+"""Batches of groups: every group once, the budget held, deterministic, the same number of batches in every epoch."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from silkie.sampler import _COST_STEP, GroupBatchSampler, WithEmptyGroups
+
+COSTS = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
+BUDGET = st.one_of(st.none(), st.integers(64, 8000))
+MANY = settings(max_examples=200, deadline=None)
+
+
+def sampler(costs, budget, **more):
+    return GroupBatchSampler(costs, **{"batch_size": 3, "max_tokens": budget, **more})
+
+
+def epoch(source, number):
+    source.set_epoch(number)
+    return list(source)
+
+
+@MANY
+@given(COSTS, BUDGET, st.integers(1, 4), st.integers(0, 5), st.booleans())
+def test_every_group_comes_exactly_once_and_every_rank_has_as_many_batches(costs, budget, world, seed, padded):
+    source = sampler(costs, budget, world=world, seed=seed, padded=padded)
+    for number in range(3):
+        batches = epoch(source, number)
+        real = [i for batch in batches for i in batch if i < len(costs)]
+        assert sorted(real) == list(range(len(costs)))
+        assert len(batches) == len(source) and len(batches) % world == 0
+        assert all(batches)
+        copies = [i for batch in batches for i in batch if i >= len(costs)]
+        assert len(copies) < world  # at most one round is filled up
+
+
+@MANY
+@given(COSTS, st.integers(64, 8000), st.booleans())
+def test_the_budget_is_held(costs, budget, padded):
+    for batch in sampler(costs, budget, padded=padded):
+        cost = [costs[i] for i in batch]
+        total = max(cost) * len(cost) if padded else sum(cost)
+        assert total <= budget or len(batch) == 1
+
+
+@MANY
+@given(COSTS, BUDGET, st.integers(0, 3))
+def test_it_depends_on_seed_and_epoch_alone(costs, budget, seed):
+    assert epoch(sampler(costs, budget, seed=seed), 2) == epoch(sampler(costs, budget, seed=seed), 2)
+
+
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_epochs_and_seeds_differ(budget):
+    costs = [100 + i for i in range(50)]
+    source = sampler(costs, budget)
+    orders = [epoch(source, 0), epoch(source, 1), epoch(sampler(costs, budget, seed=1), 0)]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_groups_of_a_batch_cost_about_the_same():
+    costs = [100, 3000] * 20
+    for batch in sampler(costs, 6400):
+        assert max(costs[i] for i in batch) - min(costs[i] for i in batch) < _COST_STEP or len(batch) == 1
+
+
+def test_batches_of_a_round_cost_about_the_same():
+    """Ranks wait for the slowest: neighbours in cost go together."""
+    costs = [10 * i + 50 for i in range(64)]
+    batches = list(sampler(costs, 2000, world=2))
+    for a, b in zip(batches[::2], batches[1::2], strict=True):
+        top = [max(costs[i] for i in batch) * len(batch) for batch in (a, b)]
+        assert max(top) <= 2000 and min(top) > 0.4 * max(top)
+
+
+def test_a_budget_uses_most_of_itself():
+    costs = [300] * 100
+    sizes = [len(batch) for batch in sampler(costs, 3200)]
+    assert sum(sizes) == 100 and sorted(sizes)[1] == 3200 // 320
+
+
+def test_copies_that_fill_a_round_weigh_nothing():
+    rows = [{"pairs": [[0, 1], [1, 2]], "pair_weights": [2.0, 1.0]}]
+    filled = WithEmptyGroups(rows)
+    assert filled[0]["pair_weights"] == [2.0, 1.0]
+    assert filled[1] == {"pairs": [[0, 1], [1, 2]], "pair_weights": [0.0, 0.0]}
+    assert rows[0]["pair_weights"] == [2.0, 1.0]
+
+
+def test_an_impossible_budget_is_refused():
+    with pytest.raises(ValueError, match="max_tokens_per_batch must be positive"):
+        sampler([1], 0)
