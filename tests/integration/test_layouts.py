@@ -1,0 +1,192 @@
+"""Which layout runs and why, the self-test at start-up, and the vision tower once per step."""
+
+import logging
+import types
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, Image, List
+from peft import LoraConfig, get_peft_model
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.attention import api
+from silkie.layout import LayoutMismatch, choose_layout
+from silkie.models import backbone, vision_parameters
+from silkie.packing import visible
+from tests.support.data import dataset, group, mixed_groups
+from tests.support.families import FAMILIES, QWEN, family_model, family_processor
+from tests.support.scoring import gradients, groups, score, stock_logps
+from tests.support.tiny import SPECIAL, image, tiny_model, tiny_processor, tiny_tokenizer
+
+
+def make(tmp_path, model=None, data=None, peft=True, **options):
+    arguments = dict(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+        logging_steps=1,
+    )
+    return SilkieDPOTrainer(
+        model if model is not None else tiny_model(), args=SilkieDPOConfig(**{**arguments, "per_device_train_batch_size": 4, **options}),
+        train_dataset=data if data is not None else dataset(), processing_class=tiny_processor(), peft_config=LoraConfig(r=4) if peft else None,
+    )  # fmt: skip
+
+
+def linear_attention_model():
+    """Qwen3.5: three linear-attention layers, whose state runs through a whole row, and one of full attention."""
+    tok = tiny_tokenizer()
+    ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
+    text = dict(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, eos_token_id=ids["<|im_end|>"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    vision = dict(
+        depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=14, num_position_embeddings=256
+    )
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def test_linear_attention_is_refused_by_name_and_trains_in_rows(tmp_path, caplog):
+    with pytest.raises(ValueError, match="qwen3_5"):
+        make(tmp_path, linear_attention_model(), layout="packed")
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        trainer = make(tmp_path, linear_attention_model(), layout="auto")
+        trainer.train()
+    assert trainer.choice.layout == "rows"
+    assert "layout: rows (" in caplog.text and "qwen3_5" in caplog.text
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def choose(config, **options):
+    return choose_layout(
+        config, types.SimpleNamespace(**{"layout": "auto", "attention_backend": "auto", "device": torch.device("cpu"), **options})
+    )
+
+
+@pytest.mark.parametrize("layers", [["linear_attention", "full_attention"], ["chunked_attention", "full_attention"]])
+def test_other_layers_of_a_known_family_are_refused_by_name(layers):
+    config = tiny_model().config
+    config.text_config.layer_types = layers
+    assert choose(config).layout == "rows" and layers[0] in choose(config).reason
+    with pytest.raises(ValueError, match=layers[0]):
+        choose(config, layout="packed")
+
+
+@pytest.mark.parametrize("family", [*QWEN, *FAMILIES])
+def test_supported_families_are_packed_with_sdpa(family):
+    choice = choose(family_model(family).config)
+    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", "sdpa", 1)
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_backends_for_cuda_are_an_error_elsewhere(tmp_path, backend):
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        make(tmp_path, attention_backend=backend)
+
+
+def test_the_log_says_what_runs_and_why(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        make(tmp_path).train()
+    for line in (
+        "layout: packed (qwen2_5_vl has only full",
+        "attention: sdpa (exact on every device",
+        "self-test: packed equals separate",
+        "encoded once",
+    ):
+        assert line in caplog.text
+
+
+def everything_visible(*args, **kwargs):
+    """A broken mask: causal along the row, siblings and all."""
+    return torch.ones_like(visible(*args, **kwargs)).tril()
+
+
+def test_the_self_test_stops_a_broken_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "visible", everything_visible)
+    trainer = make(tmp_path)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    with pytest.raises(LayoutMismatch, match=r"Self-test failed.*layout='rows'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+def test_it_can_be_switched_off_and_rows_need_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "visible", everything_visible)
+    make(tmp_path, self_test=False).train()
+    make(tmp_path, layout="rows").train()
+
+
+def count_encodings(trainer):
+    """Pixel rows that went through the vision tower, per call."""
+    calls = []
+    backbone(trainer.model).visual.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(len((args or tuple(kwargs.values()))[0])), with_kwargs=True
+    )
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_every_image_is_encoded_once_per_step(tmp_path, layout, checkpointing):
+    """4 groups, 13 responses, policy and reference, with recomputation: one run over the images of the batch."""
+    trainer = make(tmp_path, layout=layout, gradient_checkpointing=checkpointing, self_test=False, max_steps=3)
+    calls = count_encodings(trainer)
+    trainer.train()
+    patches = sum(len(trainer.encoder.encode(trainer.train_dataset[i]).vision.get("pixel_values", [])) for i in range(4))
+    assert calls == [patches] * 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+def test_a_trainable_vision_tower_gets_exact_gradients(family, layout):
+    model, processor, rows = family_model(family).double().train(), family_processor(family), groups(family)
+    truth = gradients(model, stock_logps(family, model, processor, rows))
+    found = gradients(model, score(model, processor, rows, layout).logps)
+    names = {n for n, p in model.named_parameters() if any(p is q for q in vision_parameters(model))}
+    assert len(names & found.keys()) > 10
+    for name in truth:
+        assert (found[name] - truth[name]).abs().max() < 1e-6 * max(1.0, truth[name].abs().max().item()), name
+
+
+def test_an_adapted_vision_tower_gets_exact_gradients_in_both_layouts(tmp_path):
+    found = []
+    for layout in ("packed", "rows"):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_model().double(), LoraConfig(r=4, target_modules=r".*visual.*\.(qkv|proj)"), autocast_adapter_dtype=False
+        ).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        found.append(gradients(model, score(model, tiny_processor(), groups("qwen2_5_vl"), layout).logps))
+    assert len(found[0]) >= 8 and all(g.norm() > 1e-8 for g in found[0].values())
+    for name in found[0]:
+        assert (found[0][name] - found[1][name]).abs().max() < 1e-6 * max(1.0, found[0][name].abs().max().item()), name
+
+
+def test_pair_rows_are_regrouped_and_the_log_says_what_it_saves(tmp_path, caplog):
+    pairs = [group([image(0)], "what is in image ?", ["a cat", other], [[0, 1]]) for other in ("a dog", "yes", "no")] + mixed_groups()[1:2]
+    rows = [
+        {"images": g["images"], "prompt": g["prompt"], "chosen": _turn(g["responses"][0]), "rejected": _turn(g["responses"][1])}
+        for g in pairs
+    ]
+    data = Dataset.from_list(rows).cast_column("images", List(Image()))
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        trainer = make(tmp_path, data=data)
+    assert len(trainer.train_dataset) == 2 and sorted(len(r) for r in trainer.train_dataset["responses"]) == [2, 4]
+    assert "regrouped 4 pair rows into 2 groups" in caplog.text and "saved" in caplog.text
+
+
+def _turn(text):
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
