@@ -119,8 +119,8 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         print(f"matplotlib is not installed: {path.name} is left out (pip install 'silkie[report]').")
         return
     titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
-    figure = Figure(figsize=(13, 8.2), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1.0, 1.25]))
+    figure = Figure(figsize=(13, 7.0), layout="constrained")
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1.5, 1.0]))
     for axis, mode in zip(top.subplots(1, 2, sharey=True), ("greedy", "T=1"), strict=True):
         for offset, (policy, color) in enumerate((("base", "#b9bcc2"), ("dpo", "#2f6fb0"))):
             values = [summary.scores[policy][mode][key] for key in BARS]
@@ -130,7 +130,8 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         axis.set_yticks([k + 0.19 for k in range(len(BARS))], [titles[key] for key in BARS])
         axis.invert_yaxis()
         axis.set(title=mode, xlim=(0, 1))
-        axis.legend(loc="lower right", frameon=False)
+        handles = axis.get_legend_handles_labels()
+    top.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     for axis, k in zip(bottom.subplots(2, 3).flat, shown, strict=False):
         item = test[k]
         axis.imshow(render(item.scene), extent=(0, 1, 0, 1))
