@@ -56,7 +56,7 @@ class Stage:
     lr: float
 
 
-STAGES = (Stage("sight", 300, 64, 2e-3), Stage("language", 1500, 48, 1.5e-3), Stage("flaws", 120, 48, 4e-4))
+STAGES = (Stage("sight", 250, 64, 2e-3), Stage("language", 1500, 24, 1.5e-3), Stage("flaws", 160, 12, 8e-4))
 
 
 def cell_labels(scene: Scene) -> np.ndarray:

@@ -120,7 +120,7 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         return
     titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
     figure = Figure(figsize=(13, 7.0), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.5, 1.0])  # type: ignore[misc]  (two rows make an array)
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1.5, 1.0]))
     for axis, mode in zip(top.subplots(1, 2, sharey=True), ("greedy", "T=1"), strict=True):
         for offset, (policy, color) in enumerate((("base", "#b9bcc2"), ("dpo", "#2f6fb0"))):
             values = [summary.scores[policy][mode][key] for key in BARS]
