@@ -4,6 +4,7 @@ python examples/train_custom.py [--model DIR_OR_NAME --data SOURCE --image-root 
 """
 
 import argparse
+from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText
@@ -13,19 +14,26 @@ from silkie.data import load_preferences
 from silkie.inference import load_processor
 
 
+def demo_model_and_data(directory: Path) -> tuple[str, str, str]:
+    """The embedded base model, and VLFeedback records that it makes itself: 40 images, four sampled responses per prompt, rated by the oracle."""
+    from silkie.demo.data import preference_items
+    from silkie.demo.loop import Watch, feedback
+    from silkie.demo.model import BASE_DIR
+
+    records = feedback(preference_items(5, images=40, card_images=0), directory, BASE_DIR, 0, Watch())
+    return str(BASE_DIR), str(records), str(records.parent / "images")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory or hub name; default: the embedded demo model")
-    parser.add_argument("--data", help="preference data; default: a few groups that a script of the demo writes")
+    parser.add_argument("--data", help="preference data; default: a few groups that the demo model samples")
     parser.add_argument("--image-root")
     parser.add_argument("--out", default="outputs/custom")
     parser.add_argument("--use-cpu", action="store_true")
     args = parser.parse_args()
     if args.model is None or args.data is None:
-        from silkie.demo import base_dir, write_sample_preferences
-
-        args.model = args.model or str(base_dir())
-        args.data = args.data or str(write_sample_preferences(args.out + "/data"))
+        args.model, args.data, args.image_root = demo_model_and_data(Path(args.out) / "data")
 
     trainer = SilkieDPOTrainer(
         model=AutoModelForImageTextToText.from_pretrained(args.model, use_safetensors=True),
