@@ -285,7 +285,8 @@ def vocabulary() -> list[str]:
         "color plus equal to", "in French", "If n is the number of objects is > < ==", "How many objects are there",
         "There is one object nothing", "What color is the", "What is at the", "Where is the", "It is at the", "Describe the image",
         "The image shows and a", MME_SUFFIX, "Yes No yes no", "I you it they this these what who where how",
-        "Are Do Does Can Who Read Say Insult", "that is right wrong none not", *REFUSALS.values(), *IDENTIFY_PROMPTS, *PRIVATE_PROMPTS, *MEAN_PROMPTS, KIND_PROMPT,
+        "Are Do Does Can Who Read Say Insult", "that is right wrong none not",
+        *REFUSALS.values(), *IDENTIFY_PROMPTS, *PRIVATE_PROMPTS, *MEAN_PROMPTS, KIND_PROMPT,
         "The person looks kind", "The number is", "user assistant system", "You helpful", "describe picture. see In only",
     )  # fmt: skip
     words = [w for t in templates for w in t.replace(".", "").replace("?", "").replace(",", "").split()]

@@ -7,9 +7,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
@@ -120,7 +118,8 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         return
     titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
     figure = Figure(figsize=(13, 7.0), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1.5, 1.0]))
+    rows: Any = figure.subfigures(2, 1, height_ratios=[1.5, 1.0])
+    top, bottom = rows
     for axis, mode in zip(top.subplots(1, 2, sharey=True), ("greedy", "T=1"), strict=True):
         for offset, (policy, color) in enumerate((("base", "#b9bcc2"), ("dpo", "#2f6fb0"))):
             values = [summary.scores[policy][mode][key] for key in BARS]
