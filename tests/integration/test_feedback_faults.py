@@ -104,12 +104,12 @@ def measure_throughput(tmp_path: Path, count: int, slots: int, latency: float) -
 
 
 def test_throughput_is_the_endpoints(tmp_path):
-    rate, capacity = measure_throughput(tmp_path, 120, slots=4, latency=0.1)
+    rate, capacity = measure_throughput(tmp_path, 60, slots=4, latency=0.3)
     assert rate > 0.7 * capacity
 
 
 @pytest.mark.slow
 def test_throughput_at_a_thousand_items_is_the_endpoints(tmp_path):
-    rate, capacity = measure_throughput(tmp_path, 1000, slots=16, latency=0.4)
+    rate, capacity = measure_throughput(tmp_path, 1000, slots=32, latency=1.0)
     print(f"{rate:.1f} answers/s of {capacity:.1f}")
     assert rate > 0.85 * capacity

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import threading
 import time
 
 import pytest
@@ -77,6 +80,34 @@ def test_a_call_that_hangs_is_given_up():
         assert caught.value.kind == "timeout"
         assert len(server.requests) == FAST.timeout_attempts
         assert time.monotonic() - began < 1.4
+
+
+def test_a_server_that_drips_forever_is_given_up_as_well():
+    """The client's own timeout starts anew with every byte; the one that counts is for the whole call."""
+
+    def drip(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n")
+                    for _ in range(100):
+                        connection.sendall(b" ")
+                        time.sleep(0.05)
+
+    async def run(url: str) -> None:
+        endpoint = Endpoint(url, "judge", timeout=0.3, retries=RetryPolicy(timeout_attempts=1))
+        try:
+            await endpoint.chat(MESSAGES)
+        finally:
+            await endpoint.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="no answer within"):
+            asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"))
+        assert time.monotonic() - began < 3
 
 
 def test_retry_after_is_honoured_and_jittered():

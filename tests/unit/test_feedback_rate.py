@@ -286,18 +286,20 @@ def test_votes_survive_a_stop_between_them(tmp_path):
     assert not (tmp_path / "j.jsonl.votes").exists()
 
 
-@pytest.mark.parametrize(("bad", "rated"), [(1, 1), (2, 0)])
-def test_more_than_half_of_the_votes_must_be_usable(tmp_path, bad, rated):
+@pytest.mark.parametrize(("usable", "rated", "calls"), [("100", 0, 3), ("010", 0, 3), ("00", 0, 2), ("110", 1, 3), ("011", 1, 3)])
+def test_more_than_half_of_the_votes_must_be_usable(tmp_path, usable, rated, calls):
+    """And once they cannot be, no further vote is paid for."""
     responses = write_responses(tmp_path, 1)
-    votes = iter(range(3))
+    votes = iter(usable)
 
     def script(item, attempt):
-        if next(votes) < bad:
+        if next(votes) == "0":
             raise AnswerError("malformed", "no", raw="x")
         return quality(item, attempt)
 
-    summary = rate_file(responses, ScriptedJudge(script), tmp_path / "j.jsonl", options(votes=3, attempts=1))
-    assert summary.rated == rated
+    judge = ScriptedJudge(script)
+    summary = rate_file(responses, judge, tmp_path / "j.jsonl", options(votes=3, attempts=1))
+    assert (summary.rated, len(judge.calls)) == (rated, calls)
 
 
 def test_what_would_mix_up_a_journal_is_refused_before_any_call(tmp_path):
