@@ -1,0 +1,390 @@
+"""How much memory and compute a run needs, by part, before any GPU is rented: `python -m silkie.plan qwen2.5-vl-7b --gpus 8 --memory 80GB`.
+
+Counts are analytic, from a model's config alone. The constants are those of mixed-precision training; `tests/unit/test_plan.py` checks
+parameters exactly, FLOPs against a counter and kept activations against tracked ones.
+Legend: G groups, K responses, T tokens of a packed group, N scored tokens, D hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+Engine = Literal["ddp", "zero2", "zero3", "fsdp2", "zero3_offload"]
+ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload")
+Training = Literal["lora", "qlora", "full"]
+GIB = 2**30
+
+_BYTES_NF4 = 0.5 + 4 / 64 / 4  # half a byte, and a quantised scale per block of 64 (double quantisation: about a quarter of 4 bytes)
+_FLOPS_FORWARD = 2  # per parameter and token
+_CONTEXT = 1.0 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
+_FRAGMENTATION = 1.1  # the caching allocator's peak over what is alive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a VLM that memory and FLOPs depend on. `vision_*` describe the vision tower, patch = pixels of a patch's side, merge =
+    patches merged along a side into one image token."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    vision_hidden: int
+    vision_intermediate: int
+    vision_layers: int
+    vision_gated: bool
+    vision_window: int | None
+    patch: int = 14
+    merge: int = 2
+    attention_bias: bool = True
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one language-model layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def language_parameters(self) -> int:
+        """Language model with embedding and head."""
+        return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+
+    @property
+    def vision_parameters(self) -> int:
+        """Vision tower and merger of the Qwen-VL kind."""
+        d, f, m = self.vision_hidden, self.vision_intermediate, self.vision_hidden * self.merge**2
+        attention = 4 * d * d + 4 * d
+        mlp = 3 * d * f + 2 * f + d if self.vision_gated else 2 * d * f + f + d
+        norms = 2 * d if self.vision_gated else 4 * d
+        merger = m * m + m + m * self.hidden + self.hidden + (d if self.vision_gated else 2 * d)
+        return self.vision_layers * (attention + mlp + norms) + merger + 3 * 2 * self.patch**2 * d
+
+    @property
+    def parameters(self) -> int:
+        return self.language_parameters + self.vision_parameters
+
+    def lora_parameters(self, rank: int) -> int:
+        """LoRA on the language model's attention and MLP projections."""
+        q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
+        return self.layers * rank * ((d + q) * 2 + (d + kv) * 2 + 3 * (d + f))
+
+
+SHAPES = {
+    "qwen2-vl-2b": ModelShape(
+        name="Qwen2-VL-2B", hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128, vocab=151936, tied=True,
+        vision_hidden=1280, vision_intermediate=5120, vision_layers=32, vision_gated=False, vision_window=None,
+    ),
+    "qwen2.5-vl-3b": ModelShape(
+        name="Qwen2.5-VL-3B", hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, head_dim=128, vocab=151936, tied=True,
+        vision_hidden=1280, vision_intermediate=3420, vision_layers=32, vision_gated=True, vision_window=112,
+    ),
+    "qwen2.5-vl-7b": ModelShape(
+        name="Qwen2.5-VL-7B", hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064, tied=False,
+        vision_hidden=1280, vision_intermediate=3420, vision_layers=32, vision_gated=True, vision_window=112,
+    ),
+}  # fmt: skip
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate."""
+    text, vision = config.get_text_config(), config.vision_config
+    gated = config.model_type in ("qwen2_5_vl",)
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
+    heads = text.num_attention_heads
+    return ModelShape(
+        name=config._name_or_path or config.model_type,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        vision_hidden=width,
+        vision_intermediate=inner,
+        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+        vision_gated=gated,
+        vision_window=getattr(vision, "window_size", None) if gated else None,
+        patch=vision.patch_size,
+        merge=getattr(vision, "spatial_merge_size", 2),
+        attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One micro-batch of a process and how it is trained."""
+
+    groups: int = 1
+    responses: int = 4
+    image_tokens: int = 1280
+    prompt_tokens: int = 60
+    response_tokens: int = 120
+    training: Training = "lora"
+    lora_rank: int = 64
+    checkpointing: bool = True
+    fused: bool = True
+    reference_cached: bool = False
+    optimizer_8bit: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of the micro-batch in the packed layout."""
+        return self.groups * (self.image_tokens + self.prompt_tokens + self.responses * self.response_tokens)
+
+    @property
+    def scored(self) -> int:
+        """N: scored tokens."""
+        return self.groups * self.responses * self.response_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Bytes by part on one GPU, and FLOPs of a micro-batch on one GPU."""
+
+    model: str
+    engine: Engine
+    gpus: int
+    memory: float
+    workload: Workload
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    features: float
+    overhead: float
+    host: float
+    flops: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.features + self.overhead
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.memory
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead")
+        by_part = ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in parts)
+        verdict = "fits" if self.fits else "does NOT fit"
+        host = f"; host memory {self.host / GIB:.0f} GiB" if self.host else ""
+        return [
+            f"{self.engine} on {self.gpus} GPU(s): {self.total / GIB:.1f} GiB per GPU, {verdict} in {self.memory / GIB:.1f} GiB (estimate)",
+            f"  {by_part}{host}",
+            f"  {self.flops / 1e12:.1f} TFLOP per GPU and micro-batch",
+        ]
+
+
+def estimate(
+    shape: ModelShape, workload: Workload | None = None, *, engine: Engine = "ddp", gpus: int = 1, memory: float = 80e9, per_node: int = 8
+) -> Plan:
+    """The plan of one configuration.
+
+    Args:
+        memory: bytes of one GPU.
+        per_node: GPUs that share a machine's memory, for the offloaded optimizer.
+    """
+    w = workload or Workload()
+    shard_weights = gpus if engine in ("zero3", "fsdp2", "zero3_offload") else 1
+    shard_states = gpus if engine != "ddp" else 1
+    full = w.training == "full"
+    trained = shape.language_parameters if full else shape.lora_parameters(w.lora_rank)
+    frozen = shape.parameters - shape.language_parameters if full else shape.parameters
+    kept_whole = shape.vision_parameters + shape.head_parameters * (1 if shape.tied else 2)
+    bytes_frozen = frozen * 2.0 if w.training != "qlora" else kept_whole * 2.0 + (frozen - kept_whole) * _BYTES_NF4
+    copies = 2 if full and not w.reference_cached else 1  # full fine-tuning keeps a second model for the reference
+    weights = (bytes_frozen + trained * 2.0) * copies / shard_weights
+    # Sharded weights are gathered layer by layer; the head is the largest single piece.
+    gathered = max(shape.layer_parameters * 2, shape.head_parameters) * 2.0 if shard_weights > 1 else 0.0
+    states = trained * (4.0 + (2.0 if w.optimizer_8bit else 8.0))  # fp32 master copy and Adam's two moments
+    offloaded = engine == "zero3_offload"
+    return Plan(
+        model=shape.name, engine=engine, gpus=gpus, memory=memory, workload=w,
+        weights=weights + gathered,
+        gradients=trained * 2.0 / shard_states,
+        optimizer=0.0 if offloaded else states / shard_states,
+        host=states / shard_states * min(gpus, per_node) if offloaded else 0.0,
+        activations=_activations(shape, w),
+        logits=_logits(shape, w),
+        features=_features(shape, w),
+        overhead=_CONTEXT + (_FRAGMENTATION - 1) * (weights + gathered + _activations(shape, w)),
+        flops=sum(flops(shape, w).values()),
+    )  # fmt: skip
+
+
+def _activations(shape: ModelShape, w: Workload) -> float:
+    """Bytes kept for the backward pass: with checkpointing a hidden state per layer and one layer in full, else all in full."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # bf16 tensors of a layer: two norms with their inputs, q, k, v, attention output, gate, up, their product
+    layer = w.tokens * 2.0 * (6 * shape.hidden + 2 * q + 2 * kv + 4 * shape.intermediate)
+    boundaries = shape.layers * w.tokens * shape.hidden * 2.0
+    mask = w.groups * (w.tokens / w.groups) ** 2  # the packed layout's boolean mask on sdpa
+    return (boundaries + layer if w.checkpointing else shape.layers * layer) + mask
+
+
+def _logits(shape: ModelShape, w: Workload) -> float:
+    """Workspace of the output head. Fused: a stored [N, D] gradient and one tile; plain: [N, V] in bf16 and twice in fp32."""
+    if w.fused:
+        return w.scored * shape.hidden * (2.0 + 2.0) + 2**28
+    return w.scored * shape.vocab * (2.0 + 4.0 + 4.0)
+
+
+def _features(shape: ModelShape, w: Workload) -> float:
+    """Image features, kept for the step, and the largest layer of a tower that runs without gradient."""
+    patches = w.groups * w.image_tokens * shape.merge**2
+    return w.groups * w.image_tokens * shape.hidden * 2.0 + patches * 2.0 * (6 * shape.vision_hidden + 2 * shape.vision_intermediate)
+
+
+def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
+    """FLOPs of a micro-batch by part: vision (once), language forward, its backward with recomputation, the head, the reference pass.
+
+    A product [a, b] @ [b, c] counts 2abc. Attention counts what sdpa with a mask computes (all T x T scores).
+    """
+    q = shape.heads * shape.head_dim
+    matrices = shape.layer_parameters - 2 * shape.hidden - (q + 2 * shape.kv_heads * shape.head_dim if shape.attention_bias else 0)
+    per_group = w.tokens / w.groups
+    attention = shape.layers * w.groups * 4 * per_group**2 * q
+    forward = _FLOPS_FORWARD * shape.layers * matrices * w.tokens + attention
+    rank = w.lora_rank if w.training != "full" else 0
+    adapters = _FLOPS_FORWARD * shape.lora_parameters(rank) * w.tokens if rank else 0.0
+    # backward: gradients of activations (as forward; attention twice) and of the weights that train
+    weights = _FLOPS_FORWARD * shape.layers * matrices * w.tokens if w.training == "full" else adapters
+    backward = forward + attention + adapters + weights
+    recompute = forward + adapters if w.checkpointing else 0.0
+    head = _FLOPS_FORWARD * shape.head_parameters * w.scored
+    head_backward = head * (2 if w.training == "full" else 1)
+    reference = 0.0 if w.reference_cached else forward + head
+    return {
+        "vision": _vision_flops(shape, w),
+        "forward": forward + adapters,
+        "backward": backward,
+        "recompute": recompute,
+        "head": head + head_backward,
+        "reference": reference,
+    }
+
+
+def _vision_flops(shape: ModelShape, w: Workload) -> float:
+    patches = w.groups * w.image_tokens * shape.merge**2
+    if not patches:
+        return 0.0
+    d, f, m = shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden * shape.merge**2
+    layer = 4 * d * d + (3 if shape.vision_gated else 2) * d * f
+    per_image = patches / w.groups
+    # Windowed towers attend to everything in four layers only
+    seen = per_image if shape.vision_window is None else (shape.vision_window / shape.patch) ** 2
+    dense_layers = shape.vision_layers if shape.vision_window is None else min(4, shape.vision_layers)
+    scores = dense_layers * per_image + (shape.vision_layers - dense_layers) * min(seen, per_image)
+    merger = (m * m + m * shape.hidden) * patches / shape.merge**2
+    return 2.0 * (shape.vision_layers * layer * patches + merger + 3 * 2 * shape.patch**2 * d * patches) + 4.0 * d * patches * scores
+
+
+def choose(shape: ModelShape, workload: Workload, *, gpus: int, memory: float) -> tuple[Plan | None, list[Plan]]:
+    """The first engine that fits, from the fastest to the most frugal, and the plans of all engines for that number of GPUs."""
+    engines: list[Engine] = ["ddp"] if gpus == 1 else list(ENGINES)
+    if gpus == 1 and workload.training == "full":
+        engines.append("zero3_offload")
+    plans = [estimate(shape, workload, engine=engine, gpus=gpus, memory=memory) for engine in engines]
+    return next((p for p in plans if p.fits), None), plans
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of `80GB`, `24GiB` or `16000MB`.
+
+    Raises:
+        ValueError: not a number with a unit.
+    """
+    units = {"GIB": 2**30, "GB": 1e9, "MIB": 2**20, "MB": 1e6}
+    upper = text.strip().upper()
+    for unit, size in units.items():
+        if upper.endswith(unit):
+            try:
+                return float(upper[: -len(unit)]) * size
+            except ValueError:
+                break
+    raise ValueError(f"memory must look like 80GB or 24GiB, not {text!r}.")
+
+
+def load_shape(model: str) -> ModelShape:
+    """A known name, or a directory (or cached hub name) with a config.json."""
+    key = Path(model).name.lower().removesuffix("-instruct")
+    if not Path(model).exists() and key in SHAPES:
+        return SHAPES[key]
+    from transformers import AutoConfig
+
+    return shape_of(AutoConfig.from_pretrained(model))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m silkie.plan", description="Memory by part and FLOPs of a run: estimates.")
+    parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, or a model directory")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--memory", default="80GB", help="of one GPU: 80GB, 24GiB")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning of the language model")
+    parser.add_argument("--qlora", action="store_true", help="4-bit base weights")
+    parser.add_argument("--groups", type=int, default=1, help="groups in a micro-batch of a GPU")
+    parser.add_argument("--responses", type=int, default=4)
+    parser.add_argument("--image-tokens", type=int, default=1280)
+    parser.add_argument("--response-tokens", type=int, default=120)
+    parser.add_argument("--prompt-tokens", type=int, default=60)
+    parser.add_argument("--lora-rank", type=int, default=64)
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--reference-cached", action="store_true", help="precompute_ref_log_probs")
+    parser.add_argument("--optimizer-8bit", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        memory, shape = parse_memory(args.memory), load_shape(args.model)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.gpus < 1 or args.groups < 1:
+        parser.error("--gpus and --groups must be at least 1")
+    workload = Workload(
+        groups=args.groups, responses=args.responses, image_tokens=args.image_tokens, prompt_tokens=args.prompt_tokens,
+        response_tokens=args.response_tokens,
+        training="full" if args.full else "qlora" if args.qlora else "lora", lora_rank=args.lora_rank,
+        checkpointing=not args.no_checkpointing,
+        reference_cached=args.reference_cached, optimizer_8bit=args.optimizer_8bit,
+    )  # fmt: skip
+    best, plans = choose(shape, workload, gpus=args.gpus, memory=memory)
+    if args.json:
+        print(json.dumps({"config": best and best.engine, "plans": [{**asdict(p), "total": p.total, "fits": p.fits} for p in plans]}))
+        return
+    print(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {workload.training}, {workload.tokens} tokens in a micro-batch")
+    for plan in plans:
+        print("\n".join(plan.lines()))
+    name = "none: more GPUs, --qlora, fewer --groups or smaller images" if best is None else _config(best.engine, args.gpus)
+    print(f"use: {name}")
+
+
+def _config(engine: Engine, gpus: int) -> str:
+    if engine == "ddp" and gpus == 1:
+        return "recipes/accelerate/single.yaml"
+    return f"recipes/accelerate/{'multinode_zero3' if engine == 'zero3' and gpus > 8 else engine}.yaml"
+
+
+if __name__ == "__main__":
+    main()

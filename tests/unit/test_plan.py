@@ -1,0 +1,116 @@
+"""The planner's counts against real models: parameters exactly, FLOPs against torch's counter, kept activations against tracked ones."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from silkie import plan
+from silkie.models import backbone, default_lora_targets, vision_parameters
+from tests.support.tiny import tiny_model
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_parameters_are_counted_exactly(family, tie):
+    model = tiny_model(family, tie=tie)
+    shape = plan.shape_of(model.config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.vision_parameters == sum(p.numel() for p in vision_parameters(model))
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=default_lora_targets(model.config)))
+    assert shape.lora_parameters(3) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen2-vl-2b", 2.21), ("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
+def test_known_models_have_their_published_size(name, billions):
+    assert plan.SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_flops_of_the_language_model_match_the_counter(training):
+    model = tiny_model(layers=3)
+    shape = plan.shape_of(model.config)
+    w = plan.Workload(
+        groups=1, image_tokens=0, prompt_tokens=40, responses=2, response_tokens=30, training=training, lora_rank=4, checkpointing=False
+    )
+    model.set_attn_implementation("eager")
+    if training == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules=default_lora_targets(model.config)))
+    text = backbone(model).language_model
+    hidden = torch.randn(1, w.tokens, shape.hidden, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = text(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    expected = plan.flops(shape, w)
+    assert forward.get_total_flops() == pytest.approx(expected["forward"], rel=0.02)
+    assert backward.get_total_flops() == pytest.approx(expected["backward"], rel=0.05)
+
+
+def test_flops_of_the_vision_tower_match_the_counter():
+    model = tiny_model("qwen2_vl")
+    model.set_attn_implementation("eager")
+    shape = plan.shape_of(model.config)
+    grid = torch.tensor([[1, 8, 8]])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(model).visual(torch.randn(64, 3 * 2 * 14 * 14), grid_thw=grid)
+    assert counter.get_total_flops() == pytest.approx(plan.flops(shape, plan.Workload(image_tokens=16))["vision"], rel=0.02)
+
+
+def test_kept_activations_are_near_the_tracked_ones():
+    """Bytes that autograd saves in a forward pass of the bf16 language model, weights excluded."""
+    model = tiny_model(layers=4).to(torch.bfloat16)
+    shape = plan.shape_of(model.config)
+    w = plan.Workload(image_tokens=0, prompt_tokens=200, responses=2, response_tokens=100, training="full", checkpointing=False)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(1, w.tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        backbone(model).language_model(inputs_embeds=hidden, use_cache=False)
+    assert plan._activations(shape, w) == pytest.approx(sum(saved.values()), rel=0.4)
+
+
+def test_sharding_divides_what_it_shards():
+    shape, w = plan.SHAPES["qwen2.5-vl-7b"], plan.Workload(training="full")
+    ddp, zero2, zero3 = (plan.estimate(shape, w, engine=e, gpus=8) for e in ("ddp", "zero2", "zero3"))
+    assert zero2.optimizer == ddp.optimizer / 8 == zero3.optimizer and zero2.gradients == ddp.gradients / 8
+    assert zero2.weights == ddp.weights and ddp.weights / 8 < zero3.weights < ddp.weights / 4
+    offload = plan.estimate(shape, w, engine="zero3_offload", gpus=8)
+    assert offload.optimizer == 0 and offload.host == ddp.optimizer
+
+
+def test_cheaper_choices_are_cheaper():
+    shape = plan.SHAPES["qwen2.5-vl-7b"]
+
+    def total(**options):
+        return plan.estimate(shape, plan.Workload(**options)).total
+
+    assert total(training="qlora") < total() < total(training="full")
+    assert total() < total(checkpointing=False) and total() < total(fused=False) and total() < total(groups=2)
+    cached = plan.estimate(shape, plan.Workload(reference_cached=True))
+    assert cached.flops < plan.estimate(shape, plan.Workload()).flops
+
+
+def test_command_line(capsys):
+    plan.main(["Qwen/Qwen2.5-VL-7B-Instruct", "--gpus", "8", "--memory", "80GB", "--full"])
+    text = capsys.readouterr().out
+    assert "ddp on 8 GPU(s)" in text and "does NOT fit" in text and "use: recipes/accelerate/zero" in text
+    plan.main(["qwen2-vl-2b", "--memory", "24GB", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["config"] == "ddp" and answer["plans"][0]["fits"]
+    with pytest.raises(SystemExit):
+        plan.main(["qwen2-vl-2b", "--memory", "lots"])
+    assert "must look like 80GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), (" 512 mb", 512e6)])
+def test_memory_units(text, size):
+    assert plan.parse_memory(text) == size
