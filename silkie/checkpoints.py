@@ -1,8 +1,7 @@
 """Checkpoints that can be trusted: complete or ignored, whatever killed the run while they were written.
 
 A checkpoint counts once `silkie_complete.json` is in it, which is written last, lists every file with its size, and is put in place by a
-rename. Older
-checkpoints are deleted only after that.
+rename. Older checkpoints are deleted only after that.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "silkie_complete.json"
 STATE = "silkie_state.json"
+STOP_FILE = "stop"  # in output_dir: asks a run to save and stop, where a signal would not reach the processes in time
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again and it goes on
 _DISK_FULL = (
     "no space left on device",
@@ -39,16 +40,37 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
+def clear_place(checkpoint: str | Path) -> None:
+    """Removes what is in the place of a checkpoint about to be written: what a killed run left, or an older checkpoint of the same
+    step, which stops counting before its first file is touched."""
+    path = Path(checkpoint)
+    (path / COMPLETE).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+
+
 def mark_complete(checkpoint: str | Path) -> None:
-    """Declares a checkpoint complete. To be called once every rank has written its part."""
+    """Flushes a checkpoint to the disk and declares it complete. To be called once every rank has written its part."""
     path = Path(checkpoint)
     files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file() and f.name != COMPLETE}
+    for name in files:
+        _flush(path / name)
     part = path / (COMPLETE + ".part")
     with part.open("w") as file:
         json.dump({"files": files}, file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path / COMPLETE)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """A machine that loses power must not keep the marker and lose a file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -57,7 +79,7 @@ def is_complete(checkpoint: str | Path) -> bool:
     try:
         files = json.loads((path / COMPLETE).read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -73,6 +95,20 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
                     "%s is incomplete (the run was killed while writing it, or it is not silkie's) and is not resumed from", path
                 )
     return str(max(found)[1]) if found else None
+
+
+def agreed(paths: list[str | None], output_dir: str) -> str | None:
+    """The checkpoint that all ranks found.
+
+    Raises:
+        CheckpointError: they found different ones: their machines do not share a disk.
+    """
+    if len(set(paths)) > 1:
+        raise CheckpointError(
+            f"The processes find different last checkpoints in {output_dir}: {sorted(set(map(str, paths)))}. It must be on a disk that all "
+            "machines share."
+        )
+    return paths[0]
 
 
 def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | None, best: str | None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,27 +114,38 @@ class FiniteWatch:
         """Keeps a loss and the names of its groups; no synchronisation."""
         self._seen.append((loss.detach(), names))
 
-    def check(self, gradient_norm: float | None = None) -> None:
-        """Looks at the losses since the last check (one synchronisation), and forgets them.
+    def check(
+        self,
+        gradient_norm: float | None = None,
+        *,
+        any_rank: Callable[[bool], bool] = bool,
+        gather: Callable[[list[Any]], list[Any]] = list,
+    ) -> None:
+        """Looks at the losses since the last check (one synchronisation), and forgets them. Every rank calls it, and all raise together.
+
+        Args:
+            gradient_norm: of the last step, over all ranks; None: not looked at.
+            any_rank: whether a flag is set on any rank.
+            gather: joins the lists of all ranks.
 
         Raises:
-            NonFiniteError: one is not finite, or the gradient norm is not; names the groups.
+            NonFiniteError: a loss of any rank is not finite, or the gradient norm is not; names the groups.
         """
         seen, self._seen = self._seen, []
         if not seen:
             return
         finite = torch.isfinite(torch.stack([loss for loss, _ in seen])).tolist()
+        bad_gradient = gradient_norm is not None and not math.isfinite(gradient_norm)
+        if not any_rank(bad_gradient or not all(finite)):
+            return
+        found = []
         if not all(finite):
             first = finite.index(False)
             before = f" Groups of the micro-batch before it: {'; '.join(seen[first - 1][1])}." if first else ""
-            raise NonFiniteError(
-                f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before} Training stopped before this "
-                f"state could be saved. "
-                "Look at these rows; a lower learning rate, gradient clipping (max_grad_norm) or fp32 are the usual remedies."
-            )
-        if gradient_norm is not None and not gradient_norm - gradient_norm == 0:
-            raise NonFiniteError(
-                f"The gradient norm is {gradient_norm}; groups since the last check: "
-                f"{'; '.join(name for _, names in seen for name in names)}. "
-                "Training stopped before this state could be saved."
-            )
+            found = [f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before}"]
+        names = gather([name for _, group_names in seen for name in group_names])
+        message = " ".join(gather(found)) or f"The gradient norm is {gradient_norm}; groups since the last check: {'; '.join(names)}."
+        raise NonFiniteError(
+            f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate, gradient clipping "
+            "(max_grad_norm) or fp32 are the usual remedies."
+        )

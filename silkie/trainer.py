@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
@@ -157,6 +158,7 @@ class SilkieDPOTrainer(DPOTrainer):
         self._sampler: GroupBatchSampler | None = None
         self._terminated, self.preempted = False, False
         self._keep: int | None = args.save_total_limit
+        self._grad_norm: Any = None
         self.add_callback(_StepHooks(self))
         if args.eval_benchmarks:
             from silkie.evaluation.callback import (
@@ -355,7 +357,7 @@ class SilkieDPOTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += int(tokens)
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
-            self._watch.check(logs.get("grad_norm"))
+            self._check_finite()
         super().log(logs, start_time)
 
     def plan_lines(self) -> list[str]:
@@ -397,7 +399,8 @@ class SilkieDPOTrainer(DPOTrainer):
             resume_from_checkpoint: a checkpoint directory, or True: the last complete one in `output_dir`, or from the start where there
                 is none.
 
-        SIGTERM makes the run save a checkpoint after the current step and stop; `preempted` is True then.
+        SIGTERM, or a file named `stop` in `output_dir`, makes the run save a checkpoint after the current step and stop; `preempted` is
+        True then.
 
         Raises:
             silkie.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged.
@@ -405,7 +408,7 @@ class SilkieDPOTrainer(DPOTrainer):
         """
         directory = str(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_complete_checkpoint(directory)
+            resume_from_checkpoint = checkpoints.agreed(gather_object([checkpoints.last_complete_checkpoint(directory)]), directory)
             logger.info(
                 "resuming from %s" if resume_from_checkpoint else "%s: no complete checkpoint, training from the start",
                 resume_from_checkpoint or directory,
@@ -414,6 +417,11 @@ class SilkieDPOTrainer(DPOTrainer):
             state = checkpoints.read_state(str(resume_from_checkpoint))
             self.objective.load_state_dict(state.get("objective", {}))
             self._total_train_tokens = state.get("train_tokens", 0)
+            if (before := state.get("processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
+                logger.warning(
+                    "%s was written by %d processes, this run has %d: the data order stays only if the groups per optimizer step do",
+                    resume_from_checkpoint, before, self.accelerator.num_processes,
+                )  # fmt: skip
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # old checkpoints go once the new one is complete
         self._keep = keep
         try:
@@ -421,6 +429,28 @@ class SilkieDPOTrainer(DPOTrainer):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.args.save_total_limit = keep
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.clear_place(place)
+        self.accelerator.wait_for_everyone()  # no rank writes into a place that is being cleared
+        super()._save_checkpoint(model, trial)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def _check_finite(self) -> None:
+        """Stops on a non-finite loss or gradient. Under fp16 the loss scaler expects overflowing gradients and skips their steps."""
+        norm = None if self.args.fp16 or self._grad_norm is None else float(self._grad_norm)
+        self._watch.check(norm, any_rank=self.any_rank, gather=gather_object)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Every rank must call."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), reduction="sum") > 0)
 
     def _preempt(self) -> None:
         self._terminated = True
@@ -455,22 +485,23 @@ class _StepHooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.objective.end_step(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
-        if self._any_rank(trainer._terminated):
+        stop_file = Path(args.output_dir) / checkpoints.STOP_FILE
+        if trainer.any_rank(trainer._terminated or (trainer.is_world_process_zero() and stop_file.exists())):
             trainer.preempted = control.should_save = control.should_training_stop = True
+            if trainer.is_world_process_zero():
+                stop_file.unlink(missing_ok=True)
         if control.should_save:
-            trainer._watch.check()  # a checkpoint must not hold weights that a non-finite step has ruined
-
-    def _any_rank(self, flag: bool) -> bool:
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return flag
-        return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+            trainer._check_finite()  # a checkpoint must not hold weights that a non-finite step has ruined
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.accelerator.wait_for_everyone()  # every rank has written its part
         if trainer.is_world_process_zero():
-            own = {"objective": trainer.objective.state_dict(), "train_tokens": trainer._total_train_tokens}
+            own = {
+                "objective": trainer.objective.state_dict(),
+                "train_tokens": trainer._total_train_tokens,
+                "processes": trainer.accelerator.num_processes,
+            }
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             checkpoints.finish_checkpoint(checkpoint, own, keep=trainer._keep, best=state.best_model_checkpoint)
 

@@ -1,0 +1,101 @@
+"""A checkpoint counts when it is complete, and only then."""
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+
+from silkie import checkpoints as c
+
+
+def write(directory, step, complete=True, size=10):
+    path = directory / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"x" * size)
+    if complete:
+        c.finish_checkpoint(path, {"train_tokens": step}, keep=None, best=None)
+    return path
+
+
+def test_the_last_complete_one_is_found_by_number(tmp_path):
+    assert c.last_complete_checkpoint(tmp_path) is None
+    write(tmp_path, 9), write(tmp_path, 10)
+    write(tmp_path, 11, complete=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert c.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert c.read_state(tmp_path / "checkpoint-10") == {"train_tokens": 10}
+    assert c.read_state(tmp_path / "checkpoint-11") == {}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "marker", "other"])
+def test_a_damaged_checkpoint_does_not_count(tmp_path, damage):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    if damage == "truncate":
+        (bad / "model.safetensors").write_bytes(b"x" * 9)
+    elif damage == "remove":
+        (bad / "model.safetensors").unlink()
+    elif damage == "marker":
+        (bad / c.COMPLETE).write_text((bad / c.COMPLETE).read_text()[:-3])
+    else:
+        (bad / c.COMPLETE).write_text("[]")
+    assert c.last_complete_checkpoint(tmp_path) == str(good)
+
+
+def test_a_checkpoint_stops_counting_before_it_is_written_anew(tmp_path):
+    good, again = write(tmp_path, 1), write(tmp_path, 2)
+    c.clear_place(again)
+    assert not again.exists() and c.last_complete_checkpoint(tmp_path) == str(good)
+    c.clear_place(tmp_path / "checkpoint-3")  # nothing there
+
+
+def test_old_checkpoints_go_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    write(tmp_path, 1), write(tmp_path, 2)
+    new = write(tmp_path, 3, complete=False)
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError):
+        c.finish_checkpoint(new, {}, keep=1, best=None)
+    assert c.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    monkeypatch.undo()
+    c.finish_checkpoint(new, {}, keep=1, best=str(tmp_path / "checkpoint-1"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (write(tmp_path, 1) / c.STATE).write_text("{")
+    with pytest.raises(c.CheckpointError, match="damaged.*earlier checkpoint"):
+        c.read_state(tmp_path / "checkpoint-1")
+
+
+def test_ranks_that_see_different_checkpoints_are_stopped():
+    assert c.agreed(["a", "a"], "out") == "a" and c.agreed([None], "out") is None
+    with pytest.raises(c.CheckpointError, match="disk that all machines share"):
+        c.agreed(["a", None], "out")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"), RuntimeError("unexpected pos 64 vs 0")]
+)
+def test_a_full_disk_is_named_with_what_is_left(tmp_path, error):
+    write(tmp_path, 4)
+    with pytest.raises(c.CheckpointError, match=r"disk is full.*checkpoint-4.*start the same command again"), c.clear_disk_errors(tmp_path):
+        raise error
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ValueError, match="as it was"), c.clear_disk_errors(tmp_path):
+        raise ValueError("as it was")
+
+
+def test_the_first_sigterm_asks_and_the_handler_is_put_back(tmp_path):
+    asked, before = [], signal.getsignal(signal.SIGTERM)
+    with c.on_sigterm(lambda: asked.append(1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [1] and signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_marker_lists_every_file(tmp_path):
+    path = write(tmp_path, 1)
+    assert json.loads((path / c.COMPLETE).read_text())["files"].keys() == {"model.safetensors", c.STATE}
