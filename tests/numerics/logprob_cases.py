@@ -88,11 +88,14 @@ def confident(dtype=torch.float32, device="cpu", misses=(1e-1, 1e-2, 1e-3, 1e-4,
 
 
 def check_confident(impl: str, dtype=torch.float32, device="cpu") -> None:
-    """Per row: the gradient's relative error stays small however confident the row is."""
+    """Per row: the relative error of gradient and entropy stays small however confident the row is."""
     hidden, weight, target = confident(dtype, device)
     truth, found = hidden.double().requires_grad_(), hidden.clone().requires_grad_()
     linear_logprob(truth, weight.double(), target, impl="reference").sum().backward()
-    linear_logprob(found, weight, target, impl=impl).sum().backward()
+    logps, stats = linear_logprob(found, weight, target, impl=impl, return_stats=True)
+    logps.sum().backward()
+    _, true_stats = linear_logprob(hidden.double(), weight.double(), target, impl="reference", return_stats=True)
+    torch.testing.assert_close(stats.entropy.double(), true_stats.entropy, rtol=2e-4, atol=0)
     relative = (found.grad.double() - truth.grad).norm(dim=1) / truth.grad.norm(dim=1)
     assert relative.max() <= 2e-4, relative
 
