@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 from transformers import logging as transformers_logging
 
@@ -245,14 +245,17 @@ def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
 
     def shuffle(row: dict[str, Any]) -> dict[str, Any]:
-        order = rng.permutation(len(row["responses"]))
-        return {"pairs": [[int(order[chosen]), int(order[rejected])] for chosen, rejected in row["pairs"]]}
+        order, texts = rng.permutation(len(row["responses"])), row["responses"]
+        drawn = [[int(order[chosen]), int(order[rejected])] for chosen, rejected in row["pairs"]]
+        # Four samples repeat themselves, so a drawn pair may hold one text twice: there is nothing to prefer in it.
+        pairs = [pair for pair in drawn if texts[pair[0]].strip() != texts[pair[1]].strip()]
+        return {"pairs": pairs, "pair_weights": [1.0] * len(pairs)}
 
-    # A pair of equal texts, which the permutation can make, teaches nothing and harms nothing: both sides have the same log-probability.
     return data.map(shuffle, features=data.features, load_from_cache_file=False)
 
 
-def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int) -> Any:
+def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None) -> Any:
+    """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also the reference."""
     from silkie.trainer import SilkieDPOTrainer
 
     model, processor = load_base(base_dir)
@@ -276,7 +279,9 @@ def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory:
         seed=seed,
         dataloader_pin_memory=False,
     )
-    peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM")
+    peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM") if adapter is None else None
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return SilkieDPOTrainer(model=model, args=args, train_dataset=data, processing_class=processor, peft_config=peft_config)
 
 
