@@ -15,7 +15,7 @@ from silkie.inference import load_processor
 
 
 def demo_model_and_data(directory: Path) -> tuple[str, str, str]:
-    """The embedded base model, and VLFeedback records that it makes itself: 40 images, four sampled responses per prompt, rated by the oracle."""
+    """The embedded base model, and VLFeedback records of its own: 40 images, four sampled responses per prompt, rated by the oracle."""
     from silkie.demo.data import preference_items
     from silkie.demo.loop import Watch, feedback
     from silkie.demo.model import BASE_DIR
