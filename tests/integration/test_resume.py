@@ -52,7 +52,7 @@ def kill_matrix(tmp_path, mode, kills, kill_after, timeout):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_exactly(tmp_path, mode):
     assert kill_matrix(tmp_path, mode, 2, 1.5, 280)["kills"] >= 1
 
