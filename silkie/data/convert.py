@@ -103,7 +103,6 @@ def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: S
 
 def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
     """The stored row of one record, or a row that holds nothing but its problem."""
-    empty = settings.empty_row()
     try:
         if not isinstance(record, dict):
             raise row.error("(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object")
@@ -112,13 +111,13 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
         stored, notes = finish(group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs)
         return {**stored, PROBLEM: None, NOTES: notes}
     except NoPairs as problem:
-        return {**empty, PROBLEM: _pack("no pairs", row, str(problem), f"{row.location}: {problem}"), NOTES: problem.notes}
+        return {**settings.empty_row(), PROBLEM: _pack("no pairs", row, str(problem), f"{row.location}: {problem}"), NOTES: problem.notes}
     except SkipRow as problem:
-        return {**empty, PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"), NOTES: []}
+        return {**settings.empty_row(), PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"), NOTES: []}
     except RowError as problem:
         if settings.on_error == "raise":
             raise
-        return {**empty, PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
+        return {**settings.empty_row(), PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
 
 
 def _place(name: str, shard: raw.Shard) -> str:

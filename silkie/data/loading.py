@@ -22,7 +22,7 @@ from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
-ASPECT_SAMPLE = 1000  # records that are read to learn the names of the rating aspects
+ASPECT_SAMPLE = 200  # records that are read to learn the names of the rating aspects
 
 
 @overload
@@ -89,7 +89,7 @@ def load_preferences(
         on_error: "raise" stops at the first broken row, "skip" drops broken rows, counts and lists them.
         allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise.
         format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
-        aspects: names of the rating aspects; default: those of the first 1000 records.
+        aspects: names of the rating aspects; default: those of the first 200 records.
         regroup_pairs: join pair rows of the same image and prompt into one group.
         keep_unpaired: keep groups without any pair (for sampling or inspection; they cannot be trained on).
         num_proc: worker processes.
@@ -181,10 +181,10 @@ def _choose(records: raw.Records, hub_name: str | None, format: str | None) -> S
     known = source_for_hub_name(hub_name) if hub_name else None
     if known is not None:
         return known
-    first = records.first(1)
-    if not first:
+    first = next(records.first(1), None)
+    if first is None:
         raise DataError(f"{records.name}: no record in it (expected JSON objects)")
-    return detect_source(first[0], records.name)
+    return detect_source(first, records.name)
 
 
 def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ A shard is a plain tuple, so that it can be hashed into the cache key and sent t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zipfile
@@ -57,16 +58,10 @@ class Records:
     base: str | None  # where relative image paths start when no image_root is given
     dataset: datasets.Dataset | None = None
 
-    def first(self, count: int) -> list[dict[str, Any]]:
+    def first(self, count: int) -> Iterator[dict[str, Any]]:
         """The first `count` records that can be parsed, to detect the format from."""
-        found: list[dict[str, Any]] = []
-        for shard in self.shards:
-            for _, record in read(shard, self.dataset):
-                if isinstance(record, dict):
-                    found.append(record)
-                if len(found) >= count:
-                    return found
-        return found
+        parsed = (record for shard in self.shards for _, record in read(shard, self.dataset) if isinstance(record, dict))
+        return itertools.islice(parsed, count)
 
 
 def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
@@ -244,8 +239,9 @@ def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
-    file, index = pq.ParquetFile(shard.path), shard.first
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop))):
+    # without pre-buffering, or a row group of images, often hundreds of megabytes, would be in memory at once
+    file, index = pq.ParquetFile(shard.path, memory_map=True, pre_buffer=False, buffer_size=2**16), shard.first
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop)), use_threads=False):
         for record in batch.to_pylist():
             yield f"row {index}", record
             index += 1
