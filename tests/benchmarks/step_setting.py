@@ -34,6 +34,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [2, 3, 3],
     },
+    "small": {  # four times the arithmetic of "tiny": less of a step is overhead, and the ratios come nearer to those of a real model
+        "text": dict(hidden_size=256, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=2048),
+        "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
+        "mrope": [4, 6, 6],
+    },
     "3b": {
         "text": dict(
             hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936
