@@ -128,7 +128,7 @@ def _rate_caption(scene: Scene, response: str, said: Reading) -> Rating:
     helpful = 5 if not check.missed else 3 if len(check.missed) == 1 and found else 2 if found else 1
     why = "All of the image is described." if not check.missed else f"Left out: {', '.join(check.missed)}."
     if helpful > 1 and (check.repeated or not check.well_formed):
-        helpful, why = helpful - 1, why + " It repeats itself or is not a proper sentence."
+        helpful, why = max(1, helpful - 2), why + " It repeats itself or is not a proper sentence."
     if check.invented:
         faithful = (2 if len(check.invented) == 1 else 1, f"Not in the image: {', '.join(check.invented)}.")
     elif not check.mentioned:

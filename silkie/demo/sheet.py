@@ -136,15 +136,15 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         axis.imshow(render(item.scene), extent=(0, 1, 0, 1))
         axis.set(xlim=(0, 4.2), ylim=(0, 1))
         axis.axis("off")
-        axis.text(1.12, 0.95, item.prompt, va="top", weight="bold", fontsize=8.5, wrap=True)
+        axis.text(1.12, 1.0, item.prompt, va="top", weight="bold", fontsize=8.5, wrap=True)
         for line, policy in enumerate(("base", "dpo")):
             answer = answers[policy]["greedy"][k]
             color = "#1d7a33" if _right(item, answer) else "#b3261e"
-            axis.text(1.12, 0.66 - 0.36 * line, f"{summary.titles[policy]}: {_wrapped(answer)}", va="top", color=color, fontsize=8.5)
+            axis.text(1.12, 0.76 - 0.42 * line, f"{summary.titles[policy]}: {_wrapped(answer)}", va="top", color=color, fontsize=7.5)
     figure.savefig(path, dpi=130)
 
 
-def _wrapped(text: str, width: int = 46) -> str:
+def _wrapped(text: str, width: int = 56) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, width)) or "(nothing)"
