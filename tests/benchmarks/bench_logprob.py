@@ -34,7 +34,7 @@ FLOOR = "matrix products alone"
 
 
 def inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden, weight, target with logits like a language model's: noise of deviation 2, target logits from 5 to 27 (p from 1e-4 to 1 - 1e-5)."""
+    """Hidden, weight, target with logits like a language model's: noise of deviation 2, target logits from 5 to 27 (p 1e-4 to 1 - 1e-5)."""
     gen = torch.Generator().manual_seed(0)
     weight = torch.randn(v, d, generator=gen) / math.sqrt(d)
     target = torch.randint(0, v, (n,), generator=gen)
@@ -87,7 +87,7 @@ def child_memory(args: argparse.Namespace) -> None:
     """In a fresh process: prints the extra MB of one contender."""
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtypes[0])
-    score = next(c.score for c in every_contender("cpu", args.backward) if c.name == args.child)
+    score = next(c.score for c in contenders("cpu", only=args.child)[0] if c.name == args.child)
     run_once(score, *inputs(64, args.dims[0], 4096, dtype, "cpu"), args.backward)
     tensors = inputs(args.n, args.dims[0], args.vocab, dtype, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
@@ -243,13 +243,18 @@ def main() -> None:
         child_memory(args)
         return
     torch.set_num_threads(args.threads)
-    results = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for d in args.dims:
         for dtype in args.dtypes:
             title = f"N={args.n}, V={args.vocab}, D={d}, {dtype}"
             results[title] = measure(args, d, dtype)
             print(render(title, results[title]), flush=True)
             print()
+            write(args, results)
+
+
+def write(args: argparse.Namespace, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """JSON and plot of the settings measured so far."""
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
         "command": "python tests/benchmarks/bench_logprob.py " + " ".join(sys.argv[1:]),
@@ -263,8 +268,7 @@ def main() -> None:
         "results": results,
     }
     (args.out / f"logprob_{args.device}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(results, args.out / f"logprob_{args.device}.png", record["device"])
-    print(f"wrote logprob_{args.device}.json and .png to {args.out}")
+    plot(results, args.out / f"logprob_{args.device}.png", device_name(args.device))
 
 
 if __name__ == "__main__":

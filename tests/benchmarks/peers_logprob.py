@@ -84,14 +84,16 @@ def cut_cross_entropy() -> Score:
     return lambda hidden, weight, target: -linear_cross_entropy(hidden, weight, target, reduction="none")
 
 
-def contenders(device: str) -> tuple[list[Contender], dict[str, str]]:
-    """All that can run on this device, and the reason for each one that cannot."""
+def contenders(device: str, only: str | None = None) -> tuple[list[Contender], dict[str, str]]:
+    """All that can run on this device (or the one of that name), and the reason for each one that cannot."""
     found = [Contender("silkie tiled", silkie("tiled")), Contender("naive", naive)]
     if device == "cuda":
         found.insert(0, Contender("silkie triton", silkie("triton")))
     absent: dict[str, str] = {}
 
     def add(name: str, make: Callable[[], Score], per_token: bool = True) -> None:
+        if only not in (None, name):
+            return
         try:
             found.append(Contender(name, make(), per_token))
         except (ImportError, AttributeError) as error:
