@@ -32,6 +32,8 @@ from silkie.inference import generate, load_policy
 logger = logging.getLogger(__name__)
 
 BATCH = 128
+# Held-out questions of the final figures. The base weights and the recipe were chosen on those of seed 7.
+EVALUATION_SEED = 2024
 MAX_NEW_TOKENS = 28
 DECODING = {"greedy": 0.0, "T=1": 1.0}
 
@@ -137,7 +139,7 @@ def run_demo(
         one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
         return f"Dry run: {len(items)} prompts sampled and rated, one optimizer step; records in {records}."
     test = evaluation_items(
-        7,
+        EVALUATION_SEED,
         mme_images=sizes.mme_images,
         pope_images=sizes.pope_images,
         captions=sizes.captions,
