@@ -1,5 +1,6 @@
 # One virtual environment in .venv; the tested versions come from constraints.txt.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -10,7 +11,7 @@ demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five min
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dpo_silkie.py
 
 test: $(VENV)/.dev  ## everything that fits a CI run
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.dev  ## what takes longer: kill matrices, large data, full numerics
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
