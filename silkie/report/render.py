@@ -96,7 +96,7 @@ def _tile(row: BenchmarkRow) -> dict[str, Any]:
 
 
 def _direction(row: BenchmarkRow, difference: float | None) -> str:
-    if not difference or row.metric in NEUTRAL:
+    if not difference or row.neutral or row.metric in NEUTRAL:
         return "same"
     return "better" if (difference < 0) == row.lower_is_better else "worse"
 
@@ -117,7 +117,7 @@ def _row(row: BenchmarkRow) -> dict[str, Any]:
     low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
     strips = [Markup(strip) for strip in interval_plot(row.systems, low, high)]
     values = [s.value for s in row.systems if s.value is not None]
-    best = (min(values) if row.lower_is_better else max(values)) if values and row.metric not in NEUTRAL else None
+    best = (min(values) if row.lower_is_better else max(values)) if values and not row.neutral and row.metric not in NEUTRAL else None
     systems = [
         {
             "system": s,
@@ -132,8 +132,17 @@ def _row(row: BenchmarkRow) -> dict[str, Any]:
     return {
         "row": row,
         "systems": systems,
-        "title": f"{row.name.split(': ', 1)[-1]} ({metric_name(row.metric)})" if row.group else metric_name(row.metric) or row.name,
+        "title": _row_title(row),
     }
+
+
+def _row_title(row: BenchmarkRow) -> str:
+    """Under a group's heading the row's own name, with its metric where there is one; under a benchmark's heading the metric."""
+    metric = metric_name(row.metric)
+    if not row.group:
+        return metric or row.name
+    name = row.name.split(": ", 1)[-1]
+    return f"{name} ({metric})" if metric else name
 
 
 def _sure(system: System) -> bool:

@@ -46,11 +46,13 @@ class System:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkRow:
-    """A metric for every system, the base first. `headline` rows also stand in the tiles at the top."""
+    """A metric for every system, the base first. `headline` rows also stand in the tiles at the top; rows of one `group` share a table;
+    `neutral` metrics have no better direction."""
 
     name: str
     metric: str = ""
     lower_is_better: bool = False
+    neutral: bool = False
     systems: tuple[System, ...] = ()
     headline: bool = False
     questions: int | None = None
