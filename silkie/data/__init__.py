@@ -2,6 +2,7 @@
 
 from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
 from silkie.data.loading import load_preferences
+from silkie.data.mixing import mix
 from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
 from silkie.data.registry import SOURCES, Row, Source, register_source
 from silkie.data.regroup import RegroupReport, regroup
@@ -51,6 +52,7 @@ __all__ = [
     "is_group_features",
     "load_preferences",
     "mean_rating",
+    "mix",
     "open_image",
     "parse_rating",
     "read_bytes",

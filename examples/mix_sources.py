@@ -1,0 +1,30 @@
+"""Mix sources with weights: each source is loaded as groups, given the same columns, and drawn from in proportion.
+
+python examples/mix_sources.py vlfeedback.jsonl:3 rlaif.parquet:1 [--out DIR]
+"""
+
+import argparse
+
+from silkie.data import check_leak, load_preferences, mix, split_groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE:WEIGHT")
+    parser.add_argument("--image-root")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="write train and test there")
+    args = parser.parse_args()
+
+    named = [source.rpartition(":") for source in args.sources]
+    loaded = [load_preferences(name, image_root=args.image_root, on_error="skip") for name, _, _ in named]
+    mixed = mix(loaded, weights=[float(weight) for _, _, weight in named], seed=args.seed)
+    split = split_groups(mixed, 0.05, seed=args.seed)
+    check_leak(split["train"], split["test"])  # raises where an image or a prompt is on both sides
+    print(f"{len(mixed):,} groups from {len(loaded)} sources: {len(split['train']):,} to train on, {len(split['test']):,} held out")
+    if args.out:
+        split.save_to_disk(args.out)
+
+
+if __name__ == "__main__":
+    main()
