@@ -131,7 +131,8 @@ def with_default_targets(peft_config: PeftConfig, config: PretrainedConfig) -> P
 
 def unquantized_modules(config: PretrainedConfig) -> list[str]:
     """Modules that bitsandbytes must leave alone: the vision tower (it is small, and its features feed every token) and the output head."""
-    return [*family_of(config).vision, "lm_head"]
+    # transformers matches these names from the start of a module's path, and the backbone is called `model` in every family
+    return [*(f"model.{name}" for name in family_of(config).vision), "lm_head"]
 
 
 class PromptPositions:
