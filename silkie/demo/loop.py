@@ -155,11 +155,26 @@ def run_demo(
             trainer.train()
         if recipe is DPO:
             trainer.save_model(str(directory))
+            history, options = trainer.state.log_history, shown_options(trainer)
         answers[recipe.name] = evaluate(summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch)
     summary.seconds = watch.seconds
-    write_sheets(summary, test, answers, output)
+    write_sheets(summary, test, answers, output, history, options)
     (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def shown_options(trainer: Any) -> dict[str, dict[str, Any]]:
+    """The options of a training run that its report page shows."""
+    args = trainer.args
+    adapter = trainer.model.peft_config["default"]
+    names = ("beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "seed")
+    training = {name: getattr(args, name) for name in names}
+    losses = dict(zip(args.loss_type, args.loss_weights or [1.0], strict=True))
+    return {
+        "Training": {"losses": [f"{weight:g} x {name}" for name, weight in losses.items()], **training},
+        "Adapter": {"rank": adapter.r, "alpha": adapter.lora_alpha, "targets": sorted(adapter.target_modules)},
+        "Run": {line.partition(":")[0]: line.partition(":")[2].strip() for line in trainer.plan_lines() if ":" in line},
+    }
 
 
 class Watch:

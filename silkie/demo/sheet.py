@@ -1,10 +1,7 @@
-"""The demo's report: a Markdown table, a picture and an HTML sheet with the answers of base and trained model side by side."""
+"""What the demo leaves behind: a Markdown table, a picture, and the report page with the answers of base and trained model side by side."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.metrics import METRICS, Metric
+from silkie.demo.page import demo_report
 from silkie.demo.scenes import render
 from silkie.evaluation.stats import Estimate
+from silkie.report import build_report
 
 if TYPE_CHECKING:
     from silkie.demo.loop import Summary
@@ -22,12 +21,22 @@ Answers = Mapping[str, Mapping[str, Sequence[str]]]  # policy -> decoding -> ans
 BARS = ("mme_acc", "chair_s", "exact", "pope_accuracy", "pope_yes_rate", "refusal", "over_refusal")
 
 
-def write_sheets(summary: Summary, test: Sequence[DemoItem], answers: Answers, output: Path) -> None:
-    """`table.md`, `demo.html`, and `demo.png` where matplotlib is installed. Sets `summary.table`."""
+def write_sheets(
+    summary: Summary,
+    test: Sequence[DemoItem],
+    answers: Answers,
+    output: Path,
+    log_history: Sequence[Mapping[str, Any]] = (),
+    configuration: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """`table.md`, the report page `demo.html`, and `demo.png` where matplotlib is installed. Sets `summary.table`.
+
+    `log_history` (of the DPO trainer) gives the page its curves, `configuration` (section -> option -> value) its table of options.
+    """
     summary.table = markdown(summary)
     (output / "table.md").write_text(summary.table, encoding="utf-8")
     shown = examples(test)
-    (output / "demo.html").write_text(page(summary, test, answers, shown), encoding="utf-8")
+    build_report(demo_report(summary, test, answers, log_history=log_history, configuration=configuration), output / "demo.html")
     picture(summary, test, answers, shown[:6], output / "demo.png")
 
 
@@ -69,44 +78,6 @@ def examples(test: Sequence[DemoItem], per_kind: int = 4) -> list[int]:
 def _right(item: DemoItem, answer: str) -> bool:
     rating = oracle.rate(item.scene, item.question, answer)
     return min(int(entry["Rating"]) for entry in rating.values()) >= 4
-
-
-def page(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int]) -> str:
-    """A self-contained HTML page: the tables, then images with the answers of every policy (greedy)."""
-    head = "".join(f"<th>{html.escape(summary.titles[p])}</th>" for p in summary.scores)
-    parts = [_STYLE, "<h1>silkie: what preference training changed</h1>"]
-    for mode in next(iter(summary.scores.values())):
-        rows = [
-            f"<tr><td>{html.escape(metric.title)}{_arrow(metric)}</td>"
-            + "".join(f"<td>{_cell(scores[mode][metric.key], metric)}</td>" for scores in summary.scores.values())
-            + "</tr>"
-            for metric in METRICS
-        ]
-        parts.append(f"<h2>Held-out scenes, {mode}</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>")
-    rows = []
-    for k in shown:
-        item = test[k]
-        cells = "".join(
-            f"<td class='{'good' if _right(item, answers[p]['greedy'][k]) else 'bad'}'>{html.escape(answers[p]['greedy'][k])}</td>"
-            for p in answers
-        )
-        rows.append(f"<tr><td><img src='{_data_url(item)}' alt=''></td><td>{html.escape(item.prompt)}</td>{cells}</tr>")
-    parts.append(f"<h2>Answers, greedy</h2><table><tr><th></th><th>Prompt</th>{head}</tr>{''.join(rows)}</table>")
-    parts.append("<p>Examples are evenly spaced over the held-out sets. Green: the oracle finds no fault.</p>")
-    return "<!doctype html><meta charset='utf-8'><title>silkie demo</title>" + "".join(parts) + "\n"
-
-
-_STYLE = (
-    "<style>body{font:15px/1.4 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.35rem .6rem;text-align:left;vertical-align:top}"
-    "img{width:112px;image-rendering:pixelated}.good{background:#e6f4e6}.bad{background:#fbe6e3}</style>"
-)
-
-
-def _data_url(item: DemoItem) -> str:
-    buffer = io.BytesIO()
-    render(item.scene).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int], path: Path) -> None:

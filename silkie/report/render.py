@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -33,7 +34,7 @@ def render(report: Report) -> str:
     )
     environment.filters |= {"value": format_value, "number": format_number, "signed": signed}
     book = PictureBook()
-    cards = [_card(card, book) for card in sorted(report.gallery, key=lambda card: card.flip not in ("fixed", "broken"))]
+    cards = [_card(card, book) for card in mixed(report.gallery)]
     return environment.get_template("page.html.j2").render(
         report=report,
         style=Markup(_resource("style.css")),
@@ -42,6 +43,7 @@ def render(report: Report) -> str:
         curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves],
         tables=_tables(report.benchmarks),
         cards=cards,
+        paired=any(system.difference_low is not None for row in report.benchmarks for system in row.systems),
         categories=sorted({card["category"] for card in cards if card["category"]}),
         sets=sorted({card["benchmark"] for card in cards if card["benchmark"]}),
         flips=[
@@ -51,6 +53,17 @@ def render(report: Report) -> str:
         ],
         pictures=book.uris,
     )
+
+
+def mixed(cards: Sequence[Card]) -> list[Card]:
+    """Flipped questions first; within flips and the rest, benchmarks and categories take turns."""
+    turns: Counter[tuple[bool, str, str]] = Counter()
+    order = []
+    for place, card in enumerate(cards):
+        group = (card.flip not in ("fixed", "broken"), card.benchmark, card.category)
+        order.append((group[0], turns[group], place))
+        turns[group] += 1
+    return [cards[place] for _, _, place in sorted(order)]
 
 
 def format_number(value: float | None) -> str:
@@ -107,7 +120,12 @@ def _tables(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
     for row in rows:
         tables.setdefault(row.group or row.name, []).append(_row(row))
     return [
-        {"name": name, "rows": own, "questions": next((r["row"].questions for r in own if r["row"].questions), None)}
+        {
+            "name": name,
+            "rows": own,
+            "tested": any(s.p_value is not None for r in own for s in r["row"].systems),
+            "questions": next((r["row"].questions for r in own if r["row"].questions), None),
+        }
         for name, own in tables.items()
     ]
 

@@ -13,7 +13,7 @@ from silkie.report.__main__ import main
 from silkie.report.charts import interval_plot, line_chart, nice_ticks
 from silkie.report.collect import collect, curves_of, pick_cards
 from silkie.report.pictures import PictureBook
-from silkie.report.render import format_number, render, signed
+from silkie.report.render import format_number, mixed, render, signed
 from silkie.report.schema import Answer, Card, Curve, Report, System
 
 HISTORY = [
@@ -172,6 +172,16 @@ def test_cards_are_thinned_without_losing_flips():
     flips = [c for c in cards if c.flip in ("fixed", "broken")]
     assert sum(c.flip == "fixed" for c in kept) == min(len(flips), 80)
     assert len(pick_cards(cards[:50], 160)) == 50
+
+
+def test_flips_come_first_and_categories_take_turns():
+    def card(name, category, flipped):
+        return Card(
+            id=name, prompt="", category=category, base=Answer(answer="", correct=False), trained=Answer(answer="", correct=flipped)
+        )
+
+    cards = [card("a1", "a", True), card("a2", "a", True), card("r1", "b", False), card("b1", "b", True), card("r2", "a", False)]
+    assert [c.id for c in mixed(cards)] == ["a1", "b1", "a2", "r1", "r2"]
 
 
 def test_numbers_read_well():
