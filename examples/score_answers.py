@@ -1,6 +1,6 @@
 """Score two sets of answers and say what changed, from Python: no files but the two results.
 
-    python examples/score_answers.py pope base.jsonl trained.jsonl
+python examples/score_answers.py pope base.jsonl trained.jsonl
 """
 
 import sys
