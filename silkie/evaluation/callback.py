@@ -137,7 +137,6 @@ class BenchmarkCallback(TrainerCallback):
         own = [tasks[min(i, len(tasks) - 1)] for i in range(rank * share, (rank + 1) * share)]
         records: list[dict[str, Any]] = []
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            model.eval()
             answerer = LocalAnswerer(model, trainer.processing_class, max_new_tokens=benchmark.max_new_tokens)
             for start in range(0, len(own), self.batch_size):
                 batch = own[start : start + self.batch_size]

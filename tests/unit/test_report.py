@@ -94,7 +94,8 @@ def test_the_page_is_self_contained_and_escaped(run_dir):
 def test_hostile_texts_stay_text(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
     answer = Answer(answer=evil, correct=True, invented=("script", "(.*"), note=evil, ratings={evil: 1.0})
-    card = Card(id=evil, prompt=evil, base=answer, trained=answer, category=evil, reference=evil)
+    plain = Answer(answer=evil)
+    card = Card(id=evil, prompt=evil, base=answer, trained=plain, category=evil, reference=evil)
     curve = Curve(title=evil, series={evil: [(0, 1), (1, 2)]})
     page = render(
         Report(
