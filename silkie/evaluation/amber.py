@@ -46,7 +46,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     """
     path = Path(results)
     source = _annotation_file(path, annotations)
-    truth = {record.id: record for record in read_records(source)}
+    truth = {record.id: record for record in _annotations(source)}
     records = read_records(path)
     check_unique(records)
     lexicon = load_lexicon(source.parent, truth.values())
@@ -109,7 +109,7 @@ def load_questions(data: str | Path) -> list[Question]:
     if not files:
         raise ResultError(root, None, f"no AMBER queries. Expected one of {', '.join(names)} in the folder or in its query/.")
     folder = root.parent if root.is_file() else root
-    truth = {record.id: record for record in read_records(_annotation_file(files[0], None))}
+    truth = {record.id: record for record in _annotations(_annotation_file(files[0], None))}
     questions = []
     for file in files:
         for record in read_records(file):
@@ -189,6 +189,14 @@ def _annotation(record: Record, truth: dict[str, Record], source: Path) -> Recor
     if record.id not in truth:
         raise record.error(f"id {record.id} is not in {source}.")
     return truth[record.id]
+
+
+def _annotations(source: Path) -> list[Record]:
+    """The records of annotations.json; excerpts that hold the list under `annotations` are unwrapped."""
+    records = read_records(source)
+    if len(records) == 1 and isinstance(inner := records[0].data.get("annotations"), list):
+        return [Record(source, records[0].line, row) for row in inner]
+    return records
 
 
 def _annotation_file(results: Path, annotations: str | Path | None) -> Path:

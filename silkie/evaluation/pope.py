@@ -7,17 +7,21 @@ Results: JSONL. Either each line carries its `label`, or the answers stand besid
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from silkie.evaluation.readings import read_pope
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
+from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records
 from silkie.evaluation.scoring import Item, Score, build_score, confusion_counts, confusion_rates
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["SETS", "export_results", "load_questions", "score_results"]
 
 SETS = ("random", "popular", "adversarial")
 SUFFIXES = (".jsonl", ".json")
+_PLACES = ("", "data", "annotations", "questions")
 
 
 def score_results(results: str | Path, annotations: str | Path | None = None) -> Score:
@@ -124,28 +128,14 @@ def _check_unique_per_set(answers: list[Record], file: Path) -> None:
 
 
 def _questions_for(file: Path, answers: list[Record], annotations: str | Path | None) -> list[Record]:
-    source = Path(annotations) if annotations else None
-    if source is not None and source.is_dir():
-        found = [f for f in sorted(source.rglob("*")) if f.suffix in SUFFIXES and _set_of(f) == _set_of(file) and f != file]
-        source = found[0] if len(found) == 1 else None
-    elif source is None:
-        name = _set_of(file)
-        source = find_beside(
-            file,
-            [f"coco_pope_{name}{s}" for s in SUFFIXES[::-1]]
-            + [f"pope_{name}{s}" for s in SUFFIXES[::-1]]
-            + ["questions.jsonl", "label.jsonl", "labels.jsonl"],
-        )
-    if source is None:
-        unlabelled = next((record for record in answers if record.data.get("label") is None), answers[0])
-        raise unlabelled.error(
-            "no `label`, and no question file was found. Expected a `label` (yes/no) in every line, or --annotations QUESTION_FILE."
-        )
+    source = _question_file(file, answers, annotations)
     questions = read_records(source)
     by_id = {record.id: record for record in questions if record.data.get("question_id") is not None}
     if len(by_id) == len(questions) and all(record.data.get("question_id") is not None for record in answers):
         if unknown := next((record for record in answers if record.id not in by_id), None):
             raise unknown.error(f"question_id {unknown.id!r} is not in {source}.")
+        if len(answers) < len(questions):
+            logger.warning("%s answers %d of the %d questions in %s; the others are left out.", file, len(answers), len(questions), source)
         return [by_id[record.id] for record in answers]
     if len(questions) != len(answers):
         raise ResultError(
@@ -154,6 +144,32 @@ def _questions_for(file: Path, answers: list[Record], annotations: str | Path | 
             f"{len(answers)} answers, but {source} has {len(questions)} questions. Expected one answer per question, in order.",
         )
     return questions
+
+
+def _question_file(file: Path, answers: list[Record], annotations: str | Path | None) -> Path:
+    """The labelled questions of an answer file: those of its set (random, popular, adversarial) where names tell, else the only ones
+    there."""
+    if annotations and Path(annotations).is_file():
+        return Path(annotations)
+    places = [Path(annotations)] if annotations else [base / sub for base in (file.parent, file.parent.parent) for sub in _PLACES]
+    files = dict.fromkeys(f for place in places if place.is_dir() for f in sorted(place.iterdir()) if f.suffix in SUFFIXES and f != file)
+    candidates = [f for f in files if _is_questions(f)]
+    name = _set_of(file)
+    matching = [f for f in candidates if _set_of(f) == name] or [f for f in candidates if not name or not _set_of(f)]
+    if len(matching) == 1:
+        return matching[0]
+    unlabelled = next((record for record in answers if record.data.get("label") is None), answers[0])
+    found = f"several question files fit ({', '.join(f.name for f in matching[:4])})" if matching else "no question file was found"
+    raise unlabelled.error(f"no `label`, and {found}. Expected a `label` (yes/no) in every line, or --annotations QUESTION_FILE.")
+
+
+def _is_questions(file: Path) -> bool:
+    """Whether a file beside the answers holds labelled questions; files of other kinds are passed over."""
+    try:
+        first = read_records(file)[0]
+    except (ResultError, OSError):
+        return False
+    return first.data.get("label") is not None and not _is_answers(file)
 
 
 def _label(record: Record) -> str:

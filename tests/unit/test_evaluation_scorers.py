@@ -141,6 +141,23 @@ def test_pope_answers_beside_a_question_file(tmp_path):
     assert score("pope", str(lines(tmp_path / "popular_answers.jsonl", by_position))).metrics["accuracy"] == pytest.approx(4 / 6)
 
 
+def test_pope_finds_the_questions_of_its_set(tmp_path, caplog):
+    def questions(name, label, count=2):
+        rows = [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": label} for i in range(count)]
+        return lines(tmp_path / name, rows)
+
+    questions("pope_adversarial.head.jsonl", "no"), questions("coco_pope_random.json", "yes")
+    (tmp_path / "notes.json").write_text("not json")
+    answers = [{"question_id": i, "answer": "Yes"} for i in range(2)]
+    assert score("pope", str(lines(tmp_path / "model_adversarial.jsonl", answers))).metrics["accuracy"] == 0
+    assert score("pope", str(lines(tmp_path / "out" / "my_random_run.jsonl", answers))).metrics["accuracy"] == 1
+    with pytest.raises(ResultError, match=r"several question files fit \(coco_pope_random.json, pope_adversarial.head.jsonl\)"):
+        score("pope", str(lines(tmp_path / "answers.jsonl", answers)))
+    (tmp_path / "coco_pope_random.json").unlink()
+    assert score("pope", str(lines(tmp_path / "answers.jsonl", answers[:1]))).metrics["accuracy"] == 0
+    assert "answers 1 of the 2 questions" in caplog.text
+
+
 def test_pope_three_sets_in_a_folder(tmp_path):
     for name, rows in (("random", [("yes", "yes")]), ("popular", [("no", "yes")]), ("adversarial", [("no", "no"), ("no", "yes")])):
         full = [{"question_id": i, "image": "a", "text": "q", "label": label, "answer": text} for i, (label, text) in enumerate(rows)]
@@ -227,6 +244,12 @@ def test_amber_generative_part(amber):
         "Hal": round(100 - 100 / 2.001, 1),
         "Cog": 33.3,
     }
+
+
+def test_amber_annotations_may_be_wrapped(amber):
+    (amber / "excerpt.json").write_text(json.dumps({"queries": [], "annotations": ANNOTATIONS}, indent=1))
+    results = lines(amber / "r.json", [json.dumps([{"id": 3, "response": "No"}])])
+    assert score("amber", str(results), str(amber / "excerpt.json")).metrics["accuracy"] == 100
 
 
 def test_amber_first_association_wins(amber):
