@@ -144,8 +144,9 @@ def clear_disk_errors(output_dir: str | Path) -> Iterator[None]:
             raise
         last = last_complete_checkpoint(output_dir)
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"
+        place = getattr(error, "filename", None) or output_dir
         raise CheckpointError(
-            f"Cannot write to {output_dir}: the disk is full ({error}). {kept}; free some space and start the same command again."
+            f"Cannot write to {place}: the disk is full ({error}). {kept}; free some space and start the same command again."
         ) from error
 
 

@@ -132,8 +132,7 @@ class ReferenceStore:
     """Reference log-probs by group, on disk and in memory.
 
     One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next run goes on from
-        there. fp32 numbers are
-    kept exactly.
+    there. fp32 numbers are kept exactly.
 
     Args:
         directory: of the cache.
@@ -149,7 +148,7 @@ class ReferenceStore:
 
     def load(self) -> int:
         """Reads what earlier passes wrote; returns the number of groups."""
-        for file in sorted(self.directory.glob("*.jsonl")):
+        for file in sorted(f for f in self.directory.glob("*.jsonl") if f.is_file()):  # a device or pipe may have no end
             for line in file.read_text().splitlines():
                 try:
                     record = json.loads(line)
@@ -174,8 +173,11 @@ class ReferenceStore:
                 self._file.write("\n")
         self.values[key] = values
         packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in values]
-        self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         if self._file is not None:
