@@ -1,6 +1,8 @@
 # One virtual environment in .venv; the tested versions come from constraints.txt.
 PYTHON ?= python3
 JOBS ?= 2
+# accelerate starts CPU processes with one thread unless told otherwise
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -8,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 .PHONY: demo test test-slow lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two cores)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/dpo_silkie.py
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(CORES) recipes/dpo_silkie.py
 
 test: $(VENV)/.dev  ## everything that fits a CI run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile
