@@ -29,8 +29,9 @@ class SilkieDPOConfig(DPOConfig):
             "help": "packed: prompt and all responses of a group in one row; rows: one row per response. auto: packed where it is exact."
         },
     )
-    attention_backend: Literal["auto", "sdpa", "eager", "flex", "varlen"] = field(
-        default="auto", metadata={"help": "Attention of the language model in the packed layout. auto: sdpa, with one group per row."}
+    attention_backend: Literal["auto", "sdpa", "eager", "segments", "flex", "varlen"] = field(
+        default="auto",
+        metadata={"help": "Attention of the language model in the packed layout. auto: sdpa, one group per row; on the CPU by segment."},
     )
     use_fused_logprob: bool = field(
         default=True, metadata={"help": "Score tokens with silkie.logprob; False builds the logits (for comparison)."}
@@ -136,7 +137,7 @@ class SilkieDPOConfig(DPOConfig):
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layout": ("auto", "packed", "rows"),
-    "attention_backend": ("auto", "sdpa", "eager", "flex", "varlen"),
+    "attention_backend": ("auto", "sdpa", "eager", "segments", "flex", "varlen"),
     "logprob_impl": ("auto", "reference", "tiled", "triton"),
     "corruption": CORRUPTIONS,
     "response_end": ("template", "end_of_turn"),

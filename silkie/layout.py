@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from silkie.attention import IMPLEMENTATIONS, Attention, Backend, why_not_available
+from silkie.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Attention, Backend, why_not_available
 from silkie.attention.varlen import kernel_name
 from silkie.models import causal_lm, why_not_packable
 from silkie.packing import Layout
@@ -78,7 +78,7 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     backend, why = _choose_backend(config, args)
     reason = "asked for" if args.layout == "packed" else f"{config.model_type} has only full and sliding attention"
     return LayoutChoice(
-        layout="packed", reason=reason, backend=backend, backend_reason=why, groups_per_row=1 if backend in ("sdpa", "eager") else None
+        layout="packed", reason=reason, backend=backend, backend_reason=why, groups_per_row=1 if backend in ONE_GROUP_PER_ROW else None
     )
 
 
@@ -89,9 +89,12 @@ def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
         ValueError: the backend asked for cannot run here.
     """
     wanted = args.attention_backend
+    device = torch.device(args.device)
     if wanted == "auto":
+        if device.type == "cpu" and why_not_available("segments", config, device) is None:
+            return "segments", "sdpa without the scores that nothing sees, the fastest on a CPU; one group per row"
         return "sdpa", "exact on every device; one group per row"
-    if obstacle := why_not_available(wanted, config, torch.device(args.device)):
+    if obstacle := why_not_available(wanted, config, device):
         raise ValueError(f"attention_backend={wanted!r} cannot run here: {obstacle}.")
     return wanted, f"asked for; {kernel_name()}" if wanted == "varlen" else "asked for"
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from silkie.attention import flex, varlen
+from silkie.attention import flex, segments, varlen
 from silkie.models import family_of, layer_types, sliding_window
 from silkie.packing import PROMPT_SEGMENT, visible
 
-Backend = Literal["sdpa", "eager", "flex", "varlen"]
+Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
 # Backend -> attention implementation of transformers.
-IMPLEMENTATIONS: dict[str, str] = {"sdpa": "sdpa", "eager": "eager", "flex": flex.NAME, "varlen": varlen.NAME}
+IMPLEMENTATIONS: dict[str, str] = {"sdpa": "sdpa", "eager": "eager", "segments": segments.NAME, "flex": flex.NAME, "varlen": varlen.NAME}
 BACKENDS = tuple(IMPLEMENTATIONS)
-DENSE = ("sdpa", "eager")
+ONE_GROUP_PER_ROW: tuple[Backend, ...] = ("sdpa", "eager", "segments")  # a dense mask over several groups would be mostly empty
 
 _KEPT = "_attention_inputs"
 
@@ -40,7 +40,7 @@ class Attention:
         """Keyword arguments of the model's forward: `attention_mask`."""
         if self.layout == "rows":
             return {"attention_mask": (batch["segment_ids"] >= 0).long()}
-        if self.backend in DENSE:  # not kept: the masks of all micro-batches of a step would fill the memory
+        if self.backend in ONE_GROUP_PER_ROW:  # not kept: the masks of all micro-batches of a step would fill the memory
             return self._packed(config, batch)
         if _KEPT not in batch:  # small, and the reference pass needs the same
             batch[_KEPT] = self._packed(config, batch)
@@ -60,15 +60,14 @@ class Attention:
 
 def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.device) -> str | None:
     """The reason why a backend cannot train a model on a device, or None."""
-    if backend in DENSE:
+    two_way = family_of(config).two_way
+    if backend in ("segments", "varlen") and two_way != "none":
+        return f"{config.model_type} attends in both directions within its {two_way} tokens, {backend!r} is causal: use 'flex' or 'sdpa'"
+    if backend in ONE_GROUP_PER_ROW:
         return None
     if device.type != "cuda":
         return f"{backend!r} attention needs a CUDA device, this run is on {device.type}: use 'sdpa'"
-    if backend == "varlen":
-        if (two_way := family_of(config).two_way) != "none":
-            return f"{config.model_type} attends in both directions within its {two_way} tokens, 'varlen' is causal: use 'flex' or 'sdpa'"
-        return varlen.why_no_kernel()
-    return None
+    return varlen.why_no_kernel() if backend == "varlen" else None
 
 
 def _dense_bool(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
@@ -81,19 +80,32 @@ def _dense_float(batch: dict[str, Any], window: int | None, two_way: Tensor | No
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
+def _segments(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
+    """Long rows segment by segment, short ones with the dense mask."""
+    if batch["segment_ids"].shape[1] < segments.SHORTEST_ROW:
+        return _dense_bool(batch, window, two_way)
+    _refuse_two_way("segments", two_way)
+    return segments.segment_mask(batch["group_ids"], batch["segment_ids"], window=window)
+
+
 def _flex(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Any:
     return flex.block_mask(batch["group_ids"], batch["segment_ids"], batch["logical_positions"], window=window, bidirectional=two_way)
 
 
 def _varlen(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
-    if two_way is not None:
-        raise ValueError("'varlen' attention is causal; this model attends in both directions within its image or prefix tokens.")
+    _refuse_two_way("varlen", two_way)
     return varlen.segment_plan(batch["group_ids"], batch["segment_ids"], window=window)
+
+
+def _refuse_two_way(backend: Backend, two_way: Tensor | None) -> None:
+    if two_way is not None:
+        raise ValueError(f"{backend!r} attention is causal; this model attends in both directions within its image or prefix tokens.")
 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], int | None, Tensor | None], Any]] = {
     "sdpa": _dense_bool,
     "eager": _dense_float,
+    "segments": _segments,
     "flex": _flex,
     "varlen": _varlen,
 }

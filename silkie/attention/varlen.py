@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.packing import PAD_SEGMENT, PROMPT_SEGMENT
+from silkie.attention.segments import segments_of
 
 NAME = "silkie_varlen"
 
@@ -43,25 +42,18 @@ class SegmentPlan(Tensor):
 
 def segment_plan(group_ids: Tensor, segment_ids: Tensor, *, window: int | None = None) -> SegmentPlan:
     """The plan of packed rows [B, T]. The padding of a row is a segment that meets itself."""
-    groups, segments = group_ids.cpu(), segment_ids.cpu()
-    b, t = segments.shape
-    row = torch.arange(b)[:, None].expand(b, t)
-    _, lengths = torch.unique_consecutive(torch.stack([row, groups, segments]).flatten(1), dim=1, return_counts=True)
-    bounds = [0, *lengths.cumsum(0).tolist()]
-    kinds = segments.flatten()
-    keys, prompt = [], torch.arange(0)
-    for start, end in pairwise(bounds):
-        own = torch.arange(start, end)
-        kind = int(kinds[start])
-        if kind == PROMPT_SEGMENT:
-            prompt = own
-        keys.append(own if kind in (PROMPT_SEGMENT, PAD_SEGMENT) else torch.cat([prompt, own]))
+    t, found = segment_ids.shape[1], segments_of(group_ids, segment_ids)
+    keys = []
+    for s in found:
+        prompt, own = torch.arange(s.prompt_start, s.prompt_end), torch.arange(s.start, s.end)
+        keys.append(s.row * t + torch.cat([prompt, own]))
     device = segment_ids.device
     counts = [len(k) for k in keys]
     plan = torch.cat(keys)[None, None, None].to(device).as_subclass(SegmentPlan)
-    plan.cu_queries = torch.tensor(bounds, dtype=torch.int32, device=device)
+    lengths = [s.end - s.start for s in found]
+    plan.cu_queries = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     plan.cu_keys = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    plan.longest_query, plan.longest_key, plan.window = int(lengths.max()), max(counts), window
+    plan.longest_query, plan.longest_key, plan.window = max(lengths), max(counts), window
     return plan
 
 

@@ -44,7 +44,7 @@ def truth():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "varlen"])
+@pytest.mark.parametrize("backend", ["sdpa", "segments", "flex", "varlen"])
 def test_packed_backends_are_as_exact_as_separate_rows(truth, backend, dtype):
     if backend == "varlen":
         if dtype is torch.float32:

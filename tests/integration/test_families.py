@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from silkie.attention import segments
 from silkie.models import FAMILIES as SUPPORTED
 from silkie.models import why_not_packable
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
@@ -34,10 +35,11 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
-@pytest.mark.parametrize("layout, backend", [("rows", "sdpa"), ("packed", "sdpa"), ("packed", "varlen")])
-def test_layouts_equal_the_stock_model(setting, truth, layout, backend):
+@pytest.mark.parametrize("layout, backend", [("rows", "sdpa"), ("packed", "sdpa"), ("packed", "segments"), ("packed", "varlen")])
+def test_layouts_equal_the_stock_model(setting, truth, layout, backend, monkeypatch):
     family, model, processor, rows = setting
-    if backend == "varlen" and SUPPORTED[family].two_way != "none":
+    monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
+    if backend in ("segments", "varlen") and SUPPORTED[family].two_way != "none":
         with pytest.raises(ValueError, match="both directions"):
             score(model, processor, rows, layout, backend)
         return

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.attention import api
 from silkie.layout import LayoutMismatch, choose_layout
+from silkie.models import FAMILIES as SUPPORTED
 from silkie.models import backbone, vision_parameters
 from silkie.packing import visible
 from tests.support.data import dataset, group, mixed_groups
@@ -83,9 +84,10 @@ def test_other_layers_of_a_known_family_are_refused_by_name(layers):
 
 
 @pytest.mark.parametrize("family", [*QWEN, *FAMILIES])
-def test_supported_families_are_packed_with_sdpa(family):
+def test_supported_families_are_packed_with_sdpa_and_on_a_cpu_by_segment_where_they_are_causal(family):
     choice = choose(family_model(family).config)
-    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", "sdpa", 1)
+    expected = "segments" if SUPPORTED[family].two_way == "none" else "sdpa"
+    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", expected, 1)
 
 
 @pytest.mark.parametrize("backend", ["flex", "varlen"])
@@ -99,7 +101,7 @@ def test_the_log_says_what_runs_and_why(tmp_path, caplog):
         make(tmp_path).train()
     for line in (
         "layout: packed (qwen2_5_vl has only full",
-        "attention: sdpa (exact on every device",
+        "attention: segments (sdpa without the scores that nothing sees",
         "self-test: packed equals separate",
         "encoded once",
     ):

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.attention import segments
 from silkie.models import default_lora_targets
 from tests.support.data import dataset, group
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -36,6 +37,12 @@ GROUPS = {
     "several images": [group([image(1, 84, 56), image(2)], "how many cat are there", ANSWERS, [[0, 1], [2, 3], [1, 3]])],
     "text only": [group([], "is there a dog", ANSWERS[:3], all_pairs(3)), group([], "what is it ?", ANSWERS[1:3], all_pairs(2))],
 }
+
+
+@pytest.fixture(autouse=True)
+def by_segment(monkeypatch):
+    """Rows as short as these would run with the dense mask."""
+    monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
 
 
 def pair_rows(groups):

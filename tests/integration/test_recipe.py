@@ -56,7 +56,7 @@ def launch(inputs, out, *extra, check=True):
 
 def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
     result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3")
-    for text in ("Plan", "groups", "pairs", "layout: packed", "attention: sdpa", "silkie.logprob", "adapter off", "peak"):
+    for text in ("Plan", "groups", "pairs", "layout: packed", "attention: segments", "silkie.logprob", "adapter off", "peak"):
         assert text in result.stdout, text
     assert not list(Path(tmp_path / "dry").glob("checkpoint-*"))
 

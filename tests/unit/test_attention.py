@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from silkie.attention import IMPLEMENTATIONS, Attention, flex, varlen, why_not_available
+from silkie.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
 from silkie.packing import visible
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model
@@ -30,7 +30,8 @@ def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
     blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
     module = torch.nn.Identity()
     real = (one["segment_ids"] >= 0)[..., None, None]  # varlen lets the padding of a row see itself as a sequence
-    for attend, plan_or_blocks in ((varlen.attention, plan), (flex.attention, blocks)):
+    spans = segments.segment_mask(one["group_ids"], one["segment_ids"], window=window)
+    for attend, plan_or_blocks in ((varlen.attention, plan), (flex.attention, blocks), (segments.attention, spans)):
         found, _ = attend(module, query, key, value, plan_or_blocks)
         assert ((found - truth) * real).abs().max() < 1e-12
 
@@ -49,6 +50,29 @@ def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
     blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"])
     with pytest.raises(RuntimeError, match="no backward pass on the CPU"):
         flex.attention(torch.nn.Identity(), query, query, query, blocks)
+
+
+def test_gradients_by_segment_are_those_of_the_dense_mask():
+    one = batch(1)
+    b, t = one["segment_ids"].shape
+    torch.manual_seed(0)
+    inputs = [torch.randn(b, heads, t, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(b, t, 4, 8, dtype=torch.float64) * (one["segment_ids"] >= 0)[..., None, None]
+    mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"])
+    truth = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    found, _ = segments.attention(torch.nn.Identity(), *inputs, segments.segment_mask(one["group_ids"], one["segment_ids"]))
+    for expected, own in zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (truth, found)), strict=True):
+        assert (expected - own).abs().max() < 1e-12
+
+
+def test_segments_cover_every_token_once_and_short_rows_keep_the_dense_mask(monkeypatch):
+    one, attention, config = batch(2), Attention(backend="segments", layout="packed"), tiny_model().config
+    b, t = one["segment_ids"].shape
+    found = segments.segments_of(one["group_ids"], one["segment_ids"])
+    assert sorted(s.row * t + n for s in found for n in range(s.start, s.end)) == list(range(b * t))
+    assert attention.inputs(config, one)["attention_mask"].dtype is torch.bool
+    monkeypatch.setattr(segments, "SHORTEST_ROW", t)
+    assert attention.inputs(config, one)["attention_mask"].segments == found
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
@@ -78,7 +102,7 @@ def test_the_reference_pass_reuses_the_plan_of_the_policy_pass():
     assert attention.inputs(config, one)["attention_mask"] is attention.inputs(config, one)["attention_mask"]
 
 
-@pytest.mark.parametrize("backend", ["flex", "varlen"])
+@pytest.mark.parametrize("backend", ["segments", "flex", "varlen"])
 def test_generation_and_rows_work_whatever_backend_is_set(backend):
     """Padding on the left and a plain 2-D mask, as `generate` passes it."""
     model = tiny_model()
@@ -97,6 +121,7 @@ def test_why_not_available(monkeypatch):
     assert why_not_available("sdpa", qwen, CPU) is None
     assert "needs a CUDA device, this run is on cpu" in why_not_available("flex", qwen, CPU)
     assert why_not_available("flex", gemma, CUDA) is None
+    assert why_not_available("segments", qwen, CPU) is None and "both directions" in why_not_available("segments", gemma, CPU)
     assert "both directions" in why_not_available("varlen", gemma, CUDA)
     monkeypatch.setattr(varlen, "_flash_attn_installed", lambda: False)
     monkeypatch.setattr(varlen, "_torch_has_varlen", lambda: False)
