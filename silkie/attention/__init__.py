@@ -5,8 +5,9 @@
     flex          FlexAttention with a BlockMask; CUDA; many groups per row
     varlen        flash attention over segments, each with its prompt's and its own keys; CUDA; many groups per row
 
-"segments", "flex" and "varlen" are registered under names of their own through transformers' `AttentionInterface` (some model classes refuse
-its stock "flex_attention"). Given a plain mask instead of a packed batch's, they run sdpa: generation and the `rows` layout work whatever is set.
+"segments", "flex" and "varlen" are registered under names of their own through transformers' `AttentionInterface` (some model classes
+refuse its stock "flex_attention"). Given a plain mask instead of a packed batch's, they run sdpa: generation and the `rows` layout work
+whatever is set.
 """
 
 from silkie.attention.api import BACKENDS, IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Attention, Backend, why_not_available
