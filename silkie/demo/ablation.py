@@ -111,14 +111,14 @@ def run_ablation(
     folder, sizes = Path(out), sizes or Sizes()
     test = held_out(sizes)
     result: dict[str, Any] = {"seeds": list(seeds), "pool": {}, "pairs": {}, "scores": {"base": {}}}
-    base = _cached(folder / "base.json", lambda: {"scores": _evaluate(*load_base(base_dir), test, folder / "eval" / "base")})
+    base = cached(folder / "base.json", lambda: {"scores": evaluate_policy(*load_base(base_dir), test, folder / "eval" / "base")})
     for seed in seeds:
         result["scores"]["base"][str(seed)] = base["scores"]
         place = folder / f"seed{seed}"
-        means = _cached(place / "pool.json", lambda s=seed, p=place: sample_pool(s, p / "data", sizes, base_dir))
+        means = cached(place / "pool.json", lambda s=seed, p=place: sample_pool(s, p / "data", sizes, base_dir))
         result["pool"][str(seed)] = means
         for name in recipes:
-            trained = _cached(place / f"{name}.json", lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir))
+            trained = cached(place / f"{name}.json", lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir))
             result["scores"].setdefault(name, {})[str(seed)] = trained["scores"]
             result["pairs"].setdefault(name, {})[str(seed)] = trained["pairs"]
     (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -230,11 +230,12 @@ def _train(row: Row, seed: int, place: Path, means: Mapping[str, float], test: l
         data = random_directions(data, seed)
     trainer = make_trainer(row.recipe, data, base_dir, place / "runs" / row.recipe.name, seed)
     trainer.train()
-    scores = _evaluate(trainer.model, trainer.processing_class, test, place / "eval" / row.recipe.name)
+    scores = evaluate_policy(trainer.model, trainer.processing_class, test, place / "eval" / row.recipe.name)
     return {"pairs": sum(len(pairs) for pairs in data["pairs"]), "scores": scores}
 
 
-def _evaluate(model: Any, processor: Any, test: list[DemoItem], folder: Path) -> Scores:
+def evaluate_policy(model: Any, processor: Any, test: list[DemoItem], folder: Path) -> Scores:
+    """Scores of a policy on held-out items, greedy and at temperature 1; its answers are left in `folder`."""
     scores: Scores = {}
     for mode, temperature in DECODING.items():
         texts = answer_items(model, processor, test, temperature=temperature, seed=11, title=f"evaluating {folder.name}, {mode}")
@@ -243,7 +244,7 @@ def _evaluate(model: Any, processor: Any, test: list[DemoItem], folder: Path) ->
     return scores
 
 
-def _cached(file: Path, compute: Any) -> Any:
+def cached(file: Path, compute: Any) -> Any:
     """The result in `file`, computed and stored (whole, by renaming) where it is missing."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Recipe:
     shuffled: bool = False
     epochs: float = 2.0
     learning_rate: float = 1e-3
+    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of SilkieDPOConfig
 
 
 DPO = Recipe(name="dpo", title="DPO")
@@ -276,26 +277,27 @@ def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory:
     from silkie.trainer import SilkieDPOTrainer
 
     model, processor = load_base(base_dir)
-    args = SilkieDPOConfig(
-        output_dir=str(directory),
-        loss_type=list(recipe.losses),
-        loss_weights=list(recipe.loss_weights) if len(recipe.losses) > 1 else None,
-        beta=0.1,
-        learning_rate=recipe.learning_rate,
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=32,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        dataloader_pin_memory=False,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(directory),
+        "loss_type": list(recipe.losses),
+        "loss_weights": list(recipe.loss_weights) if len(recipe.losses) > 1 else None,
+        "beta": 0.1,
+        "learning_rate": recipe.learning_rate,
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": 32,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": seed,
+        "dataloader_pin_memory": False,
+    }
+    args = SilkieDPOConfig(**{**arguments, **recipe.options})
     peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM") if adapter is None else None
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
