@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ def run_demo(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not torch.cuda.is_available() and torch.get_num_threads() < cores:
+        logger.info(
+            "runs on %d of %d cores: `accelerate launch --num_cpu_threads_per_process %d` uses all", torch.get_num_threads(), cores, cores
+        )
     sizes = sizes or (Sizes(images=6, card_images=4) if dry_run else Sizes())
     watch = Watch()
     items = preference_items(1000 + seed, images=sizes.images, card_images=sizes.card_images, questions=sizes.questions)
