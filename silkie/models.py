@@ -135,6 +135,17 @@ def unquantized_modules(config: PretrainedConfig) -> list[str]:
     return [*(f"model.{name}" for name in family_of(config).vision), "lm_head"]
 
 
+def keep_used_conversions(model: Any) -> None:
+    """Makes a model that was loaded under ZeRO-3 save its weights under the names they were loaded from.
+
+    Saving reverses the renamings of loading. transformers' ordinary loader remembers those that the files needed, its ZeRO-3 loader all of
+    the family's, among them a prefix that only other versions' files lack.
+    """
+    base: Any = causal_lm(model)
+    if conversions := getattr(base, "_weight_conversions", None):
+        base._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+
+
 class PromptPositions:
     """Rotary positions of prompts, computed on the CPU by the model's own rule without its weights (so that data workers can do it).
 

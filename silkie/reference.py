@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from silkie.data.images import read_bytes
 from silkie.models import causal_lm, vision_parameters
@@ -110,10 +112,15 @@ def _peft_model(model: Any) -> PeftModel | None:
 
 
 def _same_weights(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two towers hold the same numbers (sharded ones count as different: they cannot be compared here)."""
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    """Whether two towers hold the same numbers on all ranks. Under ZeRO-3 every rank compares its shards; FSDP2 shards the reference before
+    the policy, which cannot be compared then and counts as different."""
+    if any(isinstance(p, DTensor) for p in (*a, *b)):
+        return False
+    mine, other = ([getattr(p, "ds_tensor", p) for p in side] for side in (a, b))
+    same = len(a) == len(b) and all(
+        x.shape == y.shape and x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(mine, other, strict=True)
     )
+    return all(gather_object([same]))
 
 
 def group_key(row: Mapping[str, Any]) -> str:

@@ -124,7 +124,7 @@ def scored_head(
         else:
             logps, stats = _plain(plain_forward(scored), target, options, return_stats)
         box["stats"] = stats
-        return logps[None, :, None]
+        return logps[None, :, None].clone()  # FSDP2 hooks the output of a module, which must not be a view
 
     had_own = "forward" in head.__dict__
     previous = head.__dict__.get("forward")

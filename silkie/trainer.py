@@ -33,7 +33,15 @@ from silkie.encoding import GroupEncoder
 from silkie.layout import LayoutChoice, choose_layout, self_test
 from silkie.losses import GroupLogps, Objective, build_objective
 from silkie.metrics import DeviceMeans
-from silkie.models import PromptPositions, causal_lm, vision_is_frozen, vision_parameters, vision_parts, with_default_targets
+from silkie.models import (
+    PromptPositions,
+    causal_lm,
+    keep_used_conversions,
+    vision_is_frozen,
+    vision_parameters,
+    vision_parts,
+    with_default_targets,
+)
 from silkie.packing import Layout
 from silkie.precompute import ReferenceTable, precompute_reference
 from silkie.preparation import PreparationReport, prepare_groups
@@ -140,6 +148,7 @@ class SilkieDPOTrainer(DPOTrainer):
         args = self.args
         guards.check_process_count(args, self.accelerator)
         guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
+        keep_used_conversions(self.model)
         base = causal_lm(self.model)
         self.choice.apply(base)
         self.scorer = Scorer(
@@ -381,6 +390,12 @@ class SilkieDPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             write_card(output_dir or str(self.args.output_dir), self)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered from shards, where a tied tensor has become two
+            tied = causal_lm(self.model).all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes silkie's card in place of TRL's."""

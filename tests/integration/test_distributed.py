@@ -1,5 +1,5 @@
-"""Two processes under DDP, ZeRO-2 and ZeRO-3 do what one does: losses, gradient norms and saved weights on the same global batches. SGD makes the saved
-weights a sum of gradients, so their agreement is that of the gradients.
+"""Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 do what one does: losses, gradient norms and saved weights on the same global batches. SGD makes the
+saved weights a sum of gradients, so their agreement is that of the gradients.
 
 The data (12 groups of 1 to 3 pairs, a third without an image, one group per process and step) gives processes different numbers of pairs and steps in
 which one process has no image."""
@@ -15,18 +15,23 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.support.tiny import tiny_model
+
 ROOT = Path(__file__).parents[2]
 CASES = {
-    "lora": {},
-    "full": {"lora": False, "lr": 0.002},
-    "trained_vision": {"lora": False, "lr": 0.002, "args": {"freeze_vision": False}},
+    "lora": {"from_disk": True},
+    "full": {"from_disk": True, "lora": False, "lr": 0.002},
+    "full_tied": {"from_disk": True, "tie": True, "lora": False, "lr": 0.002},
+    "trained_vision": {"from_disk": True, "lora": False, "lr": 0.002, "args": {"freeze_vision": False}},
     "rows_cached_checkpointed": {"args": {"layout": "rows", "precompute_ref_log_probs": True, "gradient_checkpointing": True}},
     "plain_head": {"args": {"use_fused_logprob": False}},
     "accumulated": {"data": "many", "args": {"gradient_accumulation_steps": 3}},
 }
+KINDS = {"ddp": ("MULTI_CPU", None), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", None)}
 CI = [("ddp", "lora"), ("ddp", "trained_vision"), ("zero2", "full"), ("zero3", "lora"), ("zero3", "full"), ("zero3", "trained_vision")]
 CI += [("zero3", "rows_cached_checkpointed"), ("zero2", "lora"), ("zero3", "accumulated")]
-REST = [(mode, case) for mode in ("ddp", "zero2", "zero3") for case in CASES if (mode, case) not in CI]
+CI += [("fsdp2", "lora"), ("fsdp2", "full"), ("fsdp2", "rows_cached_checkpointed")]
+REST = [(mode, case) for mode in KINDS for case in CASES if (mode, case) not in CI]
 
 
 def spec(case, mode, out):
@@ -34,10 +39,13 @@ def spec(case, mode, out):
     args = dict(given.get("args", {}))
     if mode == "single":
         args["gradient_accumulation_steps"] = 2 * args.get("gradient_accumulation_steps", 1)
-    return {**given, "out": str(out / f"{mode}-{case}"), "args": args}
+    model = {"model": str(out / ("tied" if given.get("tie") else "untied"))} if given.get("from_disk") else {}
+    return {**given, **model, "out": str(out / f"{mode}-{case}"), "args": args}
 
 
 def run_jobs(jobs, directory, timeout):
+    tiny_model().save_pretrained(directory / "untied")
+    tiny_model(tie=True).save_pretrained(directory / "tied")
     path = directory / "jobs.json"
     path.write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -53,7 +61,7 @@ def run_jobs(jobs, directory, timeout):
 def compare(out, mode, case):
     one, two = (json.loads((out / f"{m}-{case}" / "result.json").read_text()) for m in ("single", mode))
     assert (one["world"], two["world"]) == (1, 2)
-    assert two["stage"] == {"ddp": None, "zero2": 2, "zero3": 3}[mode]
+    assert (two["kind"], two["stage"]) == KINDS[mode]
     for key, tolerance in (("loss", 2e-6), ("grad_norm", 2e-5), ("rewards/margins", 1e-5), ("num_tokens", 0)):
         alone, together = ([entry[key] for entry in r["log"] if key in entry] for r in (one, two))
         assert together == pytest.approx(alone, abs=tolerance, rel=2e-5 if tolerance else 0) and len(alone) >= 2, key
@@ -74,11 +82,11 @@ def ci_runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed")
     cases = list(dict.fromkeys(case for _, case in CI))
     jobs = [{"mode": mode, "spec": spec(case, mode, out)} for mode, case in [*(("single", c) for c in cases), *CI]]
-    run_jobs(jobs, out, 400)
+    run_jobs(jobs, out, 700)
     return out
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(750)
 @pytest.mark.parametrize(("mode", "case"), CI)
 def test_two_processes_train_as_one(ci_runs, mode, case):
     saved = compare(ci_runs, mode, case)

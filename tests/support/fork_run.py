@@ -1,6 +1,6 @@
 """Runs jobs of `tests.support.train_run` in forked processes: libraries are imported once, so that a two-process run takes seconds.
 
-`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3, "spec": {...}, "kill_after": seconds, "kills": n, "seed": s}. With
+`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...}, "kill_after": seconds, "kills": n, "seed": s}. With
 `kills`, a job is killed with SIGKILL that many times, each time after a random part of `kill_after` seconds of training, and started again; then it runs
 to its end. The environment of a forked process is what `accelerate launch` sets for the config of that mode.
 """
@@ -17,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +41,9 @@ def environment(mode: str, rank: int, port: int) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / f"recipes/accelerate/deepspeed_{mode}.json"),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true" if mode == "zero3" else "false",
         }
+    if mode == "fsdp2":
+        config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+        env |= {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in config.items()}}
     return env
 
 

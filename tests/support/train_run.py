@@ -50,12 +50,15 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         max_grad_norm=1e6, **extra,
     )  # fmt: skip
     options.update(spec.get("args", {}))
+    family, directory = spec.get("family", "qwen2_5_vl"), spec.get("model")
+    if directory:
+        options["model_init_kwargs"] = {"dtype": "float32"}
     return SilkieDPOTrainer(
-        tiny_model(spec.get("family", "qwen2_5_vl")),
-        ref_model=None if lora else tiny_model(spec.get("family", "qwen2_5_vl")),
+        directory or tiny_model(family),
+        ref_model=None if lora or directory else tiny_model(family),
         args=SilkieDPOConfig(**options),
         train_dataset=data,
-        processing_class=tiny_processor(spec.get("family", "qwen2_5_vl")),
+        processing_class=tiny_processor(family),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
     )
 
@@ -65,6 +68,22 @@ def without_compiled_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def fsdp_on_cpu() -> None:
+    """Has accelerate run FSDP on gloo processes. FSDP2 itself works there, but accelerate asks for it only where it finds accelerators, and runs DDP elsewhere."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
 
 
 class Started(TrainerCallback):
@@ -78,6 +97,8 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
     """Trains, saves to `final/`, and writes `result.json`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         without_compiled_collectives()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        fsdp_on_cpu()
     torch.set_num_threads(1)
     trainer = make(spec, {"use_cpu": True} if use_cpu else {})
     trainer.add_callback(Started())
