@@ -107,7 +107,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             ]
             axis.bar([i + 0.2 * n - 0.3 for i, _ in bars], [v for _, v in bars], 0.2, label=contender)
         axis.set(
-            title=f"{k} responses, {k * (k - 1) // 2} pairs",
+            title=f"{k} responses, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
             xlabel="image tokens",
             ylabel="pairs per second",
             xticks=range(len(tokens)),
