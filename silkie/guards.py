@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,13 @@ def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
         accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     )
     return sharded or not frozen_vision
+
+
+def keep_fp32_outputs(accelerator: Any) -> None:
+    """accelerate has FSDP2 round what every module returns to bf16, the log-probs of the output head with it."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 @contextmanager

@@ -182,6 +182,10 @@ class SilkieDPOTrainer(DPOTrainer):
         for line in self._setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        guards.keep_fp32_outputs(self.accelerator)
+
     # -- data
     # ---------------------------------------------------------------------------------------------------------------------------------
 

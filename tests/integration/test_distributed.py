@@ -106,6 +106,22 @@ def test_every_mode_trains_as_one_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_log_probs_under_fsdp2_and_bf16_are_not_rounded(tmp_path):
+    """accelerate's policy for bf16 would cast what every module returns to bf16, log-probs of about -20 to steps of 0.125."""
+    options = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}, "max_steps": 2}
+    jobs = [
+        {"mode": mode, "spec": {"out": str(tmp_path / mode), "model": str(tmp_path / "untied"), "args": {**options, "gradient_accumulation_steps": steps}}}
+        for mode, steps in (("single", 2), ("fsdp2", 1))
+    ]  # fmt: skip
+    run_jobs(jobs, tmp_path, 500)
+    one, two = (json.loads((tmp_path / mode / "result.json").read_text()) for mode in ("single", "fsdp2"))
+    assert "param_dtype=torch.bfloat16" in two["fsdp_precision"] and "output_dtype=None" in two["fsdp_precision"]
+    for alone, together in zip(one["log"][:2], two["log"][:2], strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("config", ["single", "ddp", "zero2", "zero3"])
 def test_the_recipes_configs_launch(tmp_path, config):
     """The files of recipes/accelerate through `accelerate launch` itself."""

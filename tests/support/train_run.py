@@ -52,7 +52,7 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
     options.update(spec.get("args", {}))
     family, directory = spec.get("family", "qwen2_5_vl"), spec.get("model")
     if directory:
-        options["model_init_kwargs"] = {"dtype": "float32"}
+        options.setdefault("model_init_kwargs", {"dtype": "float32"})
     return SilkieDPOTrainer(
         directory or tiny_model(family),
         ref_model=None if lora or directory else tiny_model(family),
@@ -80,6 +80,8 @@ def fsdp_on_cpu() -> None:
     def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -105,7 +107,7 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     trainer.save_model(str(Path(spec["out"]) / "final"))
     if trainer.accelerator.is_main_process:
-        plugin = trainer.accelerator.deepspeed_plugin
+        plugin, fsdp = trainer.accelerator.deepspeed_plugin, getattr(trainer.accelerator.state, "fsdp_plugin", None)
         result = {
             "log": [
                 {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in trainer.state.log_history
@@ -113,6 +115,7 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
             "world": trainer.accelerator.num_processes,
             "kind": trainer.accelerator.distributed_type.value,
             "stage": plugin.zero_stage if plugin else None,
+            "fsdp_precision": fsdp and str(fsdp.mixed_precision_policy),
             "preempted": trainer.preempted,
             "objective": trainer.objective.state_dict(),
         }

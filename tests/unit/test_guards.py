@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from silkie import guards
 
@@ -57,6 +58,15 @@ def test_mixed_dtypes_under_zero3_are_stopped():
 )
 def test_who_needs_a_dummy_image(where, frozen, needed):
     assert guards.needs_dummy_image(where, frozen) is needed
+
+
+def test_fsdp2_returns_log_probs_unrounded():
+    plugin = SimpleNamespace(
+        fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    )
+    guards.keep_fp32_outputs(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    guards.keep_fp32_outputs(SimpleNamespace(state=SimpleNamespace()))  # no FSDP: nothing to do
 
 
 def test_a_non_finite_loss_names_its_groups_and_those_before():
