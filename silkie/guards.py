@@ -60,6 +60,17 @@ def check_process_count(args: Any, accelerator: Any) -> None:
             )
 
 
+def check_optimizer(args: Any, accelerator: Any) -> None:
+    """bitsandbytes' optimizers take no sharded tensors.
+
+    Raises:
+        LaunchError: one of them is asked for under FSDP.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if accelerator.distributed_type == DistributedType.FSDP and ("8bit" in name or "paged" in name):
+        raise LaunchError(f"optim={name!r} does not run under FSDP2. Use adamw_torch_fused (its states are sharded), or ZeRO-2/3 or DDP.")
+
+
 def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
     """ZeRO-3 gathers parameters into one buffer of one dtype.
 
@@ -85,6 +96,14 @@ def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
         accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     )
     return sharded or not frozen_vision
+
+
+def keep_trainable_4bit(model: Any) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight the first time it is used in eval mode (by the self-test or the
+    reference), for a product without gradients, and stays with it: later training steps would get no gradient through it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def keep_fp32_outputs(accelerator: Any) -> None:

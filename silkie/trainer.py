@@ -147,7 +147,9 @@ class SilkieDPOTrainer(DPOTrainer):
     def _after_trl_init(self) -> None:
         args = self.args
         guards.check_process_count(args, self.accelerator)
+        guards.check_optimizer(args, self.accelerator)
         guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
+        guards.keep_trainable_4bit(self.model)
         keep_used_conversions(self.model)
         base = causal_lm(self.model)
         self.choice.apply(base)

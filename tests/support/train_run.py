@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoConfig, BitsAndBytesConfig, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.models import unquantized_modules
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -51,8 +52,13 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
     )  # fmt: skip
     options.update(spec.get("args", {}))
     family, directory = spec.get("family", "qwen2_5_vl"), spec.get("model")
+    quantization = None
     if directory:
         options.setdefault("model_init_kwargs", {"dtype": "float32"})
+    if spec.get("bits"):
+        skipped = unquantized_modules(AutoConfig.from_pretrained(directory))
+        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if spec["bits"] == 4 else {"load_in_8bit": True}
+        quantization = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kind)
     return SilkieDPOTrainer(
         directory or tiny_model(family),
         ref_model=None if lora or directory else tiny_model(family),
@@ -60,6 +66,7 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         train_dataset=data,
         processing_class=tiny_processor(family),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
+        quantization_config=quantization,
     )
 
 

@@ -35,6 +35,13 @@ def test_an_ignored_engine_config_is_stopped(monkeypatch, variable, right):
     guards.check_process_count(None, accelerator(2, right))
 
 
+def test_8bit_optimizers_under_fsdp_are_stopped():
+    with pytest.raises(guards.LaunchError, match="adamw_8bit.*FSDP2"):
+        guards.check_optimizer(SimpleNamespace(optim="adamw_8bit"), accelerator(2, DistributedType.FSDP))
+    guards.check_optimizer(SimpleNamespace(optim="adamw_torch_fused"), accelerator(2, DistributedType.FSDP))
+    guards.check_optimizer(SimpleNamespace(optim="adamw_8bit"), accelerator(2, DistributedType.MULTI_GPU))
+
+
 def test_mixed_dtypes_under_zero3_are_stopped():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
     guards.check_adapter_dtypes(model, True)  # not partitioned: ZeRO-2
