@@ -18,13 +18,26 @@ from silkie.evaluation.text import comparison_text, score_text
 
 NAMES = ", ".join(BENCHMARKS)
 
+LAYOUTS = """results that are read:
+  mme      folder of <subtask>.txt (or one of them): image TAB question TAB Yes|No TAB answer, two lines per image
+  pope     JSONL or JSON list with `answer` and `label`; or without labels, beside or with --annotations their question file;
+           or a folder of such files, one each for random, popular, adversarial
+  amber    JSON list of {id, response}; annotations.json, relation.json and safe_words.txt beside it or with --annotations FOLDER
+  chair    JSONL with `answer` and `objects`
+  mmhal    JSON list or JSONL with `rating` (0-6) or the judge's reply (`judge`, `gpt_evaluation`), or the official list of completions
+  mmvet    the official grade file (id -> {"score": [...]}), or records with `score`; mm-vet.json beside it or with --annotations
+  redteam  JSONL with `answer` and `expected` (refuse | answer)
+  .yaml    JSONL with `answer` (yesno, exact) or `rating` / `judge` (judge), and `label` or an `id` of the questions
+
+A line that cannot be scored ends the command with status 2 and `error: FILE:LINE: what is wrong`."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m silkie.evaluation", description="Benchmarks of vision-language models: run, judge, score, compare."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    which = f"{NAMES}; or the path of a YAML definition"
+    which = f"{NAMES}; or the path of a YAML definition (also as --benchmark NAME)"
 
     run = commands.add_parser("run", help="answer a benchmark's questions; run again to resume")
     run.add_argument("benchmark", help=which)
@@ -45,10 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     _answering_arguments(judge)
     judge.set_defaults(run=judge_command)
 
-    score = commands.add_parser("score", help="the official numbers of a results file")
+    score = commands.add_parser(
+        "score", help="the official numbers of a results file", epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     score.add_argument("benchmark", help=which)
-    score.add_argument("results", help="results file, or folder of results files, in the benchmark's official layout or as `run` wrote it")
-    score.add_argument("--annotations", help="questions or annotations of the benchmark (default: in the results, or searched beside them)")
+    score.add_argument(
+        "results",
+        help="results file, or folder of results files, in the benchmark's official layout or as `run` wrote it (also as --results PATH)",
+    )
+    score.add_argument(
+        "--annotations", "--questions", help="questions or annotations of the benchmark (default: in the results, or searched beside them)"
+    )
     score.add_argument("--json", action="store_true", help="print JSON")
     score.add_argument("--items", metavar="FILE", help="write every question with how it was read and scored (JSONL)")
     score.set_defaults(run=score_command)
@@ -56,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two results files on the same questions: differences B - A, intervals, flips")
     compare.add_argument("a", help="results of the reference (the base model)")
     compare.add_argument("b", help="results of the other (the trained model)")
-    compare.add_argument("--benchmark", help=f"{which} (default: the one noted in the results)")
-    compare.add_argument("--annotations", help="as for score")
+    compare.add_argument("--benchmark", help=f"{NAMES}; or the path of a YAML definition (default: the one noted in the results)")
+    compare.add_argument("--annotations", "--questions", help="as for score")
     compare.add_argument("--only-common", action="store_true", help="compare the questions that both have")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--html", metavar="FILE", help="write a page with the flipped questions and their images")
@@ -225,9 +245,22 @@ def _check_writable(outputs: dict[str | Path, Any]) -> None:
             raise ValueError(f"{file} is a folder; expected the name of a results file, such as {Path(file) / 'answers.jsonl'}.")
 
 
+def _named_first(argv: list[str]) -> list[str]:
+    """`--benchmark NAME` and `--results PATH` put where the positional arguments stand (`compare` has a --benchmark of its own)."""
+    if not argv or argv[0] not in ("run", "judge", "score"):
+        return argv
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--benchmark")
+    finder.add_argument("--results")
+    named, rest = finder.parse_known_args(argv[1:])
+    front = [value for value in (named.benchmark,) if value is not None]
+    back = [value for value in (named.results,) if value is not None]
+    return [argv[0], *front, *(back if front else []), *rest, *([] if front else back)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(_named_first(list(sys.argv[1:] if argv is None else argv)))
     try:
         return arguments.run(arguments)
     except (ResultError, AnswererError, ValueError, FileNotFoundError) as error:

@@ -1,14 +1,14 @@
 """Which objects a text names: a word list, plurals folded to singulars, longest phrase first. No model, no download.
 
 This replaces the part-of-speech tagger and lemmatiser of the official AMBER and CHAIR scorers. Where it can differ from them: a listed
-word that is used as another part of speech ("light blue", "watch the game") counts here unless it is in `AMBIGUOUS`; irregular plurals
-outside `IRREGULAR` are not folded.
+word that is used as another part of speech counts here, save for the words in `AMBIGUOUS`, whose neighbours are looked at ("light blue",
+"watch the game"); irregular plurals outside `IRREGULAR` are not folded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["AMBIGUOUS", "mentions", "singular"]
 
@@ -24,7 +24,7 @@ UNCHANGED = frozenset({
     "earrings",
 })  # fmt: skip
 
-# Listed objects whose word is more often a verb or an adjective: they count only after a determiner, a number or a possessive.
+# Listed objects whose word is as often a verb or an adjective: whether they count is read from their neighbours (`_names_a_thing`).
 AMBIGUOUS = frozenset({
     "can", "leave", "hot", "watch", "support", "file", "lock", "brush", "switch", "light", "orange", "range", "cream", "rail", "track",
     "note", "lean", "sound",
@@ -32,6 +32,18 @@ AMBIGUOUS = frozenset({
 DETERMINERS = frozenset({
     "a", "an", "the", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our", "some", "any", "each", "every",
     "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "several", "many", "few",
+})  # fmt: skip
+# What stands before a verb or behind a linking verb ...
+NO_NOUN_AFTER = frozenset({
+    "to", "i", "you", "we", "they", "he", "she", "it", "who", "which", "not", "can", "could", "will", "would", "may", "might", "must",
+    "should", "is", "are", "was", "were", "be", "look", "looks", "seem", "seems", "feels", "very", "quite", "too", "so", "more",
+})  # fmt: skip
+# ... unless these stand before that: "next to", "there is".
+NOUN_AFTER = frozenset({"next", "close", "there"})
+# A noun ends its phrase: what follows is one of these, or punctuation.
+PHRASE_ENDS = frozenset({
+    "and", "or", "but", "with", "without", "on", "in", "at", "near", "next", "of", "by", "behind", "under", "beside", "above", "below",
+    "from", "for", "to", "is", "are", "was", "were", "that", "which", "while", "as", "can", "has", "have",
 })  # fmt: skip
 
 
@@ -64,13 +76,14 @@ def mentions(text: str, vocabulary: Mapping[str, str] | Iterable[str]) -> list[s
     table = {tuple(_words(form)): name for form, name in forms.items()}
     table |= {(*key[:-1], singular(key[-1])): name for key, name in table.items() if key and (*key[:-1], singular(key[-1])) not in table}
     longest = max(map(len, table), default=0)
-    words = _words(text)
+    tokens = list(re.finditer(_WORD, text.lower()))
+    words = [token.group() for token in tokens]
     found, i = [], 0
     while i < len(words):
         for length in range(min(longest, len(words) - i), 0, -1):
             span = words[i : i + length]
             key = next((k for k in (tuple(span), (*span[:-1], singular(span[-1]))) if k in table), None)
-            if key is not None and not (length == 1 and span[0] in AMBIGUOUS and (i == 0 or words[i - 1] not in DETERMINERS)):
+            if key is not None and not (length == 1 and singular(span[0]) in AMBIGUOUS and not _names_a_thing(tokens, i)):
                 found.append(table[key])
                 i += length
                 break
@@ -79,5 +92,25 @@ def mentions(text: str, vocabulary: Mapping[str, str] | Iterable[str]) -> list[s
     return found
 
 
+_WORD = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+
+
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    return re.findall(_WORD, text.lower())
+
+
+def _names_a_thing(tokens: Sequence[re.Match[str]], i: int) -> bool:
+    """Whether an ambiguous word is a noun where it stands: after a determiner ("a watch"), or at the end of its phrase and not where a verb
+    or a predicate would stand ("a hat, watch and tie"; not "they watch", "is light", "light blue", "watches the game")."""
+    string, word = tokens[i].string, tokens[i].group()
+    # neighbours beyond a comma or a full stop are none
+    joined_before = i > 0 and not string[tokens[i - 1].end() : tokens[i].start()].strip()
+    joined_after = i + 1 < len(tokens) and not string[tokens[i].end() : tokens[i + 1].start()].strip()
+    before = tokens[i - 1].group() if joined_before else ""
+    after = tokens[i + 1].group() if joined_after else ""
+    if before in DETERMINERS:
+        return True
+    if before in NO_NOUN_AFTER and not (i > 1 and tokens[i - 2].group() in NOUN_AFTER):
+        return False
+    plural_noun = word not in AMBIGUOUS and after not in DETERMINERS
+    return not after or after in PHRASE_ENDS or plural_noun

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from silkie.evaluation.readings import read_mme
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, read_records
+from silkie.evaluation.records import Question, Record, ResultError, answer_of, read_records, read_text
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = ["COGNITION", "PERCEPTION", "export_results", "load_questions", "mme_items", "score_results"]
@@ -36,8 +36,13 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
             file and line.
     """
     path = Path(results)
+    foreign: list[Path] = []
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
+        # like the official scorer, look at the files of the subtasks alone; a folder of other names is a person's own set
+        if any(_canonical(file.stem) in SUBTASKS for file in files):
+            foreign = [file for file in files if _canonical(file.stem) not in SUBTASKS]
+            files = [file for file in files if file not in foreign]
         if not files:
             raise ResultError(
                 path, None, f"no .txt files. Expected MME's official layout: one tab-separated file per subtask, such as {SUBTASKS[0]}.txt."
@@ -47,7 +52,10 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         records = _read_subtask(path)
     else:
         records = [_from_json(record) for record in read_records(path)]
-    return score_items(mme_items(records))
+    score = score_items(mme_items(records))
+    if foreign:
+        score.warnings.append(f"files that are no subtask of MME were not read: {', '.join(file.name for file in foreign)}.")
+    return score
 
 
 def score_items(items: list[Item]) -> Score:
@@ -126,9 +134,9 @@ def export_results(items: Sequence[dict], out: str | Path) -> Path:
 
 
 def _subtask_items(subtask: str, records: Sequence[Record]) -> list[Item]:
-    seen: dict[tuple[str, str], Record] = {}
+    seen: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        first = seen.setdefault((record.image, record.prompt), record)
+        first = seen.setdefault((record.image, record.prompt, _label(record)), record)
         if first is not record:
             raise record.error(
                 f"{record.image}: this question was already answered at {first.path}:{first.line}: {record.prompt[:80]!r}. Remove one of "
@@ -179,15 +187,9 @@ def _label(record: Record) -> str:
 
 
 def _read_subtask(file: Path) -> list[Record]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ResultError(file, None, "no such file.") from None
-    except UnicodeDecodeError:
-        raise ResultError(file, None, "not UTF-8 text.") from None
     records = []
     # split at "\n" alone: str.splitlines would also cut at form feeds and Unicode separators inside an answer
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip():
             continue
@@ -200,12 +202,19 @@ def _read_subtask(file: Path) -> list[Record]:
                 f"{line[:120]!r}.",
             )
         image, prompt, label, answer = fields
-        record = Record(file, number, {"image": image, "prompt": prompt, "label": label, "answer": answer, "category": file.stem})
+        record = Record(
+            file, number, {"image": image, "prompt": prompt, "label": label, "answer": answer, "category": _canonical(file.stem)}
+        )
         _label(record)
         records.append(record)
     if not records:
-        raise ResultError(file, None, "the file has no answers.")
+        raise ResultError(file, 1, "the file has no answers.")
     return records
+
+
+def _canonical(subtask: str) -> str:
+    """MME's own spelling of a subtask ("ocr" -> "OCR"); another name as it is."""
+    return next((name for name in SUBTASKS if name.lower() == subtask.lower()), subtask)
 
 
 def _from_json(record: Record) -> Record:
@@ -214,7 +223,7 @@ def _from_json(record: Record) -> Record:
             f"no subtask: found the fields {sorted(record.data)}, expected `category` (or a folder of official <subtask>.txt files)."
         )
     _label(record)
-    return record
+    return Record(record.path, record.line, {**record.data, "category": _canonical(record.category)})
 
 
 def _question_files(folder: Path) -> list[Path]:

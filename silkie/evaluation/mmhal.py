@@ -1,8 +1,8 @@
 """MMHal-Bench (arXiv 2309.14525): 96 open questions of 8 types; a judge rates each answer 0-6; under 3 is a hallucination.
 
 Results: records (JSON list or JSONL) with the judge's reply, which holds a line `Rating: N`, or a stored number. The official evaluation
-file (a list of chat completions in question order) is read too. As in the official scorer, a reply with no rating, or with several
-different ones, counts as 0.
+file (a list of chat completions, or of the replies alone, in question order) is read too. As in the official scorer, a reply with no
+rating, or with several different ones, counts as 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     """
     path = Path(results)
     records = _records(path)
-    if all("id" in record.data for record in records):
+    if own_ids := all("id" in record.data and "choices" not in record.data for record in records):
         check_unique(records)
     template = Path(annotations) if annotations else find_beside(path, ["response_template.json", "mmhal_bench.json"])
     meta = read_records(template) if template is not None else []
@@ -66,7 +66,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         known = meta[index] if meta else record
         items.append(
             Item(
-                id=record.id if "id" in record.data else str(index),
+                id=record.id if own_ids else str(index),
                 answer=str(record.find(("answer", "model_answer"), known.find(("model_answer",), ""))),
                 counts=(1.0, float(points), float(points < HALLUCINATION_BELOW), float(rating is None)),
                 value=float(points),
@@ -151,11 +151,22 @@ def export_results(items: Sequence[dict], out: str | Path) -> Path:
 
 
 def _records(path: Path) -> list[Record]:
-    """The judged records; files of people who wrap the list ({"evaluation": [...]}) are unwrapped."""
-    records = read_records(path)
+    """The judged records. A wrapped list ({"evaluation": [...]}) and completions that were stored as JSON text are unwrapped."""
+    records = read_records(path, text_field="judge")
     if len(records) == 1 and isinstance(inner := records[0].data.get("evaluation"), list):
-        return [Record(path, records[0].line, row if isinstance(row, dict) else {"judge": str(row)}) for row in inner]
-    return records
+        records = [Record(path, records[0].line, row if isinstance(row, dict) else {"judge": str(row)}) for row in inner]
+    return [_unpacked(record) for record in records]
+
+
+def _unpacked(record: Record) -> Record:
+    reply = record.data.get("judge")
+    if set(record.data) != {"judge"} or not isinstance(reply, str) or not reply.lstrip().startswith("{"):
+        return record
+    try:
+        completion = json.loads(reply)
+    except json.JSONDecodeError:
+        return record
+    return Record(record.path, record.line, completion) if isinstance(completion, dict) and "choices" in completion else record
 
 
 def _rating(record: Record) -> float | None:
@@ -164,8 +175,9 @@ def _rating(record: Record) -> float | None:
         return _number(record, stored)
     choices = record.data.get("choices")
     reply = record.find(JUDGE_FIELDS)
-    if reply is None and isinstance(choices, list) and choices:
-        reply = choices[0].get("message", {}).get("content")
+    if reply is None and isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        message = choices[0].get("message")
+        reply = message.get("content") if isinstance(message, dict) else None
     if not isinstance(reply, str):
         raise record.error(
             f"no rating: found the fields {sorted(record.data)}, expected a number in one of {list(RATING_FIELDS)} or a judge's reply in "

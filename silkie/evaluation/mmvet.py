@@ -1,8 +1,8 @@
 """MM-Vet (arXiv 2308.02490): open questions, each needing several of six capabilities; a judge gives 0.0 to 1.0 in steps of 0.1.
 
-Results: the official grade file, a JSON object id -> {"score": [0.5, ...], "content": [...], "model": [...]} (a score per judge run), or
-records (JSONL or JSON list) with a stored `score` or the judge's reply. Capabilities come from `mm-vet.json` or from `capability` in the
-records.
+Results: the official grade file, a JSON object id -> {"score": [0.5, ...], "content": [...], "model": [...]} (a score per judge run), a
+plain object id -> grade, or records (JSONL or JSON list) with a stored `score` or the judge's reply. Capabilities come from `mm-vet.json`
+or from `capability` in the records.
 A score is 100 times the sum of grades over the number of QUESTIONS: with `mm-vet.json` at hand, a question without a grade counts as 0, as
 officially.
 """
@@ -93,7 +93,7 @@ def load_questions(data: str | Path) -> list[Question]:
     for record in read_records(file, key_field="id"):
         name = record.text(("imagename", "image"), "image")
         found = next((p for p in (file.parent / "images" / name, file.parent / name) if p.is_file()), file.parent / "images" / name)
-        capability = record.data.get("capability", [])
+        capability = _capabilities(record)
         extra = {"gt_answer": record.data.get("answer", ""), "capability": capability}
         questions.append(
             Question(
@@ -129,7 +129,6 @@ def _item(record: Record | None, question: Record | None, grade: float | None) -
     """One question: `record` is its grade (None: it has none), `question` its entry in mm-vet.json (None: there is no such file)."""
     source = question or record
     assert source is not None
-    capability = source.data.get("capability") or []
     reference = question.data.get("answer") if question else source.data.get("gt_answer")
     return Item(
         id=source.id,
@@ -137,7 +136,7 @@ def _item(record: Record | None, question: Record | None, grade: float | None) -
         counts=(1.0, grade or 0.0, float(grade is None)),
         value=grade or 0.0,
         correct=(grade or 0.0) >= 0.5,
-        category="+".join(capability) if isinstance(capability, list) else str(capability),
+        category="+".join(_capabilities(source)),
         image=(record.image if record else "") or source.image,
         prompt=source.prompt,
         label=str(reference) if reference else None,
@@ -148,6 +147,8 @@ def _item(record: Record | None, question: Record | None, grade: float | None) -
 def _grade(record: Record) -> float | None:
     """The record's grade: the mean over judge runs where there are several."""
     stored = record.find(SCORE_FIELDS)
+    if stored is None and set(record.data) == {"id", "answer"} and not isinstance(record.data["answer"], str):
+        stored = record.data["answer"]  # a plain object id -> grade
     if stored is None:
         reply = record.find(JUDGE_FIELDS)
         replies = [reply] if isinstance(reply, str) else reply
@@ -161,7 +162,24 @@ def _grade(record: Record) -> float | None:
     values = stored if isinstance(stored, list) else [stored]
     if not values:
         raise record.error("the list of scores is empty; expected a number from 0.0 to 1.0 per judge run.")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise record.error(f"a score must be a number from 0.0 to 1.0, found {value!r}.")
-    return sum(values) / len(values)
+    return sum(_number(record, value) for value in values) / len(values)
+
+
+def _number(record: Record, value: Any) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise record.error(f"a score must be a number from 0.0 to 1.0, found {value!r}.")
+    return number
+
+
+def _capabilities(record: Record) -> list[str]:
+    """A list, or one text such as "rec+ocr" or "rec, ocr"."""
+    named = record.data.get("capability") or []
+    if isinstance(named, str):
+        return re.split(r"\s*[+,]\s*", named.strip())
+    if not isinstance(named, list):
+        raise record.error(f"`capability` must be a list of names, found {named!r:.80}.")
+    return [str(name) for name in named]

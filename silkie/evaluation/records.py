@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Question", "Record", "ResultError", "answer_of", "check_unique", "find_beside", "read_records"]
+__all__ = ["Question", "Record", "ResultError", "answer_of", "check_unique", "find_beside", "read_records", "read_text"]
 
 # What the tools of the field call a model's answer, most specific first.
 ANSWER_FIELDS = ("answer", "response", "model_answer", "prediction", "pred", "output", "generated_text", "caption")
@@ -107,22 +107,26 @@ def answer_of(record: Record) -> str:
     )
 
 
-def read_records(path: str | Path, *, key_field: str | None = None) -> list[Record]:
+def read_records(path: str | Path, *, key_field: str | None = None, text_field: str | None = None) -> list[Record]:
     """Read a JSONL file, a JSON list of objects, or (with `key_field`) a JSON object whose keys are ids.
 
     Args:
         key_field: for an object of id -> value: the field that receives the id; a value that is not an object is put into `answer`.
+        text_field: for a JSON list: the field that receives an element that is plain text.
 
     Raises:
         ResultError: not there, empty, not UTF-8, not JSON (with the line), or an element that is not an object.
     """
     path = Path(path)
-    text = _read_text(path)
+    text = read_text(path)
     start = text.lstrip()[:1]
     if not start:
-        raise ResultError(path, None, "the file is empty; expected JSONL or a JSON list.")
+        raise ResultError(path, 1, "the file is empty; expected JSONL or a JSON list.")
     if start == "[":
-        return [_as_record(path, line, value) for line, value in _array(path, text)]
+        elements = list(_array(path, text))
+        if not elements:
+            raise ResultError(path, 1, "the list is empty; expected a JSON object per question.")
+        return [_as_record(path, line, {text_field: v} if text_field and isinstance(v, str) else v) for line, v in elements]
     if key_field is not None and start == "{" and (mapping := _object(text)) is not None:
         return [
             Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})}) for k, v in mapping.items()
@@ -172,7 +176,12 @@ def find_beside(results: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file (a byte-order mark is dropped), its line ends as they are.
+
+    Raises:
+        ResultError: not there, a folder, or not UTF-8 (with the line).
+    """
     if not path.is_file():
         raise ResultError(path, None, "no such file." if not path.is_dir() else "is a folder; expected a file.")
     data = path.read_bytes()
@@ -195,6 +204,11 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     while True:
         position = _skip_space(text, position)
         if text[position : position + 1] == "]" and not expect_value:
+            behind = _skip_space(text, position + 1)
+            if behind < len(text):
+                raise ResultError(
+                    path, text.count("\n", 0, behind) + 1, f"text behind the end of the list: {text[behind : behind + 80]!r}."
+                )
             return
         line = text.count("\n", 0, position) + 1
         try:

@@ -91,7 +91,7 @@ def test_mme_same_image_twice_is_two_pairs(tmp_path):
         ([MME_ROWS[0], *MME_ROWS[2:]], 1, "'a.jpg' has one question here (the next line is about 'b.jpg')"),
         ([MME_ROWS[0], MME_ROWS[0]], 2, "already answered at"),
         ([MME_ROWS[0].replace("\tYes\t", "\tTrue\t"), MME_ROWS[1]], 1, "ground truth must be Yes or No, found 'True'"),
-        ([], None, "no answers"),
+        ([], 1, "no answers"),
     ],
 )
 def test_mme_malformed_files_are_reported_with_the_line(tmp_path, rows, line, message):
