@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -202,7 +205,25 @@ def _decoded(tasks: Sequence[Task], batches: Sequence[range], workers: int, pixe
         return
     from torch.utils.data import DataLoader
 
-    yield from DataLoader(dataset, batch_size=None, num_workers=min(workers, len(batches)), shuffle=False)  # type: ignore[arg-type]
+    yield from DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        shuffle=False,
+        worker_init_fn=_end_with_parent,
+    )
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker of a killed run ends too. Torch's own check does not run while decoded images wait in a pipe that nobody reads any more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _fingerprint(tasks: Sequence[Task]) -> str:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -106,6 +111,43 @@ def test_a_resumed_run_gives_the_same_bytes(finished, data, policy, tmp_path, ke
     assert run(data, policy, tmp_path, "--workers", "2" if keep == "uneven" else "0") == 0
     for name in ("trained.jsonl", "base.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    """Decoded images fill the workers' pipes, where torch's own check for a lost parent does not run."""
+    Image.new("RGB", (400, 400)).save(tmp_path / "a.png")
+    script = f"""
+import multiprocessing, time
+from silkie.evaluation.run import Task, _decoded
+tasks = [Task({{"id": str(i)}}, "q", ({str(tmp_path / "a.png")!r},)) for i in range(64)]
+batches = [range(i, i + 4) for i in range(0, 64, 4)]
+for _ in _decoded(tasks, batches, 2, True):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    left = workers
+    for _ in range(100):
+        left = [pid for pid in left if running(pid)]
+        if not left:
+            break
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and not left
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # a zombie that nobody waits for has ended too
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path(f"/proc/{pid}").exists() else False
 
 
 def test_a_run_with_other_settings_or_questions_is_not_continued(finished, data, policy, tmp_path, capsys):
