@@ -263,7 +263,7 @@ def feedback(items: list[DemoItem], directory: Path, base_dir: str | Path, seed:
 
 def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
     """The rated responses as preference groups; for the shuffled control the two sides of every pair are drawn anew, group by group."""
-    data = load_preferences(source["source"], image_root=source["image_root"], pairs=recipe.pairs)
+    data = load_preferences(source["source"], image_root=source["image_root"], pairs=recipe.pairs, on_error="skip")  # samples may be empty
     if not recipe.shuffled:
         return data
     rng = np.random.default_rng(seed)

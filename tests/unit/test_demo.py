@@ -5,6 +5,7 @@ import pytest
 
 from silkie.demo import oracle
 from silkie.demo.data import evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
+from silkie.demo.loop import DPO, preferences
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR, build_tokenizer
 from silkie.demo.pretrain import CELL_WORDS, Packer, cell_labels, grounding
@@ -124,6 +125,20 @@ def test_records_load_as_preference_groups(tmp_path):
     assert first["responses"][0] == items[0].question.answer and all(
         chosen == 0 for chosen, rejected in first["pairs"] if 0 in (chosen, rejected)
     )
+
+
+def test_a_sample_that_says_nothing_leaves_its_group_out(tmp_path):
+    items = preference_items(5, images=3, card_images=0, questions=1)
+    responses = [("yes", "no", "a cat", "two") for _ in items]
+    responses[1] = ("yes", "", "a cat", "two")
+    annotations = [[oracle.rate(item.scene, item.question, r) for r in own] for item, own in zip(items, responses, strict=True)]
+    for row in annotations:
+        row[0]["Helpfulness"]["Rating"] = "5"  # a pair in every group
+        row[2]["Helpfulness"]["Rating"] = "1"
+    write_images(items, tmp_path / "images")
+    path = write_jsonl(vlfeedback_records(items, responses, annotations, ["a", "b", "c", "d"]), tmp_path / "vlfeedback.jsonl")
+    kept = preferences(DPO, {"source": str(path), "image_root": str(tmp_path / "images")}, 0)
+    assert len(kept) == len(items) - 1 and all("" not in own for own in kept["responses"])
 
 
 def test_tokenizer_reads_and_writes_the_whole_world():
