@@ -30,6 +30,7 @@ class Rounds:
     def __init__(self, output: Path, *, seed: int, base_dir: Path, sizes: Sizes) -> None:
         self.output, self.seed, self.base_dir, self.sizes = output, seed, base_dir, sizes
         self.watch = Watch()
+        self.noted: dict[str, float] = {}  # seconds that a result.json holds already
         self.summary = Summary(str(base_dir), seed, 0, 0)
         self.test = evaluation_items(
             EVALUATION_SEED,
@@ -71,10 +72,12 @@ class Rounds:
         self.summary.groups += groups
         self.summary.pairs += pairs
         scores = {mode: {key: list(value) for key, value in metrics.items()} for mode, metrics in self.summary.scores[name].items()}
+        seconds = {part: round(spent - self.noted.get(part, 0.0), 1) for part, spent in self.watch.seconds.items()}
+        self.noted = dict(self.watch.seconds)
         result = self.output / name / "result.json"
         result.parent.mkdir(parents=True, exist_ok=True)
         partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps({"groups": groups, "pairs": pairs, "scores": scores}), encoding="utf-8")
+        partial.write_text(json.dumps({"groups": groups, "pairs": pairs, "seconds": seconds, "scores": scores}), encoding="utf-8")
         partial.replace(result)  # its presence says that the round is complete
 
     def restore(self, name: str, title: str) -> bool:
@@ -86,6 +89,8 @@ class Rounds:
         self.summary.titles[name] = title
         self.summary.groups += data["groups"]
         self.summary.pairs += data["pairs"]
+        for part, spent in data["seconds"].items():
+            self.watch.seconds[part] = self.noted[part] = round(self.watch.seconds.get(part, 0.0) + spent, 1)
         self.summary.scores[name] = {
             mode: {key: Estimate(*value) for key, value in metrics.items()} for mode, metrics in data["scores"].items()
         }

@@ -33,13 +33,15 @@ class RetryPolicy:
 
     attempts: tries in all when the server fails (5xx), drops the connection or cannot be reached. timeout_attempts: tries in all of a call
     that hangs (each costs `timeout` seconds, and may have been paid for). rate_limit_seconds: how long a call waits in all for a server
-    that answers 429; one that asks for a longer wait stops the run. first_wait, longest_wait: exponential backoff with full jitter, in
-    seconds; a Retry-After that asks for more wins.
+    that answers 429; one that asks for a longer wait stops the run. rate_limit_attempts: tries in all of a call that gets nothing but 429
+    (some servers answer so to a request that is larger than their limit; about four minutes with the waits below). first_wait,
+    longest_wait: exponential backoff with full jitter, in seconds; a Retry-After that asks for more wins.
     """
 
     attempts: int = 6
     timeout_attempts: int = 3
     rate_limit_seconds: float = 900.0
+    rate_limit_attempts: int = 20
     first_wait: float = 0.5
     longest_wait: float = 30.0
 
@@ -109,7 +111,7 @@ class Endpoint:
     """A model behind an OpenAI-compatible `/chat/completions`.
 
     Args:
-        base_url: for example http://localhost:8000/v1.
+        base_url: for example http://localhost:8000/v1. Where it has no path and the server knows no /chat/completions, /v1 is tried.
         model: the name the server knows it by.
         timeout: seconds for one call, connection and reading included.
         prices: to fill in costs.
@@ -142,9 +144,10 @@ class Endpoint:
         self.extra_body = dict(extra_body or {})
         self._key = api_key_from_environment(key_variable)
         self._unsupported: set[str] = set()
+        self._structured_works = False
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         self._client = openai.AsyncOpenAI(
-            base_url=base_url,
+            base_url=base_url.rstrip("/").removesuffix("/chat/completions"),
             api_key=self._key,
             max_retries=0,
             timeout=timeout,
@@ -188,6 +191,12 @@ class Endpoint:
                     raise ItemError("rejected", message, raw=self.redact(error.response.text)) from error
                 given_up.append(candidate)
                 continue
+            except TransportError as error:
+                if error.kind != "server_error" or self._structured_works or "response_format" not in request:
+                    raise
+                given_up.append("response_format")  # some servers fail on a schema that they cannot compile
+                continue
+            self._structured_works |= "response_format" in request
             for name in given_up:
                 if name not in self._unsupported:
                     self._unsupported.add(name)
@@ -210,7 +219,7 @@ class Endpoint:
         return next(iter(named or [name for name in present if name in ("response_format", "seed")]), None)
 
     async def _with_retries(self, messages: Any, request: Mapping[str, Any]) -> Any:
-        counts = {"attempts": 0, "timeout": 0}
+        counts = {"attempts": 0, "timeout": 0, "rate_limited": 0}
         began = time.monotonic()
         policy = self.retries
         backoff = wait_random_exponential(multiplier=policy.first_wait, max=policy.longest_wait)
@@ -225,7 +234,9 @@ class Endpoint:
             error = state.outcome.exception() if state.outcome else None
             assert isinstance(error, _Transient)
             if error.kind == "rate_limited":
-                return time.monotonic() - began + error.retry_after > policy.rate_limit_seconds
+                counts["rate_limited"] += 1
+                waited = time.monotonic() - began
+                return waited + error.retry_after > policy.rate_limit_seconds or counts["rate_limited"] >= policy.rate_limit_attempts
             counts["attempts"] += 1
             counts["timeout"] += error.kind == "timeout"
             return counts["attempts"] >= policy.attempts or counts["timeout"] >= policy.timeout_attempts
@@ -240,6 +251,7 @@ class Endpoint:
     async def _attempt(self, messages: Any, request: Mapping[str, Any]) -> Any:
         """One HTTP request; failures sorted into those worth repeating, those of this request, and those of the whole run."""
         create = self._client.chat.completions.with_raw_response.create
+        url = self._client.base_url
         try:
             async with asyncio.timeout(self.timeout):
                 # As `extra_body` the request skips the client's walk over every nested field, a fifth of its time per call.
@@ -256,6 +268,8 @@ class Endpoint:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise StopRun(self.redact(f"the endpoint rejects the key ({error.status_code}): {error.message}")) from error
         except openai.NotFoundError as error:
+            if self._moved_to_v1(url):
+                return await self._attempt(messages, request)
             raise StopRun(self.redact(f"the endpoint knows no such model or path (404): {error.message}")) from error
         except openai.APIStatusError as error:
             if error.status_code in (408, 409) or error.status_code >= 500:
@@ -265,6 +279,13 @@ class Endpoint:
                 raise
             message = self.redact(f"the endpoint answers {error.status_code}: {error.message}")
             raise ItemError("rejected", message, raw=self.redact(error.response.text)) from error
+
+    def _moved_to_v1(self, used: Any) -> bool:
+        """After a 404 at `used`: True where the same request may work below /v1, because that has not been tried."""
+        if used == self._client.base_url and used.path == "/":
+            self._client.base_url = used.join("v1/")
+            logger.warning("the endpoint knows no %schat/completions; trying %schat/completions", used, self._client.base_url)
+        return used != self._client.base_url
 
     def _requested_wait(self, error: openai.APIStatusError) -> float:
         """Seconds the server asks to wait. Raises StopRun where that is longer than a call may wait (a daily limit, say)."""

@@ -89,6 +89,7 @@ class JudgeItem:
 
     prompt: a text, or a conversation (list of {"role", "content"}). images: paths, bytes or PIL images, in prompt order.
     models: which model wrote each response. meta: anything else about the item, for oracles; never sent to an endpoint.
+    given_id: the id as the input has it (some files number their items); what is written carries this one, so that the two can be joined.
     """
 
     id: str
@@ -97,6 +98,11 @@ class JudgeItem:
     images: tuple[Any, ...] = ()
     models: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    given_id: str | int | None = None
+
+    @property
+    def written_id(self) -> str | int:
+        return self.id if self.given_id is None else self.given_id
 
     def reordered(self, order: Sequence[int]) -> JudgeItem:
         """The same item with response order[p] at position p."""

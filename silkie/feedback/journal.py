@@ -1,6 +1,6 @@
 """An append-only journal of JSON lines that survives a kill at any moment.
 
-A record counts as finished once its line, with the line break, has been written and flushed to the disk (`fsync`). Records that arrive
+A record counts as finished once its line has been written and flushed to the disk (`fsync`). Records that arrive
 while a flush is under way go out together in the next one, so that the disk does not limit the number of calls. One process writes a
 journal at a time; a second one gets an error instead of a mixed file.
 """
@@ -56,7 +56,7 @@ def _scan(path: Path) -> Iterator[tuple[Record, int]]:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if isinstance(record, dict) and line.endswith(b"\n"):
+            if isinstance(record, dict):  # also without its line break: a JSON object that is closed is whole
                 yield record, end
             else:
                 broken = number
@@ -67,7 +67,7 @@ def record_offsets(path: str | Path) -> dict[str, int]:
     offsets: dict[str, int] = {}
     begin = 0
     for record, end in _scan(Path(path)):
-        offsets[record["id"]] = begin
+        offsets[str(record["id"])] = begin
         begin = end
     return offsets
 
@@ -154,12 +154,17 @@ class Journal:
         end = 0
         for record, end in _scan(self.path):  # noqa: B007  (the last offset is what counts)
             self._on_record(record)
-        torn = self.path.stat().st_size - end
-        if torn:
-            logger.warning("%s: removed a torn last line of %d bytes; its item will be done again", self.path, torn)
-            with self.path.open("r+b") as file:
+        with self.path.open("r+b") as file:
+            torn = file.seek(0, os.SEEK_END) - end
+            if torn:
+                logger.warning("%s: removed a torn last line of %d bytes; its item will be done again", self.path, torn)
                 file.truncate(end)
-                os.fsync(file.fileno())
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a whole record whose line break was cut off
+                    file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

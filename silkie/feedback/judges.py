@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from silkie.feedback.items import AnswerError, AspectRating, JudgeItem, Verdict
+from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Verdict
 from silkie.feedback.parse import parse_answer
 from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_text
 from silkie.feedback.rubric import Rubric, default_rubric
@@ -147,12 +148,15 @@ class OpenAIJudge:
 
     async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
         form = self._form(attempt)
-        answer = await self.endpoint.chat(
-            await asyncio.to_thread(self.messages, item, form),
-            temperature=self.temperature,
-            max_tokens=self.max_tokens * 2**attempt,
-            response_format=answer_schema(self.rubric, len(item.responses)) if form == "json" else None,
-        )
+        question = await asyncio.to_thread(self.messages, item, form)
+        schema = answer_schema(self.rubric, len(item.responses)) if form == "json" else None
+        ask = partial(self.endpoint.chat, question, temperature=self.temperature, response_format=schema)
+        try:
+            answer = await ask(max_tokens=self.max_tokens * 2**attempt)
+        except ItemError as error:
+            if attempt == 0 or error.kind != "rejected":
+                raise
+            answer = await ask(max_tokens=self.max_tokens)  # the context may hold no more than that
         try:
             ratings, found = parse_answer(answer.text, self.rubric, len(item.responses))
         except AnswerError as error:

@@ -145,11 +145,15 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
         aspect = known.get(_plain(key.replace("_", " ")))
         if aspect is None:
             continue
+        if isinstance(texts, list):  # by place, where the server does not keep to the schema
+            texts = {f"text_{i}": entry for i, entry in enumerate(texts, 1)}
         if aspect in found or not isinstance(texts, dict):
             raise AnswerError("malformed", f"{key!r}: expected one object with keys text_1 to text_{count}, found {texts!r:.80}")
         found[aspect] = {}
         for name, entry in texts.items():
             match = _TEXT.match(name.replace("_", " "))
+            if isinstance(entry, dict):
+                entry = {key.casefold(): value for key, value in entry.items()}
             if not match or not isinstance(entry, dict) or "rating" not in entry or int(match["number"]) in found[aspect]:
                 raise AnswerError(
                     "malformed", f"{aspect}: expected text_N: {{rationale, rating}} once per text, found {name!r}: {entry!r:.80}"

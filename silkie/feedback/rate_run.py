@@ -57,7 +57,7 @@ class JournalState:
     spent: Usage = field(default_factory=Usage)
 
     def add(self, record: Record) -> None:
-        item_id = record["id"]
+        item_id = str(record["id"])
         self.fingerprints[item_id] = record["item"]
         self.judges.add((record["judge"]["model"], record["judge"]["rubric"]))
         self.spent += Usage.from_json(record.get("usage"))
@@ -220,7 +220,7 @@ class _Run:
     async def _rate(self, item: JudgeItem) -> Record:
         """The item's line. Whatever is wrong with the item or its answers is part of the line; StopRun passes through."""
         began = time.monotonic()
-        record: Record = {"id": item.id, "status": "failed", "judge": self.label, "item": item.fingerprint()}
+        record: Record = {"id": item.written_id, "status": "failed", "judge": self.label, "item": item.fingerprint()}
         votes: list[Vote] = []
         problems: list[AnswerError] = []
         fatal: ItemError | None = None

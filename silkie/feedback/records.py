@@ -52,6 +52,7 @@ def parse_item(record: Any, where: str, *, need_responses: bool = True, default_
     known = {"id", "prompt", "image", "responses"}
     return JudgeItem(
         id=str(item_id),
+        given_id=item_id,
         prompt=prompt,
         images=_images(record.get("image"), where),
         responses=responses,
@@ -68,7 +69,7 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
     path = Path(path)
     seen: dict[str, int] = {}
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")  # `json` reads bytes with a byte order mark as well, and a broken byte is an error of its line
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     with file:

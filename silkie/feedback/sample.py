@@ -350,7 +350,8 @@ def _write_responses(
             images = [_image_for(image, prompts, out, options.image_root) for image in item.images]
             image = images[0] if len(images) == 1 else images or None
             file.write(
-                json.dumps({**item.meta, "id": item.id, "image": image, "prompt": item.prompt, "responses": responses}, default=str) + "\n"
+                json.dumps({**item.meta, "id": item.written_id, "image": image, "prompt": item.prompt, "responses": responses}, default=str)
+                + "\n"
             )
     temporary.replace(out)
     return complete, short, dropped

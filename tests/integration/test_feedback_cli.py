@@ -143,3 +143,19 @@ def test_sigterm_ends_cleanly_and_a_second_process_is_kept_out(tmp_path):
         assert len(read_jsonl(journal)) == 60
         good = [event["item"] for event in server.events() if event["outcome"] == "good"]
         assert len(good) == len(set(good)) == 60
+
+
+def test_a_repeated_question_gets_more_room_where_the_server_has_it(tmp_path):
+    """The first answer is cut. A server whose context holds no more than the room of the first question is asked with that room again."""
+    write_responses(tmp_path, 1)
+
+    def small_context(n, body):
+        if body["max_tokens"] > 2048:
+            return error(400, "maximum context length is 4096 tokens, you requested 5000")
+        return completion("#### Helpfulness Assessment", finish="length") if n == 0 else reply(n, body)
+
+    with ScriptedServer(small_context) as server:
+        assert rate(tmp_path, server, "--structured", "markdown") == 0
+    assert [body["max_tokens"] for body in server.requests] == [2048, 4096, 2048]
+    record = read_jsonl(tmp_path / "j.jsonl")[0]
+    assert record["status"] == "ok" and record["usage"]["calls"] == 2, "the cut answer was paid for as well"

@@ -84,6 +84,7 @@ class ScriptedServer:
     def __init__(self, reply: Callable[[int, dict[str, Any]], Any]) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -94,6 +95,7 @@ class ScriptedServer:
                 with outer._lock:
                     number = len(outer.requests)
                     outer.requests.append(body)
+                    outer.paths.append(self.path)
                     outer.headers.append({key.lower(): value for key, value in self.headers.items()})
                 answer = reply(number, body)
                 if answer is None or isinstance(answer, (int, float)):

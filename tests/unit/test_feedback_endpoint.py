@@ -119,11 +119,11 @@ def test_retry_after_is_honoured_and_jittered():
 
 
 def test_waiting_for_a_rate_limit_ends():
-    policy = RetryPolicy(attempts=2, rate_limit_seconds=0.3, first_wait=0.05, longest_wait=0.1)
+    policy = RetryPolicy(attempts=2, rate_limit_seconds=1.0, first_wait=0.05, longest_wait=0.1)
     with ScriptedServer(lambda n, body: error(429)) as server, pytest.raises(TransportError) as caught:
         ask(server, endpoint_options={"retries": policy})
     assert caught.value.kind == "rate_limited"
-    assert len(server.requests) > 3
+    assert len(server.requests) > policy.attempts
 
 
 @pytest.mark.parametrize(
@@ -294,3 +294,61 @@ def test_a_budget_needs_an_endpoint_that_counts():
     unlimited = Budget()
     unlimited.start()
     unlimited.finish(Usage(1, 0, 0))
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_the_base_url_may_come_with_or_without_v1(suffix):
+    """As people copy it: the server's root, its API, or the whole address of the call."""
+    paths = []
+
+    def reply(n, body):
+        return error(404, "Not Found") if "/v1/" not in server.paths[n] else completion("hi")
+
+    with ScriptedServer(reply) as server:
+
+        async def run():
+            endpoint = Endpoint(server.url.removesuffix("/v1") + suffix, "judge", timeout=5.0, retries=FAST)
+            try:
+                return await asyncio.gather(*(endpoint.chat(MESSAGES) for _ in range(4)))
+            finally:
+                await endpoint.close()
+
+        answers = asyncio.run(run())
+        paths += server.paths
+    assert [answer.text for answer in answers] == ["hi"] * 4
+    assert paths.count("/v1/chat/completions") == 4
+    assert set(paths) <= {"/v1/chat/completions", "/chat/completions"}
+
+
+def test_a_server_that_fails_on_a_schema_is_asked_without_it():
+    with ScriptedServer(lambda n, body: error(500) if "response_format" in body else completion("hi")) as server:
+        answer, endpoint = ask(server, waits=[], response_format={"type": "json_schema"})
+    assert answer.text == "hi" and len(server.requests) == FAST.attempts + 1
+    assert not endpoint.supports("response_format")
+
+
+def test_a_failing_server_that_takes_schemas_keeps_them():
+    with ScriptedServer(lambda n, body: completion("hi") if n == 0 else error(500)) as server:
+
+        async def run():
+            endpoint = Endpoint(server.url, "judge", timeout=5.0, retries=FAST)
+            try:
+                await endpoint.chat(MESSAGES, response_format={"type": "json_schema"})
+                with pytest.raises(TransportError):
+                    await endpoint.chat(MESSAGES, response_format={"type": "json_schema"})
+            finally:
+                await endpoint.close()
+
+        asyncio.run(run())
+    assert all("response_format" in body for body in server.requests)
+    assert len(server.requests) == 1 + FAST.attempts
+
+
+def test_a_request_that_is_only_ever_rate_limited_is_given_up():
+    """Some servers answer 429 to a request that is larger than their limit: waiting does not help it."""
+    waits: list[float] = []
+    with ScriptedServer(lambda n, body: error(429)) as server, pytest.raises(TransportError) as caught:
+        ask(server, waits=waits, endpoint_options={"retries": RetryPolicy()})
+    assert caught.value.kind == "rate_limited"
+    assert len(server.requests) == RetryPolicy().rate_limit_attempts
+    assert 60 < sum(waits) < 900, "given up after minutes, not at once and not after a quarter of an hour"

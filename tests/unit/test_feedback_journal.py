@@ -47,12 +47,12 @@ def test_cut_at_every_byte_the_whole_lines_survive(tmp_path):
         seen: list[dict] = []
         with Journal(path, on_record=seen.append) as journal:
             append_all(journal, [{"id": "next"}])
-        complete = sum(cut >= sum(map(len, lines[: i + 1])) for i in range(3))
+        complete = sum(cut >= sum(map(len, lines[: i + 1])) - 1 for i in range(3))  # whole even without its line break
         assert [record["id"] for record in seen] == [str(i) for i in range(complete)]
         assert [record["id"] for record in read_records(path)] == [*(str(i) for i in range(complete)), "next"]
 
 
-@pytest.mark.parametrize("tail", [b"\0\0\0\0", b'{"id": 1}', b"[1, 2]\n", b"garbage\n"])
+@pytest.mark.parametrize("tail", [b"\0\0\0\0", b'{"id": 1', b"[1, 2]\n", b"garbage\n"])
 def test_a_damaged_last_line_is_removed(tmp_path, tail, caplog):
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"id": "a"}\n' + tail)

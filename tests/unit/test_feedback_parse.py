@@ -104,7 +104,8 @@ def _aspect_blocks(text: str) -> list[str]:
         ("##### Output for Text 1\nRating: 4\n" + markdown(GRID), "malformed"),
         ('{"Helpfulness": {"text_1": {"rating": 4,', "invalid_json"),
         ('["Helpfulness"]', "missing_aspect"),
-        ('{"Helpfulness": []}', "malformed"),
+        ('{"Helpfulness": "good"}', "malformed"),
+        (json.dumps({name: [{"rating": 4}] * 3 for name in NAMES}), "wrong_count"),
         ("{}", "missing_aspect"),
     ],
 )
@@ -139,6 +140,11 @@ def test_reads_json_bare_and_fenced():
         parsed, form = parse_answer(text, RUBRIC, 4)
         assert form == "json"
         assert numbers(parsed) == GRID
+
+
+def test_reads_json_that_lists_the_texts_or_writes_its_keys_as_vlfeedback_does():
+    listed = {name: [{"Rating": str(v), "Rationale": "r"} for v in row] for name, row in zip(NAMES, GRID, strict=True)}
+    assert numbers(parse_answer(json.dumps(listed), RUBRIC, 4)[0]) == GRID
 
 
 def test_json_with_a_wrong_count_or_a_rating_off_the_scale():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from silkie.feedback import AnswerError, AspectRating, JudgeItem, OracleJudge, Usage, Verdict, default_rubric, rate_item, rate_items
+from silkie.feedback.build import build_dataset
 from silkie.feedback.items import ItemError, StopRun, prompt_text
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.rate import UnusableAnswers, shown_order
@@ -358,3 +359,26 @@ def test_images_go_out_as_they_are_where_endpoints_take_them(tmp_path):
     (tmp_path / "secret.txt").write_text("root:x:0:0")
     with pytest.raises(ItemError, match="not an image"):
         encoded_image(str(tmp_path / "secret.txt"))
+
+
+def test_what_is_written_carries_the_id_as_it_was_given(tmp_path):
+    """A file that numbers its items is joined with its journal by number; the same run again knows them as well."""
+    responses, journal = write_responses(tmp_path, 3), tmp_path / "j.jsonl"
+    lines = [json.loads(line) | {"id": i} for i, line in enumerate(responses.read_text().splitlines())]
+    responses.write_text("\n".join(map(json.dumps, lines)))
+    judge = ScriptedJudge(quality)
+    assert rate_file(responses, judge, journal, QUIET).rated == 3
+    assert {record["id"] for record in read_records(journal)} == {0, 1, 2}
+    assert rate_file(responses, judge, journal, QUIET).done_now == 0
+    built = build_dataset(responses, journal, tmp_path / "set")
+    assert (built.items, built.left_out) == (3, {})
+
+
+def test_a_byte_order_mark_is_no_broken_line_and_a_broken_byte_is(tmp_path):
+    responses = write_responses(tmp_path, 2)
+    whole = responses.read_bytes()
+    responses.write_bytes(b"\xef\xbb\xbf" + whole)
+    assert [item.id for item in read_items(responses)] == ["item-0000", "item-0001"]
+    responses.write_bytes(whole.replace(b"item-0001: what", b"item-0001: wh\xff"))
+    with pytest.raises(RecordError, match="line 2"):
+        list(read_items(responses))
