@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +116,24 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
     except SkipRow as problem:
         return {**settings.empty_row(), PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"), NOTES: []}
     except RowError as problem:
-        if settings.on_error == "raise":
-            raise
-        return {**settings.empty_row(), PROBLEM: _pack("error", row, problem.reason, str(problem)), NOTES: []}
+        return _broken_row(problem, row, settings)
+    except DataError:
+        raise
+    except Exception as problem:  # a source or a pair function of the user's own may raise anything
+        return _broken_row(_unforeseen(problem, row, settings.source.name), row, settings)
+
+
+def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]:
+    if settings.on_error == "raise":
+        raise error
+    return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error)), NOTES: []}
+
+
+def _unforeseen(problem: Exception, row: Row, format: str) -> RowError:
+    """Any exception as an error that names the row; the line is the only trace that crosses from a worker process."""
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    found = f"a record that raised {type(problem).__name__}: {problem} (in {frame.name}, line {frame.lineno})"
+    return row.error("(record)", Found(found), f"one that format {format!r} and the pair function can read")
 
 
 def _place(name: str, shard: raw.Shard) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from silkie.data.pairs import PairOptions, build_pairs, filter_given, same_text
@@ -42,6 +42,7 @@ def finish(
         stored | {"pairs": group.pairs, "pair_weights": group.pair_weights, "ratings": group.ratings}, options, row
     )
     stored["pairs"], stored["pair_weights"] = pairs, weights
+    check_strings(stored, row)
     if not pairs and need_pairs:
         raise NoPairs(why_no_pairs(len(group.responses), notes), notes)
     return stored, notes
@@ -83,6 +84,8 @@ def _from_function(result: Any, count: int, row: Row) -> tuple[list[list[int]], 
             raise row.error("pairs", item, "(chosen, rejected) or (chosen, rejected, weight) from the pair function")
         pairs.append([int(values[0]), int(values[1])])
         weights.append(float(values[2]) if len(values) == 3 else 1.0)
+        if not (math.isfinite(weights[-1]) and weights[-1] >= 0):
+            raise row.error("pair_weights", item, "a finite weight >= 0 from the pair function")
     check_pairs(pairs, count, row)
     return pairs, weights, []
 
@@ -91,6 +94,8 @@ def check(group: Group, row: Row, aspects: tuple[str, ...]) -> None:
     """Every rule of the group schema that an adapter could break."""
     if not group.responses:
         raise row.error("responses", [], "at least one response")
+    if not group.prompt:
+        raise row.error("prompt", [], "a conversation that ends with a user turn")
     if count_images(group.prompt) != len(group.images):
         raise row.error(
             "prompt", Found(f"{count_images(group.prompt)} image part(s) for {len(group.images)} image(s)"), "one image part per image"
@@ -113,9 +118,32 @@ def check(group: Group, row: Row, aspects: tuple[str, ...]) -> None:
 
 def check_pairs(pairs: Sequence[Sequence[int]], count: int, row: Row) -> None:
     """Pairs are two different indices into the responses."""
+    if not isinstance(pairs, (list, tuple)):
+        raise row.error("pairs", pairs, "a list of [chosen, rejected]")
     for pair in pairs:
+        if not isinstance(pair, (list, tuple)):
+            raise row.error("pairs", pair, "[chosen, rejected]")
         if len(pair) != 2 or not all(isinstance(index, int) and 0 <= index < count for index in pair) or pair[0] == pair[1]:
             raise row.error("pairs", list(pair), f"two different indices from 0 to {count - 1}")
+
+
+def check_strings(stored: dict[str, Any], row: Row) -> None:
+    """Every text of a row is null or a string that Arrow can write."""
+    for column, value in _strings(stored):
+        if value is not None and not isinstance(value, str):
+            raise row.error(column, value, "text")
+        if value and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise row.error(column, value, "text that UTF-8 can hold", "It has half of a surrogate pair: an emoji that was cut in two.")
+
+
+def _strings(stored: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "id", stored["id"]
+    for index, turn in enumerate(stored["prompt"]):
+        yield from ((f"prompt[{index}]", part["text"]) for part in turn["content"])
+    for name in ("responses", "models"):
+        yield from ((f"{name}[{index}]", value) for index, value in enumerate(stored[name] or []))
+    for index, texts in enumerate(stored.get("rationales") or []):
+        yield from ((f"rationales[{index}].{aspect}", text) for aspect, text in texts.items())
 
 
 def why_no_pairs(count: int, notes: list[str]) -> str:

@@ -25,6 +25,7 @@ from silkie.data.schema import DataError, ImageValue
 
 MAX_PIXELS = 89_478_485  # PIL's own warning limit: a quarter of a GiB as RGB
 MAX_DOWNLOAD_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 512 * 2**20  # of an encoded image; a member of a zip file can unpack to a thousand times its size
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 FLAT_STEP = 3  # grey levels: smaller steps are noise of the encoder
 BACKGROUND = (255, 255, 255)
@@ -88,7 +89,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _over_background(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGB", rgba.size, BACKGROUND)
     canvas.paste(rgba, mask=rgba.getchannel("A"))
     return canvas
@@ -97,12 +98,12 @@ def _over_background(image: Image.Image) -> Image.Image:
 def _deep_grey_to_rgb(image: Image.Image, where: str) -> Image.Image:
     """16-bit, 32-bit and float greys: PIL's own convert() clips them at 255, which turns most of the image white."""
     pixels = np.asarray(image).astype(np.float64)
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = float(pixels.min()), float(pixels.max())  # NaN where any pixel is
     if image.mode.startswith("I;16") or (image.mode == "I" and 255 < high <= 65535 and low >= 0):
         pixels = pixels / 257.0
     elif image.mode == "F" and low >= 0 and high <= 1:
         pixels = pixels * 255.0
-    elif low < 0 or high > 255:
+    elif not (low >= 0 and high <= 255):
         raise ImageError(
             f"{where}: pixel values from {low:g} to {high:g} in mode {image.mode!r}: no known scale; save the image with 8 or 16 bits"
         )
@@ -131,10 +132,18 @@ def _read_path(path: str, where: str) -> bytes:
     try:
         if path.startswith("zip://"):
             member, _, archive = path.removeprefix("zip://").partition("::")
+            check_file_size(zip_archive(archive).getinfo(member).file_size, path, where)
             return zip_archive(archive).read(member)
+        check_file_size(os.path.getsize(path), path, where)
         return Path(path).read_bytes()
     except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         raise ImageError(f"{where}: cannot read {path!r}: {error}") from error
+
+
+def check_file_size(size: int, path: str, where: str) -> None:
+    """Refuse a file before it is read. Raises ImageError."""
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{where}: {path!r} is {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed; a zip bomb, or not an image")
 
 
 def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
@@ -223,9 +232,12 @@ class ImageResolver:
     def resolve(self, value: Any) -> ImageValue:
         """The stored form of a record's image value. Raises ImageError with what was found."""
         if isinstance(value, Mapping):
-            if value.get("bytes") is not None:
-                return {"bytes": value["bytes"], "path": value.get("path")}
-            value = value.get("path")
+            data, path = value.get("bytes"), value.get("path")
+            if isinstance(data, (bytes, bytearray)) and isinstance(path, (str, type(None))):
+                return {"bytes": bytes(data), "path": path}
+            if data is not None:
+                raise ImageError(f"an image object of bytes {type(data).__name__!r} and path {type(path).__name__!r}")
+            value = path
         if isinstance(value, (bytes, bytearray)):
             return {"bytes": bytes(value), "path": None}
         if isinstance(value, Image.Image):

@@ -12,7 +12,9 @@ import datasets
 
 from silkie.data.images import ImageError, image_size
 from silkie.data.loading import load_preferences
+from silkie.data.registry import code_digest
 from silkie.data.reports import LoadReport
+from silkie.data.stamps import image_fingerprint
 from silkie.data.statistics import Length, Statistics, count_words, histogram
 
 BATCH = 1000  # groups read at a time, without their images
@@ -81,6 +83,7 @@ def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dic
         remove_columns=["images"],
         features=datasets.Features({"sizes": datasets.List(datasets.List(datasets.Value("int32"))), "broken": datasets.Value("string")}),
         num_proc=num_proc,
+        new_fingerprint=image_fingerprint(dataset, "images", "sizes", code_digest()),
         desc="reading image headers",
     )
     counts: Counter[tuple[int, int]] = Counter()

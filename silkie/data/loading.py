@@ -140,7 +140,8 @@ def load_preferences(
     report.groups, report.pairs = len(dataset), count_pairs(dataset)
     _log(report)
     if not len(dataset):
-        raise DataError(f"{records.name}: no group is left of {report.rows:,} rows.\n{report.summary()}")
+        first = f"\nThe first: {report.problems[0].message}" if report.problems else ""
+        raise DataError(f"{records.name}: no group is left of {report.rows:,} rows.\n{report.summary()}{first}")
     return (dataset, report) if return_report else dataset
 
 

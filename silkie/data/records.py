@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from silkie.data.images import zip_archive
@@ -80,6 +81,8 @@ def from_path(path: str, split: str) -> Records:
         return _from_directory(path, name, split)
     if zipfile.is_zipfile(path):
         return _from_zip(path, name, split)
+    if path.lower().endswith(".zip"):
+        raise DataError(f"{path!r} is not a zip archive that can be read; it may be cut off, or still downloading")
     if os.path.basename(path) == "meta.json":
         return _from_meta(path, name)
     if Path(path).suffix.lower() not in SUFFIXES:
@@ -97,7 +100,7 @@ def _from_directory(path: str, name: str, split: str) -> Records:
                 raise DataError(f"{path!r} has no split {split!r}; it has {', '.join(saved)}")
             saved = saved[split]
         return from_dataset(saved, name)
-    if os.path.isfile(meta := os.path.join(path, "meta.json")):
+    if os.path.isfile(meta := os.path.join(path, "meta.json")) and _is_index(meta):
         return _from_meta(meta, name)
     files = [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
     files = of_split(_one_format(files, path), split, path)
@@ -130,6 +133,15 @@ def _from_meta(path: str, name: str) -> Records:
     return Records(name=name, shards=tuple(shards), base=str(folder))
 
 
+def _is_index(path: str) -> bool:
+    """True for MMPR's meta.json; other data may have a file of that name, too."""
+    try:
+        meta = json.loads(Path(path).read_bytes())
+    except ValueError:
+        return False
+    return isinstance(meta, dict) and any(isinstance(value, dict) and "annotation" in value for value in meta.values())
+
+
 def _beside(folder: Path, path: str) -> Path | None:
     return next((base / path for base in (folder, folder.parent) if (base / path).exists()), None)
 
@@ -159,7 +171,10 @@ def file_shards(path: str, image_root: str | None) -> list[Shard]:
     """Cut one file into shards at line or row-group boundaries, so that worker processes can share it."""
     path, suffix, stamp = os.path.abspath(path), Path(path).suffix.lower(), _stamp(path)
     if suffix == ".parquet":
-        metadata = pq.ParquetFile(path).metadata
+        try:
+            metadata = pq.ParquetFile(path).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise _broken_parquet(path, error) from error
         shards, first = [], 0
         for group in range(metadata.num_row_groups):
             shards.append(Shard("parquet", path, "", group, group + 1, first, stamp, image_root))
@@ -210,10 +225,9 @@ def read(shard: Shard, dataset: datasets.Dataset | None = None) -> Iterator[tupl
     elif shard.kind == "parquet":
         yield from _read_parquet(shard)
     elif shard.kind == "json":
-        with open(shard.path, encoding="utf-8") as file:
-            yield from _read_json(file.read(), shard.path)
+        yield from _read_json(Path(shard.path).read_bytes(), shard.path)
     elif shard.kind == "zip" and shard.member.lower().endswith(".json"):
-        yield from _read_json(zip_archive(shard.path).read(shard.member).decode("utf-8"), f"{shard.path}/{shard.member}")
+        yield from _read_json(zip_archive(shard.path).read(shard.member), f"{shard.path}/{shard.member}")
     elif shard.kind == "zip":
         with zip_archive(shard.path).open(shard.member) as file:
             yield from _read_lines(file, 0)
@@ -241,13 +255,24 @@ def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
 def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
     # without pre-buffering, or a row group of images, often hundreds of megabytes, would be in memory at once
     file, index = pq.ParquetFile(shard.path, memory_map=True, pre_buffer=False, buffer_size=2**16), shard.first
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop)), use_threads=False):
+    batches = file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop)), use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _broken_parquet(shard.path, error, f" after row {index - 1}") from error
+        if batch is None:
+            return
         for record in batch.to_pylist():
             yield f"row {index}", record
             index += 1
 
 
-def _read_json(text: str, path: str) -> Iterator[tuple[str, Any]]:
+def _broken_parquet(path: str, error: Exception, where: str = "") -> DataError:
+    return DataError(f"{path!r} is not a parquet file that can be read{where}; it may be cut off, or still downloading: {error}")
+
+
+def _read_json(text: bytes, path: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text)
     except ValueError as error:

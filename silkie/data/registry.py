@@ -101,14 +101,15 @@ def get_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def code_digest(source: Source) -> str:
-    """Hash of the code that makes groups, so that cached groups of an older version are not reused."""
+def code_digest(source: Source | None = None) -> str:
+    """Hash of silkie's data code and of a source of the user's own, so that what an older version has cached is not reused."""
     digest = hashlib.blake2b(digest_size=8)
     package = Path(__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
-    with contextlib.suppress(OSError):  # defined at a prompt: the settings that are hashed beside this hold the function itself
-        digest.update(inspect.getsource(source.adapt).encode())
+    if source is not None:
+        with contextlib.suppress(OSError):  # defined at a prompt: the settings that are hashed beside this hold the function itself
+            digest.update(inspect.getsource(source.adapt).encode())
     return digest.hexdigest()
 
 

@@ -54,7 +54,7 @@ class Group:
     pairs: Sequence[Sequence[int]] | None = None  # [P] (chosen, rejected); None: to be built from the ratings
     pair_weights: Sequence[float] | None = None  # [P]
     ratings: list[dict[str, float | None]] | None = None  # [K]
-    rationales: list[dict[str, str | None]] | None = None  # [K]
+    rationales: Sequence[dict[str, str | None] | None] | None = None  # [K]
     models: list[str | None] | None = None  # [K]
     id: str | None = None
 

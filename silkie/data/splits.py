@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 import datasets
 
 from silkie.data.images import difference_hash, image_digest
+from silkie.data.registry import code_digest
 from silkie.data.schema import IMAGE_PLACEHOLDER, DataError
+from silkie.data.stamps import image_fingerprint
 
 By = Literal["both", "image", "prompt"]
 Near = Literal["exact", "perceptual"]
@@ -178,6 +180,7 @@ def row_keys(dataset: datasets.Dataset, *, near: Near = "exact", num_proc: int |
         desc="hashing images and prompts",
         fn_kwargs={"image_column": image_column, "prompt_column": prompt_column, "near": near},
         features=features,
+        new_fingerprint=image_fingerprint(dataset, image_column, "hash", prompt_column, near, code_digest()),
     )
     return [RowKeys(tuple(row["image_keys"]), row["prompt_key"]) for row in hashed.with_format(None)]
 

@@ -12,9 +12,10 @@ from silkie.data.finish import check, check_pairs
 from silkie.data.images import ImageError, ImageResolver, open_image
 from silkie.data.judge_checks import judge_flags
 from silkie.data.pairs import same_text
-from silkie.data.registry import Found, Row
+from silkie.data.registry import Found, Row, code_digest
 from silkie.data.reports import Problem, ValidationReport
 from silkie.data.schema import DataError, Group, RowError, aspects_of
+from silkie.data.stamps import image_fingerprint
 
 REQUIRED = ("images", "prompt", "responses", "pairs")
 OnError = Literal["raise", "skip"]
@@ -70,6 +71,7 @@ def validate(
         features=datasets.Features({"problem": datasets.Value("string"), "flags": datasets.List(datasets.Value("string"))}),
         fn_kwargs={"aspects": aspects_of(dataset.features), "decode_images": decode_images},
         num_proc=num_proc,
+        new_fingerprint=image_fingerprint(dataset, "images" if decode_images else None, "validate", decode_images, code_digest()),
         desc="validating groups",
     )
     report, sound = ValidationReport(rows=len(dataset)), []

@@ -4,9 +4,10 @@
     python tests/benchmarks/bench_data.py --groups 10000 100000             # two sizes beside each other: is memory flat?
     python tests/benchmarks/bench_data.py --groups 10000 --layout zip parquet
 
-Writes `data_<host kind>.json` into --out and prints a table. Each step runs in a process of its own. "heap" is the peak of private memory
+Writes `data.json` into --out and prints a table. Each step runs in a process of its own. "heap" is the peak of private memory
 (anonymous pages) over what the imports took, sampled 20 times a second and summed over worker processes: the Arrow cache files are
-memory-mapped, and the pages of them that happen to be in memory are the kernel's to take back.
+memory-mapped, and the pages of them that happen to be in memory are the kernel's to take back. "rss" is the largest resident set of a
+process, imports and mapped pages included; "cache" is what the step has left in Arrow files on the disk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -103,6 +105,16 @@ def write(folder: Path, groups: int, layout: str) -> None:
             (folder / "images" / f"{index}.jpg").write_bytes(unique(index))
 
 
+def peak_rss() -> int:
+    """Largest resident set of this process or of one of its finished children, in MiB."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
+
+
+def disk_mib(folder: Path) -> int:
+    """Size of all files below a folder, in MiB."""
+    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20)
+
+
 class HeapPeak:
     """Peak of the private memory of this process and its children, in MiB over the start."""
 
@@ -174,6 +186,7 @@ def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str
     result = actions[name]()
     seconds, cpu = time.perf_counter() - start, processor_seconds() - cpu
     figures = {"step": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "heap_mib": round(heap.stop())}
+    figures |= {"rss_mib": peak_rss(), "cache_mib": disk_mib(folder / "cache")}
     if name == "load":
         figures["pairs"] = sum(len(pairs) for pairs in result["pairs"])
     if name == "inspect":
@@ -191,20 +204,19 @@ def measure(groups: int, layout: str, num_proc: int | None, work: Path) -> list[
     folder = work / f"{layout}-{groups}"
     folder.mkdir()
     write(folder, groups, layout)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = disk_mib(folder)
     rows = []
     for name in STEPS:
         command = [sys.executable, __file__, "--step", name, "--folder", str(folder), "--layout", layout, "--num-proc", str(num_proc or 0)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures = json.loads(output.splitlines()[-1])
         done = DECODED if name.startswith("decode") else groups
-        figures.update(
-            groups=groups, layout=layout, data_mib=round(size / 2**20), groups_per_cpu_second=round(done / max(figures["cpu_seconds"], 0.1))
-        )
+        figures.update(groups=groups, layout=layout, data_mib=size, groups_per_cpu_second=round(done / max(figures["cpu_seconds"], 0.1)))
         rows.append(figures)
         print(
             f"{layout:8} {groups:>7,} groups, {figures['data_mib']:>6,} MiB  {name:26} {figures['seconds']:>7} s, "
-            f"cpu {figures['cpu_seconds']:>6} s  {figures['groups_per_cpu_second']:>7,} groups/cpu-s  heap +{figures['heap_mib']} MiB",
+            f"cpu {figures['cpu_seconds']:>6} s  {figures['groups_per_cpu_second']:>7,} groups/cpu-s  heap +{figures['heap_mib']} MiB, "
+            f"rss {figures['rss_mib']} MiB, cache {figures['cache_mib']:,} MiB",
             flush=True,
         )
     return rows

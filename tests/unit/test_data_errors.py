@@ -8,7 +8,7 @@ import os
 import datasets
 import pytest
 
-from silkie.data import DataError, RowError, load_preferences
+from silkie.data import SOURCES, DataError, Group, RowError, load_preferences, register_source, user_turn
 from tests.support import preference_files as files
 
 PAIR = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
@@ -34,6 +34,12 @@ def without(record, *names):
 def with_response(text):
     record = files.vlfeedback(0)
     record["completions"][2]["response"] = text
+    return record
+
+
+def with_annotations(annotations):
+    record = files.vlfeedback(0)
+    record["completions"][1]["annotations"] = annotations
     return record
 
 
@@ -70,6 +76,19 @@ BROKEN = {
     "unequal lists": ("vlfeedback", feedback(completions={"response": ["a", "b"], "model": ["m"]}), "completions", "lists of different lengths"),
     "no image at all": ("vlfeedback", without(files.vlfeedback(0), "img_path"), "image", "an image in `image` or a file name in `img_path`"),
     "other models": ("vlfeedback", feedback(models=["a", "b", "c", "d"]), "models", "The judge's texts may have been swapped"),
+    "completion of a wrong type": ("vlfeedback", feedback(completions=["x"]), "completions[0]", "found 'x'; expected a completion"),
+    "annotations of a wrong type": ("vlfeedback", with_annotations("x"), "completions[1].annotations", "expected an object {aspect"),
+    "aspect of a wrong type": ("vlfeedback", with_annotations({"Helpfulness": 4}), "completions[1].annotations.Helpfulness", 'found 4; expected an object {"Rating"'),
+    "rationale of a wrong type": ("vlfeedback", with_annotations({"Helpfulness": {"Rating": "4", "Rationale": ["x"]}}), "rationales[1].Helpfulness",
+                                  r"found \['x'\]; expected text"),
+    "models of a wrong type": ("vlfeedback", feedback(models="gpt4v"), "models", "found 'gpt4v'; expected a list of model names"),
+    "half of an emoji": ("trl", {**PAIR, "chosen": "well done \ud83d"}, "responses[0]", r"found 'well done \\ud83d'; .*half of a surrogate pair"),
+    "input of a wrong type": ("alpaca", {"instruction": "Q", "input": 3, "chosen": "a", "rejected": "b"}, "input", "found 3"),
+    "image bytes of a wrong type": ("mmpr", {**QUESTION, "image": {"bytes": "abc", "path": None}}, "image", "an image object of bytes 'str'"),
+    "pairs of a wrong type": ("groups", files.group_record(pairs=3), "pairs", "found 3; expected a list of"),
+    "pair of a wrong type": ("groups", files.group_record(pairs=[None]), "pairs", r"found None; expected \[chosen, rejected\]"),
+    "rationales of a wrong type": ("groups", files.group_record(rationales=["x", "y"]), "rationales", "expected one object {aspect: text} per response"),
+    "model of a wrong type": ("groups", files.group_record(models=["m", 4]), "models[1]", "found 4; expected text"),
     "pair out of range": ("groups", files.group_record(pairs=[[0, 2]]), "pairs", r"found \[0, 2\]; expected two different indices from 0 to 1"),
     "pair with itself": ("groups", files.group_record(pairs=[[1, 1]]), "pairs", "two different indices"),
     "negative pair": ("groups", files.group_record(pairs=[[0, -1]]), "pairs", "two different indices"),
@@ -169,9 +188,53 @@ def test_nothing_left_says_why(write, tmp_path):
         load_preferences(write(files.group_record(images=[], ratings=[{"Help": 1}, {"Help": 1}])), cache_dir=tmp_path)
 
 
+def test_a_message_says_what_was_wrong_where_nothing_is_left(write, tmp_path):
+    with pytest.raises(DataError, match=r"The first: rows.jsonl \(trl\), line 1, column 'chosen': found ''"):
+        load_preferences(write({**PAIR, "chosen": ""}), on_error="skip", cache_dir=tmp_path)
+
+
+def test_what_a_source_of_the_user_raises_names_the_row(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.registry.SOURCES", dict(SOURCES))
+
+    @register_source("mine", detect=lambda record: "better" in record)
+    def mine(row):
+        return Group(images=[], prompt=[user_turn("Q")] if row.record["asked"] else [], responses=["a", "b"], pairs=[(0, 1)])
+
+    path = write({"better": 1, "asked": True}, {"better": 1}, {"better": 1, "asked": False})
+    with pytest.raises(
+        RowError, match=r"\(mine\), line 2, column '\(record\)': found a record that raised KeyError: 'asked' \(in mine, line \d+\)"
+    ):
+        load_preferences(path, cache_dir=tmp_path)
+    groups, report = load_preferences(path, on_error="skip", cache_dir=tmp_path, return_report=True, regroup_pairs=False)
+    assert len(groups) == 1 and [problem.row for problem in report.problems] == ["line 2", "line 3"]
+    assert report.problems[1].message.endswith("column 'prompt': found []; expected a conversation that ends with a user turn.")
+
+
+def test_what_a_pair_function_gets_wrong_names_the_row(write, tmp_path):
+    path = write(files.group_record(images=[]))
+    with pytest.raises(
+        RowError, match=r"line 1, column '\(record\)': found a record that raised ZeroDivisionError: division by zero \(in <lambda>"
+    ):
+        load_preferences(path, pairs=lambda group: 1 / 0, cache_dir=tmp_path)
+    for weight in (float("nan"), -1.0):
+        with pytest.raises(RowError, match="line 1, column 'pair_weights': .*expected a finite weight >= 0 from the pair function"):
+            load_preferences(path, pairs=lambda group, weight=weight: [(0, 1, weight)], cache_dir=tmp_path)
+
+
+def test_the_hint_of_a_video_row_names_the_source_that_counts_it(write, tmp_path):
+    """MM-RLHF's image rows look like TRL's; only its video rows give it away."""
+    path = write({**PAIR, "image": "0.png"}, {**PAIR, "video": "a.mp4"})
+    with pytest.raises(RowError, match="line 2, column 'video': .*format='mm-rlhf' counts them"):
+        load_preferences(path, cache_dir=tmp_path)
+    report = load_preferences(path, format="mm-rlhf", cache_dir=tmp_path, return_report=True)[1]
+    assert report.reasons() == {"a video row; silkie trains on images and text": 1}
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("cut.parquet", "cut.parquet' is not a parquet file that can be read; it may be cut off"),
+        ("cut.zip", "'cut.zip' is not a zip archive that can be read; it may be cut off"),
         ("nowhere/at/all.jsonl", "neither an existing file or directory nor a dataset name"),
         ("./missing.parquet", "neither an existing file or directory nor a dataset name"),
         ("notes.txt", "cannot read a .txt; expected .jsonl, .json, .parquet, .zip or a directory"),
@@ -184,6 +247,8 @@ def test_nothing_left_says_why(write, tmp_path):
 def test_sources_that_cannot_be_read(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1" + b"x" * 50)
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04" + b"x" * 50)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "number.json").write_text("3")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from silkie.data import ImageError, ImageResolver, image_digest, load_preferences, open_image
+from silkie.data import ImageError, ImageResolver, image_digest, load_preferences, open_image, to_rgb
 from silkie.data.images import difference_hash, image_size
 from tests.support import preference_files as files
 
@@ -55,6 +55,12 @@ def test_palette_with_transparency_and_without():
     assert near(open_image(encoded(plain, "GIF", transparency=0)), (3, 3), WHITE)
 
 
+def test_premultiplied_alpha():
+    grey = Image.new("LA", (2, 2), (10, 128))
+    assert to_rgb(grey.convert("La")).getpixel((0, 0)) == to_rgb(grey).getpixel((0, 0)) == (132, 132, 132)
+    assert to_rgb(half_transparent("RGBA").convert("RGBa")).getpixel((7, 0)) == WHITE
+
+
 def test_rgb_with_a_transparent_colour():
     image = Image.new("RGB", (4, 4), RED)
     image.putpixel((1, 1), (1, 2, 3))
@@ -73,6 +79,10 @@ def test_float_and_integer_tiff():
     assert [value[0] for value in np.asarray(open_image(encoded(unit, "TIFF")))[0]] == [0, 128, 255]
     deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.int32))
     assert [value[0] for value in np.asarray(open_image(encoded(deep, "TIFF")))[0]] == [0, 100, 255]
+    big_endian = Image.fromarray(np.full((2, 2), 257 * 7, dtype=">u2"))
+    assert open_image(encoded(big_endian, "TIFF")).getpixel((0, 0)) == (7, 7, 7)
+    with pytest.raises(ImageError, match="row 3: pixel values from nan to nan in mode 'F'"):
+        open_image(encoded(Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)), "TIFF"), where="row 3")
     with pytest.raises(ImageError, match="row 3: pixel values from -5 to 5 in mode 'I': no known scale"):
         open_image(encoded(Image.fromarray(np.array([[-5, 5]], dtype=np.int32)), "TIFF"), where="row 3")
 
@@ -150,6 +160,19 @@ def test_a_missing_zip_member_and_a_broken_one(tmp_path):
     broken.write_bytes(path.read_bytes().replace(files.png(0)[60:90], b"\0" * 30))
     with pytest.raises(ImageError, match="row 1: cannot read 'zip://x.png.*CRC"):
         open_image(f"zip://x.png::{broken}", where="row 1")
+
+
+def test_a_file_that_unpacks_to_more_than_an_image_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.images.MAX_FILE_BYTES", 10**6)
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.png", bytes(2 * 10**6))
+    assert path.stat().st_size < 10**4
+    with pytest.raises(ImageError, match="row 1: 'zip://x.png.* is 2,000,000 bytes, more than the 1,000,000 allowed; a zip bomb"):
+        open_image(f"zip://x.png::{path}", where="row 1")
+    (tmp_path / "y.png").write_bytes(bytes(2 * 10**6))
+    with pytest.raises(ImageError, match="row 1: .*y.png' is 2,000,000 bytes"):
+        open_image(tmp_path / "y.png", where="row 1")
 
 
 def _read_members(path: str, queue) -> None:

@@ -60,8 +60,8 @@ PAIR_FORMATS = {
     },
     "alpaca": lambda image: {"instruction": "<image>What is it?", "input": "", **PAIR, "images": [image]},
     "llava-rlhf": lambda image: {
-        "id": "1", "image": image, "conversations": HUMAN, "output_1": {"value": PAIR["rejected"]},
-        "output_2": {"value": PAIR["chosen"]}, "hallucination": "Yes", "preference": 2,
+        "id": "1", "image": image, "conversations": [*HUMAN, {"from": "gpt", "value": "an earlier answer"}], "hallucination": True,
+        "output_1": {"from": "llava", "value": PAIR["rejected"]}, "output_2": {"from": "llava", "value": PAIR["chosen"]}, "preference": 2,
     },
 }  # fmt: skip
 
@@ -194,6 +194,30 @@ def test_mmpr_meta_file_names_the_image_root_of_each_annotation(tmp_path, load):
         check_pair(groups[0])
         assert [len(group["images"]) for group in groups] == [1, 2]
         assert groups[0]["images"][0]["path"].endswith("images/one/0.png") and groups[1]["images"][0]["path"].endswith("images/two/0.png")
+
+
+def test_llava_rlhf_conversations_with_and_without_the_answer_that_the_outputs_stand_for(folder, load):
+    turns = [*HUMAN, {"from": "gpt", "value": "first"}, {"from": "human", "value": "And now?"}]
+    record = {**PAIR_FORMATS["llava-rlhf"]("img/0.png"), "conversations": turns}
+    groups = load(
+        files.write_lines(folder / "l.jsonl", [record, {**record, "conversations": [*turns, {"from": "gpt", "value": "x"}]}]),
+        regroup_pairs=False,
+    )
+    assert groups[0]["prompt"] == groups[1]["prompt"]
+    assert prompt_text(groups[0]["prompt"]) == "What is it?\nfirst\nAnd now?"
+
+
+def test_json_files_with_a_byte_order_mark(tmp_path, load):
+    row = {"prompt": "Q", **PAIR}
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([row]), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("\ufeff" + json.dumps(row) + "\n", encoding="utf-8")
+    assert len(load(tmp_path / "a.json")) == len(load(tmp_path / "b.jsonl")) == 1
+
+
+def test_a_meta_file_of_another_kind_is_not_an_index(folder, load):
+    files.write_lines(folder / "rows.jsonl", [{"prompt": "Q", **PAIR}])
+    (folder / "meta.json").write_text('{"author": "me"}')
+    assert len(load(folder)) == 1
 
 
 def test_mm_rlhf_video_and_tie_rows_are_counted_not_raised(folder, load):

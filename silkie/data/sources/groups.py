@@ -43,7 +43,7 @@ def groups(row: Row) -> Group:
         pairs=row.get("pairs"),
         pair_weights=weights(row),
         ratings=ratings(row, len(answers)),
-        rationales=per_response(row, "rationales", len(answers)),
+        rationales=rationales(row, len(answers)),
         models=models if any(models) else None,
     )
 
@@ -55,6 +55,13 @@ def ratings(row: Row, count: int) -> list[dict[str, float | None]] | None:
     if not all(isinstance(rating, dict) for rating in values):
         raise row.error("ratings", values, "one object {aspect: rating} per response")
     return [{aspect: parse_rating(value) for aspect, value in rating.items()} for rating in values]
+
+
+def rationales(row: Row, count: int) -> list[dict[str, str | None] | None] | None:
+    values = per_response(row, "rationales", count)
+    if values is not None and not all(isinstance(texts, (dict, type(None))) for texts in values):
+        raise row.error("rationales", values, "one object {aspect: text} per response")
+    return values
 
 
 def per_response(row: Row, column: str, count: int) -> list[Any] | None:

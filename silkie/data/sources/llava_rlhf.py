@@ -1,6 +1,9 @@
-"""LLaVA-RLHF's human comparisons: a conversation, two outputs, and which of them (1 or 2) was preferred."""
+"""LLaVA-RLHF's human comparisons: a conversation, two outputs, and which of them (1 or 2) was preferred.
 
-from silkie.data.conversations import answer, conversation
+The conversation ends with an assistant turn that the outputs stand in for.
+"""
+
+from silkie.data.conversations import ROLE_NAMES, answer_text, conversation
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
@@ -17,10 +20,19 @@ def llava_rlhf(row: Row) -> Group:
     images = (
         [row.image("image" if "image" in row.record else "images")] if not isinstance(row.get("images"), list) else row.images("images")
     )
+    turns = row.require("conversations", list, "a list of turns")
+    if turns and isinstance(turns[-1], dict) and ROLE_NAMES.get(str(turns[-1].get("from")).lower()) == "assistant":
+        turns = turns[:-1]
     return Group(
         id=None if row.get("id") is None else str(row.get("id")),
         images=images,
-        prompt=conversation(row, row.get("conversations"), images, "conversations"),
-        responses=[answer(row, "output_1"), answer(row, "output_2")],
+        prompt=conversation(row, turns, images, "conversations"),
+        responses=[output(row, "output_1"), output(row, "output_2")],
         pairs=[(0, 1) if preference == "1" else (1, 0)],
     )
+
+
+def output(row: Row, column: str) -> str:
+    """The text of an output. Its `from` names the model that wrote it."""
+    value = row.require(column, (dict, str), 'an output {"value": text}')
+    return answer_text(row, value.get("value") if isinstance(value, dict) else value, column)

@@ -37,7 +37,8 @@ def alpaca(row: Row) -> Group:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise row.error(f"history[{index}]", exchange, "[instruction, response]")
         turns += [{"role": "user", "content": exchange[0]}, {"role": "assistant", "content": exchange[1]}]
-    instruction = "\n".join(text for text in (row.text("instruction"), row.get("input")) if text)
+    extra = row.get("input")
+    instruction = "\n".join([row.text("instruction"), *([row.check_text(extra, "input")] if extra else [])])
     turns.append({"role": "user", "content": instruction})
     return Group(
         images=images,

@@ -28,7 +28,10 @@ def trl_pairs(row: Row) -> Group:
     for column in ("videos", "video"):
         if row.get(column):
             raise row.error(
-                column, row.get(column), "no videos", "silkie trains on images and text; drop these rows or sample frames into `images`."
+                column,
+                row.get(column),
+                "no videos",
+                "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF: format='mm-rlhf' counts them.",
             )
     images = row.images("images", "image")
     prompt = row.get("prompt")

@@ -31,6 +31,25 @@ def aspects(record: Record) -> Iterable[str]:
     return [aspect for completion in completions(record) for aspect in completion.get("annotations") or {}]
 
 
+def checked(row: Row) -> list[dict[str, Any]]:
+    """The completions of a row, whose annotations are objects of objects or missing."""
+    row.require("completions", (dict, list), "a list of completions")
+    try:
+        answers = completions(row.record)
+    except ValueError as error:
+        raise row.error("completions", Found(str(error)), "lists of equal length") from error
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            raise row.error(f"completions[{index}]", answer, 'a completion {"annotations", "model", "response"}')
+        rated = answer.get("annotations")
+        if not isinstance(rated, (dict, type(None))):
+            raise row.error(f"completions[{index}].annotations", rated, 'an object {aspect: {"Rating", "Rationale"}}')
+        for aspect, value in (rated or {}).items():
+            if not isinstance(value, (dict, type(None))):
+                raise row.error(f"completions[{index}].annotations.{aspect}", value, 'an object {"Rating", "Rationale"}')
+    return answers
+
+
 @register_source(
     "vlfeedback",
     hub_names=("MMInstruction/VLFeedback",),
@@ -39,17 +58,15 @@ def aspects(record: Record) -> Iterable[str]:
     pair_rows=False,
 )
 def vlfeedback(row: Row) -> Group:
-    row.require("completions", (dict, list), "a list of completions")
-    try:
-        answers = completions(row.record)
-    except ValueError as error:
-        raise row.error("completions", Found(str(error)), "lists of equal length") from error
+    answers = checked(row)
     images = row.images("image", "images", "img_path")
     if not images:
         raise row.error("image", None, "an image in `image` or a file name in `img_path`")
     names = sorted({aspect for answer in answers for aspect in answer.get("annotations") or {}}, key=aspect_order)
     prompt = question(row, row.text("prompt"), images, "prompt")
     listed, models = row.get("models"), [answer.get("model") for answer in answers]
+    if not isinstance(listed, (list, type(None))):
+        raise row.error("models", listed, "a list of model names")
     if listed and all(models) and sorted(map(str, listed)) != sorted(map(str, models)):
         raise row.error("models", list(listed), f"the models of the completions, {models}", "The judge's texts may have been swapped.")
     return Group(
