@@ -151,8 +151,9 @@ class SilkieDPOTrainer(DPOTrainer):
         guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
         guards.keep_trainable_4bit(self.model)
         keep_used_conversions(self.model)
-        base = causal_lm(self.model)
-        self.choice.apply(base)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                self.choice.apply(causal_lm(model))
         self.scorer = Scorer(
             attention=Attention(backend=self.choice.backend, layout=self.choice.layout),
             fused=args.use_fused_logprob,

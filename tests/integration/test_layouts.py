@@ -10,7 +10,7 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.attention import api
+from silkie.attention import api, segments
 from silkie.layout import LayoutMismatch, choose_layout
 from silkie.models import FAMILIES as SUPPORTED
 from silkie.models import backbone, vision_parameters
@@ -192,3 +192,15 @@ def test_pair_rows_are_regrouped_and_the_log_says_what_it_saves(tmp_path, caplog
 
 def _turn(text):
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def test_a_second_reference_model_runs_the_same_attention(tmp_path, monkeypatch):
+    """Masks are made for one backend; a reference model left on its own would misread them."""
+    monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
+    args = SilkieDPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1, logging_steps=1,
+        attention_backend="segments",
+    )  # fmt: skip
+    trainer = SilkieDPOTrainer(tiny_model(), ref_model=tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
