@@ -12,7 +12,9 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from silkie.model_shapes import SHAPES, ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,138 +23,50 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload"
 Training = Literal["lora", "qlora", "full"]
 GIB = 2**30
 
-_BYTES_NF4 = 0.5 + 4 / 64 / 4  # half a byte, and a quantised scale per block of 64 (double quantisation: about a quarter of 4 bytes)
+# Bytes of a quantised weight. 4-bit: half a byte, and a quantised scale per block of 64 (double quantisation: about a quarter of 4 bytes)
+_QUANTISED = {4: 0.5 + 4 / 64 / 4, 8: 1.0}
 _FLOPS_FORWARD = 2  # per parameter and token
 _CONTEXT = 1.0 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
 _FRAGMENTATION = 1.1  # the caching allocator's peak over what is alive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """The sizes of a VLM that memory and FLOPs depend on. `vision_*` describe the vision tower, patch = pixels of a patch's side, merge =
-    patches merged along a side into one image token."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    vision_hidden: int
-    vision_intermediate: int
-    vision_layers: int
-    vision_gated: bool
-    vision_window: int | None
-    patch: int = 14
-    merge: int = 2
-    attention_bias: bool = True
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one language-model layer."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-
-    @property
-    def head_parameters(self) -> int:
-        return self.vocab * self.hidden
-
-    @property
-    def language_parameters(self) -> int:
-        """Language model with embedding and head."""
-        return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
-
-    @property
-    def vision_parameters(self) -> int:
-        """Vision tower and merger of the Qwen-VL kind."""
-        d, f, m = self.vision_hidden, self.vision_intermediate, self.vision_hidden * self.merge**2
-        attention = 4 * d * d + 4 * d
-        mlp = 3 * d * f + 2 * f + d if self.vision_gated else 2 * d * f + f + d
-        norms = 2 * d if self.vision_gated else 4 * d
-        merger = m * m + m + m * self.hidden + self.hidden + (d if self.vision_gated else 2 * d)
-        return self.vision_layers * (attention + mlp + norms) + merger + 3 * 2 * self.patch**2 * d
-
-    @property
-    def parameters(self) -> int:
-        return self.language_parameters + self.vision_parameters
-
-    def lora_parameters(self, rank: int) -> int:
-        """LoRA on the language model's attention and MLP projections."""
-        q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
-        return self.layers * rank * ((d + q) * 2 + (d + kv) * 2 + 3 * (d + f))
-
-
-SHAPES = {
-    "qwen2-vl-2b": ModelShape(
-        name="Qwen2-VL-2B", hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128, vocab=151936, tied=True,
-        vision_hidden=1280, vision_intermediate=5120, vision_layers=32, vision_gated=False, vision_window=None,
-    ),
-    "qwen2.5-vl-3b": ModelShape(
-        name="Qwen2.5-VL-3B", hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, head_dim=128, vocab=151936, tied=True,
-        vision_hidden=1280, vision_intermediate=3420, vision_layers=32, vision_gated=True, vision_window=112,
-    ),
-    "qwen2.5-vl-7b": ModelShape(
-        name="Qwen2.5-VL-7B", hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064, tied=False,
-        vision_hidden=1280, vision_intermediate=3420, vision_layers=32, vision_gated=True, vision_window=112,
-    ),
-}  # fmt: skip
-
-
-def shape_of(config: Any) -> ModelShape:
-    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate."""
-    text, vision = config.get_text_config(), config.vision_config
-    gated = config.model_type in ("qwen2_5_vl",)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
-    heads = text.num_attention_heads
-    return ModelShape(
-        name=config._name_or_path or config.model_type,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
-        tied=bool(config.tie_word_embeddings),
-        vision_hidden=width,
-        vision_intermediate=inner,
-        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-        vision_gated=gated,
-        vision_window=getattr(vision, "window_size", None) if gated else None,
-        patch=vision.patch_size,
-        merge=getattr(vision, "spatial_merge_size", 2),
-        attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One micro-batch of a process and how it is trained."""
+    """One micro-batch of a process and how it is trained. `responses` and `*_tokens` are means over its groups (`response_tokens`: over its
+    responses); `half`: weights and activations in bf16 or fp16."""
 
     groups: int = 1
-    responses: int = 4
-    image_tokens: int = 1280
-    prompt_tokens: int = 60
-    response_tokens: int = 120
+    responses: float = 4
+    image_tokens: float = 1280
+    prompt_tokens: float = 60
+    response_tokens: float = 120
+    layout: Literal["packed", "rows"] = "packed"
     training: Training = "lora"
+    quantised_bits: int = 4
     lora_rank: int = 64
     checkpointing: bool = True
     fused: bool = True
     reference_cached: bool = False
     optimizer_8bit: bool = False
+    half: bool = True
 
     @property
-    def tokens(self) -> int:
-        """T: tokens of the micro-batch in the packed layout."""
-        return self.groups * (self.image_tokens + self.prompt_tokens + self.responses * self.response_tokens)
+    def rows(self) -> float:
+        """B: sequences of the micro-batch: one per group, or per response."""
+        return self.groups * (self.responses if self.layout == "rows" else 1)
 
     @property
-    def scored(self) -> int:
+    def tokens(self) -> float:
+        """T: tokens of the micro-batch."""
+        return self.rows * (self.image_tokens + self.prompt_tokens) + self.scored
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of a weight or activation."""
+        return 2.0 if self.half else 4.0
+
+    @property
+    def scored(self) -> float:
         """N: scored tokens."""
         return self.groups * self.responses * self.response_tokens
 
@@ -187,14 +101,18 @@ class Plan:
     def lines(self) -> list[str]:
         """For people."""
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead")
-        by_part = ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in parts)
+        by_part = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         verdict = "fits" if self.fits else "does NOT fit"
-        host = f"; host memory {self.host / GIB:.0f} GiB" if self.host else ""
+        host = f"; host memory {_size(self.host)}" if self.host else ""
         return [
-            f"{self.engine} on {self.gpus} GPU(s): {self.total / GIB:.1f} GiB per GPU, {verdict} in {self.memory / GIB:.1f} GiB (estimate)",
+            f"{self.engine} on {self.gpus} GPU(s): {_size(self.total)} per GPU, {verdict} in {_size(self.memory)} (estimate)",
             f"  {by_part}{host}",
-            f"  {self.flops / 1e12:.1f} TFLOP per GPU and micro-batch",
+            f"  {self.flops / 1e12:.3g} TFLOP per GPU and micro-batch of {self.workload.tokens:.0f} tokens",
         ]
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.1f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.2g} MiB" if number else "0"
 
 
 def estimate(
@@ -213,19 +131,22 @@ def estimate(
     trained = shape.language_parameters if full else shape.lora_parameters(w.lora_rank)
     frozen = shape.parameters - shape.language_parameters if full else shape.parameters
     kept_whole = shape.vision_parameters + shape.head_parameters * (1 if shape.tied else 2)
-    bytes_frozen = frozen * 2.0 if w.training != "qlora" else kept_whole * 2.0 + (frozen - kept_whole) * _BYTES_NF4
-    copies = 2 if full and not w.reference_cached else 1  # full fine-tuning keeps a second model for the reference
-    weights = (bytes_frozen + trained * 2.0) * copies / shard_weights
+    bytes_frozen = frozen * w.bytes
+    if w.training == "qlora":
+        bytes_frozen = kept_whole * w.bytes + (frozen - kept_whole) * _QUANTISED[w.quantised_bits]
+    weight, gradient, states = _trained_bytes(w, engine)
+    second = (frozen + trained) * w.bytes if full and not w.reference_cached else 0.0  # full fine-tuning: a second model is the reference
+    weights = (bytes_frozen + trained * weight + second) / shard_weights
     # Sharded weights are gathered layer by layer; the head is the largest single piece.
-    gathered = max(shape.layer_parameters * 2, shape.head_parameters) * 2.0 if shard_weights > 1 else 0.0
-    states = trained * (4.0 + (2.0 if w.optimizer_8bit else 8.0))  # fp32 master copy and Adam's two moments
+    gathered = max(shape.layer_parameters * 2, shape.head_parameters) * w.bytes if shard_weights > 1 else 0.0
+    optimizer = trained * states
     offloaded = engine == "zero3_offload"
     return Plan(
         model=shape.name, engine=engine, gpus=gpus, memory=memory, workload=w,
         weights=weights + gathered,
-        gradients=trained * 2.0 / shard_states,
-        optimizer=0.0 if offloaded else states / shard_states,
-        host=states / shard_states * min(gpus, per_node) if offloaded else 0.0,
+        gradients=trained * gradient / shard_states,
+        optimizer=0.0 if offloaded else optimizer / shard_states,
+        host=optimizer / shard_states * min(gpus, per_node) if offloaded else 0.0,
         activations=_activations(shape, w),
         logits=_logits(shape, w),
         features=_features(shape, w),
@@ -234,27 +155,45 @@ def estimate(
     )  # fmt: skip
 
 
+def _trained_bytes(w: Workload, engine: Engine) -> tuple[float, float, float]:
+    """Bytes of a trained weight, its gradient and its optimizer states.
+
+    PyTorch's Adam keeps its two moments in the weight's own type. Adapters are fp32 (those on a quantised base half precision, as in the
+    QLoRA paper), and so is what FSDP2 trains under mixed precision; DeepSpeed keeps half-precision weights and an fp32 master copy beside
+    the moments.
+    """
+    deepspeed = engine in ("zero2", "zero3", "zero3_offload")
+    fp32 = not w.half or (not deepspeed and (w.training == "lora" or engine == "fsdp2"))
+    own = 4.0 if fp32 else 2.0
+    if w.optimizer_8bit:
+        return own, own, 2.0
+    return own, own, 4.0 + 8.0 if deepspeed and not fp32 else 2 * own
+
+
 def _activations(shape: ModelShape, w: Workload) -> float:
     """Bytes kept for the backward pass: with checkpointing a hidden state per layer and one layer in full, else all in full."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # bf16 tensors of a layer: two norms with their inputs, q, k, v, attention output, gate, up, their product
-    layer = w.tokens * 2.0 * (6 * shape.hidden + 2 * q + 2 * kv + 4 * shape.intermediate)
-    boundaries = shape.layers * w.tokens * shape.hidden * 2.0
-    mask = w.groups * (w.tokens / w.groups) ** 2  # the packed layout's boolean mask on sdpa
+    # tensors of a layer: two norms (input in fp32, normalised, scaled), q, k, v, attention output, gate, up, their product
+    norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden
+    layer = w.tokens * (norms + w.bytes * (2 * q + 2 * kv + 4 * shape.intermediate))
+    boundaries = shape.layers * w.tokens * shape.hidden * w.bytes
+    mask = w.tokens**2 / w.rows  # the packed layout's boolean mask on sdpa
     return (boundaries + layer if w.checkpointing else shape.layers * layer) + mask
 
 
 def _logits(shape: ModelShape, w: Workload) -> float:
-    """Workspace of the output head. Fused: a stored [N, D] gradient and one tile; plain: [N, V] in bf16 and twice in fp32."""
+    """Workspace of the output head. Fused: a stored [N, D] gradient and one tile; plain: [N, V] in the model's type and twice in fp32."""
     if w.fused:
-        return w.scored * shape.hidden * (2.0 + 2.0) + 2**28
-    return w.scored * shape.vocab * (2.0 + 4.0 + 4.0)
+        return w.scored * shape.hidden * 2 * w.bytes + min(2.0**28, w.scored * shape.vocab * 4.0)
+    return w.scored * shape.vocab * (w.bytes + 4.0 + 4.0)
 
 
 def _features(shape: ModelShape, w: Workload) -> float:
     """Image features, kept for the step, and the largest layer of a tower that runs without gradient."""
     patches = w.groups * w.image_tokens * shape.merge**2
-    return w.groups * w.image_tokens * shape.hidden * 2.0 + patches * 2.0 * (6 * shape.vision_hidden + 2 * shape.vision_intermediate)
+    return w.groups * w.image_tokens * shape.hidden * w.bytes + patches * w.bytes * (
+        6 * shape.vision_hidden + 2 * shape.vision_intermediate
+    )
 
 
 def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
@@ -264,8 +203,7 @@ def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
     """
     q = shape.heads * shape.head_dim
     matrices = shape.layer_parameters - 2 * shape.hidden - (q + 2 * shape.kv_heads * shape.head_dim if shape.attention_bias else 0)
-    per_group = w.tokens / w.groups
-    attention = shape.layers * w.groups * 4 * per_group**2 * q
+    attention = shape.layers * 4 * w.tokens**2 / w.rows * q
     forward = _FLOPS_FORWARD * shape.layers * matrices * w.tokens + attention
     rank = w.lora_rank if w.training != "full" else 0
     adapters = _FLOPS_FORWARD * shape.lora_parameters(rank) * w.tokens if rank else 0.0

@@ -18,6 +18,7 @@ from silkie.data import load_preferences
 from silkie.data.splits import check_leak, split_groups
 from silkie.models import unquantized_modules
 from silkie.processors import load_processor
+from silkie.workload import plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ def make_trainer(
 
 
 def dry_run(trainer: SilkieDPOTrainer) -> None:
-    """One optimizer step on real data; prints the plan, the time and the peak memory, and saves nothing."""
+    """One optimizer step on real data; prints the plan, the planner's estimate for the first micro-batch, the time and the peak memory, and
+    saves nothing."""
     import resource
     import time
 
@@ -159,6 +161,7 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
 
     args = trainer.args
     args.max_steps, args.save_strategy, args.eval_strategy, args.logging_steps = 1, "no", "no", 1
+    estimate, memory = plan_of(trainer, next(iter(trainer.get_train_dataloader())))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -173,6 +176,8 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
                     "",
                     "Plan",
                     *(f"  {line}" for line in trainer.plan_lines()),
+                    *(f"  {line}" for line in estimate.lines()),
+                    f"  memory of the GPU: {memory}",
                     f"  first step (with start-up checks): {seconds:.1f} s, peak {peak}",
                 ]
             )

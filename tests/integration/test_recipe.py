@@ -1,6 +1,7 @@
 """The recipe as a person runs it: VLFeedback files and a model directory in, adapter out; dry run; wrong arguments."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,19 @@ def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
     result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3")
     for text in ("Plan", "groups", "pairs", "layout: packed", "attention: segments", "silkie.logprob", "adapter off", "peak"):
         assert text in result.stdout, text
+    assert re.search(r"ddp on 1 GPU\(s\): \S+ GiB per GPU, fits in 74.5 GiB \(estimate\)", result.stdout)
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead"):
+        assert re.search(rf"{part} [\d.e+]+ (GiB|MiB)", result.stdout), part
+    assert "TFLOP per GPU and micro-batch" in result.stdout and "no GPU here: assuming one of 80 GB" in result.stdout
     assert not list(Path(tmp_path / "dry").glob("checkpoint-*"))
+
+
+def test_the_demos_dry_run_prints_the_plan(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "dpo_silkie.py"), "--dry_run", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    for text in ("Plan", "layout: packed", "GiB per GPU, fits in", "weights", "TFLOP per GPU", "first step", "peak", "Dry run:"):
+        assert text in result.stdout, text
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_it_trains_and_saves_an_adapter(inputs, tmp_path):
