@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
-from silkie.models import causal_lm
 from silkie.model_shapes import shape_of
+from silkie.models import causal_lm
 from silkie.plan import Engine, Plan, Training, Workload, estimate
 
 if TYPE_CHECKING:
