@@ -1,6 +1,7 @@
 """The planner's counts against real models: parameters exactly, FLOPs against torch's counter, kept activations against tracked ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from silkie import plan
 from silkie.models import backbone, default_lora_targets, vision_parameters
 from tests.support.tiny import tiny_model
+
+GUIDE = (Path(__file__).parents[2] / "examples" / "cluster.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -115,3 +118,14 @@ def test_command_line(capsys):
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), (" 512 mb", 512e6)])
 def test_memory_units(text, size):
     assert plan.parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "engine", "gpus"),
+    [("7b", "lora", "ddp", 1), ("3b", "lora", "ddp", 8), ("7b", "qlora", "ddp", 1), ("3b", "full", "zero2", 8), ("7b", "full", "zero2", 8),
+     ("7b", "full", "zero3", 4), ("7b", "full", "zero3", 8), ("7b", "full", "fsdp2", 4), ("7b", "full", "fsdp2", 8), ("7b", "full", "zero3_offload", 4)],
+)  # fmt: skip
+def test_the_guide_gives_the_planners_figures(model, training, engine, gpus):
+    total = plan.estimate(plan.SHAPES[f"qwen2.5-vl-{model}"], plan.Workload(training=training), engine=engine, gpus=gpus).total
+    row = next(line for line in GUIDE.splitlines() if line.startswith("|") and f"`{'single' if gpus == 1 else engine}.yaml`" in line)
+    assert f"{total / plan.GIB:.1f} GiB" in row
