@@ -247,7 +247,9 @@ def test_an_outage_stops_the_run_instead_of_failing_everything(tmp_path):
             raise ItemError("connection", "refused")
         return quality(item, attempt)
 
-    summary = rate_file(responses, ScriptedJudge(script), journal, QUIET)
+    summary = rate_file(
+        responses, ScriptedJudge(script), journal, options(concurrency=1)
+    )  # in order: an answer in between would clear the row
     assert summary.stopped is not None and "in a row" in summary.stopped
     assert (summary.rated, summary.failures) == (5, {}), "unanswered items stay open"
     assert rate_file(responses, ScriptedJudge(quality), journal, QUIET).rated == 60
