@@ -114,7 +114,13 @@ class EndpointAnswerer:
         self._runner.close()
 
     async def _answer_all(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], seed: int) -> list[str]:
-        return await asyncio.gather(*(self._one(prompt, own, seed) for prompt, own in zip(prompts, images, strict=True)))
+        # every call is waited for before an error ends the batch: none is left in flight, to be answered and paid after the run
+        calls = (self._one(prompt, own, seed) for prompt, own in zip(prompts, images, strict=True))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, str)]
 
     async def _one(self, prompt: str, images: Sequence[Any], seed: int) -> str:
         from silkie.feedback.items import AnswerError
