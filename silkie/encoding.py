@@ -53,6 +53,7 @@ class GroupLengths:
     prompt: int
     responses: tuple[int, ...]
     cut: int  # responses whose tail was cut
+    equal_to: tuple[int, ...]  # of each response, the first one with the same tokens after cutting
 
     @property
     def fits(self) -> bool:
@@ -132,8 +133,16 @@ class GroupEncoder:
             if images:
                 prompt += sum(self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in image_sizes])["num_image_tokens"])
         whole = [len(r) for r in self._tokenize(row["responses"])]
-        kept = [len(r) for r in self._responses(row["responses"], prompt)]
-        return GroupLengths(prompt=prompt, responses=tuple(kept), cut=sum(a > b for a, b in zip(whole, kept, strict=True)))
+        ids = self._responses(row["responses"], prompt)
+        kept = [len(r) for r in ids]
+        cut = sum(a > b for a, b in zip(whole, kept, strict=True))
+        return GroupLengths(prompt=prompt, responses=tuple(kept), cut=cut, equal_to=tuple(ids.index(r) for r in ids))
+
+    @property
+    def media_tokens(self) -> tuple[str, ...]:
+        """The texts that stand for an image or a video in the model's input, which no prompt or response may hold."""
+        tokens = (getattr(self.processor, name, None) for name in ("image_token", "video_token"))
+        return tuple(token for token in tokens if isinstance(token, str))
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, image processor, limits."""

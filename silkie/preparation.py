@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from silkie.data.images import open_image
 from silkie.data.schema import DataError
-from silkie.encoding import GroupEncoder, describe
+from silkie.data.stamps import image_fingerprint
+from silkie.encoding import GroupEncoder, GroupLengths, describe
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class PreparationReport:
         prompt_tokens, response_tokens: their sums.
         longest_prompt, longest_response: in tokens.
         cut_responses: responses whose tail was cut to hold the length limits.
+        equal_pairs: pairs whose responses have the same tokens once they are cut; they add nothing to the gradient.
         dropped: reason -> descriptions of the groups that were dropped for it.
     """
 
@@ -48,6 +51,7 @@ class PreparationReport:
     longest_prompt: int = 0
     longest_response: int = 0
     cut_responses: int = 0
+    equal_pairs: int = 0
     images: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -60,6 +64,8 @@ class PreparationReport:
         ]
         if self.cut_responses:
             out.append(f"{name}: {self.cut_responses} responses were cut at the tail to hold the length limits")
+        if self.equal_pairs:
+            out.append(f"{name}: {self.equal_pairs} pairs have equal responses after the cut and teach nothing; raise the length limits")
         for reason, rows in self.dropped.items():
             more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
             out.append(f"{name}: dropped {len(rows)} groups: {reason} ({'; '.join(rows[:_LISTED])}{more})")
@@ -94,8 +100,10 @@ def prepare_groups(
         fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise"},
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc=f"Measuring {name} groups",
-        # The encoder's own hash is stable; pickling a tokenizer is not.
-        new_fingerprint=f"{dataset._fingerprint[:24]}{encoder.fingerprint()}{on_bad_row}",
+        # The encoder's own hash is stable; pickling a tokenizer is not. The images are part of it: a file that broke since is found.
+        new_fingerprint=image_fingerprint(
+            dataset, "images" if "images" in dataset.column_names else None, "prepare", encoder.fingerprint(), on_bad_row
+        ),
     )
     report = PreparationReport()
     dropped: dict[str, list[str]] = defaultdict(list)
@@ -103,7 +111,7 @@ def prepare_groups(
     facts = measured.select_columns(
         [
             c
-            for c in ("row", "id", "problem", "prompt_length", "response_lengths", "cut", "n_pairs", "n_images")
+            for c in ("row", "id", "problem", "prompt_length", "response_lengths", "cut", "n_pairs", "n_equal", "n_images")
             if c in measured.column_names
         ]
     )
@@ -114,6 +122,7 @@ def prepare_groups(
         keep.append(index)
         report.groups += 1
         report.pairs += row["n_pairs"]
+        report.equal_pairs += row["n_equal"]
         report.images += row["n_images"]
         report.responses += len(row["response_lengths"])
         report.prompt_tokens += row["prompt_length"]
@@ -127,34 +136,43 @@ def prepare_groups(
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
         raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")
-    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_images"])
+    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_equal", "n_images"])
     return (measured if len(keep) == len(measured) else measured.select(keep)), report
 
 
 def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool) -> dict[str, Any]:
-    named = {**row, "row": index}
+    named = {"row": index, **row}  # a row that was prepared before keeps its number
+    pairs = row["pairs"] or []
     facts = {
-        "row": index,
+        "row": named["row"],
         "problem": "",
         "prompt_length": 0,
-        "response_lengths": [0] * len(row["responses"]),
+        "response_lengths": [0] * len(row["responses"] or []),
         "cut": 0,
-        "n_pairs": len(row["pairs"] or []),
+        "n_pairs": len(pairs),
+        "n_equal": 0,
         "n_images": len(row.get("images") or []),
     }
     try:
-        _check_row(named)
+        _check_row(named, encoder.media_tokens)
         sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
+        lengths = _lengths(named, sizes, encoder)
     except DataError as error:
         if raise_errors:
             raise GroupError(f"{error} Mend or remove the row, or set on_bad_row='skip' to drop and count such rows.") from error
         return {**facts, "problem": getattr(error, "reason", None) or type(error).__name__ + ": image or row is broken"}
-    if not row["pairs"]:
+    if not pairs:
         return {**facts, "problem": "no preference pairs (ties, one response, or no ratings)"}
-    lengths = encoder.measure(named, sizes)
     if not lengths.fits:
         return {**facts, "problem": f"the prompt alone does not fit max_length={encoder.max_length}"}
-    return {**facts, "prompt_length": lengths.prompt, "response_lengths": list(lengths.responses), "cut": lengths.cut}
+    equal = sum(lengths.equal_to[chosen] == lengths.equal_to[rejected] for chosen, rejected in pairs)
+    return {
+        **facts,
+        "prompt_length": lengths.prompt,
+        "response_lengths": list(lengths.responses),
+        "cut": lengths.cut,
+        "n_equal": equal,
+    }
 
 
 class _RowProblem(DataError):
@@ -163,29 +181,55 @@ class _RowProblem(DataError):
         self.reason = reason
 
 
-def _check_row(row: Mapping[str, Any]) -> None:
-    where, k = describe(row), len(row["responses"])
-    for i, response in enumerate(row["responses"]):
+def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
+    where, responses = describe(row), row["responses"]
+    if not row["prompt"]:
+        raise _RowProblem(where, "empty prompt", "the prompt has no turns")
+    if not responses:
+        raise _RowProblem(where, "no responses", "there are no responses")
+    for i, response in enumerate(responses):
         if not (response or "").strip():
-            raise _RowProblem(where, "empty response", f"response {i} of {k} is empty")
-    for chosen, rejected in row["pairs"] or []:
-        if not (0 <= chosen < k and 0 <= rejected < k) or chosen == rejected:
-            raise _RowProblem(
-                where, "pair out of range", f"pair [{chosen}, {rejected}] does not name two of the {k} responses (0 ... {k - 1})"
-            )
-        if row["responses"][chosen].strip() == row["responses"][rejected].strip():
+            raise _RowProblem(where, "empty response", f"response {i} of {len(responses)} is empty")
+    _check_pairs(row, where)
+    parts = [part for turn in row["prompt"] if not isinstance(turn["content"], str) for part in turn["content"] or []]
+    in_prompt, images = sum(part["type"] == "image" for part in parts), len(row.get("images") or [])
+    if in_prompt != images:
+        raise _RowProblem(where, "images do not match", f"the prompt has {in_prompt} image parts and the row {images} images")
+    texts = [turn["content"] for turn in row["prompt"] if isinstance(turn["content"], str)] + [part.get("text") or "" for part in parts]
+    for name, text in (*(("the prompt", text) for text in texts), *((f"response {i}", text) for i, text in enumerate(responses))):
+        for token in media_tokens:
+            if token in text:  # the model would look for the features of an image that is not there
+                raise _RowProblem(where, "image token in the text", f"{name} holds the model's special token {token} as text")
+
+
+def _check_pairs(row: Mapping[str, Any], where: str) -> None:
+    responses, pairs, k = row["responses"], row["pairs"] or [], len(row["responses"])
+    for pair in pairs:
+        if len(pair) != 2 or not all(i is not None and 0 <= i < k for i in pair) or pair[0] == pair[1]:
+            raise _RowProblem(where, "pair out of range", f"pair {list(pair)} does not name two of the {k} responses (0 ... {k - 1})")
+        chosen, rejected = pair
+        if responses[chosen].strip() == responses[rejected].strip():
             raise _RowProblem(
                 where,
                 "identical responses in a pair",
                 f"responses {chosen} and {rejected} are identical, so they cannot be a preference pair",
             )
-    for weight in row.get("pair_weights") or []:
+    weights, ratings = row.get("pair_weights") or [], row.get("ratings") or []
+    for weight in weights:
         if weight is None or not 0 <= weight < float("inf"):
             raise _RowProblem(where, "bad pair weight", f"pair weight {weight} is not a finite number >= 0")
-    parts = sum(p["type"] == "image" for turn in row["prompt"] if not isinstance(turn["content"], str) for p in turn["content"])
-    images = len(row.get("images") or [])
-    if parts != images:
-        raise _RowProblem(where, "images do not match", f"the prompt has {parts} image parts and the row {images} images")
+    # One too few or too many would shift those of every later group in the batch.
+    if weights and len(weights) != len(pairs):
+        raise _RowProblem(where, "pair weights do not match", f"there are {len(weights)} pair weights for {len(pairs)} pairs")
+    if ratings and len(ratings) != k:
+        raise _RowProblem(where, "ratings do not match", f"there are {len(ratings)} ratings for {k} responses")
+
+
+def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: GroupEncoder) -> GroupLengths:
+    try:
+        return encoder.measure(row, sizes)
+    except (ValueError, TypeError, TemplateError) as error:  # an image of extreme shape, roles that the chat template refuses
+        raise _RowProblem(describe(row), f"the processor refuses it: {error}", f"the processor refuses it: {error}") from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:

@@ -94,6 +94,7 @@ class Reference:
         )
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps(causal_lm(model).config.to_dict(), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(self._adapter_configs(), sort_keys=True, default=_plain).encode())
         for name, parameter in model.named_parameters():
             if not any(s in name for s in skip):
                 data = getattr(parameter, "ds_tensor", parameter).detach()
@@ -101,6 +102,17 @@ class Reference:
                 digest.update(name.encode())
                 digest.update(data.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _adapter_configs(self) -> dict[str, Any]:
+        """Configs of the adapters that are on in the reference: an adapter's scale (`lora_alpha`, `use_rslora`) is in no weight."""
+        wrapped: Any = self.peft if self.model is None else _peft_model(self.model)
+        active = wrapped.active_adapters if self.model is not None and wrapped is not None else [self._adapter] if self._adapter else []
+        return {name: wrapped.peft_config[name].to_dict() for name in active}
+
+
+def _plain(value: Any) -> Any:
+    """Sets in a fixed order: their own differs between processes."""
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _peft_model(model: Any) -> PeftModel | None:

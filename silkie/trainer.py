@@ -193,10 +193,11 @@ class SilkieDPOTrainer(DPOTrainer):
     # ---------------------------------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
-        if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
-            return dataset
         with args.main_process_first(desc=f"preparing the {name} data"):
-            if not is_group_features(dataset.features):
+            if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
+                # Another trainer's data: its encoder may have counted other tokens, so it is measured again.
+                dataset = dataset.remove_columns(["prompt_length", "response_lengths"])
+            elif not is_group_features(dataset.features):
                 dataset = load_preferences(dataset, on_error=args.on_bad_row)
             dataset, self.reports[name] = prepare_groups(
                 dataset, self.encoder, on_bad_row=args.on_bad_row, num_proc=args.dataset_num_proc, name=name

@@ -37,8 +37,30 @@ TRUNCATED = png(image(3))["bytes"][:-60]
         (broken(responses=["a cat", "a cat"]), "row 1.*identical"),
         (broken(pairs=[[0, 2]]), r"row 1.*\[0, 2\]"),
         (broken(pair_weights=[float("nan")]), "row 1.*weight nan"),
+        (broken(pair_weights=[1.0, 2.0]), "row 1.*2 pair weights for 1 pairs"),
+        (broken(pairs=[[0, 1, 1]]), r"row 1.*\[0, 1, 1\]"),
+        (broken(responses=None, pairs=[]), "row 1.*no responses"),
+        (broken(prompt=[], images=[]), "row 1.*prompt has no turns"),
+        (broken(responses=["a <|image_pad|>", "one"]), r"row 1.*response 0 holds.*<\|image_pad\|>"),
+        (broken(prompt=group([], "is <|video_pad|> a cat", [], [])["prompt"], images=[]), r"row 1.*the prompt holds.*<\|video_pad\|>"),
+        (broken(images=[png(image(1, 2000, 4)), png(image(2))]), "row 1.*aspect ratio"),
     ],
-    ids=["unreadable", "truncated", "missing image", "empty", "identical", "pair range", "weight"],
+    ids=[
+        "unreadable",
+        "truncated",
+        "missing image",
+        "empty",
+        "identical",
+        "pair range",
+        "weight",
+        "number of weights",
+        "pair of three",
+        "no responses",
+        "no prompt",
+        "image token in a response",
+        "video token in the prompt",
+        "extreme shape",
+    ],  # fmt: skip
 )
 def test_a_broken_row_is_named_or_skipped(rows, message, tmp_path):
     with pytest.raises(DataError, match=message) as error:
@@ -48,6 +70,37 @@ def test_a_broken_row_is_named_or_skipped(rows, message, tmp_path):
     assert trainer.reports["train"].groups == 3
     ((reason, named),) = trainer.reports["train"].dropped.items()
     assert len(named) == 1 and "row 1" in named[0] and "'two'" in named[0], reason
+
+
+def test_ratings_that_do_not_match_the_responses_are_named(tmp_path):
+    rows = [{**row, "ratings": [{"Helpfulness": 1.0}] * len(row["responses"]), "rationales": None} for row in mixed_groups()]
+    rows[1]["ratings"] = rows[1]["ratings"] * 2
+    with pytest.raises(DataError, match="row 1.*4 ratings for 2 responses"):
+        make(dataset(rows, aspects=("Helpfulness",)), tmp_path)
+
+
+def test_an_image_that_breaks_between_two_runs_is_found(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(png(image(0))["bytes"])
+    rows = broken(images=[{"bytes": None, "path": str(path)}, png(image(1))])
+    make(rows, tmp_path / "a")
+    path.write_bytes(TRUNCATED)
+    with pytest.raises(DataError, match="row 1.*image 0"):
+        make(rows, tmp_path / "b")
+
+
+def test_pairs_that_a_cut_makes_equal_are_counted(tmp_path):
+    rows = mixed_groups()
+    rows[0] = {**rows[0], "responses": ["a red cat", "a red dog", "no", "is it ?"]}
+    assert "1 pairs have equal responses after the cut" in "".join(make(rows, tmp_path, max_response_length=2).plan_lines())
+    assert make(rows, tmp_path).reports["train"].equal_pairs == 0
+
+
+def test_data_of_another_trainer_is_measured_again(tmp_path):
+    first = make([*mixed_groups(), {**mixed_groups()[1], "pairs": [], "pair_weights": []}][::-1], tmp_path)
+    again = make(first.train_dataset, tmp_path, max_response_length=2)
+    assert max(map(max, first.train_dataset["response_lengths"])) > 2 == max(map(max, again.train_dataset["response_lengths"]))
+    assert again.train_dataset["row"] == first.train_dataset["row"] == [1, 2, 3, 4], "rows keep their number in the input"
 
 
 def test_a_prompt_that_does_not_fit_is_dropped_and_the_rest_trains(tmp_path):

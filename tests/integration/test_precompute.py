@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.checkpoints import CheckpointError
@@ -30,6 +30,29 @@ def make(folder, *, data=None, seed=0, **options):
         tiny_model(seed=seed), args=SilkieDPOConfig(**{**arguments, **options}), train_dataset=data if data is not None else dataset(),
         processing_class=tiny_processor(), peft_config=LoraConfig(r=4, lora_alpha=8),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("second_model", [False, True])
+def test_the_scale_of_a_reference_adapter_is_part_of_the_key(tmp_path, computed, second_model):
+    trained = make(tmp_path / "first", max_steps=2)
+    trained.train()
+    trained.save_model(str(tmp_path / "adapter"))
+
+    def again(alpha):
+        config = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+        config.lora_alpha = alpha
+        adapted = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"), config=config, is_trainable=not second_model)
+        args = make(tmp_path).args
+        peft = {"ref_model": adapted, "peft_config": LoraConfig(r=4)} if second_model else {}
+        return SilkieDPOTrainer(
+            tiny_model() if second_model else adapted, args=args, train_dataset=dataset(), processing_class=tiny_processor(), **peft
+        )
+
+    computed.clear()
+    for alpha, expected in ((8, GROUPS), (8, 0), (16, GROUPS)):
+        again(alpha).train()
+        assert len(computed) == expected, alpha
+        computed.clear()
 
 
 @pytest.fixture
