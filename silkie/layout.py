@@ -48,12 +48,12 @@ class LayoutChoice:
         if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
             base.set_attn_implementation({"text_config": implementation})
 
-    def costs(self, dataset: Dataset) -> list[int]:
-        """Tokens that each group occupies in a forward pass."""
+    def shapes(self, dataset: Dataset) -> list[tuple[int, int]]:
+        """(rows, tokens of its longest row) of each group in a forward pass."""
         lengths = zip(dataset["prompt_length"], dataset["response_lengths"], strict=True)
         if self.layout == "packed":
-            return [p + sum(r) for p, r in lengths]
-        return [len(r) * (p + max(r)) for p, r in lengths]
+            return [(1, p + sum(r)) for p, r in lengths]
+        return [(len(r), p + max(r)) for p, r in lengths]
 
     def lines(self) -> list[str]:
         """For the log."""

@@ -77,7 +77,7 @@ def _compute(trainer: SilkieDPOTrainer, store: ReferenceStore, missing: list[int
     args, accelerator = trainer.args, trainer.accelerator
     dataset = trainer.train_dataset.select(missing)
     sampler = GroupBatchSampler(
-        trainer.choice.costs(dataset),
+        trainer.choice.shapes(dataset),
         batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
         max_tokens=args.max_tokens_per_batch,
         world=accelerator.num_processes,

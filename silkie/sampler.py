@@ -18,30 +18,30 @@ from torch.utils.data import Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
-_COST_STEP = 64  # tokens; groups whose costs fall into one step are exchangeable when batches are drawn
+_COST_STEP = 64  # tokens; groups of as many rows whose lengths fall into one step are exchangeable when batches are drawn
 
 
 class GroupBatchSampler(Sampler[list[int]]):
     """Yields the batches of all ranks in turn: batch i belongs to rank i % world (accelerate's `BatchSamplerShard` deals them out).
 
     Args:
-        costs: tokens of each group in the layout that runs.
+        shapes: (rows, tokens of its longest row) of each group in the layout that runs.
         batch_size: groups per batch, where there is no budget; with a budget, not used.
         max_tokens: token budget of a batch, padding included. A group above it gets a batch of its own.
         world: number of ranks; the number of batches is a multiple of it.
         seed: of the order.
-        padded: cost of a batch is (longest group) * (groups), as rows are padded to the longest; False: the sum of its groups.
+        padded: cost of a batch is (rows) * (longest row), as rows are padded to the longest; False: the sum of its groups.
 
     With fewer groups than ranks in the last round, indices beyond the dataset are yielded: `WithEmptyGroups` turns them into copies with
     weight 0, which keep a rank busy and change nothing.
     """
 
     def __init__(
-        self, costs: Sequence[int], *, batch_size: int, max_tokens: int | None = None, world: int = 1, seed: int = 0, padded: bool = True
+        self, shapes: Sequence[tuple[int, int]], *, batch_size: int, max_tokens: int | None = None, world: int = 1, seed: int = 0, padded: bool = True
     ) -> None:
         if max_tokens is not None and max_tokens <= 0:
             raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")
-        self.costs = list(costs)
+        self.shapes = list(shapes)
         self.batch_size, self.max_tokens, self.world, self.seed, self.padded = batch_size, max_tokens, world, seed, padded
         self.epoch = 0
         self._sizes = self._budget_sizes() if max_tokens is not None else None
@@ -50,16 +50,16 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        n = len(self._sizes) if self._sizes is not None else -(-len(self.costs) // self.batch_size)
+        n = len(self._sizes) if self._sizes is not None else -(-len(self.shapes) // self.batch_size)
         return -(-n // self.world) * self.world
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.costs), generator=generator).tolist()
+        order = torch.randperm(len(self.shapes), generator=generator).tolist()
         if self._sizes is None:
             batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         else:
-            # A stable sort by cost step keeps the shuffled order within a step: batches differ between epochs, their sizes do not.
+            # A stable sort keeps the shuffled order of exchangeable groups: batches differ between epochs, their sizes do not.
             order.sort(key=self._step)
             batches, at = [], 0
             for size in self._sizes:
@@ -73,21 +73,22 @@ class GroupBatchSampler(Sampler[list[int]]):
         for i in torch.randperm(len(rounds), generator=generator).tolist():
             yield from rounds[i]
 
-    def _step(self, index: int) -> int:
-        return -(-self.costs[index] // _COST_STEP)
+    def _step(self, index: int) -> tuple[int, int]:
+        """Groups of equal step are exchangeable: (length in steps, rows)."""
+        rows, length = self.shapes[index]
+        return -(-length // _COST_STEP), rows
 
     def _budget_sizes(self) -> list[int]:
-        """Number of groups of each batch, over the groups sorted by cost step."""
+        """Number of groups of each batch, over the groups sorted by step: a batch's last group is its longest."""
         assert self.max_tokens is not None
-        steps = sorted(self._step(i) for i in range(len(self.costs)))
-        sizes, count, total = [], 0, 0
-        for step in steps:
-            cost = step * _COST_STEP
-            longer = cost * (count + 1) if self.padded else total + cost
+        sizes, count, in_batch, total = [], 0, 0, 0
+        for steps, rows in sorted(self._step(i) for i in range(len(self.shapes))):
+            length = steps * _COST_STEP
+            longer = length * (in_batch + rows) if self.padded else total + length * rows
             if count and longer > self.max_tokens:
                 sizes.append(count)
-                count, total = 0, 0
-            count, total = count + 1, total + cost
+                count, in_batch, total = 0, 0, 0
+            count, in_batch, total = count + 1, in_batch + rows, total + length * rows
         if count:
             sizes.append(count)
         while len(sizes) % self.world and max(sizes) > 1:  # split the largest, so that every rank has a batch in every round
@@ -111,8 +112,8 @@ class GroupBatchSampler(Sampler[list[int]]):
                 at += size
         while len(batches) < len(self):
             batches.append([])
-        cheapest = min(range(len(self.costs)), key=self.costs.__getitem__)
-        return [batch or [len(self.costs) + cheapest] for batch in batches]
+        cheapest = min(range(len(self.shapes)), key=lambda i: self.shapes[i][0] * self.shapes[i][1])
+        return [batch or [len(self.shapes) + cheapest] for batch in batches]
 
 
 @dataclass(slots=True)

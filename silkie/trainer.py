@@ -232,7 +232,7 @@ class SilkieDPOTrainer(DPOTrainer):
         """Batches of groups from `GroupBatchSampler`, dealt to the ranks by accelerate."""
         args, dataset = self.args, self.train_dataset
         self._sampler = GroupBatchSampler(
-            self.choice.costs(dataset),
+            self.choice.shapes(dataset),
             batch_size=self._train_batch_size,
             max_tokens=args.max_tokens_per_batch,
             world=self.accelerator.num_processes,

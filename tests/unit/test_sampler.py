@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from silkie.sampler import _COST_STEP, GroupBatchSampler, WithEmptyGroups
 
 COSTS = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
+SHAPES = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 1000)), min_size=1, max_size=60)
 BUDGET = st.one_of(st.none(), st.integers(64, 8000))
 MANY = settings(max_examples=200, deadline=None)
 
 
 def sampler(costs, budget, **more):
-    return GroupBatchSampler(costs, **{"batch_size": 3, "max_tokens": budget, **more})
+    shapes = [cost if isinstance(cost, tuple) else (1, cost) for cost in costs]
+    return GroupBatchSampler(shapes, **{"batch_size": 3, "max_tokens": budget, **more})
 
 
 def epoch(source, number):
@@ -21,7 +23,7 @@ def epoch(source, number):
 
 
 @MANY
-@given(COSTS, BUDGET, st.integers(1, 4), st.integers(0, 5), st.booleans())
+@given(st.one_of(COSTS, SHAPES), BUDGET, st.integers(1, 4), st.integers(0, 5), st.booleans())
 def test_every_group_comes_exactly_once_and_every_rank_has_as_many_batches(costs, budget, world, seed, padded):
     source = sampler(costs, budget, world=world, seed=seed, padded=padded)
     for number in range(3):
@@ -35,11 +37,12 @@ def test_every_group_comes_exactly_once_and_every_rank_has_as_many_batches(costs
 
 
 @MANY
-@given(COSTS, st.integers(64, 8000), st.booleans())
-def test_the_budget_is_held(costs, budget, padded):
-    for batch in sampler(costs, budget, padded=padded):
-        cost = [costs[i] for i in batch]
-        total = max(cost) * len(cost) if padded else sum(cost)
+@given(SHAPES, st.integers(64, 8000), st.booleans())
+def test_the_budget_is_held(shapes, budget, padded):
+    """A long group of few rows beside a short one of many: all rows are padded to the longest."""
+    for batch in sampler(shapes, budget, padded=padded):
+        rows, lengths = zip(*(shapes[i] for i in batch), strict=True)
+        total = sum(rows) * max(lengths) if padded else sum(r * n for r, n in zip(rows, lengths, strict=True))
         assert total <= budget or len(batch) == 1
 
 
