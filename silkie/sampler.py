@@ -37,7 +37,14 @@ class GroupBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int]], *, batch_size: int, max_tokens: int | None = None, world: int = 1, seed: int = 0, padded: bool = True
+        self,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+        world: int = 1,
+        seed: int = 0,
+        padded: bool = True,
     ) -> None:
         if max_tokens is not None and max_tokens <= 0:
             raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")

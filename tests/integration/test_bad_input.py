@@ -60,7 +60,7 @@ TRUNCATED = png(image(3))["bytes"][:-60]
         "image token in a response",
         "video token in the prompt",
         "extreme shape",
-    ],  # fmt: skip
+    ],
 )
 def test_a_broken_row_is_named_or_skipped(rows, message, tmp_path):
     with pytest.raises(DataError, match=message) as error:
