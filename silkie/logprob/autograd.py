@@ -71,15 +71,17 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, hidden, weight, target, bias, ignored, transform, want_stats, stats):
         done = backend.forward(hidden, weight, target, bias, ignored, transform, True, want_stats)
-        ctx.save_for_backward(done.grad)
+        ctx.save_for_backward(done.grad, ignored)
         stats.append(done.stats)
         return done.logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps):
-        (grad,) = ctx.saved_tensors
-        return None, (grad_logps[:, None] * grad).to(grad.dtype), None, None, None, None, None, None, None
+        grad, ignored = ctx.saved_tensors
+        # Ignored rows by mask: 0 times a NaN of theirs would be NaN
+        rows = (grad_logps[:, None] * grad).to(grad.dtype).masked_fill_(ignored[:, None], 0.0)
+        return None, rows, None, None, None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):

@@ -21,6 +21,7 @@ def reference_logprob(
 
     The one implementation that can be differentiated twice; it holds several [N, V] arrays.
     """
+    hidden = hidden.masked_fill(ignored[:, None], 0.0)  # backward would multiply a NaN of theirs by 0
     logits = full_logits(hidden, weight, bias, transform)
     log_probs = logits.log_softmax(-1)
     logps = log_probs.gather(1, target[:, None]).squeeze(1).masked_fill(ignored, 0.0)

@@ -188,6 +188,11 @@ def check_ignored(impl: str, dtype, device="cpu") -> None:
         found.stats.is_top1,
     ):
         assert (value[[2, 8]] == 0).all()
+    leaf = hidden.clone().requires_grad_()
+    upstream = torch.linspace(-1, 2, 9, dtype=found.logps.dtype, device=device)
+    upstream[[2, 8]] = torch.inf  # of a mean over no token, or a logarithm of the 0 that stands there
+    (grad,) = torch.autograd.grad(linear_logprob(leaf, weight, masked, bias, impl=impl, ignore_index=-7), leaf, upstream)
+    assert (grad[[2, 8]] == 0).all() and torch.equal(grad[keep], found.grads[0][keep])
 
 
 def check_strides(impl: str, dtype, device="cpu") -> None:

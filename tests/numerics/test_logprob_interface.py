@@ -68,7 +68,7 @@ def test_nothing_tracked_stores_nothing():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         linear_logprob(hidden, weight, target, impl="tiled")
-    assert [tuple(x.shape) for x in saved] == [tuple(hidden.shape)]
+    assert [tuple(x.shape) for x in saved if x.is_floating_point()] == [tuple(hidden.shape)]  # and the mask of ignored rows
 
 
 def test_only_the_bias_trains():

@@ -81,6 +81,11 @@ def test_case(small_tiles, case, dtype):
     case("tiled", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_the_truth_ignores_what_is_ignored(dtype):
+    cases.check_ignored("reference", dtype)
+
+
 def test_poisoned_memory_with_a_trainable_head(small_tiles):
     cases.check_poisoned_and_equal_bits("tiled", torch.float32, train_head=True)
 
