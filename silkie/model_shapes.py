@@ -82,7 +82,15 @@ SHAPES = {
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate."""
+    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate.
+
+    Raises:
+        ValueError: the model has no vision tower.
+    """
+    if getattr(config, "vision_config", None) is None:
+        raise ValueError(
+            f"{config._name_or_path or config.model_type} has no vision tower (no vision_config): not a vision-language model."
+        )
     text, vision = config.get_text_config(), config.vision_config
     gated = config.model_type in ("qwen2_5_vl",)
     width = getattr(vision, "embed_dim", None) or vision.hidden_size

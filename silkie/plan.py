@@ -26,6 +26,7 @@ GIB = 2**30
 # Bytes of a quantised weight. 4-bit: half a byte, and a quantised scale per block of 64 (double quantisation: about a quarter of 4 bytes)
 _QUANTISED = {4: 0.5 + 4 / 64 / 4, 8: 1.0}
 _FLOPS_FORWARD = 2  # per parameter and token
+_LEAST = {"gpus": 1, "groups": 1, "responses": 2, "response_tokens": 1, "prompt_tokens": 1, "image_tokens": 0, "lora_rank": 1}
 _CONTEXT = 1.0 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
 _FRAGMENTATION = 1.1  # the caching allocator's peak over what is alive
 
@@ -47,6 +48,7 @@ class Workload:
     checkpointing: bool = True
     fused: bool = True
     reference_cached: bool = False
+    second_model: bool = False  # a reference with weights of its own, in memory all along
     optimizer_8bit: bool = False
     half: bool = True
 
@@ -135,7 +137,7 @@ def estimate(
     if w.training == "qlora":
         bytes_frozen = kept_whole * w.bytes + (frozen - kept_whole) * _QUANTISED[w.quantised_bits]
     weight, gradient, states = _trained_bytes(w, engine)
-    second = (frozen + trained) * w.bytes if full and not w.reference_cached else 0.0  # full fine-tuning: a second model is the reference
+    second = (shape.parameters if full else frozen) * w.bytes if w.second_model else 0.0
     weights = (bytes_frozen + trained * weight + second) / shard_weights
     # Sharded weights are gathered layer by layer; the head is the largest single piece.
     gathered = max(shape.layer_parameters * 2, shape.head_parameters) * w.bytes if shard_weights > 1 else 0.0
@@ -252,16 +254,19 @@ def parse_memory(text: str) -> float:
     """Bytes of `80GB`, `24GiB` or `16000MB`.
 
     Raises:
-        ValueError: not a number with a unit.
+        ValueError: not a positive number with a unit.
     """
     units = {"GIB": 2**30, "GB": 1e9, "MIB": 2**20, "MB": 1e6}
     upper = text.strip().upper()
     for unit, size in units.items():
         if upper.endswith(unit):
             try:
-                return float(upper[: -len(unit)]) * size
+                number = float(upper[: -len(unit)])
             except ValueError:
                 break
+            if 0 < number < float("inf"):
+                return number * size
+            break
     raise ValueError(f"memory must look like 80GB or 24GiB, not {text!r}.")
 
 
@@ -281,11 +286,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, or a model directory")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--memory", default="80GB", help="of one GPU: 80GB, 24GiB")
-    parser.add_argument("--full", action="store_true", help="full fine-tuning of the language model")
-    parser.add_argument("--qlora", action="store_true", help="4-bit base weights")
+    training = parser.add_mutually_exclusive_group()
+    training.add_argument("--full", action="store_true", help="full fine-tuning of the language model")
+    training.add_argument("--qlora", action="store_true", help="4-bit base weights")
     parser.add_argument("--groups", type=int, default=1, help="groups in a micro-batch of a GPU")
     parser.add_argument("--responses", type=int, default=4)
-    parser.add_argument("--image-tokens", type=int, default=1280)
+    parser.add_argument("--image-tokens", type=int, default=1280, help="0: text alone")
     parser.add_argument("--response-tokens", type=int, default=120)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--lora-rank", type=int, default=64)
@@ -298,14 +304,15 @@ def main(argv: list[str] | None = None) -> None:
         memory, shape = parse_memory(args.memory), load_shape(args.model)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.gpus < 1 or args.groups < 1:
-        parser.error("--gpus and --groups must be at least 1")
+    for name, least in _LEAST.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     workload = Workload(
         groups=args.groups, responses=args.responses, image_tokens=args.image_tokens, prompt_tokens=args.prompt_tokens,
         response_tokens=args.response_tokens,
         training="full" if args.full else "qlora" if args.qlora else "lora", lora_rank=args.lora_rank,
         checkpointing=not args.no_checkpointing,
-        reference_cached=args.reference_cached, optimizer_8bit=args.optimizer_8bit,
+        reference_cached=args.reference_cached, second_model=args.full, optimizer_8bit=args.optimizer_8bit,
     )  # fmt: skip
     best, plans = choose(shape, workload, gpus=args.gpus, memory=memory)
     if args.json:

@@ -53,6 +53,7 @@ def workload_of(trainer: SilkieDPOTrainer, batch: dict[str, Any]) -> Workload:
         checkpointing=bool(args.gradient_checkpointing),
         fused=args.use_fused_logprob,
         reference_cached=trainer.reference is None or args.precompute_ref_log_probs,
+        second_model=trainer.ref_model is not None,
         optimizer_8bit="8bit" in str(getattr(args.optim, "value", args.optim)),
         half=next(base.parameters()).dtype in (torch.bfloat16, torch.float16),
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config
 
 from silkie import plan
 from silkie.models import backbone, default_lora_targets, vision_parameters
@@ -115,6 +116,33 @@ def test_command_line(capsys):
     assert "must look like 80GB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--gpus", "0"], "--gpus must be at least 1"), (["--image-tokens", "-1"], "--image-tokens must be at least 0"),
+     (["--responses", "1"], "--responses must be at least 2"), (["--full", "--qlora"], "not allowed with"), (["--memory", "0GB"], "must look like 80GB")],
+)  # fmt: skip
+def test_command_line_that_cannot_be(capsys, options, message):
+    with pytest.raises(SystemExit):
+        plan.main(["qwen2-vl-2b", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_vision_tower_is_refused(tmp_path):
+    Qwen2Config(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no vision tower"):
+        plan.load_shape(str(tmp_path))
+
+
+def test_a_second_model_is_counted_where_there_is_one():
+    shape = plan.SHAPES["qwen2-vl-2b"]
+
+    def weights(**options):
+        return plan.estimate(shape, plan.Workload(**options)).weights
+
+    assert weights(training="full", second_model=True) - weights(training="full") == pytest.approx(shape.parameters * 2)
+    assert weights(second_model=True) > 1.9 * weights()
+
+
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), (" 512 mb", 512e6)])
 def test_memory_units(text, size):
     assert plan.parse_memory(text) == size
@@ -126,6 +154,7 @@ def test_memory_units(text, size):
      ("7b", "full", "zero3", 4), ("7b", "full", "zero3", 8), ("7b", "full", "fsdp2", 4), ("7b", "full", "fsdp2", 8), ("7b", "full", "zero3_offload", 4)],
 )  # fmt: skip
 def test_the_guide_gives_the_planners_figures(model, training, engine, gpus):
-    total = plan.estimate(plan.SHAPES[f"qwen2.5-vl-{model}"], plan.Workload(training=training), engine=engine, gpus=gpus).total
+    workload = plan.Workload(training=training, second_model=training == "full")
+    total = plan.estimate(plan.SHAPES[f"qwen2.5-vl-{model}"], workload, engine=engine, gpus=gpus).total
     row = next(line for line in GUIDE.splitlines() if line.startswith("|") and f"`{'single' if gpus == 1 else engine}.yaml`" in line)
     assert f"{total / plan.GIB:.1f} GiB" in row
