@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trl import DPOConfig
 
 from silkie.corruption import CORRUPTIONS
+from silkie.losses import build_objective
 from silkie.losses.options import LossOptions, validate
 
 
@@ -125,9 +126,16 @@ class SilkieDPOConfig(DPOConfig):
             raise ValueError(
                 "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of padding."
             )
+        for name, only in _NOT_READ.items():
+            if getattr(self, name) not in only:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect in silkie; leave it at {only[0]!r}. {_INSTEAD[name]}")
+        if self.self_test_tolerance is not None and not 0 <= self.self_test_tolerance < float("inf"):
+            raise ValueError(f"`self_test_tolerance` must be a finite number >= 0 or None, not {self.self_test_tolerance}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
         validate(self.loss_type, self.loss_weights, self.loss_options)
+        if self.sync_ref_model and not build_objective(self.loss_type, self.loss_weights, self.loss_options).needs_reference:
+            raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
 
     @property
     def loss_options(self) -> LossOptions:
@@ -142,4 +150,20 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "corruption": CORRUPTIONS,
     "response_end": ("template", "end_of_turn"),
     "on_bad_row": ("raise", "skip"),
+}
+
+# Options of TRL and transformers that nothing in silkie reads, with the values that ask for nothing.
+_NOT_READ: dict[str, tuple[Any, ...]] = {
+    "pad_to_multiple_of": ("auto", None),
+    "truncation_mode": ("keep_start",),
+    "train_sampling_strategy": ("random",),
+    "dataloader_drop_last": (False,),
+    "router_aux_loss_coef": (None, 0, 0.0),
+}
+_INSTEAD = {
+    "pad_to_multiple_of": "Rows are padded to the longest of a batch.",
+    "truncation_mode": "Response tails are cut, prompts never.",
+    "train_sampling_strategy": "With `max_tokens_per_batch` groups of like length share a batch.",
+    "dataloader_drop_last": "Every group comes once an epoch.",
+    "router_aux_loss_coef": "The loss has no term for a router.",
 }

@@ -97,9 +97,6 @@ class _PairView:
         batch, weights = self.batch, self.options.aspect_weights
         if weights is not None:
             ratings = batch.require("aspect_ratings", "aspect_weights")
-            unknown = set(weights) - set(batch.aspects)
-            if unknown:
-                raise ValueError(f"`aspect_weights` names {sorted(unknown)}; the data is rated on {list(batch.aspects)}.")
             return rating_margins(mix_aspects(ratings, ratings.new_tensor([weights.get(a, 0.0) for a in batch.aspects])), batch.pairs)
         if batch.margins is not None:
             return batch.margins
@@ -142,6 +139,28 @@ class Objective:
         self.needs = _needs([SPECS[name] for name in loss_type], options)
         self._reward_mean = RunningMean() if options.bco_reward_shift == "running_mean" else None
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference must be run."""
+        return bool(self.needs & {"reference", "reference_tokens"})
+
+    def pair_weights(self, batch: GroupLogps) -> Tensor:
+        """[P] weight of each pair: the data's, times those that the options take from the ratings."""
+        return _PairView(batch, self.options).weights
+
+    def check_aspects(self, aspects: Sequence[str]) -> None:
+        """Whether data that is rated on `aspects` carries what the options read.
+
+        Raises:
+            ValueError: it has no ratings, or lacks an aspect that `aspect_weights` names.
+        """
+        if not aspects and self.needs & {"ratings", "aspects"}:
+            option = "aspect_weights" if "aspects" in self.needs else f"margin={self.options.margin!r}"
+            raise ValueError(f"`{option}` reads ratings, and the data has none. Remove the option, or load data with a `ratings` column.")
+        unknown = set(self.options.aspect_weights or ()) - set(aspects)
+        if unknown:
+            raise ValueError(f"`aspect_weights` names {sorted(unknown)}; the data is rated on {list(aspects)}.")
+
     def units(self, batch: GroupLogps) -> dict[str, Tensor]:
         """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights, "token" chosen tokens
         weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches and ranks of an optimizer step."""
@@ -167,6 +186,8 @@ class Objective:
             0-d loss = sum over the terms of weight * sum(term) / totals[unit], and detached metrics [P]: rewards/{chosen, rejected,
             margins, accuracies}, logps/{chosen, rejected}, and loss/{name} for losses with a row per pair (sft: per token).
         """
+        if self.options.aspect_weights is not None:
+            self.check_aspects(batch.aspects)
         totals = self.units(batch) if totals is None else totals
         view = _PairView(batch, self.options)
         metrics = self._metrics(view)

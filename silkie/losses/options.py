@@ -102,6 +102,11 @@ def _check_selection(loss_type: Sequence[str], loss_weights: Sequence[float] | N
 
 def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
     """Ranges, for every option whatever the losses."""
+    numbers = {field.name: getattr(options, field.name) for field in fields(options)}
+    numbers |= {f"aspect_weights[{aspect!r}]": weight for aspect, weight in (options.aspect_weights or {}).items()}
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value}.")
     ranges = {
         "beta": (options.beta > 0, "> 0"),
         "label_smoothing": (0 <= options.label_smoothing < 1, "in [0, 1)"),

@@ -25,6 +25,12 @@ def test_defaults_never_cut_a_prompt():
         ({"loss_type": ["sigmod"]}, "sigmod"),
         ({"simpo_gamma": 1.0}, "simpo_gamma"),  # sigmoid does not read it
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model"),
+        ({"sync_ref_model": True, "loss_type": ["orpo"]}, "read none"),
+        ({"self_test_tolerance": float("nan")}, "self_test_tolerance"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*no effect"),
+        ({"dataloader_drop_last": True}, "Every group comes once"),
+        ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
+        ({"beta": float("inf")}, "beta"),
     ],
 )
 def test_what_cannot_work_is_an_error(options, message):

@@ -113,6 +113,9 @@ def test_two_token_weights():
     [
         ("beta", 0.0),
         ("beta", float("nan")),
+        ("beta", float("inf")),
+        ("mdpo_anchor", float("inf")),
+        ("simpo_gamma", float("nan")),
         ("label_smoothing", -0.1),
         ("label_smoothing", 1.0),
         ("discopop_tau", 0.0),
@@ -129,6 +132,11 @@ def test_two_token_weights():
 def test_values_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"`{option}` must be"):
         validate(["sigmoid"], None, LossOptions(**{option: value}))
+
+
+def test_an_aspect_weight_that_is_no_number():
+    with pytest.raises(ValueError, match=r"aspect_weights\['Helpfulness'\]` must be a finite number"):
+        validate(["sigmoid"], None, LossOptions(aspect_weights={"Helpfulness": float("nan")}))
 
 
 def test_smoothing_of_robust_and_exo():
