@@ -87,6 +87,20 @@ def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
         )
 
 
+def check_adapter_init(config: Any) -> None:
+    """The reference is the policy with its adapter off, so an adapter must start as nothing on an unchanged base.
+
+    Raises:
+        LaunchError: an initialisation that moves part of the base weights into the adapter.
+    """
+    init = str(getattr(config, "init_lora_weights", "")).lower()
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise LaunchError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights: the model with its adapter off is not the one that "
+            "training starts from, and cannot be its reference. Pass that model as `ref_model`, or use the default initialisation."
+        )
+
+
 def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
     """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision weights, ranks
     that skip it hang the others."""

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from silkie.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Attention, Backend, why_not_available
 from silkie.attention.varlen import kernel_name
+from silkie.guards import NonFiniteError
 from silkie.models import causal_lm, why_not_packable
 from silkie.packing import Layout
 
@@ -107,6 +108,7 @@ def self_test(trainer: Any) -> float:
 
     Raises:
         LayoutMismatch: it is above the tolerance.
+        silkie.guards.NonFiniteError: the log-probs of separate rows are not finite.
     """
     rows: Sequence[dict[str, Any]] = [trainer.train_dataset[0]]
     base = causal_lm(trainer.model)
@@ -122,6 +124,11 @@ def self_test(trainer: Any) -> float:
                 values.append(scorer(model, batch, frozen_vision=True).per_token_logps.float())
     finally:
         model.train(training)
+    if not values[1].isfinite().all():  # in separate rows: not for packing to blame
+        raise NonFiniteError(
+            "Self-test: log-probs of the first group are not finite even in separate rows. The weights hold NaN or infinities, or overflow "
+            "in this dtype: look at the checkpoint, or train in fp32 or bf16."
+        )
     difference = float((values[0] - values[1]).abs().max())
     half = trainer.args.bf16 or trainer.args.fp16 or next(base.parameters()).dtype in (torch.bfloat16, torch.float16)
     # 8-bit products quantise activations, and which columns they spare depends on all rows of the input

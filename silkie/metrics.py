@@ -19,6 +19,11 @@ class DeviceMeans:
         pair = torch.stack([total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def peek(self, name: str, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float:
+        """The sum under `name` over all ranks since the last `pop`. Every rank must call."""
+        pair = self._sums.get(name, torch.zeros(2, dtype=torch.float64, device=device))
+        return float(reduce(pair.clone())[0])
+
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
         """name -> (sum, count) over all ranks since the last call, and forgets them. `reduce` sums a tensor over the ranks."""
         if not self._sums:

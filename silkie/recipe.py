@@ -162,6 +162,7 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
     args = trainer.args
     args.max_steps, args.save_strategy, args.eval_strategy, args.logging_steps = 1, "no", "no", 1
     estimate, memory = plan_of(trainer, next(iter(trainer.get_train_dataloader())))
+    args.precompute_ref_log_probs = False  # its pass runs over all groups; the step's own reference does for one step
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

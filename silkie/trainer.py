@@ -124,6 +124,9 @@ class SilkieDPOTrainer(DPOTrainer):
 
         self.choice: LayoutChoice = choose_layout(config, args)
         self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
+        self.objective.check_aspects(aspects_of(train_dataset.features))
+        if ref_model is None and self.objective.needs_reference:
+            guards.check_adapter_init(peft_config)
         find_unused = args.ddp_find_unused_parameters
         with _without_precompute(args), guards.allow_adapted_head():
             super().__init__(
@@ -160,8 +163,10 @@ class SilkieDPOTrainer(DPOTrainer):
             impl=args.logprob_impl,
         )
         self.data_collator = self.collator_for(self.choice.layout)
-        needs = self.objective.needs
-        self.reference = Reference(self.model, self.ref_model) if "reference" in needs or "reference_tokens" in needs else None
+        if not self.objective.needs_reference and self.ref_model is not None:
+            self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
+            self.accelerator.free_memory()
+        self.reference = Reference(self.model, self.ref_model) if self.objective.needs_reference else None
         self._means = {"train": DeviceMeans(), "eval": DeviceMeans()}
         self._watch = guards.FiniteWatch()
         self.reference_table: ReferenceTable | None = None
@@ -284,6 +289,8 @@ class SilkieDPOTrainer(DPOTrainer):
             self._score_corrupted(model, inputs, group_logps)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=mode == "train")
         self._record(mode, inputs, loss, metrics, scores, group_logps)
+        if mode == "eval":
+            self._record_eval_loss(group_logps)
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
         return (loss, {"logps": scores.logps}) if return_outputs else loss
@@ -340,14 +347,21 @@ class SilkieDPOTrainer(DPOTrainer):
     ) -> None:
         means = self._means[mode]
         self._watch.add(loss, batch["names"])
-        counted = group_logps.weights > 0  # a rank that ran out of groups works on a copy with weight 0
+        # A rank that ran out of groups works on a copy with weight 0, and options may take a pair out that its ratings contradict.
+        counted = self.objective.pair_weights(group_logps) > 0
         for name, value in metrics.items():
             means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
-        if mode == "eval":
-            means.add(_LOSS, loss.detach() * group_logps.weights.sum(), group_logps.weights.sum())
         means.add(_TOKENS, (batch["segment_ids"] >= 0).sum(), 0)
         if scores.stats is not None and self.args.log_token_stats:
             self._record_stats(means, batch, scores)
+
+    def _record_eval_loss(self, group_logps: GroupLogps) -> None:
+        """Numerators and denominators of the loss over the whole evaluation set: its terms are means over pairs, tokens or groups."""
+        units = self.objective.units(group_logps)
+        for unit, total in units.items():
+            alone = {name: torch.full_like(total, 1.0 if name == unit else float("inf")) for name in units}
+            share, _ = self.objective(group_logps, alone, training=False)
+            self._means["eval"].add(_LOSS + unit, share, total)
 
     def _record_stats(self, means: DeviceMeans, batch: dict[str, Any], scores: Scores) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per pair."""
@@ -365,9 +379,10 @@ class SilkieDPOTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         means = self._means[mode].pop(partial(self.accelerator.reduce, reduction="sum"))
         tokens, _ = means.pop(_TOKENS, (0.0, 0.0))
-        exact, pairs = means.pop(_LOSS, (0.0, 0.0))
-        if pairs:
-            logs.update({key: exact / pairs for key in logs if key.startswith("eval") and key.endswith("_loss")})
+        parts = [means.pop(name) for name in list(means) if name.startswith(_LOSS)]
+        if any(count for _, count in parts):
+            exact = sum(total / count for total, count in parts if count)
+            logs.update({key: exact for key in logs if key.startswith("eval") and key.endswith("_loss")})
         for name, (total, count) in means.items():
             if count:
                 self._metrics[mode][name] = [total / count]
@@ -519,10 +534,12 @@ class _StepHooks(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.accelerator.wait_for_everyone()  # every rank has written its part
+        # Tokens since the last line of the log are in no total yet
+        pending = trainer._means["train"].peek(_TOKENS, partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
         if trainer.is_world_process_zero():
             own = {
                 "objective": trainer.objective.state_dict(),
-                "train_tokens": trainer._total_train_tokens,
+                "train_tokens": trainer._total_train_tokens + int(pending),
                 "processes": trainer.accelerator.num_processes,
             }
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -56,7 +56,7 @@ def launch(inputs, out, *extra, check=True):
 
 
 def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
-    result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3")
+    result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3", "--precompute_ref_log_probs", "true")
     for text in ("Plan", "groups", "pairs", "layout: packed", "attention: segments", "silkie.logprob", "adapter off", "peak"):
         assert text in result.stdout, text
     assert re.search(r"ddp on 1 GPU\(s\): \S+ GiB per GPU, fits in 74.5 GiB \(estimate\)", result.stdout)
@@ -64,6 +64,7 @@ def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
         assert re.search(rf"{part} [\d.e+]+ (GiB|MiB)", result.stdout), part
     assert "TFLOP per GPU and micro-batch" in result.stdout and "no GPU here: assuming one of 80 GB" in result.stdout
     assert not list(Path(tmp_path / "dry").glob("checkpoint-*"))
+    assert not Path(tmp_path / "dry" / "reference_cache").exists()  # the pass over all groups is not for a dry run
 
 
 def test_the_demos_dry_run_prints_the_plan(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.guards import NonFiniteError
 from silkie.models import vision_parameters
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -28,6 +29,16 @@ def make(tmp_path, *, model=None, family="qwen2_5_vl", data=None, peft=True, cal
         peft_config=LoraConfig(r=4, lora_alpha=8) if peft else None,
         callbacks=callbacks,
     )
+
+
+def rated():
+    """The mixed groups, earlier responses rated better."""
+    rows = [
+        {**row, "ratings": [dict.fromkeys(ASPECTS, float(5 - i)) for i in range(len(row["responses"]))],
+         "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]]}
+        for row in mixed_groups()
+    ]  # fmt: skip
+    return dataset(rows, ASPECTS)
 
 
 def losses(trainer):
@@ -106,6 +117,14 @@ def test_resuming_equals_never_stopping(tmp_path, options):
         resumed.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{step}"))
         assert losses(resumed) == losses(whole)
         assert_same(adapter(resumed), adapter(whole), 0.0)
+
+
+def test_tokens_between_two_lines_of_the_log_survive_a_restart(tmp_path):
+    whole = make(tmp_path, logging_steps=3, save_strategy="steps", save_steps=1, max_steps=3)
+    whole.train()
+    resumed = make(tmp_path, logging_steps=3, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed._total_train_tokens == whole._total_train_tokens > 0
 
 
 def test_reference_is_the_policy_at_the_start(tmp_path):
@@ -201,6 +220,44 @@ def test_a_loss_without_reference_runs_none(tmp_path):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+def test_a_loss_without_reference_keeps_no_second_model(tmp_path):
+    """TRL loads one for full fine-tuning, whatever the loss."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    read, unread = (make(tmp_path, model=str(tmp_path / "base"), peft=False, loss_type=[loss]) for loss in ("sigmoid", "orpo"))
+    assert read.ref_model is not None and read.reference.kind == "second model"
+    assert unread.ref_model is None and unread.reference is None
+
+
+def test_a_broken_checkpoint_is_not_blamed_on_packing(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] = torch.nan
+    trainer = make(tmp_path, model=model)
+    with pytest.raises(NonFiniteError, match="even in separate rows.*look at the checkpoint"):
+        trainer.train()
+
+
+def test_options_that_read_ratings_need_them(tmp_path):
+    with pytest.raises(ValueError, match="`margin='weight'` reads ratings, and the data has none"):
+        make(tmp_path, margin="weight")
+    with pytest.raises(ValueError, match=r"names \['Wit'\]; the data is rated on \['Helpfulness', 'Visual Faithfulness'\]"):
+        make(tmp_path, data=rated(), aspect_weights={"Wit": 1.0})
+
+
+def test_the_evaluation_loss_is_that_of_the_whole_set(tmp_path):
+    """Pairs, tokens and groups are counted over the set, not averaged over batches of unlike size."""
+    options = dict(loss_type=["sigmoid", "sft", "plackett_luce"], loss_weights=[1.0, 0.5, 0.3], max_steps=2)
+    small, whole = (make(tmp_path, data=rated(), per_device_eval_batch_size=n, **options) for n in (1, 4))
+    found = []
+    for trainer in (small, whole):
+        trainer.eval_dataset = trainer.train_dataset
+        trainer.train()
+        found.append(trainer.evaluate()["eval_loss"])
+    with torch.no_grad():
+        batch = whole._prepare_inputs(whole.data_collator([whole.train_dataset[i] for i in range(4)]))
+        assert found == pytest.approx([float(whole.compute_loss(whole.model.eval(), batch))] * 2, abs=1e-5)
+
+
 def test_trl_metric_names_and_evaluation(tmp_path):
     trainer = make(tmp_path, log_token_stats=True, num_train_epochs=1)
     trainer.eval_dataset = trainer.train_dataset
@@ -215,12 +272,7 @@ def test_trl_metric_names_and_evaluation(tmp_path):
 
 
 def test_margin_weights_come_from_the_ratings(tmp_path):
-    rated = [
-        {**row, "ratings": [dict.fromkeys(ASPECTS, float(5 - i)) for i in range(len(row["responses"]))],
-         "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]]}
-        for row in mixed_groups()
-    ]  # fmt: skip
-    plain, weighted = (make(tmp_path, data=dataset(rated, ASPECTS), margin=m, per_device_train_batch_size=4) for m in ("none", "weight"))
+    plain, weighted = (make(tmp_path, data=rated(), margin=m, per_device_train_batch_size=4) for m in ("none", "weight"))
     plain.train(), weighted.train()
     assert losses(plain)[0] == pytest.approx(losses(weighted)[0], abs=1e-6)  # both are log 2 at the start
     assert losses(plain)[1] != pytest.approx(losses(weighted)[1], abs=1e-6)

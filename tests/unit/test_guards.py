@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from silkie import guards
@@ -50,6 +51,18 @@ def test_mixed_dtypes_under_zero3_are_stopped():
     with pytest.raises(guards.LaunchError, match="several dtypes.*autocast_adapter_dtype=False"):
         guards.check_adapter_dtypes(model, True)
     guards.check_adapter_dtypes(model.float(), True)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_an_adapter_that_changes_the_base_has_no_reference_in_it(init):
+    with pytest.raises(guards.LaunchError, match=f"{init}.*ref_model"):
+        guards.check_adapter_init(LoraConfig(init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_an_adapter_that_starts_as_nothing_has(init):
+    guards.check_adapter_init(LoraConfig(init_lora_weights=init))
+    guards.check_adapter_init(None)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,14 @@ def test_sums_and_counts_until_popped():
     assert means.pop(lambda t: t) == {}
 
 
+def test_peeking_forgets_nothing():
+    means = DeviceMeans()
+    means.add("a", torch.tensor(3.0), 2)
+    assert means.peek("a", lambda t: t.mul_(2), torch.device("cpu")) == 6.0  # a reduction in place, as some backends do
+    assert means.peek("b", lambda t: t, torch.device("cpu")) == 0.0
+    assert means.pop(lambda t: t) == {"a": (3.0, 2.0)}
+
+
 def test_watch_names_the_groups_of_a_non_finite_loss():
     watch = FiniteWatch()
     watch.add(torch.tensor(1.0), ["row 1"])
