@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
@@ -95,13 +96,14 @@ def linear_logprob(
             device-side assertion (no host synchronisation), reported by the next synchronising call.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, target, bias, softcap)
+    _check(hidden, weight, target, bias, softcap, logit_scale)
     ignored = target == ignore_index
     _check_targets(target, ignored, weight.shape[0])
     safe_target = target.masked_fill(ignored, 0)
     transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap))
     run = _implementation(impl, hidden.device.type, hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Triton launches on the current device, which need not be the head's where a model is spread over several
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         logps, stats = run(hidden, weight, safe_target, bias, ignored, transform, return_stats)
     if return_stats:
         assert stats is not None
@@ -118,7 +120,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
     def fail(what: str) -> None:
         raise ValueError(f"linear_logprob: {what}")
 
@@ -140,8 +142,10 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
             fail(f"hidden is {hidden.dtype} but {name} is {other.dtype}; cast one of them, or call under autocast")
     if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         fail(f"expected a floating dtype, found {hidden.dtype}")
-    if softcap is not None and not softcap > 0:
-        fail(f"softcap must be positive or None, found {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        fail(f"softcap must be positive and finite, or None, found {softcap}")
+    if not math.isfinite(logit_scale):
+        fail(f"logit_scale must be finite, found {logit_scale}")
 
 
 def _check_targets(target: Tensor, ignored: Tensor, vocab: int) -> None:

@@ -79,14 +79,18 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps):
         grad, ignored = ctx.saved_tensors
-        # Ignored rows by mask: 0 times a NaN of theirs would be NaN
-        rows = (grad_logps[:, None] * grad).to(grad.dtype).masked_fill_(ignored[:, None], 0.0)
-        return None, rows, None, None, None, None, None, None, None
+        # An ignored row of `grad` is 0, and 0 times an infinite gradient from above would be NaN
+        rows = grad_logps.masked_fill(ignored, 0.0)
+        # Into the result's dtype at once: the product as such is fp32, an array twice as large where that is bf16
+        scaled = torch.mul(grad, rows[:, None], out=torch.empty_like(grad))
+        return None, scaled, None, None, None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, hidden, weight, target, bias, ignored, transform, want_stats, stats):
+        # Backward multiplies hidden states by 0 where ignored, and 0 times a NaN of theirs would be NaN in every row of the head
+        hidden = hidden.masked_fill(ignored[:, None], 0.0)
         done = backend.forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
         ctx.save_for_backward(hidden, weight, target, bias, ignored, done.rows.z_y, done.rows.peak, done.rows.total)
         ctx.backend, ctx.transform, ctx.shape = backend, transform, weight.shape
@@ -105,5 +109,6 @@ class _TrainableHead(torch.autograd.Function):
             )
         want = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         rows = grad_logps.masked_fill(ignored, 0.0)
-        found = ctx.backend.backward(hidden, weight, target, bias, rows, RowSums(*sums), ctx.transform, want)
+        with torch.autocast(hidden.device.type, enabled=False):  # as in the forward pass
+            found = ctx.backend.backward(hidden, weight, target, bias, rows, RowSums(*sums), ctx.transform, want)
         return None, found[0], found[1], None, found[2], None, None, None, None

@@ -127,7 +127,7 @@ def forward(
 ) -> PassResult:
     """All rows, chunk by chunk: see `silkie.logprob.autograd.Backend`."""
     count, d = hidden.shape
-    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    hidden, weight, bias = _rows_contiguous(hidden), _rows_contiguous(weight), None if bias is None else _rows_contiguous(bias)
     grad = torch.empty(count, d, dtype=hidden.dtype, device=hidden.device) if want_grad else None
     sums: list[RowSums] = []
     parts: list[LogprobStats] = []
@@ -155,7 +155,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recomputes the logits: slabs outside, chunks inside, so that each weight slab's gradient is summed in fp32 and written once."""
     want_hidden, want_weight, want_bias = want
-    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    hidden, weight, bias = _rows_contiguous(hidden), _rows_contiguous(weight), None if bias is None else _rows_contiguous(bias)
     (count, d), vocab = hidden.shape, weight.shape[0]
     grad_hidden = torch.zeros(count, d, dtype=torch.float32, device=hidden.device) if want_hidden else None
     grad_weight = torch.empty_like(weight) if want_weight else None
@@ -183,6 +183,7 @@ def backward(
                 _accumulate(sum_weight, coefficients.t(), hidden[rows])
             if grad_bias is not None:
                 sum_bias += coefficients.sum(0, dtype=torch.float32)
+            del logits, coefficients  # before the next slab's arrays, not beside them
         if grad_weight is not None and sum_weight is not None:
             grad_weight[columns] = sum_weight
         if grad_bias is not None:

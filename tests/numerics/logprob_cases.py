@@ -193,17 +193,41 @@ def check_ignored(impl: str, dtype, device="cpu") -> None:
     upstream[[2, 8]] = torch.inf  # of a mean over no token, or a logarithm of the 0 that stands there
     (grad,) = torch.autograd.grad(linear_logprob(leaf, weight, masked, bias, impl=impl, ignore_index=-7), leaf, upstream)
     assert (grad[[2, 8]] == 0).all() and torch.equal(grad[keep], found.grads[0][keep])
+    # Of a head that trains every row sums over the tokens, the ignored ones too
+    poisoned = run(hidden, weight, masked, bias, impl=impl, train_head=True, ignore_index=-7)
+    zeroed = run(hidden.nan_to_num(), weight, masked, bias, impl=impl, train_head=True, ignore_index=-7)
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(poisoned.grads, zeroed.grads, strict=True))
 
 
 def check_strides(impl: str, dtype, device="cpu") -> None:
-    """Every second column of a wider array, and a head stored transposed, give the bits of their contiguous copies."""
+    """Every second entry of a wider array, and a head stored transposed, give the bits of their contiguous copies."""
     hidden, weight, target, bias = problem(9, 24, 40, dtype, device=device)
     wide = torch.full((9, 48), torch.nan, device=device, dtype=dtype)
     wide[:, ::2] = hidden
-    found = run(wide[:, ::2], weight, target, bias, impl=impl)
-    expected = run(hidden, weight, target, bias, impl=impl)
-    assert torch.equal(found.logps, expected.logps) and torch.equal(found.grads[0], expected.grads[0])
+    offset = torch.full((80,), torch.nan, device=device, dtype=dtype)
+    offset[::2] = bias
+    for train_head in (False, True):
+        leaf = wide[:, ::2].requires_grad_()
+        head = weight.clone().requires_grad_(train_head), offset[::2].detach().requires_grad_(train_head)
+        logps = linear_logprob(leaf, head[0], target.repeat_interleave(2)[::2], head[1], impl=impl)
+        rows = torch.linspace(-1, 2, 9, dtype=logps.dtype, device=device)
+        grads = torch.autograd.grad((rows * logps).sum(), [leaf, *(head if train_head else [])])
+        expected = run(hidden, weight, target, bias, impl=impl, train_head=train_head)
+        assert torch.equal(logps.detach(), expected.logps)
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected.grads, strict=True))
     check(hidden, weight.t().contiguous().t(), target, bias, impl=impl, train_head=True)
+
+
+def check_backward_under_autocast(impl: str, dtype, device="cpu") -> None:
+    """A backward pass that runs where autocast is on computes what it computes elsewhere."""
+    grads = []
+    for enabled in (False, True):
+        hidden, weight, target, bias = problem(9, 24, 40, dtype, device=device)
+        leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+        logps = linear_logprob(hidden, weight, target, bias, impl=impl)
+        with torch.autocast(device, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(logps.sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def check_poisoned_and_equal_bits(impl: str, dtype, device="cpu", train_head=False) -> None:
@@ -221,3 +245,14 @@ def check_poisoned_and_equal_bits(impl: str, dtype, device="cpu", train_head=Fal
     assert second.logps.isfinite().all()
     for a, b in zip([first.logps, *first.grads, first.stats.entropy], [second.logps, *second.grads, second.stats.entropy], strict=True):
         assert torch.equal(a, b)
+
+
+CASES = [
+    check_infinities,
+    check_duplicates,
+    check_ignored,
+    check_strides,
+    check_backward_under_autocast,
+    check_poisoned_and_equal_bits,
+]
+"""All that are called as `case(impl, dtype, device)`."""

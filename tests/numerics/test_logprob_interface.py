@@ -33,8 +33,11 @@ def test_mismatches_raise_with_what_was_found():
     ):
         with pytest.raises(ValueError, match=message):
             linear_logprob(*arguments)
-    with pytest.raises(ValueError, match="softcap must be positive"):
-        linear_logprob(hidden, weight, target, softcap=0.0)
+    for softcap in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="softcap must be positive and finite"):
+            linear_logprob(hidden, weight, target, softcap=softcap)
+    with pytest.raises(ValueError, match="logit_scale must be finite, found nan"):
+        linear_logprob(hidden, weight, target, logit_scale=float("nan"))
     with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled, triton"):
         linear_logprob(hidden, weight, target, impl="fast")
 

@@ -83,9 +83,7 @@ def test_huge_logits(small_tiles, dtype):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "case", [cases.check_infinities, cases.check_duplicates, cases.check_ignored, cases.check_strides, cases.check_poisoned_and_equal_bits]
-)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_case(small_tiles, case, dtype):
     case("triton", dtype)
 
@@ -146,9 +144,15 @@ def resources(binary, folder: Path) -> dict[str, int]:
 
 
 FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
+SLAB = {"COLS": 12288, "D": 3584, "BLOCK": 2048}
+PLAIN = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
+# Every kernel with all it can do, and the slab kernel as the passes of a run launch it: policy, with statistics, reference.
 KERNELS = {
     "target_logit_kernel": ({**FLAGS, "D": 3584, "BLOCK": 2048}, True),
-    "slab_kernel": ({**FLAGS, "WANT_GRAD": True, "WANT_STATS": True, "COLS": 12288, "D": 3584, "BLOCK": 2048}, False),
+    "slab_kernel": ({**FLAGS, **SLAB, "WANT_GRAD": True, "WANT_STATS": True}, False),
+    "slab_kernel/policy": ({**PLAIN, **SLAB, "WANT_GRAD": True, "WANT_STATS": False}, False),
+    "slab_kernel/policy with statistics": ({**PLAIN, **SLAB, "WANT_GRAD": True, "WANT_STATS": True}, False),
+    "slab_kernel/reference": ({**PLAIN, **SLAB, "WANT_GRAD": False, "WANT_STATS": False}, False),
     "gradient_kernel": ({"HAS_SOFTCAP": True, "D": 3584, "BLOCK": 2048}, False),
     "coefficient_kernel": ({**FLAGS, "COLS": 12288, "BLOCK": 2048}, False),
 }
@@ -161,7 +165,7 @@ def test_compiles_for_sm_90_without_spills(name, operand, tmp_path):
     from silkie.logprob import triton_kernels
 
     constants, fp32_out = KERNELS[name]
-    binary = cross_compile(getattr(triton_kernels, name), constants, operand, fp32_out)
+    binary = cross_compile(getattr(triton_kernels, name.partition("/")[0]), constants, operand, fp32_out)
     used = resources(binary, tmp_path)
     assert used["STACK"] == 0 and used["LOCAL"] == 0, used
     assert 0 < used["REG"] <= 255, used

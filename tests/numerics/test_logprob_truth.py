@@ -74,9 +74,7 @@ def test_huge_logits(small_tiles, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "case", [cases.check_infinities, cases.check_duplicates, cases.check_ignored, cases.check_strides, cases.check_poisoned_and_equal_bits]
-)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_case(small_tiles, case, dtype):
     case("tiled", dtype)
 
