@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 from .divergence import Divergence
@@ -96,12 +97,32 @@ def _check_selection(loss_type: Sequence[str], loss_weights: Sequence[float] | N
         return
     if len(loss_weights) != len(loss_type):
         raise ValueError(f"`loss_weights` has {len(loss_weights)} values for {len(loss_type)} losses; give one weight per `loss_type`.")
-    if not all(math.isfinite(weight) for weight in loss_weights):
-        raise ValueError(f"`loss_weights` must be finite, got {list(loss_weights)}.")
+    if not all(_is_number(weight) and math.isfinite(weight) for weight in loss_weights):
+        raise ValueError(f"`loss_weights` must be finite numbers, got {list(loss_weights)}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_types(options: LossOptions) -> None:
+    """A string where a number or a bool belongs (YAML reads `1e-3` as one) is named, before a comparison trips over it."""
+    for field in fields(options):
+        value, kind = getattr(options, field.name), str(field.type)
+        if value is None and kind.endswith("None"):
+            continue
+        if kind.startswith("float") and not _is_number(value):
+            raise ValueError(f"`{field.name}` must be a number, got {value!r}. (In YAML write 1.0e-3: it reads 1e-3 as text.)")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
+    weights = options.aspect_weights
+    if weights is not None and not (isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values())):
+        raise ValueError(f"`aspect_weights` must map aspects to numbers, for example {{'Helpfulness': 1.0}}, got {weights!r}.")
 
 
 def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
     """Ranges, for every option whatever the losses."""
+    _check_types(options)
     numbers = {field.name: getattr(options, field.name) for field in fields(options)}
     numbers |= {f"aspect_weights[{aspect!r}]": weight for aspect, weight in (options.aspect_weights or {}).items()}
     for name, value in numbers.items():

@@ -134,6 +134,24 @@ def test_values_out_of_range(option, value):
         validate(["sigmoid"], None, LossOptions(**{option: value}))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("beta", None),
+        ("beta", True),
+        ("label_smoothing", "1e-3"),
+        ("ddpo_gamma", "5"),
+        ("use_weighting", "yes"),
+        ("ddpo_normalize", None),
+        ("aspect_weights", ["Helpfulness"]),
+        ("aspect_weights", {"Helpfulness": "2"}),
+    ],
+)
+def test_values_of_another_type(option, value):
+    with pytest.raises(ValueError, match=f"`{option}` must .*, got .*{value if isinstance(value, str) else ''}"):
+        validate(["sigmoid"], None, LossOptions(**{option: value}))
+
+
 def test_an_aspect_weight_that_is_no_number():
     with pytest.raises(ValueError, match=r"aspect_weights\['Helpfulness'\]` must be a finite number"):
         validate(["sigmoid"], None, LossOptions(aspect_weights={"Helpfulness": float("nan")}))
@@ -154,6 +172,7 @@ def test_smoothing_of_robust_and_exo():
         (["sigmoid", "sigmoid"], None, "names a loss twice"),
         (["sigmoid"], [0.5, 0.5], "2 values for 1 losses"),
         (["sigmoid"], [float("inf")], "must be finite"),
+        (["sigmoid"], ["0.8"], "must be finite numbers"),
     ],
 )
 def test_selection(names, weights, message):
