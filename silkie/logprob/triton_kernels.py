@@ -12,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def _transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Final logits: cap(scale * raw). tanh(x) = 2 sigmoid(2x) - 1."""
+    """Final logits: cap(scale * raw). tanh(x) = 1 - 2 / (exp(2x) + 1), which holds where the exponential is 0 or infinite too."""
     z = raw * scale
     if HAS_SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+        z = softcap - 2 * softcap / (tl.exp(2 * z / softcap) + 1)
     return z
 
 
