@@ -118,17 +118,35 @@ def errors(score: Any, tensors: tuple[torch.Tensor, ...], rows: int = 256) -> di
     return {"logp_rms": gap.square().mean().sqrt().item(), "logp_max": gap.abs().max().item(), "grad_relative": relative.item()}
 
 
-def every_contender(device: str, backward: bool) -> list[Contender]:
-    return [*contenders(device)[0], Contender(FLOOR, matrix_products(backward), per_token=False)]
+def peers(args: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders that run here, and the reason for each one that does not. A peer that fails on a small problem is left out: it must
+    not end a run of many minutes. silkie's own failures do end it."""
+    found, absent = contenders(args.device)
+    for contender in list(found):
+        for dtype in args.dtypes:
+            try:
+                run_once(contender.score, *inputs(64, 64, 4096, getattr(torch, dtype), args.device), True)
+            except Exception as error:
+                if contender.name.startswith("silkie"):
+                    raise
+                absent[contender.name] = f"{dtype}: {type(error).__name__}: {error}".splitlines()[0]
+                print(f"left out: {contender.name}: {absent[contender.name]}", file=sys.stderr)
+                found.remove(contender)
+                break
+    return found, absent
 
 
-def measure(args: argparse.Namespace, d: int, dtype: str) -> dict[str, dict[str, float]]:
+def measure(args: argparse.Namespace, found: list[Contender], d: int, dtype: str) -> dict[str, dict[str, float]]:
     """One setting: rows of figures by contender."""
+
+    def every_contender(backward: bool) -> list[Contender]:
+        return [*found, Contender(FLOOR, matrix_products(backward), per_token=False)]
+
     tensors = inputs(args.n, d, args.vocab, getattr(torch, dtype), args.device)
     table: dict[str, dict[str, float]] = {}
     for repeat in range(args.repeats + (args.device == "cuda")):  # on CUDA the first repeat compiles
         for backward, field in ((False, "forward_s"), (True, "forward_backward_s")):
-            for contender in every_contender(args.device, backward):
+            for contender in every_contender(backward):
                 if not contender.per_token and contender.name != FLOOR and not backward:
                     continue  # a scalar loss with its gradient computed in the forward pass has no forward-only form
                 took = seconds(contender.score, tensors, backward)
@@ -137,14 +155,14 @@ def measure(args: argparse.Namespace, d: int, dtype: str) -> dict[str, dict[str,
                 row = table.setdefault(contender.name, {})
                 row[field] = min(took, row.get(field, math.inf))
     for backward, field in ((False, "forward_mb"), (True, "forward_backward_mb")):
-        for contender in every_contender(args.device, backward) if args.memory else []:
+        for contender in every_contender(backward) if args.memory else []:
             if contender.name == FLOOR or (not contender.per_token and not backward):
                 continue
             if args.device == "cuda":
                 table[contender.name][field] = peak_memory_cuda(contender.score, tensors, backward)
             else:
                 table[contender.name][field] = peak_memory_cpu(contender.name, args, d, dtype, backward)
-    for contender in every_contender(args.device, True):
+    for contender in every_contender(True):
         if contender.per_token:
             table[contender.name].update(errors(contender.score, tensors))
     return table
@@ -243,17 +261,18 @@ def main() -> None:
         child_memory(args)
         return
     torch.set_num_threads(args.threads)
+    found, absent = peers(args)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for d in args.dims:
         for dtype in args.dtypes:
             title = f"N={args.n}, V={args.vocab}, D={d}, {dtype}"
-            results[title] = measure(args, d, dtype)
+            results[title] = measure(args, found, d, dtype)
             print(render(title, results[title]), flush=True)
             print()
-            write(args, results)
+            write(args, results, absent)
 
 
-def write(args: argparse.Namespace, results: dict[str, dict[str, dict[str, float]]]) -> None:
+def write(args: argparse.Namespace, results: dict[str, dict[str, dict[str, float]]], absent: dict[str, str]) -> None:
     """JSON and plot of the settings measured so far."""
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
@@ -264,7 +283,7 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, dict[str, float
         "time": "CUDA events" if args.device == "cuda" else "CPU seconds of the process",
         "repeats": args.repeats,
         "versions": versions(),
-        "absent": contenders(args.device)[1],
+        "absent": absent,
         "results": results,
     }
     (args.out / f"logprob_{args.device}.json").write_text(json.dumps(record, indent=1) + "\n")
