@@ -124,10 +124,10 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
     def fail(what: str) -> None:
         raise ValueError(f"linear_logprob: {what}")
 
+    if weight.numel() == 0:  # what ZeRO-3 leaves of a partitioned weight has the shape (0,)
+        fail(f"weight of shape {tuple(weight.shape)} is empty; a sharded head must be gathered first (silkie.logprob.head_operands)")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         fail(f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if weight.shape[0] == 0:
-        fail("weight has no rows; a sharded head must be gathered first (silkie.logprob.head_operands)")
     if target.shape != hidden.shape[:1]:
         fail(f"expected target of shape ({hidden.shape[0]},), one id per hidden row, found {tuple(target.shape)}")
     if target.dtype != torch.int64:

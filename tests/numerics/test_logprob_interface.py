@@ -28,7 +28,8 @@ def test_mismatches_raise_with_what_was_found():
         ((hidden, weight, target, bias[:3]), r"expected bias of shape \(57,\)"),
         ((hidden, weight.float(), target), "weight is torch.float32"),
         ((hidden, weight.to("meta"), target), "weight is on meta"),
-        ((hidden, weight[:0], target), "no rows"),
+        ((hidden, weight[:0], target), "is empty; a sharded head must be gathered first"),
+        ((hidden, weight.new_empty(0), target), r"weight of shape \(0,\) is empty"),
         ((hidden.long(), weight.long(), target), "floating"),
     ):
         with pytest.raises(ValueError, match=message):
