@@ -1,6 +1,5 @@
 """Corrupted images for image-conditional preferences (mDPO, arXiv 2406.11839, section 3.2): the same answer should be less likely when
-the image no longer
-shows what it says.
+the image no longer shows what it says.
 
 A corrupted image keeps its size, so its tokens and positions are those of the original and the corrupted pass is packed in the same way.
 """
@@ -25,8 +24,7 @@ def corrupt(
 
     Args:
         kind: "crop" keeps a random 0 to 20 % of the area, enlarged to the full size (the paper's choice); "noise" mixes in Gaussian
-            noise; "blur" is
-            Gaussian, with a radius of an eighth of the shorter side; "other_image" takes one of `others`, resized.
+            noise; "blur" is Gaussian, with a radius of an eighth of the shorter side; "other_image" takes one of `others`, resized.
         rng: decides; the same state gives the same image.
         strength: in (0, 1]. crop: share of the area that goes at least (1: at least 80 %); noise: its share of the mix; blur: factor of
             the radius.

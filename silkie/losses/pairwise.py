@@ -75,7 +75,10 @@ def robust(
     """Provably robust DPO: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e), unbiased under flips of probability e < 1/2.
 
     Ray Chowdhury et al., arXiv 2403.00409, section 3.1. Unlike cDPO the flipped term is subtracted, so a loss may be negative.
+    `label_smoothing` e must be in [0, 1/2): at 1/2 labels say nothing, and beyond it the opposite.
     """
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust needs 0 <= label_smoothing < 0.5, got {label_smoothing}.")
     logits = beta * logratio_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)

@@ -186,6 +186,11 @@ def test_exo_refuses_zero_smoothing():
         LOSSES["exo_pair"](*random_logps(), label_smoothing=0.0)
 
 
+def test_robust_refuses_labels_that_say_nothing():
+    with pytest.raises(ValueError, match="0 <= label_smoothing < 0.5, got 0.5"):
+        LOSSES["robust"](*random_logps(), label_smoothing=0.5)
+
+
 def test_ipo_refuses_one_length():
     with pytest.raises(ValueError, match="Pass both"):
         LOSSES["ipo"](*random_logps(), chosen_lengths=LENGTHS[0])
