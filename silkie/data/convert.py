@@ -120,7 +120,7 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
     except DataError:
         raise
     except Exception as problem:  # a source or a pair function of the user's own may raise anything
-        return _broken_row(_unforeseen(problem, row, settings.source.name), row, settings)
+        return _broken_row(unforeseen(problem, row, settings.source.name), row, settings)
 
 
 def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]
     return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error)), NOTES: []}
 
 
-def _unforeseen(problem: Exception, row: Row, format: str) -> RowError:
+def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
     """Any exception as an error that names the row; the line is the only trace that crosses from a worker process."""
     frame = traceback.extract_tb(problem.__traceback__)[-1]
     found = f"a record that raised {type(problem).__name__}: {problem} (in {frame.name}, line {frame.lineno})"

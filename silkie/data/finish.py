@@ -150,8 +150,3 @@ def why_no_pairs(count: int, notes: list[str]) -> str:
     if count < 2:
         return "no pairs: a single response"
     return f"no pairs: {', '.join(sorted(set(notes)))}" if notes else "no pairs"
-
-
-def is_missing(value: float | None) -> bool:
-    """True for a rating that is absent: null or NaN."""
-    return value is None or math.isnan(value)

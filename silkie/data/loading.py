@@ -16,7 +16,7 @@ from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
 from silkie.data.registry import Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup
-from silkie.data.repair import repair_pairs
+from silkie.data.repair import rebuild
 from silkie.data.reports import LoadReport, Problem
 from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
@@ -135,8 +135,10 @@ def load_preferences(
     if regrouping and len(dataset):
         dataset, report.regrouped = regroup(dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
         if options != PairOptions():
-            dataset, dropped = repair_pairs(dataset, options, source=records.name, need_pairs=not keep_unpaired, num_proc=num_proc)
-            report.problems += [Problem(kind="no pairs", row=row, reason=reason, message=f"{row}: {reason}") for row, reason in dropped]
+            dataset, problems = rebuild(
+                dataset, options, source=settings.name, need_pairs=not keep_unpaired, num_proc=num_proc, on_error=on_error
+            )
+            report.problems += problems
     report.groups, report.pairs = len(dataset), count_pairs(dataset)
     _log(report)
     if not len(dataset):

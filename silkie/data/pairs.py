@@ -79,8 +79,8 @@ class PairOptions:
                 f"strategy {self.strategy!r} does not look at ratings; aspects, min_margin and weight_by_margin have no meaning with it"
             )
         weights = self.aspect_weights
-        if weights is not None and (not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0):
-            raise ValueError(f"aspect weights must be >= 0 with a positive sum, found {weights}")
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights.values()) and sum(weights.values()) > 0):
+            raise ValueError(f"aspect weights must be finite and >= 0 with a positive sum, found {weights}")
 
     @property
     def aspect_weights(self) -> dict[str, float] | None:
@@ -118,7 +118,7 @@ def parse_rating(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -127,20 +127,23 @@ def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float |
     """One response's score: the (weighted) mean of its aspects; None where an aspect that counts is missing or not a number."""
     if not isinstance(rating, Mapping):
         return parse_rating(rating)
-    weights = dict.fromkeys(rating, 1.0) if weights is None else weights
-    values = []
-    for aspect, weight in weights.items():
-        if weight == 0:
-            continue
-        if aspect not in rating:
-            raise KeyError(f"aspect {aspect!r} is not among the rated ones: {', '.join(map(repr, rating)) or 'none'}")
-        value = parse_rating(rating[aspect])
-        if value is None:
-            return None
-        values.append((value, weight))
-    if not values:
+    counted = {aspect: weight for aspect, weight in (dict.fromkeys(rating, 1.0) if weights is None else weights).items() if weight}
+    values = [(parse_rating(rating.get(aspect)), weight) for aspect, weight in counted.items()]
+    if not values or any(value is None for value, _ in values):
         return None
-    return math.fsum(value * weight for value, weight in values) / math.fsum(weight for _, weight in values)
+    return math.fsum(value * weight for value, weight in values) / math.fsum(counted.values())  # type: ignore[operator]
+
+
+def _scores(ratings: Sequence[Rating], weights: Mapping[str, float] | None) -> list[float | None]:
+    """[K] scores over one set of aspects: those given, or all on which a response of the group is rated.
+
+    Raises KeyError for a given aspect on which no response is rated.
+    """
+    named = dict.fromkeys((aspect for rating in ratings if isinstance(rating, Mapping) for aspect in rating), 1.0)
+    unknown = [aspect for aspect, weight in (weights or {}).items() if weight and aspect not in named]
+    if unknown and any(rating is not None and rating != {} for rating in ratings):
+        raise KeyError(f"aspect {unknown[0]!r} is not among the rated ones: {', '.join(map(repr, named)) or 'none'}")
+    return [score(rating, named if weights is None else weights) for rating in ratings]
 
 
 def build_pairs(
@@ -155,8 +158,9 @@ def build_pairs(
     """The preference pairs of one group.
 
     Args:
-        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is not a number takes part in no
-        pair. options: `PairOptions` or a strategy name; further keyword arguments override single options (`min_margin=1`).
+        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is missing or not a number takes
+            part in no pair.
+        options: `PairOptions` or a strategy name; further keyword arguments override single options (`min_margin=1`).
         responses: [K] texts. Needed by "longest"; where given, pairs of identical texts are dropped.
         models: [K] names, needed by "model".
         key: names the group; with the seed it decides the draw of "random", so that the result does not depend on the order of the groups.
@@ -165,13 +169,20 @@ def build_pairs(
     three aspects, all pairs, ties dropped (arXiv 2410.09421).
     """
     chosen_options = replace(PairOptions.parse(options or "all"), **changes)
+    if chosen_options.function is not None:
+        raise ValueError("build_pairs takes a strategy, not a function; load_preferences(pairs=function) and repair_pairs call one")
+    counts = {
+        name: len(values) for name, values in (("ratings", ratings), ("responses", responses), ("models", models)) if values is not None
+    }
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"one entry per response, but there are {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if chosen_options.strategy == "longest":
         texts = _required(responses, "responses", "longest")
         return _one_against_rest(_longest(texts), len(texts), responses, "no single longest response")
     if chosen_options.strategy == "model":
         names = _required(models, "models", "model")
         return _one_against_rest(_of_model(names, chosen_options.model), len(names), responses, "model absent")
-    scores = [score(rating, chosen_options.aspect_weights) for rating in _required(ratings, "ratings", chosen_options.strategy)]
+    scores = _scores(_required(ratings, "ratings", chosen_options.strategy), chosen_options.aspect_weights)
     return _by_score(scores, chosen_options, responses, key)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import datasets
 
+from silkie.data.convert import OnError, unforeseen
 from silkie.data.finish import pair_up, why_no_pairs
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
 from silkie.data.registry import Row
+from silkie.data.reports import Problem
+from silkie.data.schema import RowError
 
-REASON = "_reason"
+PROBLEM = "_problem"
 
 
 def repair_pairs(
@@ -24,28 +29,50 @@ def repair_pairs(
 ) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """Replace the pairs of stored groups by those of another strategy.
 
-    Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them.
+    Pairs come from the ratings of a group. Where it has none, its present pairs are filtered, and none is invented. A function sees the
+    present pairs.
+
+    Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them. Raises RowError where the
+    strategy needs what a group lacks, or the function fails.
     """
+    kept, problems = rebuild(dataset, PairOptions.parse(pairs), source=source, need_pairs=need_pairs, num_proc=num_proc)
+    return kept, [(problem.row, problem.reason) for problem in problems]
+
+
+def rebuild(
+    dataset: datasets.Dataset, options: PairOptions, *, source: str, need_pairs: bool, num_proc: int | None, on_error: OnError = "raise"
+) -> tuple[datasets.Dataset, list[Problem]]:
+    """`repair_pairs` with a problem for every group without a pair. With `on_error="skip"` groups that raise are problems, too."""
     features = dataset.features.copy()
-    features[REASON] = datasets.Value("string")
-    options = PairOptions.parse(pairs)
+    features[PROBLEM] = datasets.Value("string")
     changed = dataset.map(
         _repair,
         with_indices=True,
         features=features,
-        fn_kwargs={"options": options, "source": source},
+        fn_kwargs={"options": options, "source": source, "on_error": on_error},
         num_proc=num_proc,
         desc="building pairs",
     )
-    reasons = changed.with_format("arrow")[REASON][:].to_pylist()
-    dropped = [(f"row {index}", reason) for index, reason in enumerate(reasons) if reason is not None]
-    kept = changed.remove_columns([REASON])
-    if dropped and need_pairs:
-        kept = kept.select([index for index, reason in enumerate(reasons) if reason is None])
-    return kept, dropped
+    packed = changed.with_format("arrow")[PROBLEM][:].to_pylist()
+    problems = {index: Problem(**json.loads(problem)) for index, problem in enumerate(packed) if problem is not None}
+    dropped = {index for index, problem in problems.items() if need_pairs or problem.kind == "error"}
+    kept = changed.remove_columns([PROBLEM])
+    return (kept.select([index for index in range(len(kept)) if index not in dropped]) if dropped else kept), list(problems.values())
 
 
-def _repair(group: dict[str, Any], index: int, options: PairOptions, source: str) -> dict[str, Any]:
+def _repair(group: dict[str, Any], index: int, options: PairOptions, source: str, on_error: OnError) -> dict[str, Any]:
     row = Row(group, source, f"row {index}", ImageResolver(None, None))
-    pairs, weights, notes = pair_up(group, options, row)
-    return {"pairs": pairs, "pair_weights": weights, REASON: None if pairs else why_no_pairs(len(group["responses"]), notes)}
+    rated = options.needs_ratings and group.get("ratings") is not None
+    problem = None
+    try:
+        pairs, weights, notes = pair_up({**group, "pairs": None} if rated else group, options, row)
+        if not pairs:
+            reason = why_no_pairs(len(group["responses"]), notes)
+            problem = Problem(kind="no pairs", row=row.location, reason=reason, message=f"{row.location}: {reason}")
+    except Exception as caught:  # a pair function of the user's own may raise anything
+        error = caught if isinstance(caught, RowError) else unforeseen(caught, row, "groups")
+        if on_error == "raise":
+            raise error from caught
+        pairs, weights = [], []
+        problem = Problem(kind="error", row=row.location, reason=error.reason, message=str(error))
+    return {"pairs": pairs, "pair_weights": weights, PROBLEM: None if problem is None else json.dumps(asdict(problem))}

@@ -76,7 +76,7 @@ def group_features(aspects: Iterable[str] = ()) -> Features:
         "models": List(Value("string")),
     }
     if aspects:
-        features["ratings"] = List({aspect: Value("float32") for aspect in aspects})
+        features["ratings"] = List({aspect: Value("float64") for aspect in aspects})  # float32 turns equal means into pairs
         features["rationales"] = List({aspect: Value("string") for aspect in aspects})
     return Features(features)
 

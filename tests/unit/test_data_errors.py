@@ -221,6 +221,15 @@ def test_what_a_pair_function_gets_wrong_names_the_row(write, tmp_path):
             load_preferences(path, pairs=lambda group, weight=weight: [(0, 1, weight)], cache_dir=tmp_path)
 
 
+def test_a_pair_function_that_fails_on_regrouped_pair_rows(write, tmp_path):
+    path = write(PAIR, {**PAIR, "prompt": "R"}, {**PAIR, "prompt": "R", "rejected": "c"})
+    only_two = lambda group: [(0, 1)] if len(group["responses"]) == 2 else 1 / 0  # noqa: E731
+    with pytest.raises(RowError, match=r"rows.jsonl \(trl\), row 1, column '\(record\)': found a record that raised ZeroDivisionError"):
+        load_preferences(path, pairs=only_two, cache_dir=tmp_path)
+    groups, report = load_preferences(path, pairs=only_two, on_error="skip", cache_dir=tmp_path, return_report=True)
+    assert len(groups) == 1 and [(problem.kind, problem.row) for problem in report.problems] == [("error", "row 1")]
+
+
 def test_the_hint_of_a_video_row_names_the_source_that_counts_it(write, tmp_path):
     """MM-RLHF's image rows look like TRL's; only its video rows give it away."""
     path = write({**PAIR, "image": "0.png"}, {**PAIR, "video": "a.mp4"})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silkie.data import PairOptions, build_pairs, parse_rating
+from silkie.data import PairOptions, RowError, build_pairs, load_preferences, parse_rating, repair_pairs
 from silkie.data.pairs import filter_given, score
 from silkie.data.regroup import join_groups
+from tests.support import preference_files as files
 from tests.support.preference_files import ASPECTS
 
 number = st.sampled_from([1, 2, 3, 4, 5, "1", "4", "5", 2.5])
@@ -128,6 +130,25 @@ def test_a_rating_that_does_not_count_may_be_missing():
     assert list(build_pairs(ratings, aspects=["a"])) == [(0, 1)]
 
 
+@given(st.lists(st.dictionaries(st.sampled_from(ASPECTS), st.integers(1, 5)), max_size=5))
+def test_only_responses_rated_on_every_aspect_of_the_group_are_compared(ratings):
+    """A mean over fewer aspects is another quantity: [{a: 5}, {a: 1, b: 5}] orders nothing."""
+    named = {aspect for value in ratings for aspect in value}
+    full = [index for index, value in enumerate(ratings) if value and value.keys() == named]
+    expected = {(i, j) for i in full for j in full if sum(ratings[i].values()) > sum(ratings[j].values())}
+    assert set(build_pairs(ratings)) == expected
+    assert build_pairs(ratings).dropped["rating not a number"] == len(ratings) - len(full)
+
+
+def test_an_aspect_that_some_responses_lack_takes_only_those_out():
+    ratings = [{"a": 5}, {"a": 1, "b": 2}, {"b": 1}, None]
+    pairs = build_pairs(ratings, aspects=["b"])
+    assert list(pairs) == [(1, 2)] and pairs.dropped == {"rating not a number": 2}
+    assert list(build_pairs([None, {}], aspects=["b"])) == []
+    with pytest.raises(KeyError, match="aspect 'b' is not among the rated ones: none"):
+        build_pairs([1, 2], aspects=["b"])
+
+
 def test_plain_numbers_are_ratings_too():
     assert list(build_pairs([1, "3", None])) == [(1, 0)]
 
@@ -145,6 +166,7 @@ def test_plain_numbers_are_ratings_too():
         ("inf", None),
         (True, None),
         ([4], None),
+        pytest.param(10**400, None, id="huge integer"),
     ],
 )
 def test_parse_rating(value, parsed):
@@ -181,7 +203,9 @@ def test_random_depends_on_seed_and_key_only():
         ({"min_margin": -1}, "must be a number >= 0"),
         ({"keep_ties": True, "weight_by_margin": True}, "a tie has margin 0"),
         ({"strategy": "longest", "aspects": ["a"]}, "does not look at ratings"),
-        ({"aspects": {"a": -1}}, "aspect weights must be >= 0"),
+        ({"aspects": {"a": -1}}, "aspect weights must be finite and >= 0"),
+        ({"aspects": {"a": math.nan}}, "aspect weights must be finite"),
+        ({"aspects": {"a": math.inf}}, "aspect weights must be finite"),
         ({"aspects": {"a": 0}}, "with a positive sum"),
         ({"aspects": "a"}, r"write \['a'\]"),
     ],
@@ -198,6 +222,10 @@ def test_what_is_missing_is_named():
         build_pairs(None, "longest")
     with pytest.raises(KeyError, match="aspect 'c' is not among the rated ones: 'a', 'b'"):
         build_pairs(RATINGS, aspects=["c"])
+    with pytest.raises(ValueError, match="one entry per response, but there are 3 ratings, 1 responses"):
+        build_pairs([1, 2, 3], responses=["a"])
+    with pytest.raises(ValueError, match=r"load_preferences\(pairs=function\)"):
+        build_pairs([1, 2], lambda group: [(1, 0)])
 
 
 texts = st.sampled_from(["r", "s", "t", "u"])
@@ -216,3 +244,31 @@ def test_joining_pair_rows_keeps_every_weighted_preference(rows):
     after = {(names[i], names[j]): weight for (i, j), weight in zip(joined["pairs"], joined["pair_weights"], strict=True)}
     assert after == pytest.approx(before)
     assert len(names) == len(set(names)) and len(joined["pairs"]) == len(set(map(tuple, joined["pairs"])))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    datasets.disable_progress_bars()
+    return lambda *records, **options: load_preferences(
+        files.write_lines(tmp_path / "rows.jsonl", list(records)), cache_dir=tmp_path / "cache", keep_unpaired=True, **options
+    )
+
+
+@pytest.mark.parametrize("strategy", ["all", "best_vs_worst", "best_vs_rest", "random"])
+def test_pairs_of_stored_groups_are_those_of_the_records(strategy, stored):
+    """Whatever pairs a group was stored with, and where float32 would tell 3.3 + 4.7 from 4 + 4."""
+    ratings = [{"a": 3.3, "b": 4.7}, {"a": 4, "b": 4}, {"a": 4.1, "b": 3.9}, {"a": 2.7, "b": 4.4}]
+    record = files.group_record(images=[], responses=["p", "longest", "q", "r"], ratings=ratings)
+    expected = build_pairs(ratings, strategy, key="g")
+    for first in ("all", "longest", "best_vs_worst"):
+        groups, dropped = repair_pairs(stored(record, pairs=first), strategy)
+        assert [tuple(pair) for pair in groups[0]["pairs"]] == list(expected) and not dropped
+    assert groups[0]["ratings"][0] == ratings[0]
+
+
+def test_repairing_keeps_what_has_no_ratings_and_names_the_row_that_fails(stored):
+    groups = stored(files.group_record(images=[], ratings=..., pairs=[[1, 0]]), files.group_record(images=[], ratings=[{"Help": 1}] * 2))
+    kept, dropped = repair_pairs(groups, "all")
+    assert kept["pairs"][:] == [[[1, 0]]] and dropped == [("row 1", "no pairs: tie")]
+    with pytest.raises(RowError, match=r"mine, row 0, column '\(record\)': found a record that raised ZeroDivisionError"):
+        repair_pairs(groups, lambda group: 1 / 0, source="mine")
