@@ -10,6 +10,8 @@ import base64
 import hashlib
 import io
 import os
+import posixpath
+import struct
 import threading
 import urllib.request
 import warnings
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from silkie.data.schema import DataError, ImageValue
 
@@ -29,6 +31,11 @@ MAX_FILE_BYTES = 512 * 2**20  # of an encoded image; a member of a zip file can 
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 FLAT_STEP = 3  # grey levels: smaller steps are noise of the encoder
 BACKGROUND = (255, 255, 255)
+# What Pillow's decoders raise for damaged files, found by damaging files of every format; UnidentifiedImageError is an OSError.
+DECODER_ERRORS = (
+    OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, MemoryError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class ImageError(DataError):
@@ -54,7 +61,7 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ImageError(f"{where}: {_describe(value)} is a decompression bomb: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -64,7 +71,7 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
         )
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError) as error:
+    except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is truncated or corrupt: {error}") from error
     return to_rgb(image, where=where)
 
@@ -72,13 +79,11 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
 def to_rgb(image: Image.Image, *, where: str = "image") -> Image.Image:
     """A PIL image of any mode as RGB: EXIF orientation applied, transparency over white, 16-bit greys scaled to 8 bits."""
     image = _upright(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
         return _deep_grey_to_rgb(image, where)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         return _over_background(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -157,7 +162,9 @@ def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path if from_file else io.BytesIO(read_bytes(value, where=where))) as image:  # type: ignore[arg-type]
                 return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read: {error}") from error
 
 
@@ -194,17 +201,23 @@ def fetch(url: str, *, where: str = "image", timeout: float = 30.0) -> bytes:
     return data
 
 
-_archives: dict[tuple[int, str], zipfile.ZipFile] = {}
+_archives: dict[str, tuple[tuple[int, ...], zipfile.ZipFile]] = {}
 _archives_lock = threading.Lock()
 
 
 def zip_archive(path: str) -> zipfile.ZipFile:
-    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be shared by a fork."""
-    key = (os.getpid(), path)
+    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be shared by a fork.
+
+    A file that was replaced or changed since is opened anew.
+    """
+    status = os.stat(path)
+    stamp = (os.getpid(), status.st_ino, status.st_size, status.st_mtime_ns)
     with _archives_lock:
-        if key not in _archives:
-            _archives[key] = zipfile.ZipFile(path)
-        return _archives[key]
+        known, archive = _archives.get(path, (None, None))
+        if archive is None or known != stamp:
+            archive = zipfile.ZipFile(path)
+            _archives[path] = (stamp, archive)
+        return archive
 
 
 class ImageResolver:
@@ -215,12 +228,14 @@ class ImageResolver:
         base: where the data file lies, for relative paths when there is no root.
         allow_remote: fetch http(s) addresses at once and store their bytes, so that training never needs the network.
 
-    A path is looked up as written below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its authors).
+    A path is looked up as written: in the directory `beside` (of the data file that is being read, in the archive where the root is one),
+    then below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its authors).
     """
 
     def __init__(self, root: str | None, base: str | None, *, allow_remote: bool = False) -> None:
         self.root = root if root is not None else base
-        self.explicit_root = root is not None
+        self.explicit_root = root
+        self.beside: str | None = None
         self.allow_remote = allow_remote
         self.is_zip = self.root is not None and zipfile.is_zipfile(self.root) if self.root and os.path.isfile(self.root) else False
         if root is not None and not os.path.exists(root):
@@ -251,22 +266,36 @@ class ImageResolver:
         if value.startswith("data:"):
             return {"bytes": _data_uri(value), "path": None}
         if value.startswith("zip://"):
-            return {"bytes": None, "path": value}
+            return {"bytes": None, "path": self._member(value)}
         if is_remote(value):
             if not self.allow_remote:
                 raise ImageError(f"remote image {value!r}, refused; pass allow_remote_images=True to fetch it at load time")
             return {"bytes": fetch(value), "path": value}
         return {"bytes": None, "path": self._find(value)}
 
+    def _member(self, address: str) -> str:
+        """A `zip://MEMBER::ARCHIVE` address, as stored groups have it, of a member that exists."""
+        member, _, archive = address.removeprefix("zip://").partition("::")
+        if self.explicit_root is not None and not _inside(archive, self.explicit_root):
+            raise ImageError(f"{address!r}, an archive that is not below image_root {self.explicit_root!r}")
+        try:
+            zip_archive(archive).getinfo(member)
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise ImageError(f"{address!r}, which cannot be read: {error}") from error
+        return address
+
     def _find(self, path: str) -> str:
+        folders = [folder for folder in (self.beside, "" if self.is_zip else self.root) if folder is not None]
         if self.is_zip:
             assert self.root is not None
-            member = path if path in zip_archive(self.root).NameToInfo else self._unique(path)
+            members = zip_archive(self.root).NameToInfo
+            candidates = [posixpath.normpath(posixpath.join(folder, path)) for folder in folders]
+            member = next((candidate for candidate in [*candidates, path] if candidate in members), None) or self._unique(path)
             return f"zip://{member}::{os.path.abspath(self.root)}"
         if self.root is not None:
-            candidates = (os.path.join(self.root, path), os.path.join(self.root, path.lstrip("/")))
+            candidates = [os.path.join(folder, name) for folder in folders for name in (path, path.lstrip("/"))]
             for candidate in dict.fromkeys(map(os.path.abspath, candidates)):
-                if os.path.isfile(candidate) and (not self.explicit_root or _inside(candidate, self.root)):
+                if os.path.isfile(candidate) and (self.explicit_root is None or _inside(candidate, self.explicit_root)):
                     return candidate
             return self._unique(path)
         if os.path.isfile(path):
@@ -276,10 +305,10 @@ class ImageResolver:
     def _unique(self, path: str) -> str:
         """Look up by file name alone."""
         name = path.replace("\\", "/").rsplit("/", 1)[-1]
-        found = self._names().get(name, [])
+        found = [match for match in self._names().get(name, []) if self.is_zip or os.path.isfile(match)]
         if len(found) == 1:
             return found[0]
-        if not self.explicit_root:
+        if self.explicit_root is None:
             where, hint = f"beside the data in {self.root!r}", "; pass image_root=DIRECTORY_OR_ZIP"
         else:
             where, hint = f"below image_root {self.root!r}", ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import random
 import struct
 import threading
 import zipfile
@@ -53,6 +55,14 @@ def test_palette_with_transparency_and_without():
     plain.putpixel((3, 3), 0)
     assert near(open_image(encoded(plain, transparency=0)), (3, 3), WHITE)
     assert near(open_image(encoded(plain, "GIF", transparency=0)), (3, 3), WHITE)
+
+
+def test_palette_of_transparent_colours():
+    """Some formats hold alpha in the palette, and nothing in `info` says so."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 255, 0, 0, 0, 0], "RGBA")
+    image.putpixel((1, 0), 1)
+    assert near(to_rgb(image), (0, 0), RED) and near(to_rgb(image), (1, 0), WHITE)
 
 
 def test_premultiplied_alpha():
@@ -128,6 +138,31 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")  # fmt: skip
 
 
+DAMAGED = {
+    "PNG": ("RGB", "RGBA", "P", "LA"), "JPEG": ("RGB", "CMYK", "L"), "GIF": ("P",), "TIFF": ("RGB", "P"), "BMP": ("RGB",), "ICO": ("RGBA",),
+    "WEBP": ("RGB",), "AVIF": ("RGB",), "TGA": ("RGBA",), "PPM": ("RGB",), "JPEG2000": ("RGB",),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_of_any_format_is_an_image_or_an_image_error(kind):
+    """Cut, and with changed bytes in its header and anywhere: nothing but ImageError leaves the two functions that open files."""
+    chance = random.Random(0)
+    for mode in DAMAGED[kind]:
+        try:
+            data = encoded(files.picture(0, (24, 24)).convert(mode), kind)
+        except (KeyError, OSError):
+            pytest.skip(f"this Pillow writes no {kind}")
+        for trial in range(150):
+            damaged = bytearray(data[: chance.randrange(len(data))] if trial % 3 == 0 else data)
+            for _ in range(chance.randrange(1, 5) if damaged else 0):
+                damaged[chance.randrange(min(len(damaged), 120 if trial % 3 == 1 else len(damaged)))] = chance.randrange(256)
+            for function in (open_image, image_size):
+                with contextlib.suppress(ImageError):
+                    function(bytes(damaged), where="row 0")
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -173,6 +208,15 @@ def test_a_file_that_unpacks_to_more_than_an_image_is_not_read(tmp_path, monkeyp
     (tmp_path / "y.png").write_bytes(bytes(2 * 10**6))
     with pytest.raises(ImageError, match="row 1: .*y.png' is 2,000,000 bytes"):
         open_image(tmp_path / "y.png", where="row 1")
+
+
+def test_a_replaced_archive_is_opened_anew(tmp_path):
+    path = tmp_path / "a.zip"
+    for seed in (0, 1):
+        with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+            archive.writestr("x.png", files.png(seed))
+        (tmp_path / "new.zip").replace(path)
+        assert open_image(f"zip://x.png::{path}").tobytes() == files.picture(seed).tobytes()
 
 
 def _read_members(path: str, queue) -> None:
