@@ -19,11 +19,28 @@ def question(row: Row, text: str, images: list[ImageValue], column: str) -> Conv
         raise row.error(column, Found(str(error)), f"as many {IMAGE_PLACEHOLDER} marks as images") from error
 
 
+def as_list(value: Any) -> Any:
+    """Turns or content parts as a list: `datasets` stores a sequence of objects as one object of lists, {"role": [...], ...}."""
+    lists = isinstance(value, dict) and value.keys() & {"role", "from", "type"} and all(isinstance(items, list) for items in value.values())
+    if lists and len(set(map(len, value.values()))) == 1:
+        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    return value
+
+
+def turn_list(row: Row, column: str) -> list[Any]:
+    """A column that holds a conversation, as a list of turns that are not checked yet."""
+    value = as_list(row.require(column, (list, dict), "a list of turns"))
+    if not isinstance(value, list):
+        raise row.error(column, value, "a list of turns")
+    return list(value)
+
+
 def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) -> Conversation:
     """A list of turns, as {"role", "content"} or ShareGPT's {"from", "value"}, ending with a user turn.
 
     Images that the turns do not place go in front of the first user turn. Images embedded in the content parts are appended to `images`.
     """
+    turns = as_list(turns)
     if not isinstance(turns, (list, tuple)) or not turns:
         raise row.error(column, turns, "a list of turns")
     prompt = [_turn(row, turn, images, f"{column}[{index}]") for index, turn in enumerate(turns)]
@@ -41,7 +58,7 @@ def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) ->
 def _turn(row: Row, turn: Any, images: list[ImageValue], column: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise row.error(column, turn, 'a turn {"role", "content"} or {"from", "value"}')
-    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    name, content = turn.get("role", turn.get("from")), as_list(turn.get("content", turn.get("value")))
     role = ROLE_NAMES.get(str(name).lower())
     if role is None:
         raise row.error(column, Found(f"role {name!r}"), f"one of {', '.join(ROLE_NAMES)}")
@@ -74,6 +91,7 @@ def answer(row: Row, column: str) -> str:
 
 def answer_text(row: Row, value: Any, column: str) -> str:
     """The text of a response in any of the shapes of `answer`."""
+    value = as_list(value)
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise row.error(column, Found(f"{len(value)} turns"), "one assistant turn", "Put the earlier turns into the prompt.")
@@ -82,7 +100,7 @@ def answer_text(row: Row, value: Any, column: str) -> str:
         role = ROLE_NAMES.get(str(value.get("role", value.get("from", "assistant"))).lower())
         if role != "assistant":
             raise row.error(column, Found(f"a turn of role {value.get('role', value.get('from'))!r}"), "an assistant turn")
-        value = value.get("content", value.get("value"))
+        value = as_list(value.get("content", value.get("value")))
         if isinstance(value, (list, tuple)):
             value = "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
     return row.check_text(value, column)

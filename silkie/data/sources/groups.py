@@ -31,7 +31,7 @@ def aspects(record: Record) -> Iterable[str]:
 )
 def groups(row: Row) -> Group:
     images = row.images("images", "image")
-    prompt = row.require("prompt", (str, list), "a string or a conversation")
+    prompt = row.require("prompt", (str, list, dict), "a string or a conversation")
     answers = row.require("responses", list, "a list of responses")
     records = [answer if isinstance(answer, dict) else {"response": answer} for answer in answers]
     models = per_response(row, "models", len(answers)) or [record.get("model") for record in records]

@@ -3,7 +3,7 @@
 The conversation ends with an assistant turn that the outputs stand in for.
 """
 
-from silkie.data.conversations import ROLE_NAMES, answer_text, conversation
+from silkie.data.conversations import ROLE_NAMES, answer_text, conversation, turn_list
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
@@ -20,7 +20,7 @@ def llava_rlhf(row: Row) -> Group:
     images = (
         [row.image("image" if "image" in row.record else "images")] if not isinstance(row.get("images"), list) else row.images("images")
     )
-    turns = row.require("conversations", list, "a list of turns")
+    turns = turn_list(row, "conversations")
     if turns and isinstance(turns[-1], dict) and ROLE_NAMES.get(str(turns[-1].get("from")).lower()) == "assistant":
         turns = turns[:-1]
     return Group(

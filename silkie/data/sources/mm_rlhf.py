@@ -13,8 +13,7 @@ def detect(record: Record) -> bool:
 def mm_rlhf(row: Row) -> Group:
     if row.get("video"):
         raise SkipRow("a video row; silkie trains on images and text")
-    if row.get("is_tie") in (True, 1, "true", "True"):
-        raise SkipRow("marked as a tie by the source")
+    skip_tie(row)
     images = row.images("image", "images")
     if not images:
         raise row.error("image", row.get("image"), "an image or a video")
@@ -25,3 +24,9 @@ def mm_rlhf(row: Row) -> Group:
         responses=[answer(row, "chosen"), answer(row, "rejected")],
         pairs=[(0, 1)],
     )
+
+
+def skip_tie(row: Row) -> None:
+    """Drop and count a row that the source marks as a tie: it has no preference."""
+    if row.get("is_tie") in (True, 1, "true", "True"):
+        raise SkipRow("marked as a tie by the source")

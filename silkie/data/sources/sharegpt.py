@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silkie.data.conversations import answer, conversation
+from silkie.data.conversations import answer, conversation, turn_list
 from silkie.data.registry import Record, Row, register_source
 from silkie.data.schema import Group
 
@@ -16,7 +16,7 @@ def detect(record: Record) -> bool:
 @register_source("sharegpt", hub_names=("Zhihui/VLFeedback",), detect=detect)
 def sharegpt(row: Row) -> Group:
     column = "conversations" if "conversations" in row.record else "messages"
-    turns = list(row.require(column, list, "a list of turns"))
+    turns = turn_list(row, column)
     if isinstance(row.get("system"), str) and row.get("system"):
         turns.insert(0, {"role": "system", "content": row.get("system")})
     images = row.images("images", "image")

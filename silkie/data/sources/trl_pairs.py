@@ -5,9 +5,10 @@ The prompt may be implicit (the shared beginning of chosen and rejected); TRL's 
 
 from __future__ import annotations
 
-from silkie.data.conversations import answer, answer_text, conversation, question
+from silkie.data.conversations import answer, answer_text, as_list, conversation, question
 from silkie.data.registry import Record, Row, register_source
 from silkie.data.schema import Group
+from silkie.data.sources.mm_rlhf import skip_tie
 
 
 def detect(record: Record) -> bool:
@@ -20,7 +21,7 @@ def detect(record: Record) -> bool:
         "video",
     }:
         return False
-    return "prompt" in record or isinstance(record["chosen"], list)
+    return "prompt" in record or isinstance(as_list(record["chosen"]), list)
 
 
 @register_source("trl", hub_names=("HuggingFaceH4/rlaif-v_formatted",), detect=detect)
@@ -33,6 +34,7 @@ def trl_pairs(row: Row) -> Group:
                 "no videos",
                 "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF: format='mm-rlhf' counts them.",
             )
+    skip_tie(row)
     images = row.images("images", "image")
     prompt = row.get("prompt")
     if "prompt" not in row.record:
@@ -40,7 +42,7 @@ def trl_pairs(row: Row) -> Group:
         prompt, chosen, rejected = implicit["prompt"], implicit["chosen"], implicit["rejected"]
         responses = [answer_text(row, chosen, "chosen"), answer_text(row, rejected, "rejected")]
     else:
-        row.require("prompt", (str, list), "a string or a conversation")
+        row.require("prompt", (str, list, dict), "a string or a conversation")
         responses = [answer(row, "chosen"), answer(row, "rejected")]
     return Group(
         id=row.get("id"),
@@ -55,8 +57,9 @@ def implicit_prompt(row: Row) -> dict:
     """Split chosen and rejected conversations into their shared beginning and the two answers."""
     from trl.data_utils import extract_prompt  # imported here: it takes seconds, and few datasets need it
 
-    chosen = row.require("chosen", list, "a conversation, as there is no prompt column")
-    rejected = row.require("rejected", list, "a conversation, as there is no prompt column")
-    if not chosen or not rejected:
-        raise row.error("chosen" if not chosen else "rejected", [], "a conversation, as there is no prompt column")
-    return extract_prompt({"chosen": chosen, "rejected": rejected})
+    talks = {}
+    for column in ("chosen", "rejected"):
+        talks[column] = as_list(row.get(column))
+        if not isinstance(talks[column], list) or not talks[column]:
+            raise row.error(column, row.get(column), "a conversation, as there is no prompt column")
+    return extract_prompt(talks)
