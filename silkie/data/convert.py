@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data import records as raw
 from silkie.data.finish import NoPairs, finish
-from silkie.data.images import ImageResolver
+from silkie.data.images import ImageError, ImageResolver
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
 from silkie.data.reports import LoadReport, Problem
@@ -26,7 +28,16 @@ from silkie.data.schema import DataError, RowError, SkipRow, group_features
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
+STARTED = "started"  # a file that says that a block is being converted, and does not come from the cache
 OnError = Literal["raise", "skip"]
+
+
+class Lookup(NamedTuple):
+    """An image that a record names, and where it is looked for: below `root`, first in the directory `beside`."""
+
+    root: str | None
+    beside: str | None
+    image: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +54,9 @@ class Settings:
     allow_remote: bool
     need_pairs: bool
 
+    def resolver(self, root: str | None) -> ImageResolver:
+        return ImageResolver(root, self.base, allow_remote=self.allow_remote)
+
     def empty_row(self) -> dict[str, Any]:
         return dict.fromkeys(group_features(self.aspects))
 
@@ -52,53 +66,94 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
 
     Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
     """
-    if not records.shards:
-        raise DataError(f"{records.name}: no record in it")
     features = group_features(settings.aspects)
     features[PROBLEM] = datasets.Value("string")
     features[NOTES] = datasets.List(datasets.Value("string"))
     version = [code_digest(settings.source), None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns]
     size = BLOCK_SHARDS * math.ceil((num_proc or 1) / BLOCK_SHARDS)
     blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
-    written = []
     with tempfile.TemporaryDirectory(prefix="silkie-") as outbox:
-        for block in blocks:
+
+        def convert(block: list[raw.Shard], turned_up: list[Lookup]) -> datasets.Dataset:
             try:
-                part = datasets.Dataset.from_generator(
+                return datasets.Dataset.from_generator(
                     _rows,
                     features=features,
                     gen_kwargs={"shards": block, "dataset": records.dataset, "settings": settings, "outbox": outbox},
                     num_proc=None if num_proc is None else max(1, min(num_proc, len(block))),
                     cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                    fingerprint=Hasher.hash([version, block, settings]),
+                    fingerprint=Hasher.hash([version, block, settings, turned_up]),
                 )
             except Exception:
                 if (posted := _posted(outbox)) is not None:
                     raise posted from None
                 raise
-            written.append(part)
+
+        # `datasets` cannot write a file of no rows
+        filled = [block for block in blocks if any(True for shard in block for _ in raw.read(shard, records.dataset))]
+        written = [_up_to_date(partial(convert, block), settings, Path(outbox, STARTED)) for block in filled]
+    if not written:
+        raise records.nothing()
     return datasets.concatenate_datasets(written)
+
+
+def _up_to_date(convert: Callable[[list[Lookup]], datasets.Dataset], settings: Settings, started: Path) -> datasets.Dataset:
+    """A converted block. One from the cache is converted again where an image that it lacked has turned up since."""
+    turned_up: list[Lookup] = []
+    while True:
+        started.unlink(missing_ok=True)
+        part = convert(turned_up)
+        new = [] if started.exists() else _found(_lacking(part), settings)
+        if not new:
+            return part
+        turned_up = sorted([*turned_up, *new])
+
+
+def _lacking(part: datasets.Dataset) -> set[Lookup]:
+    """The images that were not found when a block was converted."""
+    lookups: set[Lookup] = set()
+    for batch in part.select_columns([PROBLEM]).with_format("arrow").iter(batch_size=10_000):
+        packed = (json.loads(problem) for problem in batch[PROBLEM].drop_null().to_pylist())
+        lookups.update(Lookup(*lookup) for *_, lookup in packed if lookup)
+    return lookups
+
+
+def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
+    """Those of `lookups` that find an image now."""
+    found, resolvers = (
+        [],
+        {root: settings.resolver(root) for root in {lookup.root for lookup in lookups} if root is None or os.path.exists(root)},
+    )
+    for lookup in lookups:
+        if (resolver := resolvers.get(lookup.root)) is not None:
+            resolver.beside = lookup.beside
+            with contextlib.suppress(ImageError):
+                resolver.resolve(lookup.image)
+                found.append(lookup)
+    return found
 
 
 def _posted(outbox: str) -> DataError | None:
     """The error that a worker left: `datasets` replaces what a generator raises, and the cause does not cross processes."""
-    found = sorted(Path(outbox).iterdir())
+    found = sorted(Path(outbox).glob("*.error"))
     return pickle.loads(found[0].read_bytes()) if found else None
 
 
 def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: Settings, outbox: str) -> Iterator[dict[str, Any]]:
     """Stored rows of some shards. Runs in the worker processes."""
+    Path(outbox, STARTED).touch()
     resolvers: dict[str | None, ImageResolver] = {}
     for shard in shards:
         root = settings.image_root or shard.image_root
         if root not in resolvers:
-            resolvers[root] = ImageResolver(root, settings.base, allow_remote=settings.allow_remote)
+            resolvers[root] = settings.resolver(root)
+        resolvers[root].beside = None if settings.image_root else _folder(shard)
         try:
             for location, record in raw.read(shard, dataset):
                 row = Row(record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolvers[root])
                 yield _row(row, record, settings)
         except DataError as error:
-            (Path(outbox) / f"{shard.first:012d}-{os.getpid()}").write_bytes(pickle.dumps(error))
+            Path(outbox, f"{shard.first:012d}-{os.getpid()}.error").write_bytes(pickle.dumps(error))
             raise
 
 
@@ -126,7 +181,8 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
 def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]:
     if settings.on_error == "raise":
         raise error
-    return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error)), NOTES: []}
+    lookup = None if row.lacking is None else Lookup(row.resolver.explicit_root, row.resolver.beside, row.lacking)
+    return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error), lookup), NOTES: []}
 
 
 def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
@@ -136,14 +192,21 @@ def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
     return row.error("(record)", Found(found), f"one that format {format!r} and the pair function can read")
 
 
+def _folder(shard: raw.Shard) -> str | None:
+    """The directory of a data file, where paths start: in the file system, or in the archive that holds it."""
+    if shard.kind == "zip":
+        return os.path.dirname(shard.member)
+    return None if shard.kind == "dataset" or shard.image_root else os.path.dirname(shard.path)
+
+
 def _place(name: str, shard: raw.Shard) -> str:
     """The source, with the file where it is read from several."""
     file = os.path.basename(shard.member or shard.path) if shard.kind != "dataset" else ""
     return name if not file or name.startswith(file) else f"{name}, {file}"
 
 
-def _pack(kind: str, row: Row, reason: str, message: str) -> str:
-    return json.dumps([kind, row.location, reason, message])
+def _pack(kind: str, row: Row, reason: str, message: str, lookup: Lookup | None = None) -> str:
+    return json.dumps([kind, row.location, reason, message, lookup])
 
 
 def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
@@ -155,7 +218,7 @@ def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
             if packed is None:
                 sound.append(offset + index)
             else:
-                kind, row, reason, message = json.loads(packed)
+                kind, row, reason, message, _ = json.loads(packed)
                 report.problems.append(Problem(kind=kind, row=row, reason=reason, message=message))
         report.notes.update(note for notes in batch[NOTES].to_pylist() for note in notes or [])
         offset += len(batch)

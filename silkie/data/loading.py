@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import datasets
@@ -23,6 +23,12 @@ from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
 ASPECT_SAMPLE = 200  # records that are read to learn the names of the rating aspects
+HINTS = {  # for what is passed instead of a source
+    "IterableDataset": "preference groups are read more than once, so load it with streaming=False",
+    "IterableDatasetDict": "preference groups are read more than once, so load one split with streaming=False",
+    "list": "datasets.Dataset.from_list(rows) makes one",
+    "DataFrame": "datasets.Dataset.from_pandas(frame) makes one",
+}
 
 
 @overload
@@ -104,14 +110,9 @@ def load_preferences(
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     options = PairOptions.parse(pairs)
     records, hub_name = _open(source, split, cache_dir)
-    if (
-        records.dataset is not None
-        and is_group_features(records.dataset.features)
-        and options == PairOptions()
-        and format is None
-        and not keep_unpaired
-    ):
-        return _as_it_is(records, return_report)
+    if records.dataset is not None and is_group_features(records.dataset.features) and options == PairOptions() and format is None:
+        dataset, report = _as_it_is(records, keep_unpaired)
+        return _finished(dataset, report, return_report)
     adapter = _choose(records, hub_name, format)
     names = _aspects(records, adapter, aspects)
     root = None if image_root is None else os.path.abspath(os.fspath(image_root))
@@ -139,36 +140,44 @@ def load_preferences(
                 dataset, options, source=settings.name, need_pairs=not keep_unpaired, num_proc=num_proc, on_error=on_error
             )
             report.problems += problems
+    return _finished(dataset, report, return_report)
+
+
+def _finished(dataset: datasets.Dataset, report: LoadReport, return_report: bool) -> Any:
+    """What `load_preferences` returns. Raises DataError where no group is left."""
     report.groups, report.pairs = len(dataset), count_pairs(dataset)
     _log(report)
     if not len(dataset):
         first = f"\nThe first: {report.problems[0].message}" if report.problems else ""
-        raise DataError(f"{records.name}: no group is left of {report.rows:,} rows.\n{report.summary()}{first}")
+        raise DataError(f"{report.source}: no group is left of {report.rows:,} rows.\n{report.summary()}{first}")
     return (dataset, report) if return_report else dataset
 
 
 def count_pairs(dataset: datasets.Dataset) -> int:
     """Number of pairs in all groups, read off the Arrow list lengths."""
-    column = dataset.with_format("arrow").select_columns(["pairs"])
-    return sum(sum(length or 0 for length in _list_lengths(batch["pairs"])) for batch in column.iter(batch_size=10_000))
+    return sum(_pair_counts(dataset))
 
 
-def _list_lengths(column: Any) -> list[int | None]:
+def _pair_counts(dataset: datasets.Dataset) -> Iterator[int]:
     import pyarrow.compute as pc
 
-    return pc.list_value_length(column).to_pylist()
+    for batch in dataset.with_format("arrow").select_columns(["pairs"]).iter(batch_size=10_000):
+        yield from (length or 0 for length in pc.list_value_length(batch["pairs"]).to_pylist())
 
 
 def _open(source: str | os.PathLike | datasets.Dataset, split: str, cache_dir: str | os.PathLike | None) -> tuple[raw.Records, str | None]:
     """The raw records, and the hub name where the source is one."""
     if isinstance(source, datasets.DatasetDict):
         raise DataError(f"found a DatasetDict with splits {', '.join(map(str, source))}; pass one of them, for example source['train']")
-    if isinstance(source, datasets.IterableDataset):
-        raise DataError(
-            "found an IterableDataset; preference groups are read more than once, so pass a Dataset (streaming=False) or a file"
-        )
     if isinstance(source, datasets.Dataset):
         return raw.from_dataset(source, "dataset"), None
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        hint = HINTS.get(kind)
+        raise DataError(
+            f"found {'an' if kind[0] in 'AEIOU' else 'a'} {kind}; expected a path, a dataset name or a datasets.Dataset"
+            + (f": {hint}" if hint else "")
+        )
     path = os.path.expanduser(os.fspath(source))
     if os.path.exists(path):
         return raw.from_path(path, split), None
@@ -186,7 +195,7 @@ def _choose(records: raw.Records, hub_name: str | None, format: str | None) -> S
         return known
     first = next(records.first(1), None)
     if first is None:
-        raise DataError(f"{records.name}: no record in it (expected JSON objects)")
+        raise records.nothing()
     return detect_source(first, records.name)
 
 
@@ -204,14 +213,17 @@ def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) 
     return tuple(sorted(names, key=aspect_order))
 
 
-def _as_it_is(records: raw.Records, return_report: bool) -> Any:
-    """A dataset that already has the group schema is returned unchanged."""
+def _as_it_is(records: raw.Records, keep_unpaired: bool) -> tuple[datasets.Dataset, LoadReport]:
+    """A dataset that already has the group schema is returned unchanged, but for groups without a pair."""
     assert records.dataset is not None
-    report = LoadReport(
-        source=records.name, format="groups", rows=len(records.dataset), groups=len(records.dataset), pairs=count_pairs(records.dataset)
-    )
     dataset = records.dataset.with_format(None)
-    return (dataset, report) if return_report else dataset
+    report = LoadReport(source=records.name, format="groups", rows=len(dataset))
+    paired = [index for index, count in enumerate(_pair_counts(dataset)) if count]
+    if not keep_unpaired and len(paired) < len(dataset):
+        for index in sorted(set(range(len(dataset))).difference(paired)):
+            report.problems.append(Problem(kind="no pairs", row=f"row {index}", reason="no pairs", message=f"row {index}: no pairs"))
+        dataset = dataset.select(paired)
+    return dataset, report
 
 
 def _log(report: LoadReport) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from silkie.data.images import zip_archive
+from silkie.data.registry import SOURCES
 from silkie.data.schema import DataError
 
+logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -64,6 +67,11 @@ class Records:
         parsed = (record for shard in self.shards for _, record in read(shard, self.dataset) if isinstance(record, dict))
         return itertools.islice(parsed, count)
 
+    def nothing(self) -> DataError:
+        """The error for an input without a record, which quotes what is there instead."""
+        place, found = next((item for shard in self.shards for item in read(shard, self.dataset)), ("", None))
+        return DataError(f"{self.name}: no record in it (expected JSON objects){f'; {place} is {str(found)[:80]!r}' if place else ''}")
+
 
 def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
     """The rows of a loaded dataset. Rows are read as Arrow data, so that no image is decoded and no file opened."""
@@ -102,14 +110,16 @@ def _from_directory(path: str, name: str, split: str) -> Records:
         return from_dataset(saved, name)
     if os.path.isfile(meta := os.path.join(path, "meta.json")) and _is_index(meta):
         return _from_meta(meta, name)
-    files = [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
-    files = of_split(_one_format(files, path), split, path)
+    found = (file for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [str(file) for file in found if _is_data(file.relative_to(path).parts)]
+    files = of_split(_one_format(files, path, SUFFIXES), split, path)
     return Records(name=name, shards=tuple(shard for file in files for shard in file_shards(file, None)), base=os.path.abspath(path))
 
 
 def _from_zip(path: str, name: str, split: str) -> Records:
-    members = [member for member in sorted(zip_archive(path).namelist()) if member.lower().endswith((".jsonl", ".json"))]
-    members = of_split(_one_format(members, path), split, path)
+    suffixes = (".jsonl", ".json")
+    members = [name for name in sorted(zip_archive(path).namelist()) if name.lower().endswith(suffixes) and _is_data(name.split("/"))]
+    members = of_split(_one_format(members, path, suffixes), split, path)
     stamp = _stamp(path)
     shards = tuple(Shard("zip", os.path.abspath(path), member, 0, 0, 0, stamp, os.path.abspath(path)) for member in members)
     return Records(name=name, shards=shards, base=None)
@@ -146,12 +156,20 @@ def _beside(folder: Path, path: str) -> Path | None:
     return next((base / path for base in (folder, folder.parent) if (base / path).exists()), None)
 
 
-def _one_format(files: list[str], path: str) -> list[str]:
+def _is_data(parts: Sequence[str]) -> bool:
+    """False for hidden files, such as notebook checkpoints and what macOS puts beside every file of an archive."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _one_format(files: list[str], path: str, suffixes: Sequence[str]) -> list[str]:
     """The data files of the first suffix that occurs; .json files beside .jsonl or .parquet ones are descriptions, not data."""
     for suffix in (".parquet", ".jsonl", ".json"):
         if chosen := [file for file in files if file.lower().endswith(suffix)]:
+            left_out = [file for file in files if file.lower().endswith(".jsonl") and file not in chosen]
+            if left_out:
+                logger.warning("%s: read are its %s files and not %s; pass a file to read that one", path, suffix, left_out[0])
             return chosen
-    raise DataError(f"{path!r}: no {', '.join(SUFFIXES)} file in it")
+    raise DataError(f"{path!r}: no {', '.join(suffixes)} file in it")
 
 
 def of_split(files: list[str], split: str, where: str) -> list[str]:
@@ -201,13 +219,12 @@ def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shar
 
 
 def _is_json_lines(path: str) -> bool:
-    """A .json file that starts with an object and has more than one line of them."""
+    """A .json file that starts with an object on one line and goes on after it."""
     with open(path, "rb") as file:
-        line = file.readline(2**24).strip()
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        try:
+            return isinstance(json.loads(file.readline(2**24)), dict) and bool(file.read(2**10).strip())
+        except ValueError:
+            return False
 
 
 def _stamp(path: str) -> str:
@@ -277,7 +294,9 @@ def _read_json(text: bytes, path: str) -> Iterator[tuple[str, Any]]:
         records = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path!r} is not JSON: {error}") from error
-    if isinstance(records, dict):
+    if isinstance(records, dict) and any(source.detect(records) for source in SOURCES.values()):
+        records = [records]
+    elif isinstance(records, dict):  # {"data": [...]}
         records = next((value for value in records.values() if isinstance(value, list)), records)
     if not isinstance(records, list):
         raise DataError(f"{path!r}: found a JSON {type(records).__name__}, expected a list of records")

@@ -108,7 +108,7 @@ def code_digest(source: Source | None = None) -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
     if source is not None:
-        with contextlib.suppress(OSError):  # defined at a prompt: the settings that are hashed beside this hold the function itself
+        with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or a callable object: the settings hashed beside this hold it
             digest.update(inspect.getsource(source.adapt).encode())
     return digest.hexdigest()
 
@@ -121,6 +121,7 @@ class Row:
     source: str  # format and file or dataset name
     location: str  # "row 12" or "line 12"
     resolver: ImageResolver
+    lacking: str | None = None  # the path or address of an image that was not found
 
     def error(self, column: str, found: Any, expected: str, hint: str = "") -> RowError:
         """The error for a broken column. `found` is shown as a short repr, or verbatim where it is a `Found`."""
@@ -159,7 +160,7 @@ class Row:
         """The images in the first of `columns` that is filled: one image or a list; [] where none is filled."""
         for column in columns:
             value = self.record.get(column)
-            if value is None:
+            if value is None or value == []:
                 continue
             if isinstance(value, (list, tuple)):
                 return [self.resolve(item, f"{column}[{index}]") for index, item in enumerate(value)]
@@ -170,6 +171,9 @@ class Row:
         try:
             return self.resolver.resolve(value)
         except ImageError as error:
+            named = value.get("path") if isinstance(value, Mapping) else value
+            if isinstance(named, str) and not named.startswith("data:"):
+                self.lacking = named
             raise self.error(column, Found(str(error)), "an image (bytes, or a path below image_root)") from error
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import zipfile
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from silkie.data import SOURCES, DataError, Group, RowError, load_preferences, register_source, user_turn
@@ -210,6 +214,13 @@ def test_what_a_source_of_the_user_raises_names_the_row(write, tmp_path, monkeyp
     assert report.problems[1].message.endswith("column 'prompt': found []; expected a conversation that ends with a user turn.")
 
 
+def test_a_source_without_source_code(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.registry.SOURCES", dict(SOURCES))
+    adapt = functools.partial(lambda prompt, row: Group(images=[], prompt=[user_turn(prompt)], responses=["a", "b"], pairs=[(0, 1)]), "Q")
+    register_source("mine", detect=lambda record: "better" in record)(adapt)
+    assert len(load_preferences(write({"better": 1}), cache_dir=tmp_path)) == 1
+
+
 def test_what_a_pair_function_gets_wrong_names_the_row(write, tmp_path):
     path = write(files.group_record(images=[]))
     with pytest.raises(
@@ -250,6 +261,11 @@ def test_the_hint_of_a_video_row_names_the_source_that_counts_it(write, tmp_path
         ("empty", "no .jsonl, .json, .parquet file in it"),
         ("empty.jsonl", "no record in it"),
         ("number.json", "found a JSON int, expected a list of records"),
+        ("blank.jsonl", "no record in it"),
+        ("none.parquet", "no record in it"),
+        ("none.json", "no record in it"),
+        ("latin.jsonl", "no record in it .expected JSON objects.; line 1 is .*utf-8"),
+        ("parquet.zip", "no .jsonl, .json file in it"),
         ("unknown.jsonl", r"no known format has its columns \('a', 'b'\). Known formats: .*trl"),
     ],
 )
@@ -260,10 +276,34 @@ def test_sources_that_cannot_be_read(source, words, tmp_path, monkeypatch):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04" + b"x" * 50)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n  \n")
+    (tmp_path / "none.json").write_text("[]")
+    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in PAIR}), tmp_path / "none.parquet")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps({**PAIR, "prompt": "é"}, ensure_ascii=False).encode("latin-1"))
+    with zipfile.ZipFile(tmp_path / "parquet.zip", "w") as archive:
+        archive.write(tmp_path / "none.parquet", "rows.parquet")
     (tmp_path / "number.json").write_text("3")
     (tmp_path / "unknown.jsonl").write_text('{"a": 1, "b": 2}\n')
     with pytest.raises(DataError, match=words):
         load_preferences(source, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["blank.jsonl", "none.json", "none.parquet"])
+def test_no_record_under_a_given_format(name, tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n  \n")
+    (tmp_path / "none.json").write_text("[]")
+    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in PAIR}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=f"{name}: no record in it"):
+        load_preferences(tmp_path / name, format="trl", cache_dir=tmp_path / "cache")
+
+
+def test_empty_files_among_others(tmp_path, monkeypatch):
+    """A block of empty files only: `datasets` writes no file without a row."""
+    monkeypatch.setattr("silkie.data.convert.BLOCK_SHARDS", 1)
+    files.write_lines(tmp_path / "rows" / "b.jsonl", [PAIR])
+    for name in ("a", "c"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text("\n")
+    assert len(load_preferences(tmp_path / "rows", cache_dir=tmp_path / "cache")) == 1
 
 
 def test_wrong_kinds_of_dataset(tmp_path):
@@ -272,6 +312,10 @@ def test_wrong_kinds_of_dataset(tmp_path):
         load_preferences(datasets.DatasetDict({"train": rows}))
     with pytest.raises(DataError, match="found an IterableDataset"):
         load_preferences(rows.to_iterable_dataset())
+    with pytest.raises(DataError, match=r"found a list; expected a path, .*datasets.Dataset.from_list\(rows\) makes one"):
+        load_preferences([PAIR])
+    with pytest.raises(DataError, match="found a NoneType; expected a path, a dataset name or a datasets.Dataset$"):
+        load_preferences(None)
     with pytest.raises(DataError, match="format='nope' is not known; choose from"):
         load_preferences(rows, format="nope")
     with pytest.raises(DataError, match="image_root .* does not exist"):
@@ -285,6 +329,49 @@ def test_a_path_cannot_leave_the_image_root(tmp_path):
         source = files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": path}])
         with pytest.raises(RowError, match="no file of that name below image_root"):
             load_preferences(source, image_root=tmp_path / "root", cache_dir=tmp_path)
+
+
+def test_addresses_in_archives_are_looked_up_and_stay_below_the_root(tmp_path):
+    """`zip://` addresses are what stored groups hold."""
+    (tmp_path / "root").mkdir()
+    for name in ("inside", "outside"):
+        with zipfile.ZipFile(tmp_path / ("root" if name == "inside" else ".") / f"{name}.zip", "w") as archive:
+            archive.writestr("0.png", files.png(0))
+    load = lambda image, **options: load_preferences(  # noqa: E731
+        files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": image}]), cache_dir=tmp_path / "cache", **options
+    )
+    inside, outside = f"zip://0.png::{tmp_path / 'root' / 'inside.zip'}", f"zip://0.png::{tmp_path / 'outside.zip'}"
+    assert load(outside)[0]["images"][0]["path"] == outside
+    assert load(inside, image_root=tmp_path / "root")[0]["images"][0]["path"] == inside
+    with pytest.raises(RowError, match="line 1, column 'image': found 'zip://.*outside.zip', an archive that is not below image_root"):
+        load(outside, image_root=tmp_path / "root")
+    for missing in (outside.replace("0.png", "1.png"), "zip://0.png::/nowhere.zip", "zip://x"):
+        with pytest.raises(RowError, match="line 1, column 'image': found 'zip://.*', which cannot be read"):
+            load(missing)
+
+
+def test_a_link_to_nothing_is_not_an_image(tmp_path):
+    (tmp_path / "0.png").symlink_to(tmp_path / "gone.png")
+    source = files.write_lines(tmp_path / "rows.jsonl", [QUESTION])
+    with pytest.raises(RowError, match="found '0.png', and no file of that name beside the data"):
+        load_preferences(source, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("root", [None, "."])
+def test_an_image_that_turns_up_later_is_no_longer_reported(root, tmp_path, monkeypatch):
+    """`inspect`, repair, `inspect`: the cache of the first run must not answer for the second; and no row is read where nothing changed."""
+    (tmp_path / "deep" / "img").mkdir(parents=True)
+    source = files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": f"deep/img/{name}.png"} for name in "abc"])
+    options = {"on_error": "skip", "regroup_pairs": False, "cache_dir": tmp_path / "cache", "return_report": True}
+    options["image_root"] = None if root is None else tmp_path / root
+    (tmp_path / "deep" / "img" / "c.png").write_bytes(files.png(0))
+    for name, left in (("", 2), ("a", 1), ("b", 0)):
+        if name:
+            (tmp_path / "deep" / "img" / f"{name}.png").write_bytes(files.png(0))
+        groups, report = load_preferences(source, **options)
+        assert (len(groups), len(report.problems)) == (3 - left, left)
+    monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
+    assert len(load_preferences(source, **options)[0]) == 3
 
 
 def test_two_files_of_one_name_are_not_guessed_between(tmp_path):

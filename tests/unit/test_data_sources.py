@@ -89,6 +89,38 @@ def test_every_format_is_detected_as_itself_alone(name):
     assert [source.name for source in SOURCES.values() if source.detect(record)] == [name]
 
 
+def columns(*objects):
+    """Objects as `datasets.Sequence({...})` stores them: an object of lists."""
+    return {name: [item[name] for item in objects] for name in objects[0]}
+
+
+TURN = lambda role, content: {"role": role, "content": content}  # noqa: E731
+TURNS_AS_COLUMNS = {
+    "sharegpt": {**PAIR_FORMATS["sharegpt"]("img/0.png"), "conversations": columns(*HUMAN)},
+    "llava-rlhf": {
+        **PAIR_FORMATS["llava-rlhf"]("img/0.png"), "conversations": columns(*HUMAN, {"from": "gpt", "value": "an earlier answer"}),
+    },
+    "trl": {
+        "images": ["img/0.png"],
+        "prompt": columns(TURN("user", columns({"type": "image", "text": None}, {"type": "text", "text": "What is it?"}))),
+        "chosen": columns(TURN("assistant", columns({"type": "text", "text": PAIR["chosen"]}))),
+        "rejected": columns(TURN("assistant", PAIR["rejected"])),
+    },
+    "trl, implicit prompt": {
+        "images": ["img/0.png"],
+        **{name: columns(TURN("user", "What is it?"), TURN("assistant", PAIR[name])) for name in ("chosen", "rejected")},
+    },
+    "groups": {
+        "images": ["img/0.png"], "prompt": columns(TURN("user", "What is it?")), "responses": list(PAIR.values()), "pairs": [[0, 1]],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS_AS_COLUMNS)
+def test_turns_as_an_object_of_lists(name, folder, load):
+    check_pair(load(files.write_lines(folder / "rows.jsonl", [TURNS_AS_COLUMNS[name]]))[0])
+
+
 def test_vlfeedback_lists_and_columns_give_the_same_groups(folder, load):
     one = files.write_lines(folder / "a.jsonl", [files.vlfeedback(index) for index in range(3)])
     two = files.write_lines(folder / "b.jsonl", [files.vlfeedback(index, dict_of_lists=True) for index in range(3)])
@@ -214,6 +246,32 @@ def test_json_files_with_a_byte_order_mark(tmp_path, load):
     assert len(load(tmp_path / "a.json")) == len(load(tmp_path / "b.jsonl")) == 1
 
 
+def test_a_json_file_with_one_record_or_a_list_below_a_key(folder, load):
+    record = files.vlfeedback(0)
+    for content in (record, [record], {"version": 1, "data": [record]}):
+        for indent in (None, 1):
+            (folder / "rows.json").write_text(json.dumps(content, indent=indent))
+            assert load(folder / "rows.json", image_root=folder / "img")["id"][:] == ["svit-0"]
+
+
+def test_hidden_files_are_no_data(folder, load, tmp_path):
+    row = json.dumps({"prompt": "Q", "image": "a/0.png", **PAIR}) + "\n"
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for name, content in {"__MACOSX/d/._rows.jsonl": b"\0\5", "d/": b"", "d/rows.jsonl": row, "d/a/0.png": files.png(0)}.items():
+            archive.writestr(name, content)
+    assert len(load(tmp_path / "mac.zip")) == 1
+    files.write_lines(folder / "rows.jsonl", [{"prompt": "Q", **PAIR}])
+    files.write_lines(folder / ".ipynb_checkpoints" / "rows.jsonl", [{"prompt": "R", **PAIR}])
+    assert len(load(folder)) == 1
+
+
+def test_what_a_directory_holds_beside_parquet_is_named(folder, load, caplog):
+    pq.write_table(pa.Table.from_pylist([{"prompt": "Q", **PAIR}]), folder / "a.parquet")
+    files.write_lines(folder / "b.jsonl", [{"prompt": "R", **PAIR}])
+    assert len(load(folder)) == 1
+    assert "read are its .parquet files and not" in caplog.text and "b.jsonl" in caplog.text
+
+
 def test_a_meta_file_of_another_kind_is_not_an_index(folder, load):
     files.write_lines(folder / "rows.jsonl", [{"prompt": "Q", **PAIR}])
     (folder / "meta.json").write_text('{"author": "me"}')
@@ -226,6 +284,34 @@ def test_mm_rlhf_video_and_tie_rows_are_counted_not_raised(folder, load):
     groups, report = load(files.write_lines(folder / "dpo_pairs.jsonl", rows), return_report=True)
     assert len(groups) == 1
     assert report.reasons() == {"a video row; silkie trains on images and text": 1, "marked as a tie by the source": 1}
+
+
+def test_a_tie_in_a_file_that_starts_like_trl_rows(folder, load):
+    """MM-RLHF's `is_tie` is optional: the first record may lack it."""
+    row = {"prompt": "What is it?", **PAIR, "image": "img/0.png"}
+    groups, report = load(files.write_lines(folder / "dpo_pairs.jsonl", [row, {**row, "prompt": "R", "is_tie": True}]), return_report=True)
+    assert (len(groups), report.format, report.reasons()) == (1, "trl", {"marked as a tie by the source": 1})
+
+
+def test_an_empty_image_list_does_not_hide_the_image(folder, load):
+    row = {"prompt": "What is it?", **PAIR, "images": [], "image": "img/0.png"}
+    check_pair(load(files.write_lines(folder / "rows.jsonl", [row]))[0])
+
+
+def test_paths_start_beside_the_data_file(tmp_path, load):
+    """Two folders with equal file names, and one more image of that name above them."""
+    for seed, name in enumerate(("a", "b")):
+        files.write_lines(tmp_path / "data" / name / "rows.jsonl", [{"prompt": name, "image": "img/0.png", **PAIR}])
+        (tmp_path / "data" / name / "img").mkdir()
+        (tmp_path / "data" / name / "img" / "0.png").write_bytes(files.png(seed))
+    (tmp_path / "data" / "img").mkdir()
+    (tmp_path / "data" / "img" / "0.png").write_bytes(files.png(9))
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for path in (tmp_path / "data").rglob("*"):
+            archive.write(path, path.relative_to(tmp_path))
+    for source in (tmp_path / "data", tmp_path / "data.zip"):
+        decoded = [open_image(group["images"][0]).tobytes() for group in load(source)]
+        assert decoded == [files.picture(0).tobytes(), files.picture(1).tobytes()]
 
 
 def test_own_groups_with_given_pairs_and_with_ratings(folder, load):
@@ -247,6 +333,16 @@ def test_groups_survive_parquet_and_load_again(folder, load, tmp_path):
     assert saved.remove_columns("images").to_list() == groups.remove_columns("images").to_list()
     assert saved[0]["images"][0]["bytes"] == files.png(0)  # save_to_disk makes the data independent of the image files
     assert load(groups).to_list() == groups.to_list()
+
+
+def test_groups_without_a_pair_are_dropped_from_loaded_groups_too(folder, load):
+    tied = files.group_record(images=["img/0.png"], id="tied", ratings=[{"Help": 1}] * 2)
+    everything = load(files.write_lines(folder / "g.jsonl", [tied, files.group_record(images=["img/0.png"])]), keep_unpaired=True)
+    groups, report = load(everything, return_report=True)
+    assert groups["id"][:] == ["g"] and [problem.row for problem in report.problems] == ["row 0"]
+    assert len(load(everything, keep_unpaired=True)) == 2
+    with pytest.raises(DataError, match="no group is left of 1 rows"):
+        load(everything.select([0]))
 
 
 def test_splits_of_local_files_are_read_off_their_names(folder, load):
