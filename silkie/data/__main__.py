@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 
 import datasets
 
@@ -32,12 +33,23 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--allow-remote-images", action="store_true", help="fetch images that are http(s) addresses")
     inspect.add_argument("--tokenizer", metavar="DIR", help="measure lengths in the tokens of this tokenizer instead of in words")
     inspect.add_argument("--no-images", action="store_true", help="do not read image headers")
-    inspect.add_argument("--num-proc", type=int, metavar="N", help="worker processes")
+    inspect.add_argument("--num-proc", type=at_least(1), metavar="N", help="worker processes")
     inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
     inspect.add_argument("--html", metavar="FILE", help="write a page with figures and random groups")
-    inspect.add_argument("--groups", type=int, default=24, metavar="N", help="groups on the page (default: %(default)s)")
+    inspect.add_argument("--groups", type=at_least(0), default=24, metavar="N", help="groups on the page (default: %(default)s)")
     inspect.add_argument("--seed", type=int, default=0, help="of the random groups")
     return top
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+        return int(text)
+
+    return parse
 
 
 def main(arguments: list[str] | None = None) -> int:

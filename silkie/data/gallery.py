@@ -37,6 +37,7 @@ def write_gallery(inspection: Inspection, path: str | Path, *, groups: int = 24,
         rating_values=sorted({value for aspect in inspection.figures["ratings"].values() for value in aspect["share"]}, key=float),
         groups=[card(inspection.dataset[row], row) for row in rows],
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
 

@@ -108,6 +108,8 @@ def load_preferences(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"num_proc must be at least 1, or None for this process, found {num_proc}")
     options = PairOptions.parse(pairs)
     records, hub_name = _open(source, split, cache_dir)
     if records.dataset is not None and is_group_features(records.dataset.features) and options == PairOptions() and format is None:

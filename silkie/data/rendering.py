@@ -102,7 +102,8 @@ def _ratings(figures: dict[str, Any]) -> str:
         (aspect, *(percent(shares["share"].get(value, 0.0)) for value in values), number(shares["mean"]), number(shares["not_a_number"]))
         for aspect, shares in ratings.items()
     ]
-    return table(("ratings", *values, "mean", "not a number"), rows)
+    step = figures["rating_step"]
+    return table(("ratings" if step is None else f"ratings, in steps of {step:g}", *values, "mean", "not a number"), rows)
 
 
 def _agreement(figures: dict[str, Any]) -> str:

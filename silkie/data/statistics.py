@@ -17,6 +17,8 @@ from silkie.data.schema import prompt_text
 
 PairCount = dict[str, Counter[str]]
 Length = Callable[[str], int]
+RATING_VALUES = 21  # different ratings that get a column each: 0 to 10 in halves
+RATING_BINS = 10  # of ratings with more values
 
 
 def count_words(text: str) -> int:
@@ -164,6 +166,7 @@ class Statistics:
 
     def figures(self) -> dict[str, Any]:
         """All results as plain JSON values; shares are fractions of 1."""
+        step = rating_step({value for counts in self.ratings.values() for value in counts})
         return {
             "groups": self.groups,
             "responses": self.response_lengths.total(),
@@ -174,7 +177,8 @@ class Statistics:
             "length_unit": self.unit,
             "prompt_length": summary(self.prompt_lengths),
             "response_length": summary(self.response_lengths),
-            "ratings": {aspect: rating_figures(self.ratings[aspect], self.missing_ratings[aspect]) for aspect in self._aspects()},
+            "ratings": {aspect: rating_figures(self.ratings[aspect], self.missing_ratings[aspect], step) for aspect in self._aspects()},
+            "rating_step": step,
             "agreement": {name: self._agreement_figures(name) for name in self.agreement},
             "preference_diversity": self._diversity_figures(),
             "length_bias": {
@@ -194,7 +198,7 @@ class Statistics:
         counts = self.agreement[name]
         return {
             "same_order": share(counts["same"], counts["same"] + counts["opposite"]),
-            "opposite_order": share(counts["opposite"], counts.total()),
+            "opposite_order": share(counts["opposite"], counts["same"] + counts["opposite"]),
             "a_tie_in_one": share(counts["tie"], counts.total()),
             "correlation": self.correlations[name].correlation(),
             "response_pairs": counts.total(),
@@ -235,13 +239,25 @@ def share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def rating_figures(counts: Counter[float], missing: int) -> dict[str, Any]:
-    total = counts.total()
+def rating_step(values: set[float]) -> float | None:
+    """1, 2 or 5 times a power of ten, in which the ratings are counted where they have too many different values for a table."""
+    if len(values) <= RATING_VALUES:
+        return None
+    span = max(values) - min(values)
+    power = 10.0 ** math.floor(math.log10(span / RATING_BINS))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / RATING_BINS)
+
+
+def rating_figures(counts: Counter[float], missing: int, step: float | None) -> dict[str, Any]:
+    """Mean and shares of one aspect's ratings; with a step, the share of a value is that of all ratings nearest to it."""
+    total, binned = counts.total(), Counter[float]()
+    for value, count in counts.items():
+        binned[value if step is None else round(value / step) * step] += count
     return {
         "mean": sum(value * count for value, count in counts.items()) / total if total else None,
         "rated": total,
         "not_a_number": missing,
-        "share": {f"{value:g}": counts[value] / total for value in sorted(counts)},
+        "share": {f"{value:g}": binned[value] / total for value in sorted(binned)},
     }
 
 

@@ -44,7 +44,9 @@ def test_figures(data, tmp_path):
     assert diversity["aspects"]["Helpfulness"] == {"for": 1.0, "tie": 0.0, "against": 0.0, "alone": 0.0}
     assert diversity["aspects"]["Visual Faithfulness"]["against"] == 1.0 and diversity["aspects"]["Ethical Considerations"]["tie"] == 1.0
     both = figures["agreement"]["Helpfulness / Visual Faithfulness"]
-    assert both["same_order"] == 0.0 and both["response_pairs"] == 2
+    assert (both["same_order"], both["opposite_order"], both["a_tie_in_one"], both["response_pairs"]) == (0.0, 1.0, 0.0, 2)
+    with_ethics = figures["agreement"]["Helpfulness / Ethical Considerations"]
+    assert (with_ethics["same_order"], with_ethics["opposite_order"], with_ethics["a_tie_in_one"]) == (None, None, 1.0)
     assert figures["models"]["gpt4v"]["win_rate"] == 1.0 and figures["models"]["fuyu-8b"]["win_rate"] == 0.0
     assert figures["length_bias"]["chosen_equal"] == 1.0
     assert figures["image_sizes"]["longer_side"] == {"8-15": 2} and figures["image_sizes"]["unreadable"] == 1
@@ -64,6 +66,29 @@ def test_text_and_json_on_the_command_line(data, capsys):
     assert capsys.readouterr().err.startswith("error: rows.jsonl (vlfeedback), line 4, column 'prompt'")
     assert main(["inspect", "nowhere.jsonl"]) == 1
     assert "neither an existing file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--num-proc", "0", "1"), ("--num-proc", "x", "1"), ("--groups", "-1", "0")])
+def test_counts_on_the_command_line(option, data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", str(data), *option[:2]])
+    assert f"argument {option[0]}: expected a whole number of at least {option[2]}, found '{option[1]}'" in capsys.readouterr().err
+
+
+def test_scores_of_a_reward_model_fit_a_table(tmp_path):
+    """Ratings with more values than a table has columns are counted in steps; the mean stays that of the values."""
+    datasets.disable_progress_bars()
+    scores = [index / 7 for index in range(60)]  # 0 to 8.43
+    records = [files.group_record(images=[], ratings=[{"Reward": score}, {"Reward": -score / 10 - 0.01}]) for score in scores]
+    inspection = inspect_preferences(files.write_lines(tmp_path / "rows.jsonl", records), cache_dir=tmp_path / "cache")
+    figures = inspection.figures["ratings"]["Reward"]
+    assert inspection.figures["rating_step"] == 1 and list(figures["share"]) == ["-1", "0", "1", "2", "3", "4", "5", "6", "7", "8"]
+    assert figures["share"]["5"] == pytest.approx(sum(4.5 <= score <= 5.5 for score in scores) / 120)
+    assert sum(figures["share"].values()) == pytest.approx(1)
+    assert figures["mean"] == pytest.approx(sum(0.9 * score - 0.01 for score in scores) / 120)
+    assert "ratings, in steps of 1 " in to_text(inspection)
+    write_gallery(inspection, tmp_path / "new" / "page.html")
+    assert "Ratings per aspect, in steps of 1<" in (tmp_path / "new" / "page.html").read_text()
 
 
 class Page(HTMLParser):
