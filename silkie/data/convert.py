@@ -29,6 +29,7 @@ from silkie.data.schema import DataError, RowError, SkipRow, group_features
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
 STARTED = "started"  # a file that says that a block is being converted, and does not come from the cache
+REMEDY = "Repair the row, or drop and count such rows with on_error='skip' (in training: on_bad_row='skip')."
 OnError = Literal["raise", "skip"]
 
 
@@ -180,7 +181,7 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
 
 def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]:
     if settings.on_error == "raise":
-        raise error
+        raise error if error.hint else RowError(error.source, error.row, error.column, error.found, error.expected, REMEDY)
     lookup = None if row.lacking is None else Lookup(row.resolver.explicit_root, row.resolver.beside, row.lacking)
     return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error), lookup), NOTES: []}
 

@@ -63,17 +63,22 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
         raise ImageError(f"{where}: {_describe(value)} is a decompression bomb: {error}") from error
     except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed; "
-            "a decompression bomb, or an image to shrink first"
-        )
+    check_pixels(image.size, value, where, max_pixels)
     try:
         image.load()
     except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is truncated or corrupt: {error}") from error
     return to_rgb(image, where=where)
+
+
+def check_pixels(size: tuple[int, int], value: Any, where: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse an image before it is decoded. Raises ImageError."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed; "
+            "a decompression bomb, or an image to shrink first"
+        )
 
 
 def to_rgb(image: Image.Image, *, where: str = "image") -> Image.Image:
@@ -152,7 +157,7 @@ def check_file_size(size: int, path: str, where: str) -> None:
 
 
 def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
-    """(width, height) from the header of an encoded image, as stored (before EXIF rotation). Raises ImageError."""
+    """(width, height) from the header of an encoded image, as stored (before EXIF rotation). Raises ImageError, for bombs as well."""
     if isinstance(value, Image.Image):
         return value.size
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
@@ -161,11 +166,13 @@ def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path if from_file else io.BytesIO(read_bytes(value, where=where))) as image:  # type: ignore[arg-type]
-                return image.size
+                size = image.size
+        check_pixels(size, value, where)
     except ImageError:
         raise
     except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read: {error}") from error
+    return size
 
 
 def image_digest(value: Any, *, where: str = "image") -> str:

@@ -86,9 +86,9 @@ def load_preferences(
     """Load preference groups from any supported source.
 
     Args:
-        source: a file (.jsonl, .json, .parquet), a directory or zip archive of them, a directory written by `save_to_disk`, a dataset name
-            on the hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
-        image_root: directory or zip archive with the images that the records name. Default: the directory of the data.
+        source: a file (.jsonl, .json, .parquet), a directory of them, a zip archive of .jsonl or .json files, a directory written by
+            `save_to_disk`, a dataset name on the hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
+        image_root: directory or zip archive with the images that the records name. Default: the directory (or archive) of the data.
         split: a split of the hub dataset, or of local files that carry it in their names.
         pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that
             returns (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".

@@ -120,6 +120,7 @@ def test_broken_row(case, write, tmp_path):
         load_preferences(path, format=name, cache_dir=tmp_path)
     assert (caught.value.row, caught.value.column) == ("line 1", column)
     assert str(caught.value).startswith(f"rows.jsonl ({name}), line 1, column {column!r}: found ")
+    assert caught.value.hint  # what to do
 
 
 def test_skip_counts_and_lists_what_raise_refuses(write, tmp_path):

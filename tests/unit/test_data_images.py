@@ -185,6 +185,12 @@ def test_what_cannot_be_opened_names_the_row(value, words):
         open_image(value, where="row 12, image 0")
 
 
+@pytest.mark.parametrize("size", [(20_000, 20_000), (10_000, 9_000)])
+def test_a_bomb_is_known_by_its_header(size):
+    with pytest.raises(ImageError, match="^row 12, image 0: .*decompression bomb"):
+        image_size(png_header(*size), where="row 12, image 0")
+
+
 def test_a_missing_zip_member_and_a_broken_one(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
