@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if args.html:
             write_gallery(inspection, args.html, groups=args.groups, seed=args.seed)
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(inspection.to_json(), indent=2) if args.json else to_text(inspection))

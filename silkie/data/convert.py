@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -85,9 +86,15 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
                     cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                     fingerprint=Hasher.hash([version, block, settings, turned_up]),
                 )
-            except Exception:
+            except Exception as error:
                 if (posted := _posted(outbox)) is not None:
                     raise posted from None
+                if (cause := _disk_error(error)) is not None:
+                    place = datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir
+                    raise OSError(
+                        f"{records.name}: cannot write its groups to the cache in {os.fspath(place)!r}: {cause}. "
+                        "Free some space and start again (what is complete is kept), or pass another cache_dir."
+                    ) from error
                 raise
 
         # `datasets` cannot write a file of no rows
@@ -132,6 +139,14 @@ def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
                 resolver.resolve(lookup.image)
                 found.append(lookup)
     return found
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the system said where `datasets` says only that an error occurred. From a worker process it comes as the text of a traceback."""
+    if isinstance(error.__cause__, OSError):
+        return str(error.__cause__)
+    told = re.search(r"^OSError: (.+)$", str(error.__cause__), re.MULTILINE)
+    return told and told[1]
 
 
 def _posted(outbox: str) -> DataError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -305,6 +306,24 @@ def test_empty_files_among_others(tmp_path, monkeypatch):
     for name in ("a", "c"):
         (tmp_path / "rows" / f"{name}.jsonl").write_text("\n")
     assert len(load_preferences(tmp_path / "rows", cache_dir=tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_full_disk_is_named(num_proc, tmp_path, monkeypatch):
+    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    path = files.write_lines(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": "R"}] * 5)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.arrow_writer.ArrowWriter.finalize", lambda *_, **__: raise_(full))
+        with pytest.raises(
+            OSError, match="rows.jsonl: cannot write its groups to the cache in .*cache': .Errno 28. No space left.*Free some space"
+        ):
+            load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)
+    assert len(load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)) == 2
+
+
+def raise_(error):
+    raise error
 
 
 def test_wrong_kinds_of_dataset(tmp_path):
