@@ -80,7 +80,8 @@ def _part(row: Row, part: Any, images: list[ImageValue], column: str) -> dict[st
         if embedded is not None:
             images.append(row.resolve(embedded, column))
         return image_part()
-    raise row.error(column, part, 'a part {"type": "text", "text": ...} or {"type": "image"}', "Videos are not supported.")
+    hint = "Videos are not supported." if kind == "video" else ""
+    raise row.error(column, part, 'a part {"type": "text", "text": ...} or {"type": "image"}', hint)
 
 
 def answer(row: Row, column: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from silkie.data.pairs import PairOptions, build_pairs, filter_given, same_text
+from silkie.data.pairs import PairOptions, build_pairs, filter_given, is_weight, same_text
 from silkie.data.registry import Found, Row
 from silkie.data.schema import Group, count_images
 
@@ -80,11 +79,11 @@ def _from_function(result: Any, count: int, row: Row) -> tuple[list[list[int]], 
     pairs, weights = [], []
     for item in result:
         values = list(item)
-        if len(values) not in (2, 3):
+        if len(values) not in (2, 3) or any(int(index) != index for index in values[:2]):
             raise row.error("pairs", item, "(chosen, rejected) or (chosen, rejected, weight) from the pair function")
         pairs.append([int(values[0]), int(values[1])])
         weights.append(float(values[2]) if len(values) == 3 else 1.0)
-        if not (math.isfinite(weights[-1]) and weights[-1] >= 0):
+        if not is_weight(weights[-1]):
             raise row.error("pair_weights", item, "a finite weight >= 0 from the pair function")
     check_pairs(pairs, count, row)
     return pairs, weights, []

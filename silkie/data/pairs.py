@@ -15,6 +15,7 @@ from typing import Any, Literal
 Strategy = Literal["all", "best_vs_worst", "best_vs_rest", "random", "longest", "model"]
 STRATEGIES: tuple[str, ...] = ("all", "best_vs_worst", "best_vs_rest", "random", "longest", "model")
 TIE_TOLERANCE = 1e-9  # weighted means of equal ratings may differ in the last bit
+MAX_WEIGHT = 3.4e38
 
 Rating = Mapping[str, Any] | float | int | str | None
 PairFunction = Callable[[dict[str, Any]], Iterable[Sequence[float]]]
@@ -121,6 +122,11 @@ def parse_rating(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def is_weight(value: Any) -> bool:
+    """True for a number >= 0 that float32, in which pair weights are stored, can hold."""
+    return isinstance(value, (int, float)) and 0 <= value <= MAX_WEIGHT
 
 
 def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:

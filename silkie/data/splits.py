@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import datasets
 
@@ -67,6 +67,7 @@ def split_groups(
 
     Raises DataError where the components are too large for the test set; the message names the prompt that ties most groups together.
     """
+    check_choice("by", by, By)
     wanted = round(test_size * len(dataset)) if isinstance(test_size, float) else test_size
     if not 0 < wanted < len(dataset):
         raise ValueError(f"test_size={test_size} asks for {wanted} of {len(dataset)} groups; expected at least 1 and fewer than all")
@@ -91,6 +92,12 @@ def split_groups(
     return datasets.DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(test))})
 
 
+def check_choice(name: str, value: str, kind: Any) -> None:
+    """Raise ValueError for a value that a Literal does not list: a misspelt check would look at something else."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(get_args(kind))}")
+
+
 def check_leak(
     train: datasets.Dataset,
     evaluation: datasets.Dataset,
@@ -107,6 +114,8 @@ def check_leak(
         near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it decodes every image, and
             images that differ in small details only (rendered scenes, charts) may be called equal.
     """
+    check_choice("by", by, By)
+    check_choice("near", near, Near)
     train_keys = row_keys(train, near=near, num_proc=num_proc)
     eval_keys = row_keys(evaluation, near=near, num_proc=num_proc)
     leaks = list(_leaks(train_keys, eval_keys, by, near))

@@ -11,7 +11,7 @@ import datasets
 from silkie.data.finish import check, check_pairs
 from silkie.data.images import ImageError, ImageResolver, open_image
 from silkie.data.judge_checks import judge_flags
-from silkie.data.pairs import same_text
+from silkie.data.pairs import is_weight, same_text
 from silkie.data.registry import Found, Row, code_digest
 from silkie.data.reports import Problem, ValidationReport
 from silkie.data.schema import DataError, Group, RowError, aspects_of
@@ -134,5 +134,5 @@ def check_weights(group: dict[str, Any], row: Row) -> None:
         return
     if len(weights) != len(group["pairs"]):
         raise row.error("pair_weights", Found(f"{len(weights)} weights"), f"one for each of the {len(group['pairs'])} pairs")
-    if not all(weight is not None and math.isfinite(weight) and weight >= 0 for weight in weights):
+    if not all(map(is_weight, weights)):
         raise row.error("pair_weights", weights, "finite weights >= 0")

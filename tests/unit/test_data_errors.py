@@ -102,6 +102,9 @@ BROKEN = {
     "no pairs and no ratings": ("groups", files.group_record(ratings=...), "ratings", "expected ratings or pairs for pairs='all'"),
     "weights": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[1, 2]), "pair_weights", "one weight per pair"),
     "negative weight": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[-1]), "pair_weights", "finite weights >= 0"),
+    "weight beyond float32": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[1e39]), "pair_weights", "finite weights >= 0"),
+    "huge weight": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[10**400]), "pair_weights", "finite weights >= 0"),
+    "address part": ("trl", {**PAIR, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "prompt[0]", 'or {"type": "image"}. Repair'),
     "no responses": ("groups", files.group_record(responses=[], ratings=[]), "responses", "expected at least one response"),
 }  # fmt: skip
 
@@ -229,7 +232,9 @@ def test_what_a_pair_function_gets_wrong_names_the_row(write, tmp_path):
         RowError, match=r"line 1, column '\(record\)': found a record that raised ZeroDivisionError: division by zero \(in <lambda>"
     ):
         load_preferences(path, pairs=lambda group: 1 / 0, cache_dir=tmp_path)
-    for weight in (float("nan"), -1.0):
+    with pytest.raises(RowError, match=r"found \(0.5, 1\); expected \(chosen, rejected\)"):
+        load_preferences(path, pairs=lambda group: [(0.5, 1)], cache_dir=tmp_path)
+    for weight in (float("nan"), -1.0, 1e39):
         with pytest.raises(RowError, match="line 1, column 'pair_weights': .*expected a finite weight >= 0 from the pair function"):
             load_preferences(path, pairs=lambda group, weight=weight: [(0, 1, weight)], cache_dir=tmp_path)
 

@@ -76,6 +76,15 @@ def test_a_stock_prompt_ties_everything_together_and_the_error_says_so():
         check_leak(split["train"], split["test"])
 
 
+def test_misspelt_choices():
+    data = groups((0, "a"), (1, "b"))
+    for options in ({"by": "images"}, {"near": "fuzzy"}):
+        with pytest.raises(ValueError, match="is not known; choose from "):
+            check_leak(data, data, **options)
+    with pytest.raises(ValueError, match="by='images' is not known; choose from both, image, prompt"):
+        split_groups(data, 1, by="images")
+
+
 @pytest.mark.parametrize("size", [0, 3, 0.0, 1.0])
 def test_impossible_sizes(size):
     with pytest.raises(ValueError, match="test_size="):

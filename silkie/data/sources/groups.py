@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from silkie.data.conversations import conversation, question
-from silkie.data.pairs import parse_rating
+from silkie.data.pairs import is_weight, parse_rating
 from silkie.data.registry import Found, Record, Row, register_source
 from silkie.data.schema import Group
 
@@ -82,6 +81,6 @@ def weights(row: Row) -> list[float] | None:
     pairs = row.get("pairs")
     if not isinstance(values, list) or not isinstance(pairs, list) or len(values) != len(pairs):
         raise row.error("pair_weights", values, "one weight per pair")
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in values):
+    if not all(map(is_weight, values)):
         raise row.error("pair_weights", values, "finite weights >= 0")
     return [float(value) for value in values]
