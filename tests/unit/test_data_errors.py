@@ -66,6 +66,8 @@ BROKEN = {
     "mark without image": ("trl", {**PAIR, "prompt": "<image>Q"}, "prompt", r"1 <image> marks for 0 image\(s\)"),
     "images without marks": ("sharegpt", {**TALK, "images": ["0.png", "0.png"], "conversations": [{"from": "human", "value": "<image>Q"}]},
                              "conversations", r"1 image mark\(s\) for 2 image\(s\)"),
+    "no conversation": ("sharegpt", without(TALK, "conversations"), "conversations", r"no such column .* expected a list of turns"),
+    "no image to compare on": ("llava-rlhf", without(LLAVA, "image"), "image", "found None; expected an image"),
     "no turns": ("sharegpt", {**TALK, "conversations": []}, "conversations", r"found \[\]; expected a list of turns"),
     "missing image file": ("mmpr", {**QUESTION, "image": "9.png"}, "image", "found '9.png', and no file of that name beside the data"),
     "no image": ("spa-vl", {**QUESTION, "image": None, "image_name": "x"}, "image", "found None; expected an image"),

@@ -17,9 +17,9 @@ def llava_rlhf(row: Row) -> Group:
     preference = str(row.require("preference", (int, str), "1 or 2")).strip()
     if preference not in ("1", "2"):
         raise row.error("preference", row.get("preference"), "1 or 2")
-    images = (
-        [row.image("image" if "image" in row.record else "images")] if not isinstance(row.get("images"), list) else row.images("images")
-    )
+    images = row.images("image", "images")
+    if not images:
+        raise row.error("image", row.get("image"), "an image")
     turns = turn_list(row, "conversations")
     if turns and isinstance(turns[-1], dict) and ROLE_NAMES.get(str(turns[-1].get("from")).lower()) == "assistant":
         turns = turns[:-1]

@@ -15,7 +15,7 @@ def detect(record: Record) -> bool:
 
 @register_source("sharegpt", hub_names=("Zhihui/VLFeedback",), detect=detect)
 def sharegpt(row: Row) -> Group:
-    column = "conversations" if "conversations" in row.record else "messages"
+    column = "messages" if "messages" in row.record else "conversations"
     turns = turn_list(row, column)
     if isinstance(row.get("system"), str) and row.get("system"):
         turns.insert(0, {"role": "system", "content": row.get("system")})
