@@ -12,7 +12,7 @@ import pytest
 
 from silkie.data import load_preferences
 from tests.support import preference_files as files
-from tests.unit.test_data_sources import PAIR_FORMATS
+from tests.unit.test_data_sources import PAIR_FORMATS, TURNS_AS_COLUMNS
 
 ODD = [None, 0, 3.5, float("nan"), True, "", " ", "x", "\ud83d half", "<image>", 10**30, [], {}, ["a"], [None], [{}], [[0]], {"a": 1},
        {"bytes": 1}, {"bytes": None, "path": None}, {"value": 5}, {"content": None}, "1"]  # fmt: skip
@@ -27,7 +27,7 @@ RECORDS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, record("0.png")) 
     ),
     "trl, turns": ("trl", {"images": ["0.png"], "prompt": [TURN("user", "Q")], "chosen": [TURN("assistant", "a")], "rejected": "b"}),
     "trl, implicit prompt": ("trl", {"chosen": [TURN("user", "Q"), TURN("assistant", "a")], "rejected": [TURN("user", "Q"), TURN("assistant", "b")]}),
-}  # fmt: skip
+} | {f"{name}, turns as an object of lists": (name.split(",")[0], record) for name, record in TURNS_AS_COLUMNS.items()}  # fmt: skip
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:

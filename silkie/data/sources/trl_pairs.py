@@ -57,9 +57,9 @@ def implicit_prompt(row: Row) -> dict:
     """Split chosen and rejected conversations into their shared beginning and the two answers."""
     from trl.data_utils import extract_prompt  # imported here: it takes seconds, and few datasets need it
 
-    talks = {}
+    expected, talks = "a conversation, as there is no prompt column", {}
     for column in ("chosen", "rejected"):
-        talks[column] = as_list(row.get(column))
-        if not isinstance(talks[column], list) or not talks[column]:
-            raise row.error(column, row.get(column), "a conversation, as there is no prompt column")
+        talks[column] = as_list(row.require(column, (list, dict), expected))
+        if not talks[column] or not isinstance(talks[column], list):
+            raise row.error(column, talks[column], expected)
     return extract_prompt(talks)
