@@ -92,8 +92,8 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
                 if (cause := _disk_error(error)) is not None:
                     place = datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir
                     raise OSError(
-                        f"{records.name}: cannot write its groups to the cache in {os.fspath(place)!r}: {cause}. "
-                        "Free some space and start again (what is complete is kept), or pass another cache_dir."
+                        f"{records.name}: reading it, or writing its groups to the cache in {os.fspath(place)!r}, failed: {cause}. "
+                        "Where the disk is full, free some space and start again (what is complete is kept), or pass another cache_dir."
                     ) from error
                 raise
 
@@ -114,7 +114,7 @@ def _up_to_date(convert: Callable[[list[Lookup]], datasets.Dataset], settings: S
         new = [] if started.exists() else _found(_lacking(part), settings)
         if not new:
             return part
-        turned_up = sorted([*turned_up, *new])
+        turned_up = sorted([*turned_up, *new], key=repr)  # part of the cache key
 
 
 def _lacking(part: datasets.Dataset) -> set[Lookup]:
@@ -128,10 +128,9 @@ def _lacking(part: datasets.Dataset) -> set[Lookup]:
 
 def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
     """Those of `lookups` that find an image now."""
-    found, resolvers = (
-        [],
-        {root: settings.resolver(root) for root in {lookup.root for lookup in lookups} if root is None or os.path.exists(root)},
-    )
+    roots = {lookup.root for lookup in lookups}
+    resolvers = {root: settings.resolver(root) for root in roots if root is None or os.path.exists(root)}
+    found = []
     for lookup in lookups:
         if (resolver := resolvers.get(lookup.root)) is not None:
             resolver.beside = lookup.beside

@@ -93,7 +93,8 @@ def load_preferences(
         pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that
             returns (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".
         on_error: "raise" stops at the first broken row, "skip" drops broken rows, counts and lists them.
-        allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise.
+        allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise. With "skip", those that could
+            not be fetched are tried again by the next call, as missing files are looked for again.
         format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
         aspects: names of the rating aspects; default: those of the first 200 records.
         regroup_pairs: join pair rows of the same image and prompt into one group.

@@ -323,7 +323,7 @@ def test_a_full_disk_is_named(num_proc, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("datasets.arrow_writer.ArrowWriter.finalize", lambda *_, **__: raise_(full))
         with pytest.raises(
-            OSError, match="rows.jsonl: cannot write its groups to the cache in .*cache': .Errno 28. No space left.*Free some space"
+            OSError, match="rows.jsonl: .*writing its groups to the cache in .*cache', failed: .Errno 28. No space left.*free some space"
         ):
             load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)
     assert len(load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)) == 2
@@ -399,6 +399,24 @@ def test_an_image_that_turns_up_later_is_no_longer_reported(root, tmp_path, monk
         assert (len(groups), len(report.problems)) == (3 - left, left)
     monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
     assert len(load_preferences(source, **options)[0]) == 3
+
+
+def test_images_of_several_roots_turn_up_later(tmp_path):
+    """One entry of MMPR's index has its own image root, the other one none yet."""
+    files.write_lines(tmp_path / "rows" / "one.jsonl", [QUESTION])
+    files.write_lines(tmp_path / "rows" / "two.jsonl", [QUESTION, {**QUESTION, "image": "1.png"}])
+    (tmp_path / "images").mkdir()
+    meta = {"one": {"root": "images", "annotation": "rows/one.jsonl"}, "two": {"root": "none", "annotation": "rows/two.jsonl"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    files.write_images(tmp_path / "rows", 1)
+    options = {"on_error": "skip", "regroup_pairs": False, "cache_dir": tmp_path / "cache", "return_report": True}
+    assert len(load_preferences(tmp_path, **options)[1].problems) == 2
+    files.write_images(tmp_path / "images", 1)
+    files.write_images(tmp_path / "rows", 2)
+    groups, _ = load_preferences(tmp_path, **options)
+    assert [group["images"][0]["path"] for group in groups] == [
+        str(tmp_path / place) for place in ("images/0.png", "rows/0.png", "rows/1.png")
+    ]
 
 
 def test_two_files_of_one_name_are_not_guessed_between(tmp_path):
