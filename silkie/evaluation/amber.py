@@ -185,7 +185,7 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
 
 def _annotation(record: Record, truth: dict[str, Record], source: Path) -> Record:
     if record.data.get("id") is None:
-        raise record.error(f"no id: found the fields {sorted(record.data)}, expected `id` and `response`.")
+        raise record.error(f"no id: found {record.fields}, expected `id` and `response`.")
     if record.id not in truth:
         raise record.error(f"id {record.id} is not in {source}.")
     return truth[record.id]

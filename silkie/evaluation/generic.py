@@ -161,7 +161,7 @@ def _question_records(definition: Definition, folder: Path) -> list[Record]:
 def _check_label(definition: Definition, record: Record) -> None:
     label = record.data.get("label")
     if label is None:
-        raise record.error(f"no label: found the fields {sorted(record.data)}, expected `label`.")
+        raise record.error(f"no label: found {record.fields}, expected `label`.")
     if definition.kind == "yesno" and not isinstance(label, bool) and str(label).lower() not in ("yes", "no"):
         raise record.error(f"the label of a yes/no question must be yes or no, found {label!r}.")
 
@@ -220,9 +220,7 @@ def _judge_item(definition: Definition, record: Record, question: Question | Non
     low, high = definition.judge.scale
     stored, reply = record.find(("rating", "score")), record.find(("judge", "judgement", "judgment"))
     if stored is None and not isinstance(reply, str):
-        raise record.error(
-            f"no rating: found the fields {sorted(record.data)}, expected a number in `rating` or a judge's reply in `judge`."
-        )
+        raise record.error(f"no rating: found {record.fields}, expected a number in `rating` or a judge's reply in `judge`.")
     if stored is not None and (isinstance(stored, bool) or not isinstance(stored, int | float) or not low <= stored <= high):
         raise record.error(f"the rating must be a number from {low:g} to {high:g}, found {stored!r}.")
     rating = float(stored) if stored is not None else read_scale(str(reply), low, high)

@@ -219,9 +219,7 @@ def _canonical(subtask: str) -> str:
 
 def _from_json(record: Record) -> Record:
     if not record.category:
-        raise record.error(
-            f"no subtask: found the fields {sorted(record.data)}, expected `category` (or a folder of official <subtask>.txt files)."
-        )
+        raise record.error(f"no subtask: found {record.fields}, expected `category` (or a folder of official <subtask>.txt files).")
     _label(record)
     return Record(record.path, record.line, {**record.data, "category": _canonical(record.category)})
 

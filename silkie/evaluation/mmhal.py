@@ -180,7 +180,7 @@ def _rating(record: Record) -> float | None:
         reply = message.get("content") if isinstance(message, dict) else None
     if not isinstance(reply, str):
         raise record.error(
-            f"no rating: found the fields {sorted(record.data)}, expected a number in one of {list(RATING_FIELDS)} or a judge's reply in "
+            f"no rating: found {record.fields}, expected a number in one of {list(RATING_FIELDS)} or a judge's reply in "
             f"one of {list(JUDGE_FIELDS)}."
         )
     return read_rating(reply)

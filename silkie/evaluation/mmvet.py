@@ -154,7 +154,7 @@ def _grade(record: Record) -> float | None:
         replies = [reply] if isinstance(reply, str) else reply
         if not isinstance(replies, list) or not replies:
             raise record.error(
-                f"no grade: found the fields {sorted(record.data)}, expected a number in one of {list(SCORE_FIELDS)} or a judge's reply "
+                f"no grade: found {record.fields}, expected a number in one of {list(SCORE_FIELDS)} or a judge's reply "
                 f"in one of {list(JUDGE_FIELDS)}."
             )
         grades = [read_grade(str(text)) for text in replies]

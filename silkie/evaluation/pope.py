@@ -13,7 +13,7 @@ from pathlib import Path
 
 from silkie.evaluation.readings import read_pope
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records
-from silkie.evaluation.scoring import Item, Score, build_score, confusion_counts, confusion_rates
+from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,12 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     if not files:
         raise ResultError(path, None, "no POPE answer files. Expected JSONL files with an `answer` in every line.")
     items = [item for file in files for item in _file_items(file, annotations)]
-    return build_score("pope", items, confusion_rates, category_order=SETS, lower_is_better=("unreadable",), warnings=_warnings(items))
+    return build_score("pope", items, pope_rates, category_order=SETS, warnings=_warnings(items))
+
+
+def pope_rates(sums: Array) -> dict[str, Array]:
+    """Sums of `confusion_counts` [..., 7] -> rates in 0..1. No share of unreadable answers: POPE reads every one as yes or no."""
+    return {name: rate for name, rate in confusion_rates(sums).items() if name != "unreadable"}
 
 
 def load_questions(data: str | Path) -> list[Question]:
@@ -149,7 +154,7 @@ def _questions_for(file: Path, answers: list[Record], annotations: str | Path | 
 def _question_file(file: Path, answers: list[Record], annotations: str | Path | None) -> Path:
     """The labelled questions of an answer file: those of its set (random, popular, adversarial) where names tell, else the only ones
     there."""
-    if annotations and Path(annotations).is_file():
+    if annotations and not Path(annotations).is_dir():
         return Path(annotations)
     places = [Path(annotations)] if annotations else [base / sub for base in (file.parent, file.parent.parent) for sub in _PLACES]
     files = dict.fromkeys(f for place in places if place.is_dir() for f in sorted(place.iterdir()) if f.suffix in SUFFIXES and f != file)

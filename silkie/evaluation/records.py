@@ -6,6 +6,7 @@ Accepted everywhere: JSONL (one object a line), a JSON list of objects, or a JSO
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,14 @@ class Record:
         """The first of the fields that is there; an error that names them all where none is."""
         value = self.find(names)
         if value is None:
-            raise self.error(f"no {what}: found the fields {sorted(self.data)}, expected one of {list(names)}.")
+            raise self.error(f"no {what}: found {self.fields}, expected one of {list(names)}.")
         return value
+
+    @property
+    def fields(self) -> str:
+        """The record's fields, for messages; a null field is named as such, since it counts as missing."""
+        null = sorted(name for name, value in self.data.items() if value is None)
+        return f"the fields {sorted(self.data)}" + (f" ({', '.join(null)}: null)" if null else "")
 
     def text(self, names: Sequence[str], what: str) -> str:
         value = self.need(names, what)
@@ -102,9 +109,7 @@ def answer_of(record: Record) -> str:
         return record.text(ANSWER_FIELDS, "answer")
     if isinstance(record.data.get("text"), str) and record.find(PROMPT_FIELDS) is not None:
         return record.data["text"]
-    raise record.error(
-        f"no answer: found the fields {sorted(record.data)}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`)."
-    )
+    raise record.error(f"no answer: found {record.fields}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`).")
 
 
 def read_records(path: str | Path, *, key_field: str | None = None, text_field: str | None = None) -> list[Record]:
@@ -115,7 +120,7 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
         text_field: for a JSON list: the field that receives an element that is plain text.
 
     Raises:
-        ResultError: not there, empty, not UTF-8, not JSON (with the line), or an element that is not an object.
+        ResultError: not there, empty, not UTF-8, not JSON (with the line), an element that is not an object, or an id twice in an object.
     """
     path = Path(path)
     text = read_text(path)
@@ -127,11 +132,13 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
         if not elements:
             raise ResultError(path, 1, "the list is empty; expected a JSON object per question.")
         return [_as_record(path, line, {text_field: v} if text_field and isinstance(v, str) else v) for line, v in elements]
-    if key_field is not None and start == "{" and (mapping := _object(text)) is not None:
+    if key_field is not None and start == "{" and (mapping := _object(path, text)) is not None:
+        if not mapping:
+            raise ResultError(path, 1, "the object is empty; expected an entry per question.")
         return [
             Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})}) for k, v in mapping.items()
         ]
-    if (single := _pretty_printed(text)) is not None:
+    if (single := _pretty_printed(path, text)) is not None:
         return [Record(path, 1, single)]
     records = []
     # split at "\n" alone: JSON strings may hold other line separators (U+2028) as they are
@@ -200,6 +207,7 @@ def _as_record(path: Path, line: int, value: Any) -> Record:
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON list and the line each one starts on (json.loads alone would lose the lines)."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
+    line, counted = 1, 0  # lines are counted up to `counted`: counting from the start for every element would be quadratic
     expect_value = False  # after a comma
     while True:
         position = _skip_space(text, position)
@@ -210,7 +218,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                     path, text.count("\n", 0, behind) + 1, f"text behind the end of the list: {text[behind : behind + 80]!r}."
                 )
             return
-        line = text.count("\n", 0, position) + 1
+        line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -234,32 +242,35 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def _object(path: Path, text: str) -> dict[str, Any] | None:
     """The file as ONE object; None where it is JSONL."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            key = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ResultError(path, _line_of_key(text, key, last=True), f"the key {key!r} occurs twice. Remove one of the two entries.")
+        return value
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
         return None
     is_record = isinstance(value, dict) and set(value) & {*ID_FIELDS, *ANSWER_FIELDS, *PROMPT_FIELDS}
     return value if isinstance(value, dict) and not is_record else None
 
 
-def _pretty_printed(text: str) -> dict[str, Any] | None:
+def _pretty_printed(path: Path, text: str) -> dict[str, Any] | None:
     """One object written over several lines; None where the file is JSONL."""
-    first_line = text.lstrip().partition("\n")[0]
-    try:
-        json.loads(first_line)
-    except json.JSONDecodeError:
-        pass
-    else:
+    if text.lstrip().partition("\n")[0].rstrip() != "{":
         return None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ResultError(path, error.lineno, f"not valid JSON: {error.msg} (column {error.colno}).") from None
 
 
-def _line_of_key(text: str, key: str) -> int:
-    position = text.find(json.dumps(key, ensure_ascii=False))
+def _line_of_key(text: str, key: str, *, last: bool = False) -> int:
+    quoted = json.dumps(key, ensure_ascii=False)
+    position = text.rfind(quoted) if last else text.find(quoted)
     return text.count("\n", 0, max(position, 0)) + 1

@@ -22,7 +22,7 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
         ]
         head.append(table(rows))
     if score.official:
-        head.append("as the official scorer prints it:\n" + table([[name, number(value)] for name, value in score.official.items()]))
+        head.append("as the official scorer prints it:\n" + table([[name, f"{value:.1f}"] for name, value in score.official.items()]))
     return "\n\n".join([*head, *(f"note: {warning}" for warning in score.warnings)])
 
 
@@ -56,11 +56,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant places for shares, one decimal for large scores, a dash for nothing."""
+    """Four decimals under 10, two from there on, a count as it is, a dash for nothing."""
     if value is None:
         return "-"
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10):
-        return f"{int(value)}"
+    if isinstance(value, int):
+        return f"{value}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 

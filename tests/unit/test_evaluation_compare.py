@@ -131,7 +131,7 @@ def test_lower_is_better_where_it_is(tmp_path):
 
 def test_text_tables_show_numbers_intervals_and_flips(two):
     text = comparison_text(compare_scores(*two), shown_flips=2)
-    assert "accuracy    0.7000  0.9000  +0.2000" in text
+    assert "accuracy   0.7000  0.9000  +0.2000" in text
     assert "12 wrong -> right, 4 right -> wrong (McNemar exact p = 0.077)" in text
     assert text.count("[wrong -> right]") == 2 and "10 more wrong -> right" in text
     assert "popular" in score_text(two[0], metric_intervals(two[0]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from silkie.evaluation import ResultError, get_benchmark, score
 from silkie.evaluation.readings import read_exact, read_first_word, read_mme, read_pope
+from silkie.evaluation.records import read_records
 
 
 def lines(path: Path, rows: list) -> Path:
@@ -183,12 +185,23 @@ def test_pope_three_sets_in_a_folder(tmp_path):
         ([{"question_id": 1, "answer": "yes"}], 1, "no question file was found"),
         ([{"question_id": 1, "label": "yes", "answer": "yes"}, "[1, 2]"], 2, "expected a JSON object, found list"),
         ([{"question_id": 1, "label": "yes", "answer": 3}], 1, "answer must be text, found int"),
+        (
+            [{"question_id": 1, "label": "yes", "answer": None}],
+            1,
+            "no answer: found the fields ['answer', 'label', 'question_id'] (answer: null)",
+        ),
     ],
 )
 def test_pope_malformed_files_are_reported_with_the_line(tmp_path, rows, line, message):
     with pytest.raises(ResultError) as caught:
         score("pope", str(lines(tmp_path / "answers.jsonl", rows)))
     assert message in str(caught.value) and caught.value.line == line
+
+
+def test_pope_questions_that_are_not_there_are_named_also_where_labels_would_do(tmp_path):
+    answers = lines(tmp_path / "a.jsonl", [{"answer": "yes", "label": "yes"}])
+    with pytest.raises(ResultError, match=r"none\.json: no such file"):
+        score("pope", str(answers), str(tmp_path / "none.json"))
 
 
 def test_pope_question_and_answer_files_must_match(tmp_path):
@@ -416,6 +429,38 @@ def test_mmvet_judge_replies_and_bad_grades(tmp_path):
     (tmp_path / "answers.json").write_text(json.dumps({"v1_0": "a cat", "v1_1": "a dog"}, indent=1))
     with pytest.raises(ResultError, match=r":2: no grade"):
         score("mmvet", str(tmp_path / "answers.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('{\n "v1_0": {"score": [1]},\n "v1_1": {"sco', 3, "not valid JSON: Unterminated string"),
+        ('{\n "v1_0": {"score": [1]},\n "v1_1": {"score": [1]},\n "v1_0": {"score": [0]}\n}', 4, "the key 'v1_0' occurs twice"),
+        ("{}", 1, "the object is empty"),
+    ],
+)
+def test_mmvet_malformed_grade_files_are_reported_with_the_line(tmp_path, text, line, message):
+    (tmp_path / "grade.json").write_text(text)
+    with pytest.raises(ResultError) as caught:
+        score("mmvet", str(tmp_path / "grade.json"))
+    assert message in str(caught.value) and caught.value.line == line
+
+
+def test_a_long_list_is_read_in_linear_time(tmp_path):
+    """AMBER has 15,000 answers: the lines of a list ten times as long take about ten times as long to count."""
+
+    def seconds(elements: int) -> float:
+        file = tmp_path / "list.json"
+        file.write_text(json.dumps([{"id": i, "response": "Yes"} for i in range(elements)], indent=4))
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            records = read_records(file)
+            best = min(best, time.process_time() - start)
+        assert records[-1].line == 4 * elements - 2
+        return best
+
+    assert seconds(20_000) < 40 * seconds(2_000)
 
 
 def test_redteam_refusal_and_over_refusal(tmp_path):
