@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--adapter", help="LoRA adapter directory (--model is then its base model)")
     run.add_argument("--base-out", help="also answer with the adapter switched off (same weights, one load), into this file")
     run.add_argument("--export", help="also write the answers in the benchmark's official layout to this file or folder")
-    run.add_argument("--limit", type=int, help="only the first N questions")
+    run.add_argument("--limit", type=_at_least(1), help="only the first N questions")
     _answering_arguments(run)
     run.set_defaults(run=run_command)
 
@@ -94,17 +94,42 @@ def _answering_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-variable", help="environment variable with the endpoint's key (default: SILKIE_API_KEY, then OPENAI_API_KEY)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time; calls in flight with --base-url (default 8)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images ahead (default 2)")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default 0)")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--batch-size", type=_at_least(1), default=8, help="questions at a time; calls in flight with --base-url (default 8)"
+    )
+    parser.add_argument("--workers", type=_at_least(0), default=2, help="processes that decode images ahead (default 2)")
+    parser.add_argument("--max-new-tokens", type=_at_least(1), help="default: the benchmark's own")
+    parser.add_argument("--temperature", type=_between(0.0, 100.0), default=0.0, help="0 decodes greedily (default 0)")
+    parser.add_argument("--top-p", type=_between(1e-6, 1.0), default=1.0, help="only with a temperature (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the weights (default: the checkpoint's)",
+    )
     parser.add_argument("--device", help="default: the GPU where there is one")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of continuing OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress line")
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < lowest:
+            raise argparse.ArgumentTypeError(f"expected at least {lowest}, found {value}")
+        return value
+
+    return whole_number
+
+
+def _between(lowest: float, highest: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not lowest <= (value := float(text)) <= highest:
+            raise argparse.ArgumentTypeError(f"expected a number from {lowest:g} to {highest:g}, found {text}")
+        return value
+
+    return number
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -114,6 +139,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     data = arguments.data or (str(Path(arguments.benchmark).parent) if Path(arguments.benchmark).suffix in (".yaml", ".yml") else None)
     if data is None:
         raise ValueError(f"--data is missing: the folder of {benchmark.title}'s release.")
+    if arguments.base_out and Path(arguments.base_out).resolve() == Path(arguments.out).resolve():
+        raise ValueError("--out and --base-out are one file: the base answers need a file of their own.")
     if arguments.base_out and not arguments.adapter:
         raise ValueError("--base-out needs --adapter: without one there is nothing to switch off.")
     if arguments.adapter and arguments.base_url:
@@ -143,6 +170,8 @@ def judge_command(arguments: argparse.Namespace) -> int:
     from silkie.evaluation.run import answer_tasks
 
     benchmark = get_benchmark(arguments.benchmark)
+    if Path(arguments.out).resolve() == Path(arguments.results).resolve():
+        raise ValueError("--out is the file of answers itself: the judge's replies need a file of their own.")
     tasks = judge_tasks(benchmark, arguments.results, arguments.images)
     arguments.adapter = arguments.base_out = None
     settings = {"benchmark": arguments.benchmark, "results": str(Path(arguments.results).resolve()), **_settings(arguments, benchmark)}
@@ -172,7 +201,10 @@ def compare_command(arguments: argparse.Namespace) -> int:
     from silkie.evaluation.compare import compare_scores
     from silkie.evaluation.run import read_meta
 
-    benchmark = get_benchmark(arguments.benchmark or _noted_benchmark(arguments.b) or _noted_benchmark(arguments.a) or "")
+    name = arguments.benchmark or _noted_benchmark(arguments.b) or _noted_benchmark(arguments.a)
+    if name is None:
+        raise ValueError(f"{arguments.b} does not say which benchmark it answers. Add --benchmark: {NAMES}, or a YAML definition.")
+    benchmark = get_benchmark(name)
     noted = read_meta(arguments.b).get("data")
     annotations = arguments.annotations or (noted if benchmark.name == "amber" else None)
     a, b = (benchmark.score_results(file, annotations) for file in (arguments.a, arguments.b))
@@ -193,6 +225,8 @@ def _noted_benchmark(results: str) -> str | None:
     from silkie.evaluation.run import read_meta
 
     path = Path(results)
+    if not path.exists():
+        raise ResultError(path, None, "no such file.")
     if path.is_dir():
         return "mme" if any(path.glob("*.txt")) else None
     if noted := read_meta(path).get("benchmark"):
@@ -263,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(_named_first(list(sys.argv[1:] if argv is None else argv)))
     try:
         return arguments.run(arguments)
-    except (ResultError, AnswererError, ValueError, FileNotFoundError) as error:
+    except (AnswererError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

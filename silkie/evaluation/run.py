@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +153,10 @@ def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_
                 file, None, f"was begun with other settings ({shown}). Choose another file, use the same settings, or --overwrite."
             )
         return _cut_to_whole_batches(file, tasks, batch_size)
-    file.write_bytes(b"")
+    # the answers last: a run that is killed between these lines is begun again, not refused or continued with other settings
+    file.unlink(missing_ok=True)
     meta.write_text(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    file.touch()
     return 0
 
 
@@ -187,11 +189,15 @@ class _Batches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> list[list[Any]]:
-        from silkie.data.images import open_image
+    def __getitem__(self, index: int) -> list[list[Any]] | Exception:
+        """An image that cannot be read is handed over, not raised: a DataLoader would bury the message under a worker's traceback."""
+        from silkie.data.images import ImageError, open_image
 
         own = [self.tasks[i] for i in self.batches[index]]
-        return [[open_image(image, where=f"question {task.record['id']}") for image in task.images] for task in own]
+        try:
+            return [[open_image(image, where=f"question {task.record['id']}") for image in task.images] for task in own]
+        except ImageError as error:
+            return error
 
 
 def _decoded(tasks: Sequence[Task], batches: Sequence[range], workers: int, pixels: bool) -> Iterator[list[list[Any]]]:
@@ -200,18 +206,21 @@ def _decoded(tasks: Sequence[Task], batches: Sequence[range], workers: int, pixe
         yield from ([[] for _ in rows] for rows in batches)
         return
     dataset = _Batches(tasks, batches)
-    if workers == 0 or len(batches) == 1:
-        yield from (dataset[i] for i in range(len(dataset)))
-        return
-    from torch.utils.data import DataLoader
+    batches_in_order: Iterable[list[list[Any]] | Exception] = (dataset[i] for i in range(len(dataset)))
+    if workers > 0 and len(batches) > 1:
+        from torch.utils.data import DataLoader
 
-    yield from DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=min(workers, len(batches)),
-        shuffle=False,
-        worker_init_fn=_end_with_parent,
-    )
+        batches_in_order = DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=min(workers, len(batches)),
+            shuffle=False,
+            worker_init_fn=_end_with_parent,
+        )
+    for batch in batches_in_order:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _end_with_parent(worker: int) -> None:

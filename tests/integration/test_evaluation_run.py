@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,63 @@ def test_score_and_compare_read_what_run_wrote(finished, tmp_path, capsys):
     assert "trained.jsonl:1:" in (error := capsys.readouterr().err) or "base.jsonl:1:" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("limit", "-1"),
+        ("batch-size", "0"),
+        ("workers", "-1"),
+        ("max-new-tokens", "0"),
+        ("temperature", "nan"),
+        ("top-p", "2"),
+        ("dtype", "int8"),
+    ],
+)
+def test_options_out_of_range_are_refused(data, tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        main(["run", "pope", "--data", str(data), "--model", "m", "--out", str(tmp_path / "a.jsonl"), f"--{option}", value])
+    assert f"argument --{option}: " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_answers_of_two_kinds_do_not_go_into_one_file(data, policy, tmp_path, capsys):
+    out = str(tmp_path / "a.jsonl")
+    command = ["run", "pope", "--data", str(data), "--model", str(policy[0]), "--adapter", str(policy[1]), "--out", out]
+    assert main([*command, "--base-out", f"{tmp_path}/./a.jsonl"]) == 2
+    assert "--out and --base-out are one file" in capsys.readouterr().err
+    assert main(["judge", "mmhal", out, "--out", out, "--base-url", "http://localhost:9/v1", "--model", "m"]) == 2
+    assert "--out is the file of answers itself" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_is_one_line(data, policy, tmp_path, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    (copy / "images" / "9.png").write_bytes(b"no image")
+    assert run(copy, policy, tmp_path, "--workers", "2") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: question random/9: ") and "is not an image that Pillow can read" in error
+    assert len((tmp_path / "base.jsonl").read_text().splitlines()) == 8, "the whole batches before it are kept"
+
+
+def test_a_run_that_is_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
+    """Between the settings and the first answer there is no moment at which the next start is refused, or continues other answers."""
+    tasks, out = [Task({"id": str(i)}, f"q{i}") for i in range(3)], tmp_path / "a.jsonl"
+    answer_tasks(tasks, {out: _Echo()}, settings={"seed of the model": 1}, progress=False)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    for step in ("write_text", "touch"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, step, killed)
+            answer_tasks(tasks, {out: _Echo()}, settings={"seed of the model": 2}, overwrite=True, progress=False)
+        assert not out.exists()
+    answer_tasks(tasks, {out: _Echo()}, settings={"seed of the model": 2}, progress=False)
+    assert len(out.read_text().splitlines()) == 3
+
+
 def test_errors_name_what_to_do(data, tmp_path, capsys):
     assert main(["run", "mme", "--model", "x", "--out", str(tmp_path / "o.jsonl")]) == 2
     assert "--data is missing" in capsys.readouterr().err
@@ -195,6 +253,11 @@ def test_errors_name_what_to_do(data, tmp_path, capsys):
     assert "--base-out needs --adapter" in capsys.readouterr().err
     assert main(["score", "pope", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none.jsonl"), str(tmp_path / "none")]) == 2
+    assert "none: no such file" in capsys.readouterr().err
+    (tmp_path / "amber.json").write_text('[{"id": 1, "response": "Yes"}]')
+    assert main(["compare", str(tmp_path / "amber.json"), str(tmp_path / "amber.json")]) == 2
+    assert "does not say which benchmark it answers. Add --benchmark" in capsys.readouterr().err
 
 
 class _Chat(BaseHTTPRequestHandler):
