@@ -1,4 +1,5 @@
-"""The model card that is saved beside a checkpoint: what it was trained from, on what, how, and with which result."""
+"""What is saved beside a checkpoint for its reader: the model card (what it was trained from, on what, how, and with which result), and
+the same configuration and data summary as JSON for the report page."""
 
 from __future__ import annotations
 
@@ -38,14 +39,29 @@ _OPTIONS = (
     "use_fused_logprob",
     "precompute_ref_log_probs",
 )
+RUN_FILE = "silkie_run.json"
 _METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 def write_card(directory: str | Path, trainer: SilkieDPOTrainer) -> None:
-    """Writes README.md into a checkpoint directory."""
+    """Writes README.md and silkie_run.json into a checkpoint directory."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / "README.md").write_text(card_text(trainer))
+    (path / RUN_FILE).write_text(json.dumps(run_description(trainer), indent=1) + "\n")
+
+
+def run_description(trainer: SilkieDPOTrainer) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configuration and data of a run by section, as `silkie.report` shows them. Options that were left open (None) are left out."""
+    options = {name: _plain(value) for name in _OPTIONS if (value := getattr(trainer.args, name, None)) is not None}
+    setup = (line.partition(": ") for line in trainer.setup_lines())
+    return {
+        "configuration": {
+            "Training": {"model": _shown(trainer.model.config._name_or_path or "built from config"), **options},
+            "Run": {name: text for name, _, text in setup},
+        },
+        "data": {name: report.numbers() for name, report in trainer.reports.items()},
+    }
 
 
 def card_text(trainer: SilkieDPOTrainer) -> str:

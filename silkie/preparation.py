@@ -55,6 +55,14 @@ class PreparationReport:
     images: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
+    def numbers(self) -> dict[str, int]:
+        """The counts by readable names; zero is left out where it is the rule (nothing cut, nothing dropped)."""
+        always = ("groups", "pairs", "responses", "images", "prompt_tokens", "longest_prompt", "response_tokens", "longest_response")
+        counts = {name.replace("_", " "): getattr(self, name) for name in always}
+        rare = {"responses cut at the tail": self.cut_responses, "pairs with equal responses": self.equal_pairs}
+        dropped = {f"dropped groups: {reason}": len(rows) for reason, rows in self.dropped.items()}
+        return counts | {name: number for name, number in rare.items() if number} | dropped
+
     def lines(self, name: str) -> list[str]:
         """Human-readable summary."""
         out = [

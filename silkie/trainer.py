@@ -187,7 +187,7 @@ class SilkieDPOTrainer(DPOTrainer):
                     args.eval_benchmarks, args.eval_benchmark_steps, limit=args.eval_benchmark_limit, seed=args.seed, trainer=self
                 )
             )
-        for line in self._setup_lines():  # the data's lines were logged when it was prepared
+        for line in self.setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -394,9 +394,10 @@ class SilkieDPOTrainer(DPOTrainer):
 
     def plan_lines(self) -> list[str]:
         """What runs, and why: data, layout, attention, kernel, reference, vision."""
-        return [*(line for name, report in self.reports.items() for line in report.lines(name)), *self._setup_lines()]
+        return [*(line for name, report in self.reports.items() for line in report.lines(name)), *self.setup_lines()]
 
-    def _setup_lines(self) -> list[str]:
+    def setup_lines(self) -> list[str]:
+        """The plan without the data: lines of the form "name: what runs"."""
         kernel = f"silkie.logprob ({self.args.logprob_impl})" if self.args.use_fused_logprob else "plain logits"
         return [
             *self.choice.lines(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def demo_report(
         curves=curves_of(log_history),
         benchmarks=rows,
         gallery=pick_cards(cards, CARDS),
-        gallery_total=len(cards),
+        gallery_counts=Counter(card.flip for card in cards),
         notes=[
             "The base model's flaws are planted (silkie/demo/README.md says which). Training removes behaviour, it adds no sight.",
             "An answer is right where the oracle finds no fault in it (every rating at least 4 of 5). Gallery answers are greedy.",

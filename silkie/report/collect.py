@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, Syst
 __all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
 
 MAX_CARDS = 160
+
+RUN_FILE = "silkie_run.json"  # of `silkie.card`, which is not imported: it loads torch
 
 # Panels of the log: title -> (name of the series, keys in the log history by preference).
 PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
@@ -38,6 +41,8 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
 def collect(run_dir: str | Path) -> Report:
     """Read `report.json` (see `silkie.report.schema`) and the trainer's state from a run directory; either may be missing, not both.
 
+    Configuration and data that `report.json` does not give are those that the trainer saved (`silkie_run.json`, `adapter_config.json`).
+
     Raises:
         FileNotFoundError: neither is there, or a file that `report.json` names is missing.
         ValueError: `report.json` is not as the schema says.
@@ -53,25 +58,29 @@ def collect(run_dir: str | Path) -> Report:
     if unknown := sorted(set(described) - known):
         raise ValueError(f"{root / 'report.json'}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(known))}.")
     history = described.get("log_history") or (_json(state_file).get("log_history", []) if state_file else [])
+    saved = _saved_run(root)
     report = Report(
         title=described.get("title") or root.resolve().name,
         summary=described.get("summary", ""),
-        configuration=_sections(described.get("configuration", {})) or _saved_configuration(root),
-        data=_sections(described.get("data", {})),
+        configuration=_sections(described.get("configuration", {})) or saved["configuration"],
+        data=_sections(described.get("data", {})) or saved["data"],
         curves=curves_of(history),
         notes=list(described.get("notes", [])),
     )
+    for evaluation in reversed(described.get("evaluations", [])):
+        report.names = _compared(root, evaluation) or report.names  # of the first evaluation that compares
     for evaluation in described.get("evaluations", []):
-        rows, cards = _evaluation(root, evaluation)
+        rows, cards, notes = _evaluation(root, evaluation)
         report.benchmarks += rows
         report.gallery += cards
+        report.notes += notes
     try:
         report.benchmarks += [row_of(row) for row in described.get("benchmarks", [])]
         given = [card_of(card) for card in described.get("gallery", [])]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{root / 'report.json'}: {error}") from None
     report.gallery += [replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card for card in given]
-    report.gallery_total = len(report.gallery)
+    report.gallery_counts = Counter(card.flip for card in report.gallery)
     report.gallery = pick_cards(report.gallery, MAX_CARDS)
     return report
 
@@ -80,7 +89,7 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
     """The page of `compare --html`: metrics, categories and every flipped question."""
     root = Path(image_root or ".")
     pairs = [*comparison.fixed, *comparison.broken]
-    cards = [_card(a, b, root, comparison.benchmark) for a, b in pairs]
+    cards, notes = _cards(pairs, root, comparison.benchmark)
     rows = [_row(m, comparison.benchmark, names, comparison.questions, headline=i == 0) for i, m in enumerate(comparison.metrics)]
     rows += [
         replace(_row(m, f"{comparison.benchmark}: {name}", names, None), group="categories (p-values corrected by Holm)")
@@ -94,7 +103,7 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
         names=(Path(names[0]).stem, Path(names[1]).stem),
         benchmarks=rows,
         gallery=cards,
-        gallery_total=len(cards),
+        notes=notes,
     )
 
 
@@ -140,12 +149,27 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
     return list(values) if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
 
 
-def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[BenchmarkRow], list[Card]]:
-    """Score the results files of one evaluation and compare every system with the first."""
-    if "benchmark" not in described or not isinstance(described.get("systems"), dict) or not described["systems"]:
+def _compared(root: Path, described: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The two systems whose answers the gallery shows: the first, and `compare_with` or the second. None where there is one alone.
+
+    Raises:
+        ValueError: no benchmark or systems, or a system to compare with that is not among them.
+    """
+    systems = described.get("systems")
+    if "benchmark" not in described or not isinstance(systems, dict) or not systems:
         raise ValueError(
             f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found {described!r:.160}."
         )
+    base, *others = systems
+    other = described.get("compare_with") or (others[0] if others else None)
+    if other is not None and other not in others:
+        raise ValueError(f"{root / 'report.json'}: `compare_with` must be one of {', '.join(others) or 'two systems'}, found {other!r}.")
+    return (base, other) if other is not None else None
+
+
+def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
+    """Score the results files of one evaluation and compare every system with the first: rows, cards, notes."""
+    compared = _compared(root, described)
     benchmark = get_benchmark(described["benchmark"])
     files = {name: root / file for name, file in described["systems"].items()}
     annotations = root / described["annotations"] if described.get("annotations") else None
@@ -168,12 +192,11 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
         for metric in base.metrics
         if metric not in ("unreadable", "ungraded")
     ]
-    if not described.get("gallery", True) or len(scores) < 2:
-        return rows, []
-    last = described.get("compare_with") or list(scores)[1]
+    if not described.get("gallery", True) or compared is None:
+        return rows, [], []
     images = root / described["images"] if described.get("images") else Path(read_meta(files[base_name]).get("data", root))
-    other = {item.id: item for item in scores[last].items}
-    return rows, [_card(item, other[item.id], images, title) for item in base.items if item.id in other]
+    other = {item.id: item for item in scores[compared[1]].items}
+    return rows, *_cards([(item, other[item.id]) for item in base.items if item.id in other], images, title)
 
 
 def _system(
@@ -205,13 +228,31 @@ def _row(m: MetricDifference, name: str, names: tuple[str, str], questions: int 
     )
 
 
+def _cards(pairs: Sequence[tuple[Item, Item]], images: Path, benchmark: str) -> tuple[list[Card], list[str]]:
+    """A card per question, and a note where images that the results name are not found."""
+    cards = [_card(a, b, images, benchmark) for a, b in pairs]
+    lost = [a.image or b.image for (a, b), card in zip(pairs, cards, strict=True) if (a.image or b.image) and card.image is None]
+    notes = (
+        [f"{benchmark}: the images of {len(lost)} of {len(cards)} questions were not found in {images} (first: {lost[0]})."] if lost else []
+    )
+    return cards, notes
+
+
 def _card(a: Item, b: Item, images: Path, benchmark: str) -> Card:
     def answer(item: Item) -> Answer:
         invented = item.note.partition("invented: ")[2].partition(";")[0] if "invented: " in item.note else ""
-        return Answer(answer=item.answer, correct=item.correct, invented=tuple(filter(None, invented.split(", "))), note=item.note)
+        return Answer(
+            answer=item.answer,
+            correct=item.correct,
+            ratings=_rating(item),
+            invented=tuple(filter(None, invented.split(", "))),
+            note=item.note,
+        )
 
     shown = a.image or b.image
-    image = next((p for p in (images / shown, Path(shown)) if shown and p.is_file()), None)
+    # MME's result files name an image without its subtask's folder
+    places = (images, images / a.category, images / a.category / "images", Path())
+    image = next((place / shown for place in places if shown and (place / shown).is_file()), None)
     return Card(
         id=a.id,
         prompt=a.prompt or b.prompt,
@@ -222,6 +263,14 @@ def _card(a: Item, b: Item, images: Path, benchmark: str) -> Card:
         benchmark=benchmark,
         reference=a.label or "",
     )
+
+
+def _rating(item: Item) -> dict[str, float]:
+    """The judge's rating, where that is what was read (otherwise it is yes, no, refuse ...)."""
+    try:
+        return {"rating": float(item.read or "")}
+    except ValueError:
+        return {}
 
 
 def _points(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[float, float]]:
@@ -235,22 +284,27 @@ def _points(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[t
 
 def _trainer_state(root: Path) -> Path | None:
     """The state in the directory itself, else that of the latest checkpoint."""
-    if (root / "trainer_state.json").is_file():
-        return root / "trainer_state.json"
-    steps = [
-        (int(f.parent.name.split("-")[1]), f) for f in root.glob("checkpoint-*/trainer_state.json") if f.parent.name.split("-")[1].isdigit()
-    ]
-    return max(steps)[1] if steps else None
+    return next((folder / "trainer_state.json" for folder in _saved_folders(root) if (folder / "trainer_state.json").is_file()), None)
 
 
-def _saved_configuration(root: Path) -> dict[str, dict[str, Any]]:
-    """The adapter's configuration, where the run described none."""
-    file = root / "adapter_config.json"
-    if not file.is_file():
-        return {}
-    adapter = _json(file)
-    names = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
-    return {"Adapter": {name: adapter[name] for name in names if name in adapter}}
+def _saved_folders(root: Path) -> list[Path]:
+    """Where a run saves: its directory, then its checkpoints, the latest first."""
+    steps = [(int(number), folder) for folder in root.glob("checkpoint-*") if (number := folder.name.partition("-")[2]).isdigit()]
+    return [root, *(folder for _, folder in sorted(steps, reverse=True))]
+
+
+def _saved_run(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configuration and data as the trainer saved them: silkie's own file, and the adapter's configuration."""
+    own, adapter = (
+        next((_json(file) for folder in _saved_folders(root) if (file := folder / name).is_file()), {})
+        for name in (RUN_FILE, "adapter_config.json")
+    )
+    configuration = dict(own.get("configuration", {}))
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target modules"}
+    if adapter:
+        base = {} if configuration else {"base model": adapter.get("base_model_name_or_path")}
+        configuration["Adapter"] = base | {title: adapter[name] for name, title in names.items() if name in adapter}
+    return {"configuration": configuration, "data": own.get("data", {})}
 
 
 def _sections(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,12 +15,12 @@ from markupsafe import Markup
 from silkie.report.charts import interval_plot, line_chart
 from silkie.report.names import metric_name
 from silkie.report.pictures import PictureBook
-from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
+from silkie.report.schema import Answer, BenchmarkRow, Card, Flip, Report, System
 
 __all__ = ["render"]
 
 NEUTRAL = ("yes_rate", "objects_per_answer")
-FLIP_NAMES = {"fixed": "Fixed", "broken": "Broken", "right": "Both right", "wrong": "Both wrong", "unjudged": "Not judged"}
+FLIP_NAMES: dict[Flip, str] = {"fixed": "Fixed", "broken": "Broken", "right": "Both right", "wrong": "Both wrong", "unjudged": "Not judged"}
 
 
 def render(report: Report) -> str:
@@ -35,6 +35,7 @@ def render(report: Report) -> str:
     environment.filters |= {"value": format_value, "number": format_number, "signed": signed}
     book = PictureBook()
     cards = [_card(card, book) for card in mixed(report.gallery)]
+    shown = Counter(card.flip for card in report.gallery)
     return environment.get_template("page.html.j2").render(
         report=report,
         style=Markup(_resource("style.css")),
@@ -46,13 +47,20 @@ def render(report: Report) -> str:
         paired=any(system.difference_low is not None for row in report.benchmarks for system in row.systems),
         categories=sorted({card["category"] for card in cards if card["category"]}),
         sets=sorted({card["benchmark"] for card in cards if card["benchmark"]}),
-        flips=[
-            (flip, name, sum(card["flip"] == flip for card in cards))
-            for flip, name in FLIP_NAMES.items()
-            if any(card["flip"] == flip for card in cards)
-        ],
+        flips=[(flip, name, shown[flip]) for flip, name in FLIP_NAMES.items() if shown[flip]],
+        left_out=_left_out(report),
         pictures=book.uris,
     )
+
+
+def _left_out(report: Report) -> str:
+    """Where the gallery is a selection: of how many questions, and how many of those changed in which direction."""
+    counts = report.gallery_counts or {}
+    total = sum(counts.values())
+    if total <= len(report.gallery):
+        return ""
+    every = ", ".join(f"{counts[flip]:,} {name.lower()}" for flip, name in FLIP_NAMES.items() if counts.get(flip))
+    return f"A selection of {len(report.gallery)} from {total:,} questions ({every}); the counts below are of the selection."
 
 
 def mixed(cards: Sequence[Card]) -> list[Card]:
@@ -74,7 +82,7 @@ def format_number(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "±") + format_number(abs(value))
+    return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "") + format_number(abs(value))
 
 
 def format_value(value: Any) -> str:

@@ -5,18 +5,26 @@
       "configuration": {"Section": {"name": value}},
       "data": {"train": {"groups": 600, "pairs": 2210}, ...},
       "trainer_state": "trainer_state.json",
-      "evaluations": [{"benchmark": "pope", "name": "POPE (held-out scenes)", "systems": {"base": "eval/base.jsonl", "trained":
-      "eval/trained.jsonl",
-                       "SFT on best": "eval/sft.jsonl"}, "annotations": null, "images": "eval/images", "gallery": true}],
-      "benchmarks": [{"name": "CHAIR_s, greedy", "metric": "...", "lower_is_better": true, "systems": [{"name": "base", "value": 0.69,
-      "low": 0.61, "high": 0.76}]}], "gallery": [{"id": "...", "image": "images/1.png", "prompt": "...", "category": "...", "reference":
-      "...",
-                   "base": {"answer": "...", "correct": false, "ratings": {"Helpfulness": 3}, "invented": ["blue star"], "note": "..."},
-                   "trained": {...}}],
+      "evaluations": [
+        {"benchmark": "pope", "name": "POPE (held-out scenes)", "annotations": null, "images": "eval/images", "gallery": true,
+         "systems": {"base": "eval/base.jsonl", "trained": "eval/trained.jsonl", "SFT on best": "eval/sft.jsonl"},
+         "compare_with": "trained"}
+      ],
+      "benchmarks": [
+        {"name": "CHAIR_s, greedy", "metric": "...", "lower_is_better": true,
+         "systems": [{"name": "base", "value": 0.69, "low": 0.61, "high": 0.76}, ...]}
+      ],
+      "gallery": [
+        {"id": "...", "image": "images/1.png", "prompt": "...", "category": "...", "reference": "...",
+         "base": {"answer": "...", "correct": false, "ratings": {"Helpfulness": 3}, "invented": ["blue star"], "note": "..."},
+         "trained": {...}}
+      ],
       "notes": ["..."]
     }
 
-`evaluations` are scored here, from results files of `silkie.evaluation run`; `benchmarks` and `gallery` are shown as given.
+`evaluations` are scored here, from results files of `silkie.evaluation run`; `benchmarks` and `gallery` are shown as given. The gallery
+of an evaluation sets the first system's answers beside those of `compare_with` (default: the second). Configuration, data and curves that
+are not given are those that the trainer saved in the directory.
 """
 
 from __future__ import annotations
@@ -109,7 +117,8 @@ class Report:
     benchmarks: list[BenchmarkRow] = field(default_factory=list)
     gallery: list[Card] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    gallery_total: int | None = None
+    gallery_counts: Mapping[Flip, int] | None = None
+    """Questions by what changed, where `gallery` shows only some of them."""
 
 
 def row_of(data: Mapping[str, Any]) -> BenchmarkRow:

@@ -40,6 +40,8 @@ addEventListener("load", () => {
   text.dispatchEvent(new Event("input", {bubbles: true}));
   seen.emptyNote = !document.querySelector(".none").hidden;
   seen.images = [...document.images].every((image) => image.src.startsWith("data:") );
+  const lines = (cell) => { const range = document.createRange(); range.selectNodeContents(cell); return range.getClientRects().length; };
+  seen.brokenNumbers = [...document.querySelectorAll("td.n")].filter((cell) => lines(cell) > 1).map((cell) => cell.textContent);
   const svg = document.querySelector("svg.chart"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width * 12 / 420, clientY: box.top + 20, bubbles: true}));
   seen.readout = document.querySelector("figure output").textContent;
@@ -65,7 +67,8 @@ def page(folder) -> None:
         System(name=n, value=v, low=v - 0.1, high=v + 0.1, difference=v - 0.3)
         for n, v in (("base", 0.3), ("a long name of a baseline", 0.5))
     )
-    rows = [BenchmarkRow(name="A benchmark", metric="accuracy", systems=systems, headline=True)]
+    large = tuple(System(name=s.name, value=1000 + 500 * (s.value or 0), difference=-380.5) for s in systems)
+    rows = [BenchmarkRow(name="A benchmark", metric=m, systems=s, headline=True) for m, s in (("accuracy", systems), ("score", large))]
     curves = [Curve(title="Loss", series={"train": [(1, 0.7), (2, 0.25)]})]
     report = Report(
         title="T",
@@ -95,4 +98,5 @@ def test_filters_width_and_silence(tmp_path, width):
     assert (seen["all"], seen["fixed"], seen["fixedOdd"], seen["count"]) == (12, 4, 0, "0 of 12 shown")
     assert (seen["searchOdd"], seen["search"]) == (0, 1), "filters add up, and searching ignores case and order"
     assert seen["emptyNote"]
+    assert seen["brokenNumbers"] == []
     assert seen["images"] and seen["readout"] == "step 2: 0.25"

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.guards import NonFiniteError
 from silkie.models import vision_parameters
+from silkie.report.collect import collect
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -295,6 +296,20 @@ def test_saved_adapter_card_and_processor(tmp_path):
         assert text in card, text
     assert str(tmp_path) not in card
     assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
+
+
+def test_the_report_of_a_run_shows_its_configuration_and_data(tmp_path):
+    trainer = make(tmp_path / "run", beta=0.3, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    shown = collect(tmp_path / "run")
+    assert shown.configuration["Training"] | {"beta": 0.3, "loss_type": ["sigmoid"], "seed": 42} == shown.configuration["Training"]
+    assert shown.configuration["Run"]["layout"].startswith("packed")
+    assert shown.configuration["Adapter"]["rank"] == trainer.model.peft_config["default"].r
+    report = trainer.reports["train"]
+    assert report.groups == shown.data["train"]["groups"] == 4 and shown.data["train"]["pairs"] == report.pairs
+    assert str(tmp_path) not in (tmp_path / "run" / "silkie_run.json").read_text()
 
 
 def test_peft_model_from_outside(tmp_path):

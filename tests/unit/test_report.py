@@ -72,6 +72,57 @@ def test_a_run_directory_is_scored_and_compared(run_dir):
     assert {curve.title for curve in report.curves} == {"Loss", "Reward margin", "Preference accuracy", "POPE: accuracy"}
 
 
+def test_the_gallery_is_headed_by_the_systems_it_shows(run_dir):
+    described = json.loads((run_dir / "report.json").read_text())
+    described["evaluations"][0] |= {"compare_with": "control"}
+    (run_dir / "report.json").write_text(json.dumps(described))
+    report = collect(run_dir)
+    assert report.names == ("base", "control")
+    assert [card.flip for card in report.gallery].count("fixed") == 6, "the control's answers, not the trained model's"
+    described["evaluations"][0] |= {"compare_with": "trian"}
+    (run_dir / "report.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="`compare_with` must be one of trained, control, found 'trian'"):
+        collect(run_dir)
+
+
+def test_ratings_are_shown_and_lost_images_are_noted(tmp_path):
+    for name, rating in (("base", 2), ("trained", 5)):
+        rows = [{"id": i, "image": f"{i}.png", "prompt": "How many?", "answer": "Two.", "rating": rating} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    systems = {"base": "base.jsonl", "trained": "trained.jsonl"}
+    (tmp_path / "report.json").write_text(json.dumps({"evaluations": [{"benchmark": "mmhal", "systems": systems}]}))
+    report = collect(tmp_path)
+    assert [(c.base.ratings, c.trained.ratings) for c in report.gallery] == [({"rating": 2.0}, {"rating": 5.0})] * 3
+    assert report.notes == [f"MMHal-Bench: the images of 2 of 3 questions were not found in {tmp_path} (first: 0.png)."]
+
+
+def test_images_of_mme_result_files_are_found_in_the_release(tmp_path):
+    for name, answer in (("base", "Yes"), ("trained", "No")):
+        (tmp_path / name).mkdir()
+        rows = [f"a.jpg\tIs it {i}?\t{label}\t{answer}\n" for i, label in enumerate(("Yes", "No"))]
+        for subtask in ("count", "OCR"):
+            (tmp_path / name / f"{subtask}.txt").write_text("".join(rows))
+    for folder in ("count", "OCR/images"):
+        (tmp_path / "MME" / folder).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "MME" / folder / "a.jpg")
+    evaluation = {"benchmark": "mme", "systems": {"base": "base", "trained": "trained"}, "images": "MME"}
+    (tmp_path / "report.json").write_text(json.dumps({"evaluations": [evaluation]}))
+    report = collect(tmp_path)
+    assert {card.image.relative_to(tmp_path).as_posix() for card in report.gallery} == {"MME/count/a.jpg", "MME/OCR/images/a.jpg"}
+    assert not report.notes and report.gallery[0].base.ratings == {}
+
+
+def test_a_selected_gallery_says_what_it_was_selected_from():
+    cards = [
+        Card(id=str(i), prompt="", base=Answer(answer="", correct=i % 2 == 0), trained=Answer(answer="", correct=True)) for i in range(8)
+    ]
+    every = render(Report(title="t", gallery=cards))
+    some = render(Report(title="t", gallery=cards[:3], gallery_counts={"fixed": 4, "right": 1004}))
+    assert "A selection" not in every
+    assert "A selection of 3 from 1,008 questions (4 fixed, 1,004 both right); the counts below are of the selection." in some
+
+
 def test_curves_come_from_the_latest_checkpoint_with_one_point_per_step():
     curves = {curve.title: curve.series for curve in curves_of(HISTORY)}
     assert curves["Loss"] == {"train": [(1.0, 0.7), (2.0, 0.6)], "evaluation": [(2.0, 0.65), (4.0, 0.55)]}
@@ -131,7 +182,7 @@ def test_a_bare_trainer_state_is_enough(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 16, "peft_version": "x"}))
     assert main([str(tmp_path), "--out", str(tmp_path / "deep" / "page.html")]) == 0
     page = (tmp_path / "deep" / "page.html").read_text()
-    assert "Reward margin" in page and "lora_alpha" in page and 'id="gallery"' not in page
+    assert "Reward margin" in page and "<dt>rank</dt><dd>64</dd>" in page and 'id="gallery"' not in page
 
 
 def test_ticks_are_round_and_cover():
@@ -187,4 +238,4 @@ def test_flips_come_first_and_categories_take_turns():
 
 def test_numbers_read_well():
     assert [format_number(v) for v in (None, 0.12345, 12.345, -0.5)] == ["–", "0.123", "12.3", "-0.500"]
-    assert [signed(v) for v in (0.1, -0.1, 0.0, None)] == ["+0.100", "−0.100", "±0.000", "–"]
+    assert [signed(v) for v in (0.1, -0.1, 0.0, None)] == ["+0.100", "−0.100", "0.000", "–"]
