@@ -6,7 +6,8 @@ of them in spaCy's `en_core_web_lg` vectors. Everything else in the list is a ha
 
 Here: the nouns come from `silkie.evaluation.lexicon`, and similarity is equality, unless nltk and spaCy with `en_core_web_lg` are
 installed, which are then used and give the official number. Without them CHAIR and Hal can come out slightly higher (a near-synonym
-outside the lists is not forgiven) and Cover and Cog slightly lower.
+outside the lists is not forgiven) and Cover and Cog slightly lower. A capitalised noun ("Trees line the road") counts here and not there:
+the lemmatiser leaves it as it is, and the list is in lower case.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 import yaml
 
 from silkie.evaluation.readings import read_first_word
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records
+from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records, read_text
 from silkie.evaluation.registry import Benchmark
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 
@@ -54,13 +55,29 @@ class Definition:
 
     name: str
     kind: Kind
-    folder: Path
+    file: Path
     questions: str | list[dict[str, Any]] = "questions.jsonl"
     images: str = "."
     prompt: str = "{question}"
     max_new_tokens: int = 256
     positive: Literal["yes", "no"] = "yes"
     judge: JudgeRules = field(default_factory=JudgeRules)
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+
+# Field -> (types, how a message calls them); also the fields of `judge`.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": ((str,), "text"),
+    "questions": ((str, list), "a file name or a list of questions"),
+    "images": ((str,), "the name of a folder"),
+    "prompt": ((str,), "text"),
+    "max_new_tokens": ((int,), "a whole number"),
+    "pass_at": ((int, float, type(None)), "a number"),
+    "sees_image": ((bool,), "true or false"),
+}
 
 
 def load_definition(path: str | Path) -> Benchmark:
@@ -99,7 +116,7 @@ def _read(path: Path) -> Definition:
     if not path.is_file():
         raise ResultError(path, None, "no such YAML definition.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ResultError(path, mark.line + 1 if mark else None, f"not valid YAML: {getattr(error, 'problem', error)}.") from None
@@ -114,18 +131,45 @@ def _read(path: Path) -> Definition:
     positive = {True: "yes", False: "no"}.get(raw.get("positive", "yes"), raw.get("positive", "yes"))
     if positive not in ("yes", "no"):
         raise ResultError(path, None, f"`positive` must be yes or no, found {positive!r}.")
-    return Definition(
-        **{"name": path.stem, **raw, "positive": positive, "folder": path.parent, "judge": _judge_rules(path, raw.get("judge", {}))}
-    )
+    _check_values(path, "", raw)
+    if (tokens := raw.get("max_new_tokens", 1)) < 1:
+        raise ResultError(path, None, f"`max_new_tokens` must be at least 1, found {tokens}.")
+    questions = raw.get("questions")
+    if isinstance(questions, list) and (strange := next((row for row in questions if not isinstance(row, dict)), None)) is not None:
+        raise ResultError(
+            path, None, f"`questions` must be a list of mappings such as {{question: ..., label: ...}}, found {strange!r:.80}."
+        )
+    if questions == []:
+        raise ResultError(path, None, "`questions` is empty.")
+    return Definition(**{"name": path.stem, **raw, "positive": positive, "file": path, "judge": _judge_rules(path, raw.get("judge", {}))})
 
 
 def _judge_rules(path: Path, raw: Any) -> JudgeRules:
     if not isinstance(raw, dict) or set(raw) - {"scale", "pass_at", "sees_image", "prompt"}:
         raise ResultError(path, None, f"`judge` must be a mapping with scale, pass_at, sees_image, prompt; found {raw!r:.80}.")
+    _check_values(path, "judge.", raw)
     scale = raw.get("scale", [1, 5])
-    if not (isinstance(scale, list) and len(scale) == 2 and scale[0] < scale[1]):
+    if not (isinstance(scale, list) and len(scale) == 2 and all(isinstance(end, int | float) for end in scale) and scale[0] < scale[1]):
         raise ResultError(path, None, f"`judge.scale` must be [lowest, highest], found {scale!r}.")
+    if (threshold := raw.get("pass_at")) is not None and not scale[0] <= threshold <= scale[1]:
+        raise ResultError(path, None, f"`judge.pass_at` must be on the scale {scale}, found {threshold}.")
     return JudgeRules(**{**raw, "scale": (float(scale[0]), float(scale[1]))})
+
+
+def _check_values(path: Path, prefix: str, raw: Mapping[str, Any]) -> None:
+    """Types, and templates that `str.format` can fill by name."""
+    for name, value in raw.items():
+        types, expected = _TYPES.get(name, ((object,), ""))
+        # a boolean is an int to Python
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+            raise ResultError(path, None, f"`{prefix}{name}` must be {expected}, found {value!r:.80}.")
+    if "prompt" in raw:
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(raw["prompt"]) if name is not None]
+        except ValueError as error:
+            raise ResultError(path, None, f"`{prefix}prompt` is not a template: {error}. Write {{{{ for a brace.") from None
+        if wrong := [name for name in fields if not name.isidentifier()]:
+            raise ResultError(path, None, f"`{prefix}prompt` must name fields of a question, such as {{question}}, found {{{wrong[0]}}}.")
 
 
 def _questions(definition: Definition, data: str | Path) -> list[Question]:
@@ -155,7 +199,7 @@ def _questions(definition: Definition, data: str | Path) -> list[Question]:
 def _question_records(definition: Definition, folder: Path) -> list[Record]:
     if isinstance(definition.questions, str):
         return read_records(folder / definition.questions)
-    return [Record(definition.folder / f"{definition.name}.yaml", 0, {"id": i, **row}) for i, row in enumerate(definition.questions)]
+    return [Record(definition.file, 0, {"id": i, **row}) for i, row in enumerate(definition.questions)]
 
 
 def _check_label(definition: Definition, record: Record) -> None:

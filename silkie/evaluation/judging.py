@@ -32,5 +32,9 @@ def judge_tasks(benchmark: Benchmark, results: str | Path, images: str | Path | 
         names = record.data.get("images") or ([record.data["image"]] if record.data.get("image") else [])
         shown = tuple(str(root / name) for name in names) if benchmark.judge_sees_image else ()
         row = {key: value for key, value in record.data.items() if key != "judge"}
-        tasks.append(Task(row, benchmark.judge_prompt({"prompt": record.prompt, **row}), shown))
+        try:
+            prompt = benchmark.judge_prompt({"prompt": record.prompt, **row})
+        except KeyError as error:
+            raise record.error(f"the judge's prompt wants the field {error}, found {sorted(row)}.") from None
+        tasks.append(Task(row, prompt, shown))
     return tasks

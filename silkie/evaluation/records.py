@@ -195,7 +195,7 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ResultError(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a UTF-8 result file.") from None
+        raise ResultError(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a UTF-8 file.") from None
 
 
 def _as_record(path: Path, line: int, value: Any) -> Record:

@@ -13,6 +13,7 @@ from silkie.evaluation import ResultError, get_benchmark, score
 from silkie.evaluation.compare import compare_scores
 from silkie.evaluation.generic import normalise, read_scale
 from silkie.evaluation.intervals import metric_intervals
+from silkie.evaluation.judging import judge_tasks
 from silkie.evaluation.lexicon import mentions, singular
 from silkie.evaluation.run import question_tasks
 from silkie.evaluation.text import comparison_text, score_text
@@ -194,12 +195,32 @@ def test_generic_exact_and_judge(tmp_path):
         ("kind: exact\n  - x: [\n", ":2: not valid YAML"),
         ("kind: judge\njudge:\n  scale: 5\n", "`judge.scale` must be"),
         ("- 1\n", "expected a mapping"),
+        ("kind: yesno\nname: 5\n", "`name` must be text, found 5"),
+        ("kind: yesno\nmax_new_tokens: many\n", "`max_new_tokens` must be a whole number, found 'many'"),
+        ("kind: yesno\nmax_new_tokens: yes\n", "`max_new_tokens` must be a whole number, found True"),
+        ("kind: yesno\nmax_new_tokens: 0\n", "`max_new_tokens` must be at least 1, found 0"),
+        ("kind: yesno\nquestions: 7\n", "`questions` must be a file name or a list of questions, found 7"),
+        ("kind: yesno\nquestions: [a]\n", "`questions` must be a list of mappings such as {question: ..., label: ...}, found 'a'"),
+        ("kind: yesno\nquestions: []\n", "`questions` is empty"),
+        ('kind: yesno\nprompt: "{question"\n', "`prompt` is not a template"),
+        ('kind: yesno\nprompt: "{} please"\n', "`prompt` must name fields of a question, such as {question}, found {}"),
+        ("kind: judge\njudge: {scale: [a, b]}\n", "`judge.scale` must be [lowest, highest], found ['a', 'b']"),
+        ("kind: judge\njudge: {pass_at: high}\n", "`judge.pass_at` must be a number, found 'high'"),
+        ("kind: judge\njudge: {pass_at: 9}\n", "`judge.pass_at` must be on the scale [1, 5], found 9"),
     ],
 )
 def test_generic_definitions_are_checked(tmp_path, text, message):
     with pytest.raises(ResultError) as caught:
         get_benchmark(write_yaml(tmp_path, text, []))
     assert message in str(caught.value)
+
+
+def test_a_judge_prompt_that_wants_another_field_names_the_record(tmp_path):
+    yaml = write_yaml(tmp_path, 'kind: judge\njudge: {prompt: "{hint} {answer}"}\n', [])
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"id": 1, "hint": "x", "answer": "a"}\n{"id": 2, "answer": "b"}\n')
+    with pytest.raises(ResultError, match=r"answers\.jsonl:2: the judge's prompt wants the field 'hint', found \['answer', 'id'\]"):
+        judge_tasks(get_benchmark(yaml), answers)
 
 
 def test_small_readers():
