@@ -49,22 +49,34 @@ def line_chart(curve: Curve) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def interval_plot(systems: Sequence[System], low: float, high: float) -> list[str]:
-    """Per system an SVG strip: its interval as a bar, its value as a dot, on the common scale low..high."""
+def shown_interval(system: System, base: float | None) -> tuple[float, float] | None:
+    """The interval of a system's bar: its own, or that of its change set at the base's value; None where neither is known."""
+    if system.low is not None and system.high is not None:
+        return system.low, system.high
+    if base is None or system.difference_low is None or system.difference_high is None:
+        return None
+    return base + system.difference_low, base + system.difference_high
+
+
+def interval_plot(systems: Sequence[System]) -> list[str]:
+    """Per system an SVG strip: its interval as a bar, its value as a dot, on one scale for all."""
+    base = systems[0].value if systems else None
+    intervals = [shown_interval(system, base) for system in systems]
+    edges = [v for s, interval in zip(systems, intervals, strict=True) for v in (s.value, *(interval or ())) if v is not None]
+    low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
 
     def px(value: float) -> float:
         return 4 + (value - low) / ((high - low) or 1) * 152
 
     strips = []
-    base = systems[0].value if systems else None
-    for number, system in enumerate(systems):
+    for number, (system, interval) in enumerate(zip(systems, intervals, strict=True)):
         parts = ['<svg class="strip" viewBox="0 0 160 16" aria-hidden="true"><line x1="4" x2="156" y1="8" y2="8"/>']
         if base is not None and number:
             parts.append(f'<line class="base" x1="{px(base):.1f}" x2="{px(base):.1f}" y1="1" y2="15"/>')
         if system.value is not None:
-            if system.low is not None and system.high is not None:
-                width = max(px(system.high) - px(system.low), 1)
-                parts.append(f'<rect class="c{min(number, 4)}" x="{px(system.low):.1f}" y="5.5" width="{width:.1f}" height="5" rx="2.5"/>')
+            if interval is not None:
+                width = max(px(interval[1]) - px(interval[0]), 1)
+                parts.append(f'<rect class="c{min(number, 4)}" x="{px(interval[0]):.1f}" y="5.5" width="{width:.1f}" height="5" rx="2.5"/>')
             parts.append(f'<circle class="c{min(number, 4)}" cx="{px(system.value):.1f}" cy="8" r="4"/>')
         strips.append("".join([*parts, "</svg>"]))
     return strips

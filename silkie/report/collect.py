@@ -87,7 +87,7 @@ def collect(run_dir: str | Path) -> Report:
 
 def comparison_report(comparison: Comparison, image_root: str | Path | None, names: tuple[str, str]) -> Report:
     """The page of `compare --html`: metrics, categories and every flipped question."""
-    root = Path(image_root or ".")
+    root, names = Path(image_root or "."), _short_names(*map(Path, names))
     pairs = [*comparison.fixed, *comparison.broken]
     cards, notes = _cards(pairs, root, comparison.benchmark)
     rows = [_row(m, comparison.benchmark, names, comparison.questions, headline=i == 0) for i, m in enumerate(comparison.metrics)]
@@ -98,13 +98,20 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
     flips = f"{len(comparison.fixed)} questions went from wrong to right, {len(comparison.broken)} from right to wrong"
     p = "" if comparison.mcnemar_p is None else f" (McNemar's exact test: p = {comparison.mcnemar_p:.2g})"
     return Report(
-        title=f"{comparison.benchmark}: {Path(names[0]).stem} against {Path(names[1]).stem}",
+        title=f"{comparison.benchmark}: {names[0]} against {names[1]}",
         summary=f"{comparison.questions} questions; {flips}{p}.",
-        names=(Path(names[0]).stem, Path(names[1]).stem),
+        names=names,
         benchmarks=rows,
         gallery=cards,
         notes=notes,
     )
+
+
+def _short_names(a: Path, b: Path) -> tuple[str, str]:
+    """The files' names without endings; with their folders where the names are the same (`base/pope.jsonl`, `trained/pope.jsonl`)."""
+    if a.stem != b.stem:
+        return a.stem, b.stem
+    return f"{a.parent.name}/{a.stem}", f"{b.parent.name}/{b.stem}"
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -215,14 +222,12 @@ def _system(
 
 def _row(m: MetricDifference, name: str, names: tuple[str, str], questions: int | None, headline: bool = False) -> BenchmarkRow:
     lower = bool(m.difference and m.better is not None and (m.difference < 0) == m.better)
-    b = System(
-        name=Path(names[1]).stem, value=m.b, difference=m.difference, difference_low=m.low, difference_high=m.high, p_value=m.p_value
-    )
+    b = System(name=names[1], value=m.b, difference=m.difference, difference_low=m.low, difference_high=m.high, p_value=m.p_value)
     return BenchmarkRow(
         name=name,
         metric=m.name,
         lower_is_better=lower,
-        systems=(System(name=Path(names[0]).stem, value=m.a), b),
+        systems=(System(name=names[0], value=m.a), b),
         headline=headline,
         questions=questions,
     )

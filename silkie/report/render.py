@@ -44,6 +44,7 @@ def render(report: Report) -> str:
         curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves],
         tables=_tables(report.benchmarks),
         cards=cards,
+        only_changes=not any(system.low is not None for row in report.benchmarks for system in row.systems),
         paired=any(system.difference_low is not None for row in report.benchmarks for system in row.systems),
         categories=sorted({card["category"] for card in cards if card["category"]}),
         sets=sorted({card["benchmark"] for card in cards if card["benchmark"]}),
@@ -139,9 +140,7 @@ def _tables(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
 
 
 def _row(row: BenchmarkRow) -> dict[str, Any]:
-    edges = [v for s in row.systems for v in (s.value, s.low, s.high) if v is not None]
-    low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
-    strips = [Markup(strip) for strip in interval_plot(row.systems, low, high)]
+    strips = [Markup(strip) for strip in interval_plot(row.systems)]
     values = [s.value for s in row.systems if s.value is not None]
     best = (min(values) if row.lower_is_better else max(values)) if values and not row.neutral and row.metric not in NEUTRAL else None
     systems = [

@@ -8,13 +8,15 @@ import re
 import pytest
 from PIL import Image
 
-from silkie.report import build_report
+from silkie.evaluation import score
+from silkie.evaluation.compare import compare_scores
+from silkie.report import build_report, write_comparison
 from silkie.report.__main__ import main
 from silkie.report.charts import interval_plot, line_chart, nice_ticks
 from silkie.report.collect import collect, curves_of, pick_cards
 from silkie.report.pictures import PictureBook
 from silkie.report.render import format_number, mixed, render, signed
-from silkie.report.schema import Answer, Card, Curve, Report, System
+from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System
 
 HISTORY = [
     {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "eval_pope_accuracy": 0.5, "eval_runtime": 3.0},
@@ -201,8 +203,30 @@ def test_a_chart_puts_values_where_its_axes_say():
     (x0, y0, *_), (x1, y1, *_), (x2, y2, *_) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 == pytest.approx((y0 + y1) / 2, abs=0.2) and y1 < y0
     assert "nan" not in svg
-    strips = interval_plot([System(name="a", value=0.2, low=0.0, high=0.4), System(name="b", value=0.4, low=0.3, high=1.0)], 0.0, 1.0)
+    strips = interval_plot([System(name="a", value=0.2, low=0.0, high=0.4), System(name="b", value=0.4, low=0.3, high=1.0)])
     assert 'cx="34.4"' in strips[0] and 'x="4.0"' in strips[0] and 'class="base" x1="34.4"' in strips[1]
+
+
+def test_where_only_the_change_has_an_interval_the_bar_shows_that(tmp_path):
+    """Without a bar, a change of 0.01 and one of 0.2 would look alike: two dots at the ends of the scale."""
+    b = System(name="b", value=0.7, difference=0.2, difference_low=-0.2, difference_high=0.8)
+    strips = interval_plot([System(name="a", value=0.5), b])
+    scale = [float(x) for x in re.findall(r'<rect class="c1" x="([\d.]+)" y="5.5" width="([\d.]+)"', strips[1])[0]]
+    assert scale == [4.0, 152.0] and "rect" not in strips[0]  # 0.3 to 1.3, the whole scale
+    row = BenchmarkRow(name="x", systems=(System(name="a", value=0.5), b))
+    page = render(Report(title="t", benchmarks=[row]))
+    assert "of the change, set at the base value" in page and '<span class="bounds">−0.200 to +0.800</span>' in page
+
+
+def test_compared_files_of_one_name_are_told_apart(tmp_path):
+    files = []
+    for name, answer in (("before", "Yes"), ("after", "No")):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "pope.jsonl")
+        files[-1].write_text(json.dumps({"question_id": 1, "answer": answer, "label": "no"}) + "\n")
+    comparison = compare_scores(*(score("pope", str(file)) for file in files))
+    page = write_comparison(comparison, tmp_path / "page.html", names=(str(files[0]), str(files[1]))).read_text()
+    assert "before/pope against after/pope" in page
 
 
 def test_pictures_are_small_and_stored_once(tmp_path):
