@@ -177,7 +177,8 @@ def markdown(result: Mapping[str, Any], mode: str) -> str:
         for key, cell in row.items():
             digits = 0 if key.startswith("mme") else 2
             text = f"{cell.mean:.{digits}f}"
-            text = f"**{text}**" if name != "base" and cell.mean == best.get(key) else text
+            # stored figures are rounded to four places: a tie must stay one when the table is made of them again
+            text = f"**{text}**" if name != "base" and math.isclose(cell.mean, best[key], rel_tol=0, abs_tol=1e-4) else text
             shown.append(text if name == "base" else f"{text} ± {(cell.high - cell.low) / 2:.{digits}f}")
         title = "base" if name == "base" else RECIPES[name].recipe.title
         lines.append(f"| {title} | " + " | ".join(shown) + " |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -15,6 +16,7 @@ from silkie.demo.page import demo_report
 from silkie.evaluation.stats import Estimate
 from silkie.report.render import render
 
+ROOT = Path(__file__).parents[2]
 TINY = Sizes(images=3, card_images=3, questions=1, mme_images=1, pope_images=1, captions=2, red_team_images=4)
 SOME = ("sft-best", "strongest", "random", "only-ethics", "silkie")
 
@@ -76,6 +78,13 @@ def test_the_table():
     assert text[0].startswith("| model | MME-P ↑ |") and "| 0.50 |" in text[2] and f"**0.70** ± {half:.2f}" in text[3]
     with pytest.raises(ValueError, match="at least two"):
         t_interval([0.3])
+
+
+def test_the_published_tables_are_those_of_the_published_figures():
+    result = json.loads((ROOT / "examples/demo/ablation.json").read_text())
+    greedy = markdown(result, "greedy")
+    assert greedy in (ROOT / "README.md").read_text() and greedy in (ROOT / "examples/demo/ablation.md").read_text()
+    assert markdown(result, "T=1") in (ROOT / "examples/demo/ablation.md").read_text()
 
 
 def _scores(value: float) -> dict:
