@@ -104,7 +104,7 @@ def _file_items(file: Path, annotations: str | Path | None) -> list[Item]:
     for answer, question in zip(answers, questions, strict=True):
         text, label, name = answer_of(answer), _label(question), answer.category if answer.category in SETS else _set_of(file)
         read = read_pope(text)
-        image = question.image or answer.image
+        image, asked = question.image or answer.image, question.prompt or answer.prompt
         items.append(
             Item(
                 id=f"{name}/{answer.id.split('/')[-1]}",
@@ -116,7 +116,7 @@ def _file_items(file: Path, annotations: str | Path | None) -> list[Item]:
                 # the six questions of an image, in every set, stand or fall together
                 cluster=image or f"{name}/{answer.id}",
                 image=image,
-                prompt=question.prompt or answer.prompt,
+                prompt=asked if asked != text else "",  # {question_id, text, label}: the text is the answer
                 label=label,
                 read=read,
             )

@@ -103,12 +103,15 @@ class Record:
 
 
 def answer_of(record: Record) -> str:
-    """The model's answer. LLaVA's answer files (`prompt` + `text`) are understood; a question file without answers is an error that says
-    so."""
+    """The model's answer. LLaVA's answer files call it `text`; a question file without answers, whose `text` is the question, is an error
+    that says so."""
     if record.find(ANSWER_FIELDS) is not None:
         return record.text(ANSWER_FIELDS, "answer")
-    if isinstance(record.data.get("text"), str) and record.find(PROMPT_FIELDS) is not None:
-        return record.data["text"]
+    text = record.data.get("text")
+    # beside a prompt it is no question; alone it may be one, which has an image (POPE) or ends as one
+    alone = isinstance(text, str) and record.find(IMAGE_FIELDS) is None and not text.rstrip().endswith("?")
+    if isinstance(text, str) and (alone or record.find(PROMPT_FIELDS) is not None):
+        return text
     raise record.error(f"no answer: found {record.fields}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`).")
 
 

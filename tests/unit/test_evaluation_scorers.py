@@ -198,6 +198,21 @@ def test_pope_malformed_files_are_reported_with_the_line(tmp_path, rows, line, m
     assert message in str(caught.value) and caught.value.line == line
 
 
+def test_pope_reads_llavas_fields(tmp_path):
+    """LLaVA's scorer wants `question_id` and `text`, and takes the labels from the question file or the record."""
+    bare = [{"question_id": i, "text": text, "label": label} for i, (text, label) in enumerate((("No.", "no"), ("Yes", "no")))]
+    result = score("pope", str(lines(tmp_path / "a.jsonl", bare)))
+    assert result.metrics["accuracy"] == 0.5 and [(i.answer, i.prompt) for i in result.items] == [("No.", ""), ("Yes", "")]
+    questions = [{"question_id": i, "image": "a.jpg", "text": "Is there a cat?", "label": "no"} for i in range(2)]
+    (tmp_path / "beside").mkdir()
+    lines(tmp_path / "beside" / "questions.json", questions)
+    answers = lines(tmp_path / "beside" / "answers.jsonl", [{"question_id": i, "text": "No"} for i in range(2)])
+    result = score("pope", str(answers))
+    assert result.metrics["accuracy"] == 1 and result.items[0].prompt == "Is there a cat?"
+    with pytest.raises(ResultError, match=r"questions\.json:1: no answer"):
+        score("pope", str(tmp_path / "beside" / "questions.json"))
+
+
 def test_pope_questions_that_are_not_there_are_named_also_where_labels_would_do(tmp_path):
     answers = lines(tmp_path / "a.jsonl", [{"answer": "yes", "label": "yes"}])
     with pytest.raises(ResultError, match=r"none\.json: no such file"):
