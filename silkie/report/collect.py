@@ -54,9 +54,7 @@ def collect(run_dir: str | Path) -> Report:
         raise FileNotFoundError(
             f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output directory?"
         )
-    known = {"title", "summary", "configuration", "data", "trainer_state", "log_history", "evaluations", "benchmarks", "gallery", "notes"}
-    if unknown := sorted(set(described) - known):
-        raise ValueError(f"{root / 'report.json'}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(known))}.")
+    _check_fields(root / "report.json", described)
     history = described.get("log_history") or (_json(state_file).get("log_history", []) if state_file else [])
     saved = _saved_run(root)
     report = Report(
@@ -83,6 +81,25 @@ def collect(run_dir: str | Path) -> Report:
     report.gallery_counts = Counter(card.flip for card in report.gallery)
     report.gallery = pick_cards(report.gallery, MAX_CARDS)
     return report
+
+
+# Fields of report.json: what they are, and of what the lists are.
+_TEXT, _LIST, _SECTIONS = (str, None), (list, dict), (dict, None)
+_FIELDS: dict[str, tuple[type, type | None]] = {
+    "title": _TEXT, "summary": _TEXT, "trainer_state": _TEXT, "configuration": _SECTIONS, "data": _SECTIONS,
+    "log_history": _LIST, "evaluations": _LIST, "benchmarks": _LIST, "gallery": _LIST, "notes": (list, str),
+}  # fmt: skip
+_KINDS: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
+
+
+def _check_fields(file: Path, described: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(described) - set(_FIELDS)):
+        raise ValueError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
+    for name, value in described.items():
+        kind, inner = _FIELDS[name]
+        if not isinstance(value, kind) or (inner is not None and not all(isinstance(element, inner) for element in value)):
+            expected = _KINDS[kind] + (f" whose elements are each {_KINDS[inner]}" if inner else "")
+            raise ValueError(f"{file}: `{name}` must be {expected}, found {value!r:.80}.")
 
 
 def comparison_report(comparison: Comparison, image_root: str | Path | None, names: tuple[str, str]) -> Report:
@@ -163,7 +180,8 @@ def _compared(root: Path, described: Mapping[str, Any]) -> tuple[str, str] | Non
         ValueError: no benchmark or systems, or a system to compare with that is not among them.
     """
     systems = described.get("systems")
-    if "benchmark" not in described or not isinstance(systems, dict) or not systems:
+    named = isinstance(systems, dict) and systems and all(isinstance(file, str) for file in systems.values())
+    if not isinstance(described.get("benchmark"), str) or not isinstance(systems, dict) or not named:
         raise ValueError(
             f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found {described!r:.160}."
         )

@@ -30,7 +30,8 @@ are not given are those that the trainer saved in the directory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Any, Literal
 
 __all__ = ["Answer", "BenchmarkRow", "Card", "Curve", "Report", "System", "card_of", "row_of"]
@@ -126,7 +127,13 @@ def row_of(data: Mapping[str, Any]) -> BenchmarkRow:
     systems = data.get("systems")
     if not isinstance(systems, list) or "name" not in data:
         raise ValueError(f"a benchmark needs `name` and a list of `systems`, found {dict(data)!r:.160}.")
-    return BenchmarkRow(**{**data, "systems": tuple(System(**system) for system in systems)})
+    rows = tuple(System(**system) for system in systems)
+    for field_name in (f.name for f in fields(System) if f.name != "name"):
+        for system in rows:
+            value = getattr(system, field_name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)):
+                raise ValueError(f"benchmark {data['name']!r}: `{field_name}` of {system.name!r} must be a number, found {value!r}.")
+    return BenchmarkRow(**{**data, "systems": rows})
 
 
 def card_of(data: Mapping[str, Any]) -> Card:

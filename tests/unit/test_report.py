@@ -165,6 +165,15 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     for text, message in [
         ('{"title": 1,\n oops}', "report.json:2: not valid JSON"),
         ('{"titel": "x"}', "unknown fields titel; expected benchmarks"),
+        ('{"evaluations": {"a": 1}}', "`evaluations` must be a list whose elements are each an object, found {'a': 1}"),
+        ('{"gallery": [5, null]}', "`gallery` must be a list whose elements are each an object, found [5, None]"),
+        ('{"notes": "one"}', "`notes` must be a list whose elements are each text, found 'one'"),
+        ('{"data": [1]}', "`data` must be an object, found [1]"),
+        ('{"evaluations": [{"benchmark": "pope", "systems": {"base": 5}}]}', "an evaluation needs `benchmark` and `systems`"),
+        (
+            '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": "high"}]}]}',
+            "benchmark 'x': `value` of 'base' must be a number, found 'high'",
+        ),
         ('{"evaluations": [{"benchmark": "pope"}]}', "an evaluation needs `benchmark` and `systems`"),
         ('{"benchmarks": [{"name": "x"}]}', "a benchmark needs `name` and a list of `systems`"),
         ('{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}', "`base` and `trained` are texts or objects"),
