@@ -97,7 +97,8 @@ def _check_fields(file: Path, described: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
     for name, value in described.items():
         kind, inner = _FIELDS[name]
-        if not isinstance(value, kind) or (inner is not None and not all(isinstance(element, inner) for element in value)):
+        elements = value if isinstance(value, list) and inner is not None else []
+        if not isinstance(value, kind) or not all(isinstance(element, inner or object) for element in elements):
             expected = _KINDS[kind] + (f" whose elements are each {_KINDS[inner]}" if inner else "")
             raise ValueError(f"{file}: `{name}` must be {expected}, found {value!r:.80}.")
 
