@@ -1,7 +1,8 @@
 """Checkpoints that can be trusted: complete or ignored, whatever killed the run while they were written.
 
 A checkpoint counts once `silkie_complete.json` is in it, which is written last, lists every file with its size, and is put in place by a
-rename. Older checkpoints are deleted only after that.
+rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are already in the directory are what a killed run
+left, or another run's that this one does not go on from: they never push out a new one, and stop counting once there is one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from transformers.trainer_utils import rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -73,28 +72,57 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was declared complete and all its files still have their sizes."""
+def damage(checkpoint: str | Path) -> str | None:
+    """What keeps a checkpoint from counting, None where it was declared complete and all its files still have their sizes."""
     path = Path(checkpoint)
+    if not (path / COMPLETE).is_file():
+        return f"it has no {COMPLETE}: the run was killed while writing it, or another trainer wrote it"
     try:
-        files = json.loads((path / COMPLETE).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        files = dict(json.loads((path / COMPLETE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {COMPLETE} is damaged ({error!r})"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"its file {name} is missing"
+        if (found := (path / name).stat().st_size) != size:
+            return f"its file {name} has {found} bytes, not {size}"
+    return None
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint counts."""
+    return damage(checkpoint) is None
+
+
+def check_chosen(checkpoint: str | Path) -> None:
+    """Before a run goes on from a checkpoint that the user names: transformers would start the optimizer afresh where its file is missing.
+
+    Raises:
+        CheckpointError: there is no such directory, or a file that the checkpoint was complete with is missing or cut.
+    """
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(f"There is no checkpoint {checkpoint}: expected a directory such as OUTPUT_DIR/checkpoint-500.")
+    if not (problem := damage(checkpoint)):
+        return
+    if (Path(checkpoint) / COMPLETE).exists():
+        raise CheckpointError(f"{checkpoint} is damaged: {problem}. Resume from another checkpoint.")
+    logger.warning("%s: %s; whether it is whole cannot be checked", checkpoint, problem)
+
+
+def _by_step(output_dir: str | Path) -> dict[Path, int]:
+    """The checkpoints of a directory, complete or not, and their steps, in the order of these."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
+    return dict(sorted(((path, int(match[1])) for path, match in found.items() if match), key=lambda item: item[1]))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in a directory, None where there is none. Incomplete ones are named in the log."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
-            if is_complete(path):
-                found.append((int(match[1]), path))
-            else:
-                logger.warning(
-                    "%s is incomplete (the run was killed while writing it, or it is not silkie's) and is not resumed from", path
-                )
-    return str(max(found)[1]) if found else None
+    """The complete checkpoint with the highest step in a directory, None where there is none. Later ones that do not count are named in
+    the log."""
+    for path in reversed(_by_step(output_dir)):
+        if not (problem := damage(path)):
+            return str(path)
+        logger.warning("%s is not resumed from: %s", path, problem)
+    return None
 
 
 def agreed(paths: list[str | None], output_dir: str) -> str | None:
@@ -114,8 +142,26 @@ def agreed(paths: list[str | None], output_dir: str) -> str | None:
 def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | None, best: str | None) -> None:
     """On the main process, after all ranks have written: saves silkie's own state, declares the checkpoint complete, deletes old ones."""
     (checkpoint / STATE).write_text(json.dumps(state))
+    _retire_later(checkpoint)
     mark_complete(checkpoint)
-    rotate_checkpoints(str(checkpoint.parent), save_total_limit=keep, best_model_checkpoint=best)
+    if keep and keep > 0:
+        _rotate(checkpoint.parent, keep, {checkpoint.name, Path(best or checkpoint).name})
+
+
+def _retire_later(checkpoint: Path) -> None:
+    """A run has no checkpoint beyond its own step: those are of an earlier run in the same directory, and resuming must not pick them."""
+    steps = _by_step(checkpoint.parent)
+    for path in (path for path, step in steps.items() if step > steps[checkpoint] and (path / COMPLETE).exists()):
+        logger.warning("%s is of an earlier run, which this one does not go on from: it no longer counts for resuming", path)
+        (path / COMPLETE).unlink()
+
+
+def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
+    """Deletes all but `keep` checkpoints: first those that do not count, then the oldest."""
+    found = sorted(_by_step(output_dir), key=is_complete)
+    spare = [path for path in found if path.name not in protected]
+    for path in spare[: max(0, len(found) - max(keep, len(protected)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
     if run_args.dry_run:
         dry_run(trainer)
         return trainer
-    trainer.train(resume_from_checkpoint=run_args.resume)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or run_args.resume)
     if trainer.preempted:
         raise SystemExit(PREEMPTED_EXIT_CODE)
     trainer.save_model(args.output_dir)

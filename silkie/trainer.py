@@ -351,9 +351,9 @@ class SilkieDPOTrainer(DPOTrainer):
         counted = self.objective.pair_weights(group_logps) > 0
         for name, value in metrics.items():
             means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
-        means.add(_TOKENS, (batch["segment_ids"] >= 0).sum(), 0)
+        means.add(_TOKENS, (batch["segment_ids"] >= 0).sum() * counted.any(), 0)
         if scores.stats is not None and self.args.log_token_stats:
-            self._record_stats(means, batch, scores)
+            self._record_stats(means, batch, scores, counted)
 
     def _record_eval_loss(self, group_logps: GroupLogps) -> None:
         """Numerators and denominators of the loss over the whole evaluation set: its terms are means over pairs, tokens or groups."""
@@ -363,11 +363,11 @@ class SilkieDPOTrainer(DPOTrainer):
             share, _ = self.objective(group_logps, alone, training=False)
             self._means["eval"].add(_LOSS + unit, share, total)
 
-    def _record_stats(self, means: DeviceMeans, batch: dict[str, Any], scores: Scores) -> None:
+    def _record_stats(self, means: DeviceMeans, batch: dict[str, Any], scores: Scores, counted: Tensor) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per pair."""
         assert scores.stats is not None
         for side, column in (("chosen", 0), ("rejected", 1)):
-            times = torch.bincount(batch["pairs"][:, column], minlength=len(batch["lengths"])).to(scores.per_token_logps.dtype)
+            times = torch.bincount(batch["pairs"][:, column], counted.to(scores.per_token_logps.dtype), minlength=len(batch["lengths"]))
             weight = times[batch["owner"]]
             means.add(f"logits/{side}", (scores.stats.mean_logit * weight).sum(), weight.sum())
             means.add("entropy", (scores.stats.entropy * weight).sum(), weight.sum())
@@ -442,7 +442,7 @@ class SilkieDPOTrainer(DPOTrainer):
         True then.
 
         Raises:
-            silkie.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged.
+            silkie.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged or missing.
             silkie.guards.NonFiniteError: a loss or gradient is not finite.
         """
         directory = str(self.args.output_dir)
@@ -452,6 +452,8 @@ class SilkieDPOTrainer(DPOTrainer):
                 "resuming from %s" if resume_from_checkpoint else "%s: no complete checkpoint, training from the start",
                 resume_from_checkpoint or directory,
             )
+        elif resume_from_checkpoint:
+            checkpoints.check_chosen(resume_from_checkpoint)
         if resume_from_checkpoint:
             state = checkpoints.read_state(str(resume_from_checkpoint))
             self.objective.load_state_dict(state.get("objective", {}))
@@ -515,6 +517,11 @@ class _StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                "%s: the run is at step %d of %d, nothing is left to train. Train more epochs, or take another output_dir for a new run",
+                args.output_dir, state.global_step, state.max_steps,
+            )  # fmt: skip
         self.trainer.begin()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

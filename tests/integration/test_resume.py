@@ -163,6 +163,19 @@ def test_a_non_finite_number_stops_before_it_is_saved(tmp_path, what):
     assert checkpoints.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
+def test_a_checkpoint_named_by_the_user_must_be_whole(tmp_path):
+    make(tmp_path, **{**LONG, "max_steps": 2}).train()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(checkpoints.CheckpointError, match=r"checkpoint-1 is damaged: its file optimizer\.pt is missing"):
+        make(tmp_path, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_finished_run_says_that_nothing_is_left(tmp_path, caplog):
+    for _ in range(2):
+        make(tmp_path, **{**LONG, "max_steps": 2}).train(resume_from_checkpoint=True)
+    assert caplog.text.count("the run is at step 2 of 2, nothing is left to train") == 1
+
+
 def test_resuming_where_there_is_nothing_starts_afresh(tmp_path):
     trainer = make(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)

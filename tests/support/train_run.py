@@ -38,7 +38,12 @@ def text_and_images() -> list[dict[str, Any]]:
     return [g for row in mixed_groups()[:2] for g in (row, group([], "is there a dog", ["no", "yes yes"], [[0, 1]], id="text"))]
 
 
-DATA = {"mixed": mixed_groups, "many": many_groups, "text_and_images": text_and_images}
+def odd_groups() -> list[dict[str, Any]]:
+    """11 groups: one of two ranks runs out of them first."""
+    return many_groups()[:11]
+
+
+DATA = {"mixed": mixed_groups, "many": many_groups, "odd": odd_groups, "text_and_images": text_and_images}
 
 
 def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:

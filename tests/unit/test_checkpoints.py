@@ -29,8 +29,12 @@ def test_the_last_complete_one_is_found_by_number(tmp_path):
     assert c.read_state(tmp_path / "checkpoint-11") == {}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "marker", "other"])
-def test_a_damaged_checkpoint_does_not_count(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("truncate", "model.safetensors has 9 bytes, not 10"), ("remove", "model.safetensors is missing"), ("marker", "silkie_complete.json is damaged"),
+     ("other", "silkie_complete.json is damaged")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_does_not_count(tmp_path, caplog, damage, message):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     if damage == "truncate":
         (bad / "model.safetensors").write_bytes(b"x" * 9)
@@ -41,6 +45,17 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path, damage):
     else:
         (bad / c.COMPLETE).write_text("[]")
     assert c.last_complete_checkpoint(tmp_path) == str(good)
+    assert f"checkpoint-2 is not resumed from: its {message}" in caplog.text.replace("its file", "its")
+    with pytest.raises(c.CheckpointError, match=f"checkpoint-2 is damaged.*{message}"):
+        c.check_chosen(bad)
+    c.check_chosen(good)
+
+
+def test_a_chosen_checkpoint_that_nobody_declared_complete_is_pointed_out(tmp_path, caplog):
+    c.check_chosen(write(tmp_path, 1, complete=False))
+    assert "checkpoint-1: it has no silkie_complete.json" in caplog.text
+    with pytest.raises(c.CheckpointError, match="no checkpoint .*checkpoint-2: expected a directory"):
+        c.check_chosen(tmp_path / "checkpoint-2")
 
 
 def test_a_checkpoint_stops_counting_before_it_is_written_anew(tmp_path):
@@ -60,6 +75,24 @@ def test_old_checkpoints_go_after_the_new_one_is_complete(tmp_path, monkeypatch)
     monkeypatch.undo()
     c.finish_checkpoint(new, {}, keep=1, best=str(tmp_path / "checkpoint-1"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_a_new_run_in_a_used_directory_keeps_its_own_checkpoints(tmp_path, caplog, keep):
+    """By step number alone those of the earlier, longer run would be kept, the new ones deleted, and the earlier run resumed from."""
+    write(tmp_path, 7), write(tmp_path, 8)
+    for step in (1, 2, 3):
+        c.finish_checkpoint(write(tmp_path, step, complete=False), {}, keep=keep, best=None)
+        assert c.last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+    assert caplog.text.count("checkpoint-8 is of an earlier run") == 1
+    assert len(list(tmp_path.iterdir())) == (keep or 5) and (not keep or c.is_complete(tmp_path / "checkpoint-2"))
+
+
+def test_what_a_kill_left_pushes_out_no_complete_checkpoint(tmp_path):
+    """Killed while writing step 5, resumed from 3, preempted at 4: the unfinished one goes first."""
+    write(tmp_path, 3), write(tmp_path, 5, complete=False)
+    c.finish_checkpoint(write(tmp_path, 4, complete=False), {}, keep=1, best=None)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"] and c.is_complete(tmp_path / "checkpoint-4")
 
 
 def test_a_damaged_state_is_named(tmp_path):
