@@ -7,6 +7,7 @@ left, or another run's that this one does not go on from: they never push out a 
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +165,27 @@ def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(keep, len(protected)))]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """Puts a checkpoint's weights into a model that is trained in full.
+
+    `save_pretrained` writes weights under the names of the family's published files, which are not those of the modules; only
+    `from_pretrained` turns them back. transformers' trainer loads them by the modules' names, finds none, and warns.
+
+    Raises:
+        CheckpointError: the files lack weights of the model, or hold others.
+    """
+    kind: Any = type(model)
+    loaded, info = kind.from_pretrained(
+        checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype, attn_implementation="eager", use_safetensors=True,
+        ignore_mismatched_sizes=True, output_loading_info=True,
+    )  # fmt: skip
+    if wrong := [f"{what} {', '.join(sorted(map(str, names))[:5])}" for what, names in info.items() if names]:
+        raise CheckpointError(
+            f"The weights in {checkpoint} are not those of this model: {'; '.join(wrong)}. Resume with the model that the run began with."
+        )
+    model.load_state_dict(loaded.state_dict())
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:

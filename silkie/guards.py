@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,47 +145,63 @@ def allow_adapted_head() -> Iterator[None]:
 
 
 class FiniteWatch:
-    """Remembers the losses of the micro-batches since the last check, on the device."""
+    """Remembers the losses of the micro-batches and the gradient norms of the steps since the last check, on the device."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[Tensor, Sequence[str]]] = []
+        self._steps: list[tuple[Tensor, slice]] = []  # gradient norm of a step, and which of the losses above are its own
+        self._step_start = 0
+
+    def begin_step(self) -> None:
+        """The losses from here on are of a new step."""
+        self._step_start = len(self._seen)
 
     def add(self, loss: Tensor, names: Sequence[str]) -> None:
         """Keeps a loss and the names of its groups; no synchronisation."""
         self._seen.append((loss.detach(), names))
 
+    def end_step(self, gradient_norm: Tensor | float) -> None:
+        """Keeps the gradient norm of a step, over all ranks; no synchronisation."""
+        self._steps.append((torch.as_tensor(gradient_norm).detach(), slice(self._step_start, len(self._seen))))
+
     def check(
         self,
-        gradient_norm: float | None = None,
         *,
         any_rank: Callable[[bool], bool] = bool,
         gather: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
-        """Looks at the losses since the last check (one synchronisation), and forgets them. Every rank calls it, and all raise together.
+        """Looks at what came since the last check (one synchronisation), and forgets it. Every rank calls it, and all raise together.
 
         Args:
-            gradient_norm: of the last step, over all ranks; None: not looked at.
             any_rank: whether a flag is set on any rank.
             gather: joins the lists of all ranks.
 
         Raises:
-            NonFiniteError: a loss of any rank is not finite, or the gradient norm is not; names the groups.
+            NonFiniteError: a loss of any rank or a gradient norm is not finite; names the groups of the first one.
         """
-        seen, self._seen = self._seen, []
+        seen, steps = self._seen, self._steps
+        self._seen, self._steps, self._step_start = [], [], 0
         if not seen:
             return
-        finite = torch.isfinite(torch.stack([loss for loss, _ in seen])).tolist()
-        bad_gradient = gradient_norm is not None and not math.isfinite(gradient_norm)
-        if not any_rank(bad_gradient or not all(finite)):
+        loss = _first_non_finite([loss for loss, _ in seen])
+        step = _first_non_finite([norm for norm, _ in steps])
+        if not any_rank(loss is not None or step is not None):
             return
-        found = []
-        if not all(finite):
-            first = finite.index(False)
-            before = f" Groups of the micro-batch before it: {'; '.join(seen[first - 1][1])}." if first else ""
-            found = [f"The loss is {float(seen[first][0])} on: {'; '.join(seen[first][1])}.{before}"]
-        names = gather([name for _, group_names in seen for name in group_names])
-        message = " ".join(gather(found)) or f"The gradient norm is {gradient_norm}; groups since the last check: {'; '.join(names)}."
+        found, names = [], []
+        if step is not None:  # the same step on all ranks; what follows a ruined update tells nothing
+            names = [name for _, group_names in seen[steps[step][1]] for name in group_names]
+            loss = None if loss is not None and loss >= steps[step][1].stop else loss
+        if loss is not None:
+            before = f" Groups of the micro-batch before it: {'; '.join(seen[loss - 1][1])}." if loss else ""
+            found = [f"The loss is {float(seen[loss][0])} on: {'; '.join(seen[loss][1])}.{before}"]
+        found, names = gather(found), gather(names)
+        message = " ".join(found) or f"The gradient norm is {float(steps[step or 0][0])}; groups of that step: {'; '.join(names)}."
         raise NonFiniteError(
             f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate, gradient clipping "
             "(max_grad_norm) or fp32 are the usual remedies."
         )
+
+
+def _first_non_finite(values: Sequence[Tensor]) -> int | None:
+    finite = torch.isfinite(torch.stack(list(values))).tolist() if values else []
+    return finite.index(False) if False in finite else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
@@ -175,7 +175,6 @@ class SilkieDPOTrainer(DPOTrainer):
         self._sampler: GroupBatchSampler | None = None
         self._terminated, self.preempted = False, False
         self._keep: int | None = args.save_total_limit
-        self._grad_norm: Any = None
         self.add_callback(_StepHooks(self))
         if args.eval_benchmarks:
             from silkie.evaluation.callback import (
@@ -478,14 +477,31 @@ class SilkieDPOTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()  # no rank writes into a place that is being cleared
         super()._save_checkpoint(model, trial)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._has_plain_weights():
+            checkpoints.load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._has_plain_weights():
+            checkpoints.load_weights(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _has_plain_weights(self) -> bool:
+        """Whether a checkpoint's weights are those of a whole model, not an adapter's or an engine's shards."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel))
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._grad_norm
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16:  # the loss scaler expects overflowing gradients and skips their steps
+            self._watch.end_step(norm)
+        return norm
 
     def _check_finite(self) -> None:
-        """Stops on a non-finite loss or gradient. Under fp16 the loss scaler expects overflowing gradients and skips their steps."""
-        norm = None if self.args.fp16 or self._grad_norm is None else float(self._grad_norm)
-        self._watch.check(norm, any_rank=self.any_rank, gather=gather_object)
+        """Stops on a non-finite loss or gradient."""
+        self._watch.check(any_rank=self.any_rank, gather=gather_object)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Every rank must call."""
@@ -527,6 +543,9 @@ class _StepHooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:  # also after resuming, where wrappers hide the sampler from the loop
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._watch.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer

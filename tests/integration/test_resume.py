@@ -32,12 +32,12 @@ def log_of(path):
     return [{k: e[k] for k in keys} for e in result["log"] if "loss" in e], result["objective"]
 
 
-def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4):
+def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4, lora=True):
     """Kills a run at random moments, a checkpoint every step, and compares its log and weights bit for bit with those of an undisturbed run."""
-    args = {**LONG, "num_train_epochs": epochs}
+    spec = {"lora": lora, "args": {**LONG, "num_train_epochs": epochs, "learning_rate": 0.01 if lora else 0.001}}
     jobs = [
-        {"mode": mode, "spec": {"out": str(tmp_path / "calm"), "args": args}, "timeout": 300},
-        {"mode": mode, "spec": {"out": str(tmp_path / "killed"), "args": args, "resume": True}, "kills": kills, "kill_after": kill_after, "timeout": 300},
+        {"mode": mode, "spec": {**spec, "out": str(tmp_path / "calm")}, "timeout": 300},
+        {"mode": mode, "spec": {**spec, "out": str(tmp_path / "killed"), "resume": True}, "kills": kills, "kill_after": kill_after, "timeout": 300},
     ]  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -47,7 +47,9 @@ def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4):
     calm, killed = json.loads((tmp_path / "jobs.out").read_text())
     assert not any(calm["codes"] + killed["codes"]), (tmp_path / "killed" / "log.0").read_text()[-3000:]
     assert log_of(tmp_path / "calm") == log_of(tmp_path / "killed")
-    a, b = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("calm", "killed"))
+    a, b = (
+        load_file(tmp_path / name / "final" / ("adapter_model.safetensors" if lora else "model.safetensors")) for name in ("calm", "killed")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     return killed
 
@@ -56,6 +58,13 @@ def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4):
 @pytest.mark.parametrize("mode", ["ddp", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("zero3", "fsdp2"))])
 def test_a_killed_run_goes_on_exactly(tmp_path, mode):
     assert kill_matrix(tmp_path, mode, 2, 1.5, 280)["kills"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["single", "ddp", "zero2", "zero3", "fsdp2"])
+def test_a_killed_run_of_the_whole_model_goes_on_exactly(tmp_path, mode):
+    assert kill_matrix(tmp_path, mode, 4, 3.0, 580, epochs=6, lora=False)["kills"] >= 2
 
 
 @pytest.mark.slow
@@ -100,6 +109,27 @@ def test_a_checkpoint_cut_off_while_it_is_written_does_not_count(tmp_path, monke
     assert calm.objective.state_dict() == again.objective.state_dict() and calm._total_train_tokens == again._total_train_tokens
     for (n, p), (_, q) in zip(calm.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), n
+
+
+def test_a_run_of_the_whole_model_goes_on_with_its_weights(tmp_path):
+    """Its files name weights otherwise than its modules do; transformers' own trainer would go on with the untrained ones."""
+    spec = {
+        "out": str(tmp_path),
+        "data": "mixed",
+        "lora": False,
+        "args": {**LONG, "use_cpu": True, "learning_rate": 0.002, "save_total_limit": None},
+    }
+    calm, again = train_run.make(spec, {}), train_run.make(spec, {})
+    calm.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [e["loss"] for e in calm.state.log_history if "loss" in e] == [e["loss"] for e in again.state.log_history if "loss" in e]
+    for (name, p), (_, q) in zip(calm.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    again.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    again._load_best_model()
+    saved = type(again.model).from_pretrained(tmp_path / "checkpoint-1")
+    assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), saved.parameters(), strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(again.model.parameters(), calm.model.parameters(), strict=True))
 
 
 class AtStep(TrainerCallback):
@@ -157,7 +187,6 @@ def test_a_non_finite_number_stops_before_it_is_saved(tmp_path, what):
         return loss
 
     trainer.compute_loss = poisoned
-    trainer.loss_is_scaled_for_ga = True
     with pytest.raises(NonFiniteError, match="nan.*(one|two|none|last)"):
         trainer.train()
     assert checkpoints.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")

@@ -6,8 +6,11 @@ import os
 import signal
 
 import pytest
+import torch
 
 from silkie import checkpoints as c
+from tests.support.families import FAMILIES, QWEN, family_model
+from tests.support.tiny import tiny_model
 
 
 def write(directory, step, complete=True, size=10):
@@ -99,6 +102,28 @@ def test_a_damaged_state_is_named(tmp_path):
     (write(tmp_path, 1) / c.STATE).write_text("{")
     with pytest.raises(c.CheckpointError, match="damaged.*earlier checkpoint"):
         c.read_state(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *QWEN])
+@pytest.mark.parametrize("tie", [False, True])
+def test_saved_weights_are_loaded_back(tmp_path, family, tie):
+    model = tiny_model(family, tie=tie) if family in QWEN else family_model(family)
+    model.save_pretrained(tmp_path)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    c.load_weights(model, tmp_path)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [({"layers": 1}, "missing_keys"), ({"layers": 3}, "unexpected_keys"), ({"hidden": 64}, "mismatched_keys")]
+)
+def test_weights_of_another_model_are_refused(tmp_path, other, message):
+    tiny_model(**other).save_pretrained(tmp_path)
+    with pytest.raises(c.CheckpointError, match=f"not those of this model.*{message}.*the model that the run began with"):
+        c.load_weights(tiny_model(layers=2), tmp_path)
 
 
 def test_ranks_that_see_different_checkpoints_are_stopped():

@@ -98,10 +98,28 @@ def test_a_non_finite_loss_names_its_groups_and_those_before():
     watch.check()  # forgotten
 
 
-def test_a_non_finite_gradient_names_the_groups_of_the_step():
+def test_a_non_finite_gradient_names_the_groups_of_its_step():
+    """Looked at long after: the losses of later steps, which it ruined, do not hide it."""
     watch = guards.FiniteWatch()
+    for step, norm in enumerate((0.5, torch.tensor(float("inf")), float("nan"))):
+        watch.begin_step()
+        for micro in range(2):
+            watch.add(torch.tensor(1.0 if step < 2 else float("nan")), [f"group {step}.{micro}"])
+        watch.end_step(norm)
+        watch.add(torch.tensor(1.0), ["evaluated"])
+    with pytest.raises(guards.NonFiniteError, match=r"gradient norm is inf; groups of that step: group 1\.0; group 1\.1\. Training"):
+        watch.check()
+    watch.begin_step()
     watch.add(torch.tensor(1.0), ["group a"])
-    with pytest.raises(guards.NonFiniteError, match="gradient norm is inf.*group a"):
-        watch.check(float("inf"))
+    watch.end_step(2.5)
+    watch.check()
+
+
+def test_a_non_finite_loss_is_named_before_the_gradient_that_it_ruins():
+    watch = guards.FiniteWatch()
+    watch.begin_step()
     watch.add(torch.tensor(1.0), ["group a"])
-    watch.check(2.5)
+    watch.add(torch.tensor(float("inf")), ["group b"])
+    watch.end_step(float("nan"))
+    with pytest.raises(guards.NonFiniteError, match="The loss is inf on: group b"):
+        watch.check()

@@ -1,7 +1,5 @@
-import pytest
 import torch
 
-from silkie.guards import FiniteWatch, NonFiniteError
 from silkie.metrics import DeviceMeans
 
 
@@ -20,16 +18,3 @@ def test_peeking_forgets_nothing():
     assert means.peek("a", lambda t: t.mul_(2), torch.device("cpu")) == 6.0  # a reduction in place, as some backends do
     assert means.peek("b", lambda t: t, torch.device("cpu")) == 0.0
     assert means.pop(lambda t: t) == {"a": (3.0, 2.0)}
-
-
-def test_watch_names_the_groups_of_a_non_finite_loss():
-    watch = FiniteWatch()
-    watch.add(torch.tensor(1.0), ["row 1"])
-    watch.add(torch.tensor(float("nan")), ["row 7, id 'x'"])
-    with pytest.raises(NonFiniteError, match="row 7, id 'x'"):
-        watch.check()
-    watch.add(torch.tensor(1.0), ["row 2"])
-    watch.check(0.5)
-    watch.add(torch.tensor(1.0), ["row 3"])
-    with pytest.raises(NonFiniteError, match="gradient norm is inf.*row 3"):
-        watch.check(float("inf"))
