@@ -85,19 +85,24 @@ def shape_of(config: Any) -> ModelShape:
     """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate.
 
     Raises:
-        ValueError: the model has no vision tower.
+        ValueError: the model has no vision tower, or its config does not say its sizes.
     """
+    name = config._name_or_path or config.model_type
     if getattr(config, "vision_config", None) is None:
-        raise ValueError(
-            f"{config._name_or_path or config.model_type} has no vision tower (no vision_config): not a vision-language model."
-        )
-    text, vision = config.get_text_config(), config.vision_config
+        raise ValueError(f"{name} has no vision tower (no vision_config): not a vision-language model.")
+    try:
+        return _shape(name, config, config.get_text_config(), config.vision_config)
+    except AttributeError as error:
+        raise ValueError(f"The planner cannot tell the sizes of {name}: {error}.") from error
+
+
+def _shape(name: str, config: Any, text: Any, vision: Any) -> ModelShape:
     gated = config.model_type in ("qwen2_5_vl",)
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
-    heads = text.num_attention_heads
+    heads, patch = text.num_attention_heads, vision.patch_size
     return ModelShape(
-        name=config._name_or_path or config.model_type,
+        name=name,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         layers=text.num_hidden_layers,
@@ -105,13 +110,13 @@ def shape_of(config: Any) -> ModelShape:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
-        tied=bool(config.tie_word_embeddings),
+        tied=bool((config if hasattr(config, "tie_word_embeddings") else text).tie_word_embeddings),
         vision_hidden=width,
         vision_intermediate=inner,
         vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
         vision_gated=gated,
         vision_window=getattr(vision, "window_size", None) if gated else None,
-        patch=vision.patch_size,
+        patch=patch if isinstance(patch, int) else patch[0],  # InternVL gives height and width
         merge=getattr(vision, "spatial_merge_size", 2),
         attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
     )

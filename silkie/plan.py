@@ -302,8 +302,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         memory, shape = parse_memory(args.memory), load_shape(args.model)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{args.model} is none of {', '.join(SHAPES)}, no directory, and not found on the hub or in its cache: {error}")
     for name, least in _LEAST.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -326,9 +328,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _config(engine: Engine, gpus: int) -> str:
+    """What to give to `accelerate launch --config_file`, machines having 8 GPUs."""
     if engine == "ddp" and gpus == 1:
         return "recipes/accelerate/single.yaml"
-    return f"recipes/accelerate/{'multinode_zero3' if engine == 'zero3' and gpus > 8 else engine}.yaml"
+    machines = -(-gpus // 8)
+    name = "multinode_zero3" if engine == "zero3" and machines > 1 else engine
+    return f"recipes/accelerate/{name}.yaml --num_processes {gpus}{f' --num_machines {machines}' if machines > 1 else ''}"
 
 
 if __name__ == "__main__":

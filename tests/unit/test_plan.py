@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config
+from transformers import Blip2Config, Qwen2Config
 
 from silkie import plan
 from silkie.models import backbone, default_lora_targets, vision_parameters
+from tests.support.families import FAMILIES, family_model
 from tests.support.tiny import tiny_model
 
 GUIDE = (Path(__file__).parents[2] / "examples" / "cluster.md").read_text(encoding="utf-8")
@@ -131,6 +132,26 @@ def test_a_model_without_a_vision_tower_is_refused(tmp_path):
     Qwen2Config(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no vision tower"):
         plan.load_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl"])
+def test_other_families_have_an_estimate(family):
+    shape = plan.shape_of((tiny_model(family) if family == "qwen3_vl" else family_model(family)).config)
+    assert plan.estimate(shape).total > shape.parameters * 2
+
+
+def test_a_config_without_sizes_is_refused():
+    with pytest.raises(ValueError, match=r"cannot tell the sizes of blip-2.*intermediate_size"):
+        plan.shape_of(Blip2Config())
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "launch"),
+    [("ddp", 1, "single.yaml"), ("zero3", 4, "zero3.yaml --num_processes 4"), ("zero2", 16, "zero2.yaml --num_processes 16 --num_machines 2"),
+     ("zero3", 20, "multinode_zero3.yaml --num_processes 20 --num_machines 3")],
+)  # fmt: skip
+def test_the_chosen_config_comes_with_its_processes_and_machines(engine, gpus, launch):
+    assert plan._config(engine, gpus) == f"recipes/accelerate/{launch}"
 
 
 def test_a_second_model_is_counted_where_there_is_one():
