@@ -1,7 +1,6 @@
 """Preference-train a vision-language model.
 
-    accelerate launch recipes/dpo_silkie.py                                            # the embedded demo: the whole loop in minutes on
-    a CPU
+    accelerate launch recipes/dpo_silkie.py                                            # the embedded demo: minutes on a CPU
     accelerate launch recipes/dpo_silkie.py --config recipes/silkie_qwen2_5_vl_7b.yaml  # Silkie's hyper-parameters on VLFeedback
     accelerate launch recipes/dpo_silkie.py --model_name_or_path DIR_OR_NAME --dataset_name DIR_OR_NAME --use_peft --output_dir OUT
 
@@ -21,18 +20,20 @@ from silkie.recipe import DemoArguments, RunArguments, run, run_demo
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    if wants_demo(sys.argv[1:]):
-        (demo_args,) = TrlParser((DemoArguments,)).parse_args_and_config()
+    argv = [part for arg in sys.argv[1:] for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # TRL wants two words
+    if demo_args := demo_arguments(argv):
         run_demo(demo_args)
         return
-    run_args, training_args, model_args = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig)).parse_args_and_config()
+    run_args, training_args, model_args = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig)).parse_args_and_config(argv)
     run(run_args, training_args, model_args)
 
 
-def wants_demo(argv: list[str]) -> bool:
-    """The demo runs where neither a model, nor data, nor a config file is named."""
-    named = {arg.split("=")[0].replace("-", "_").strip("_") for arg in argv if arg.startswith("--")}
-    return not named & {"model_name_or_path", "dataset_name", "config", "help"} and "-h" not in argv
+def demo_arguments(argv: list[str]) -> DemoArguments | None:
+    """The demo runs where the demo's own options are named and no others."""
+    if {"-h", "--help", "--config"} & set(argv):
+        return None
+    args, others = TrlParser((DemoArguments,)).parse_args_and_config(argv, return_remaining_strings=True)
+    return None if others else args
 
 
 if __name__ == "__main__":

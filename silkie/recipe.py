@@ -50,6 +50,17 @@ class RunArguments:
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir, where there is one."})
     dry_run: bool = field(default=False, metadata={"help": "Load everything, run one optimizer step, print the plan and stop."})
 
+    def __post_init__(self) -> None:
+        for name in ("max_groups", "min_pixels", "max_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}.")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"`min_pixels={self.min_pixels}` is above `max_pixels={self.max_pixels}`.")
+        if not 0 <= self.eval_size < 1:
+            raise ValueError(f"`eval_size` is a share of the groups: in [0, 1), not {self.eval_size}.")
+        if self.eval_size and self.eval_dataset_name:
+            raise ValueError("`eval_size` holds out training data, `eval_dataset_name` names other data: pass one of them.")
+
 
 @dataclass
 class DemoArguments:
@@ -161,7 +172,7 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
 
     args = trainer.args
     args.max_steps, args.save_strategy, args.eval_strategy, args.logging_steps = 1, "no", "no", 1
-    estimate, memory = plan_of(trainer, next(iter(trainer.get_train_dataloader())))
+    planned = _planned(trainer)
     args.precompute_ref_log_probs = False  # its pass runs over all groups; the step's own reference does for one step
     start = time.perf_counter()
     trainer.train()
@@ -176,13 +187,20 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
                 [
                     "",
                     "Plan",
-                    *(f"  {line}" for line in trainer.plan_lines()),
-                    *(f"  {line}" for line in estimate.lines()),
-                    f"  memory of the GPU: {memory}",
+                    *(f"  {line}" for line in (*trainer.plan_lines(), *planned)),
                     f"  first step (with start-up checks): {seconds:.1f} s, peak {peak}",
                 ]
             )
         )
+
+
+def _planned(trainer: SilkieDPOTrainer) -> list[str]:
+    """The planner's lines for the first micro-batch, or why there are none: a run needs no estimate."""
+    try:
+        estimate, memory = plan_of(trainer, next(iter(trainer.get_train_dataloader())))
+    except ValueError as error:
+        return [f"no estimate: {error}"]
+    return [*estimate.lines(), f"memory of the GPU: {memory}"]
 
 
 def run_demo(args: DemoArguments) -> None:

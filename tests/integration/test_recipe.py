@@ -5,10 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from trl import ModelConfig, TrlParser
 
+from recipes import dpo_silkie
+from silkie import SilkieDPOConfig, recipe
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +90,48 @@ def test_it_trains_and_saves_an_adapter(inputs, tmp_path):
     assert "8 groups known, 0 of 8 to compute" in again.stderr  # the second run reads the reference and goes on from the last checkpoint
 
 
+@pytest.mark.parametrize(
+    ("named", "resume", "given"), [("out/checkpoint-5", True, "out/checkpoint-5"), (None, True, True), (None, False, False)]
+)
+def test_which_checkpoint_is_gone_on_from(monkeypatch, tmp_path, named, resume, given):
+    seen = []
+    trainer = SimpleNamespace(train=lambda **options: seen.append(options), preempted=True)
+    monkeypatch.setattr(recipe, "load_data", lambda *args: (None, None))
+    monkeypatch.setattr(recipe, "make_trainer", lambda *args: trainer)
+    args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, resume_from_checkpoint=named)
+    with pytest.raises(SystemExit, match="75"):
+        recipe.run(recipe.RunArguments(dataset_name="data", resume=resume), args, ModelConfig(model_name_or_path="model"))
+    assert seen == [{"resume_from_checkpoint": given}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_groups": 0}, "`max_groups` must be positive, not 0"), ({"max_pixels": -5}, "`max_pixels` must be positive, not -5"),
+     ({"min_pixels": 100, "max_pixels": 10}, "`min_pixels=100` is above `max_pixels=10`"), ({"eval_size": 2.0}, r"in \[0, 1\), not 2.0"),
+     ({"eval_size": 0.1, "eval_dataset_name": "x"}, "pass one of them")],
+)  # fmt: skip
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.RunArguments(dataset_name="data", **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "demo"),
+    [("", True), ("--dry_run --output_dir out", True), ("--no_controls --seed 3", True), ("--output_dir out --use_peft", False), ("--dataset_name x --seed 1", False),
+     ("--config c.yaml", False), ("--help", False)],
+)  # fmt: skip
+def test_the_demo_runs_where_nothing_but_its_own_options_is_named(line, demo):
+    assert (dpo_silkie.demo_arguments(line.split()) is not None) is demo
+
+
+@pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]])
+def test_a_misspelt_key_of_a_config_file_is_an_error(tmp_path, monkeypatch, flag):
+    (tmp_path / "typo.yaml").write_text("dataset_name: x\noutput_dir: y\nuse_cpu: true\nbf16: false\nlerning_rate: 1.0e-5\n")
+    monkeypatch.setattr(sys, "argv", ["dpo_silkie.py", *(part.format(tmp_path / "typo.yaml") for part in flag)])
+    with pytest.raises(ValueError, match="Unknown arguments from config file.*lerning_rate"):
+        dpo_silkie.main()
+
+
 def test_wrong_data_is_an_error_before_the_model_is_loaded(inputs, tmp_path):
     result = launch(inputs, tmp_path / "x", "--dataset_name", str(inputs / "nothing.jsonl"), check=False)
     assert result.returncode != 0 and "nothing.jsonl" in result.stderr
@@ -93,13 +139,12 @@ def test_wrong_data_is_an_error_before_the_model_is_loaded(inputs, tmp_path):
 
 
 def test_the_paper_recipe_parses_and_holds_the_paper_hyper_parameters():
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
-    from silkie import SilkieDPOConfig
-    from silkie.recipe import RunArguments
+    from silkie import SilkieDPOConfig, recipe
 
     path = ROOT / "recipes" / "silkie_qwen2_5_vl_7b.yaml"
-    parser = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig))
+    parser = TrlParser((recipe.RunArguments, SilkieDPOConfig, ModelConfig))
     run, args, model = parser.parse_args_and_config(args=["--config", str(path), "--use_cpu", "--bf16", "false", "--tf32", "false"])
     assert run.dataset_name == "MMInstruction/VLFeedback"
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 16, 0.05)
