@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from silkie.models import causal_lm
 
@@ -184,7 +185,8 @@ class FiniteWatch:
         if not seen:
             return
         loss = _first_non_finite([loss for loss, _ in seen])
-        step = _first_non_finite([norm for norm, _ in steps])
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm, _ in steps]  # FSDP2's are sums in waiting
+        step = _first_non_finite(norms)
         if not any_rank(loss is not None or step is not None):
             return
         found, names = [], []
@@ -195,7 +197,7 @@ class FiniteWatch:
             before = f" Groups of the micro-batch before it: {'; '.join(seen[loss - 1][1])}." if loss else ""
             found = [f"The loss is {float(seen[loss][0])} on: {'; '.join(seen[loss][1])}.{before}"]
         found, names = gather(found), gather(names)
-        message = " ".join(found) or f"The gradient norm is {float(steps[step or 0][0])}; groups of that step: {'; '.join(names)}."
+        message = " ".join(found) or f"The gradient norm is {float(norms[step or 0])}; groups of that step: {'; '.join(names)}."
         raise NonFiniteError(
             f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate, gradient clipping "
             "(max_grad_norm) or fp32 are the usual remedies."

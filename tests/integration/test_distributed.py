@@ -25,7 +25,7 @@ CASES = {
     "trained_vision": {"from_disk": True, "lora": False, "lr": 0.002, "args": {"freeze_vision": False}},
     "rows_cached_checkpointed": {"args": {"layout": "rows", "precompute_ref_log_probs": True, "gradient_checkpointing": True}},
     "plain_head": {"args": {"use_fused_logprob": False}},
-    "accumulated": {"data": "odd", "args": {"gradient_accumulation_steps": 3, "log_token_stats": True}},
+    "accumulated": {"data": "odd", "args": {"gradient_accumulation_steps": 3, "num_train_epochs": 3, "log_token_stats": True}},
 }
 KINDS = {"ddp": ("MULTI_CPU", None), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", None)}
 CI = [("ddp", "lora"), ("ddp", "trained_vision"), ("zero2", "full"), ("zero3", "lora"), ("zero3", "full"), ("zero3", "trained_vision")]
