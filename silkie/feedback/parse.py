@@ -131,11 +131,19 @@ def parse_markdown(text: str, rubric: Rubric, count: int) -> Ratings:
     return _complete(found, rubric, count)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a key that comes twice is an error rather than its last value. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key appears twice in {[key for key, _ in pairs]!r:.200}")
+    return found
+
+
 def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
     """Ratings of `count` texts from the JSON form (see `prompting.answer_schema`). Raises AnswerError."""
     try:
-        data = json.loads(text)
-    except ValueError as error:
+        data = json.loads(text, object_pairs_hook=_once, parse_int=float)
+    except (ValueError, RecursionError) as error:  # a judge that runs away may open thousands of brackets
         raise AnswerError("invalid_json", f"not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise AnswerError("malformed", f"expected a JSON object with the aspects as keys, found {type(data).__name__}")
