@@ -50,11 +50,13 @@ class Member:
             raise PoolError(f"pool member {self.name!r}: expected either `base_url` (and `model`) or `local`")
         if self.base_url is not None and not self.model:
             raise PoolError(f"pool member {self.name!r}: `base_url` needs `model`, the name the server knows")
-        if not self.temperatures or min(self.temperatures) < 0 or self.weight <= 0 or self.max_tokens < 1 or self.batch_size < 1:
+        if not self.temperatures or min(self.temperatures) < 0 or self.weight <= 0 or min(self.max_tokens, self.batch_size) < 1:
             raise PoolError(
                 f"pool member {self.name!r}: expected temperatures >= 0, weight > 0, max_tokens and batch_size >= 1; found "
                 f"temperatures {list(self.temperatures)}, weight {self.weight}, max_tokens {self.max_tokens}, batch_size {self.batch_size}"
             )
+        if self.concurrency is not None and self.concurrency < 1:
+            raise PoolError(f"pool member {self.name!r}: expected a concurrency of 1 or more, found {self.concurrency}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ class Pool:
             raise PoolError(f"expected one or more pool members with distinct names, found {names}")
 
     def fingerprint(self) -> str:
-        """12 hex digits over everything that shapes the answers (not over concurrency, batch size or prices)."""
-        ignored = {"concurrency", "batch_size", "price_prompt", "price_completion", "key_variable"}
+        """12 hex digits over everything that shapes the answers: not over where a server listens, concurrency, batch size or prices."""
+        ignored = {"base_url", "concurrency", "batch_size", "price_prompt", "price_completion", "key_variable"}
         shaping = [{key: value for key, value in asdict(member).items() if key not in ignored} for member in self.members]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -83,10 +85,15 @@ def _member(entry: Any, where: str) -> Member:
     if unknown:
         raise PoolError(f"{where} ({entry['name']}): unknown keys {unknown}; known are {', '.join(sorted(known))}")
     values = dict(entry)
-    if "temperatures" in values:
-        given = values["temperatures"]
-        values["temperatures"] = tuple(float(t) for t in (given if isinstance(given, (list, tuple)) else [given]))
-    return Member(**values)
+    try:
+        if "temperatures" in values:
+            given = values["temperatures"]
+            values["temperatures"] = tuple(float(t) for t in (given if isinstance(given, (list, tuple)) else [given]))
+        return Member(**values)
+    except PoolError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise PoolError(f"{where} ({entry['name']}): a value is of the wrong type: {error}") from error
 
 
 def load_pool(path: str | Path) -> Pool:

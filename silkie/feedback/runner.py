@@ -38,20 +38,32 @@ class StopSignal:
 
 
 async def run_bounded(items: Iterator[T], work: Callable[[T], Awaitable[None]], *, concurrency: int, stop: StopSignal) -> None:
-    """`await work(item)` for every item, at most `concurrency` at a time. StopRun from any of them stops the run; other errors end it."""
+    """`await work(item)` for every item, at most `concurrency` at a time.
+
+    StopRun from any of them stops the run. So does any other error, which is raised once the calls in flight, which may have been paid for,
+    have ended.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency {concurrency}: expected 1 or more")
+    errors: list[Exception] = []
 
     async def worker() -> None:
-        for item in items:
-            if stop.reason is not None:
-                return
-            try:
+        try:
+            for item in items:
+                if stop.reason is not None:
+                    return
                 await work(item)
-            except StopRun as reason:
-                stop.request(str(reason))
+        except StopRun as reason:
+            stop.request(str(reason))
+        except Exception as error:
+            errors.append(error)
+            stop.request(f"{type(error).__name__}: {error}")
 
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(worker())
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager

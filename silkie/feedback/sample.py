@@ -198,10 +198,10 @@ class _Run:
         for member in self.pool.members:
             if member.local is not None and self.stop.reason is None:
                 await self._draw_locally(member, by_member[member.name])
-        async with asyncio.TaskGroup() as group:
-            for member in self.pool.members:
-                if member.base_url is not None:
-                    group.create_task(self._draw_remotely(member, by_member[member.name]))
+        remote = (self._draw_remotely(member, by_member[member.name]) for member in self.pool.members if member.base_url is not None)
+        for outcome in await asyncio.gather(*remote, return_exceptions=True):  # an error of one member must not cost the calls of another
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def _draws(self, items: list[JudgeItem], attempt: int) -> Iterator[Draw]:
         """Slots that have no accepted text and whose next attempt is this one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from silkie.feedback import sample
 from silkie.feedback.items import ItemError, JudgeItem
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.pool import Member, Pool, PoolError, accepted_slots, draw_seed, load_pool, normalised, voice_of, voices
@@ -72,6 +74,9 @@ def test_the_same_text_counts_once():
         ("members: [{name: a, base_url: 'http://h/v1'}]", "needs `model`"),
         ("members: [{name: a, local: d, temperature: 1}]", "unknown keys"),
         ("members: [{name: a, local: d, temperatures: [-1]}]", "temperatures >= 0"),
+        ("members: [{name: a, local: d, temperatures: [hot]}]", r"members\[0\] \(a\): a value is of the wrong type"),
+        ("members: [{name: a, local: d, max_tokens: '9'}]", "wrong type"),
+        ("members: [{name: a, local: d, concurrency: 0}]", "concurrency of 1 or more"),
         ("members: [{name: a, local: d}, {name: a, local: e}]", "distinct names"),
         ("members: [", "cannot read the pool"),
     ],
@@ -188,3 +193,28 @@ def test_another_pool_seed_or_prompt_is_not_mixed_in(tmp_path):
         prompts.write_text(prompts.read_text().replace("question 1", "question 9"))
         with pytest.raises(JournalError, match="another prompt"):
             sample_file(prompts, pool_of(server, "a"), out, OPTIONS)
+
+
+def test_a_server_that_moved_is_the_same_pool(tmp_path):
+    prompts, out = write_prompts(tmp_path, 2), tmp_path / "r.jsonl"
+    for _ in range(2):
+        with ScriptedServer(lambda n, body: completion(f"{body['seed']}")) as server:
+            summary = sample_file(prompts, pool_of(server, "a"), out, OPTIONS)
+    assert summary.draws == 6 and not server.requests
+
+
+def test_an_error_of_one_member_keeps_the_answers_of_another(tmp_path, monkeypatch):
+    prompts, out = write_prompts(tmp_path, 1), tmp_path / "r.jsonl"
+    ask = sample._Run._ask
+
+    async def broken(self, draw):
+        if draw.voice.member.name == "b":
+            raise OSError("disk on fire")
+        await asyncio.sleep(0.05)
+        return await ask(self, draw)
+
+    monkeypatch.setattr(sample._Run, "_ask", broken)
+    with ScriptedServer(lambda n, body: completion("an answer")) as server:
+        with pytest.raises(OSError, match="disk on fire"):
+            sample_file(prompts, pool_of(server, "a", "b"), out, OPTIONS)
+        assert {record["member"] for record in read_records(tmp_path / "r.jsonl.journal")} == {"a"}
