@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,9 +94,16 @@ def make_endpoint(arguments: argparse.Namespace) -> Any:
 
 
 def check_endpoint_arguments(arguments: argparse.Namespace, *, priced: bool) -> None:
-    """Raises ValueError for options that contradict each other."""
-    if arguments.concurrency < 1:
-        raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
+    """Raises ValueError for options that are out of range or contradict each other."""
+    for name in ("concurrency", "votes", "attempts", "k", "minimum", "max_answer_tokens", "max_image_side", "max_budget_tokens"):
+        if (count := getattr(arguments, name, None)) is not None and count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {count}: expected 1 or more")
+    for name in ("temperature", "price_prompt", "price_completion", "redraws"):
+        if (value := getattr(arguments, name, None)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 0 or more")
+    for name in ("timeout", "max_cost"):
+        if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if arguments.max_cost is not None and not priced:
         raise ValueError("--max-cost needs prices (--price-prompt, --price-completion; in a pool: price_prompt, price_completion)")
 
@@ -106,8 +114,6 @@ def run_rate(arguments: argparse.Namespace) -> int:
     from silkie.feedback.rubric import load_rubric
 
     check_endpoint_arguments(arguments, priced=bool(arguments.price_prompt or arguments.price_completion))
-    if arguments.votes < 1 or arguments.attempts < 1:
-        raise ValueError("--votes and --attempts must be 1 or more")
     rubric = load_rubric(arguments.rubric)
     judge: Judge
     if arguments.local:

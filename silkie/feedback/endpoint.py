@@ -145,21 +145,32 @@ class Endpoint:
         self._key = api_key_from_environment(key_variable)
         self._unsupported: set[str] = set()
         self._structured_works = False
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url.rstrip("/").removesuffix("/chat/completions"),
-            api_key=self._key,
-            max_retries=0,
-            timeout=timeout,
-            http_client=openai.DefaultAsyncHttpxClient(
-                trust_env=not local,  # a proxy of the environment cannot reach a server on this machine
-                timeout=timeout,
-                limits=_limits(connections),
-            ),
-        )
+        self._base_url = base_url.rstrip("/").removesuffix("/chat/completions")
+        self._local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self._connections = connections
+        self._opened: tuple[asyncio.AbstractEventLoop, openai.AsyncOpenAI] | None = None
+
+    @property
+    def _client(self) -> openai.AsyncOpenAI:
+        """The client of the running event loop: its connections live and die with one, an endpoint may be used in several."""
+        loop = asyncio.get_running_loop()
+        if self._opened is None or self._opened[0] is not loop:
+            http_client = openai.DefaultAsyncHttpxClient(
+                trust_env=not self._local,  # a proxy of the environment cannot reach a server on this machine
+                timeout=self.timeout,
+                limits=_limits(self._connections),
+            )
+            client = openai.AsyncOpenAI(
+                base_url=self._base_url, api_key=self._key, max_retries=0, timeout=self.timeout, http_client=http_client
+            )
+            self._opened = (loop, client)
+        return self._opened[1]
 
     async def close(self) -> None:
-        await self._client.close()
+        """Close the connections of the running event loop; a later call opens new ones."""
+        if self._opened is not None and self._opened[0] is asyncio.get_running_loop():
+            await self._opened[1].close()
+            self._opened = None
 
     def supports(self, parameter: str) -> bool:
         """False once the server has refused an optional parameter and taken the same request without it."""
@@ -278,12 +289,15 @@ class Endpoint:
             if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
                 raise
             message = self.redact(f"the endpoint answers {error.status_code}: {error.message}")
+            if error.status_code in (402, 405):  # no credit left; an address that takes no chat requests
+                raise StopRun(message) from error
             raise ItemError("rejected", message, raw=self.redact(error.response.text)) from error
 
     def _moved_to_v1(self, used: Any) -> bool:
         """After a 404 at `used`: True where the same request may work below /v1, because that has not been tried."""
         if used == self._client.base_url and used.path == "/":
             self._client.base_url = used.join("v1/")
+            self._base_url = str(self._client.base_url)
             logger.warning("the endpoint knows no %schat/completions; trying %schat/completions", used, self._client.base_url)
         return used != self._client.base_url
 

@@ -62,13 +62,18 @@ class AnswerError(Exception):
 
 
 class ItemError(Exception):
-    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never retried."""
+    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never retried.
+    `earlier` holds the unusable answers that came before it."""
 
     def __init__(self, kind: str, message: str, raw: str = "") -> None:
         super().__init__(message)
         self.kind = kind
         self.raw = raw
-        self.usage = Usage()  # of unusable answers that came before it
+        self.earlier: list[AnswerError] = []
+
+    @property
+    def usage(self) -> Usage:
+        return sum((answer.usage for answer in self.earlier), Usage())
 
 
 class StopRun(Exception):

@@ -143,8 +143,9 @@ class Journal:
             while view:
                 view = view[os.write(self._descriptor, view) :]
             os.fsync(self._descriptor)
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._descriptor, before)
+            error.filename = str(self.path)
             raise
 
     def _recover(self) -> None:
@@ -152,9 +153,17 @@ class Journal:
         if not self.path.exists():
             return
         end = 0
-        for record, end in _scan(self.path):  # noqa: B007  (the last offset is what counts)
-            self._on_record(record)
+        for number, (record, end) in enumerate(_scan(self.path), 1):  # noqa: B007  (the last offset is what counts)
+            try:
+                self._on_record(record)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise JournalError(
+                    f"{self.path}: line {number} is a JSON object of another kind ({error!r}): not the journal of such a run. "
+                    "Pass another file"
+                ) from error
         with self.path.open("r+b") as file:
+            if not end and file.readline().strip(b"\0\n")[:1] not in (b"", b"{"):
+                raise JournalError(f"{self.path} is not a journal: it holds no JSON line; pass another file")
             torn = file.seek(0, os.SEEK_END) - end
             if torn:
                 logger.warning("%s: removed a torn last line of %d bytes; its item will be done again", self.path, torn)

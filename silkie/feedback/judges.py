@@ -144,7 +144,13 @@ class OpenAIJudge:
         self.temperature, self.max_tokens, self.max_image_side = temperature, max_tokens, max_image_side
 
     def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
-        return asyncio.run(self.arate(item, attempt=attempt))
+        async def once() -> Verdict:
+            try:
+                return await self.arate(item, attempt=attempt)
+            finally:
+                await self.endpoint.close()
+
+        return asyncio.run(once())
 
     async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
         form = self._form(attempt)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from silkie.data.images import ImageError, ImageResolver, open_image, read_bytes
+from silkie.data.images import MAX_PIXELS, ImageError, ImageResolver, open_image, read_bytes
 from silkie.feedback.items import ItemError
 
 # What chat endpoints accept as they are; everything else is sent as PNG.
@@ -43,7 +44,7 @@ def encoded_image(source: Any, *, where: str = "image", max_side: int | None = N
             with Image.open(io.BytesIO(data)) as header:
                 mime = _SENT_AS_IS.get(header.format or "")
                 upright = header.getexif().get(_EXIF_ORIENTATION, 1) == 1
-                if mime and upright and (max_side is None or max(header.size) <= max_side):
+                if mime and upright and math.prod(header.size) <= MAX_PIXELS and (max_side is None or max(header.size) <= max_side):
                     return data, mime
         except ImageError as error:
             raise ItemError("image", str(error)) from error

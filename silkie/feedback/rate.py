@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, RatedItem, Usage, Verdict
@@ -57,19 +57,33 @@ def unshuffle(verdict: Verdict, order: Sequence[int]) -> tuple[Mapping[str, Aspe
     return tuple(by_response[i] for i in range(len(order)))
 
 
-async def cast_vote(item: JudgeItem, judge: Judge, *, vote: int = 0, seed: int = 0, attempts: int = 3) -> Vote:
-    """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass through."""
-    errors: list[AnswerError] = []
-    for attempt in range(attempts):
+async def cast_vote(
+    item: JudgeItem,
+    judge: Judge,
+    *,
+    vote: int = 0,
+    seed: int = 0,
+    attempts: int = 3,
+    earlier: Sequence[AnswerError] = (),
+    on_unusable: Callable[[AnswerError], Awaitable[None]] | None = None,
+) -> Vote:
+    """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass through.
+
+    earlier: unusable answers to this vote that an interrupted run got; they count as attempts. on_unusable: told of every further one.
+    """
+    errors = list(earlier)
+    for attempt in range(len(errors), attempts):
         order = shown_order(item.id, len(item.responses), seed=seed, vote=vote, attempt=attempt)
         try:
             verdict = await judge.arate(item.reordered(order), attempt=attempt)
             ratings = unshuffle(verdict, order)
         except AnswerError as error:
             errors.append(error)
+            if on_unusable is not None:
+                await on_unusable(error)
             continue
         except ItemError as error:
-            error.usage = sum((earlier.usage for earlier in errors), error.usage)
+            error.earlier = errors
             raise
         usage = sum((error.usage for error in errors), verdict.usage)
         return Vote(order=order, ratings=ratings, usage=usage, form=verdict.form)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from silkie.feedback.budget import Budget
 from silkie.feedback.endpoint import TRANSPORT_KINDS
@@ -53,6 +55,7 @@ class JournalState:
 
     fingerprints: dict[str, str] = field(default_factory=dict)  # id -> fingerprint of the item that was rated
     failed: dict[str, str] = field(default_factory=dict)  # id -> kind of the failure
+    failures: Counter[str] = field(default_factory=Counter)  # id -> how many lines say so
     judges: set[tuple[str, str]] = field(default_factory=set)  # (model, rubric)
     spent: Usage = field(default_factory=Usage)
 
@@ -65,6 +68,7 @@ class JournalState:
             self.failed.pop(item_id, None)
         else:
             self.failed[item_id] = record["error"]["kind"]
+            self.failures[item_id] += 1
 
     def done(self, item_id: str, *, retry_failed: bool) -> bool:
         return item_id in self.fingerprints and not (retry_failed and item_id in self.failed)
@@ -72,8 +76,8 @@ class JournalState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateSummary:
-    """Where a journal stands after a run: `items` in the input, `rated` and `failures` (kind -> items) in the journal, `open` still to do.
-    `stopped` says why the run ended early; None where every item is accounted for."""
+    """Where the items of the input stand after a run: `rated`, `failures` (kind -> items), `open` still to do. `spent` is what the whole
+    journal has cost. `stopped` says why the run ended early; None where every item is accounted for."""
 
     items: int
     rated: int
@@ -112,11 +116,12 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
     began = time.monotonic()
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(path, on_record=state.add))
-        total, waiting = _check(responses, judge, path, state, options)
-        votes = _VoteStore(stack, path, options.votes, state)
-        progress = Progress(total=total, done=total - waiting, unit="item", show=options.progress)
-        run = _Run(judge, options, responses.parent, journal, votes, state, stop, progress)
+        ids, waiting = _check(responses, judge, path, state, options)
+        parts = _PartStore(stack, path, state)
+        progress = Progress(total=len(ids), done=len(ids) - waiting, unit="item", show=options.progress)
+        run = _Run(judge, options, responses.parent, journal, parts, state, stop, progress)
         if isinstance(judge, OpenAIJudge):
+            stack.callback(setattr, judge.endpoint, "sleep", judge.endpoint.sleep)
             judge.endpoint.sleep = stop.sleep
         try:
             with stop_on_signals(stop):
@@ -129,11 +134,11 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
             if isinstance(judge, OpenAIJudge):
                 await judge.endpoint.close()
         if stop.reason is None:
-            votes.remove()
+            parts.remove()
     return RateSummary(
-        items=total,
-        rated=len(state.fingerprints) - len(state.failed),
-        failures=dict(Counter(state.failed.values())),
+        items=len(ids),
+        rated=len(ids & state.fingerprints.keys() - state.failed.keys()),
+        failures=dict(Counter(kind for item_id, kind in state.failed.items() if item_id in ids)),
         open=waiting - run.written,
         spent=state.spent,
         done_now=run.written,
@@ -142,8 +147,8 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
     )
 
 
-def _check(responses: Path, judge: Judge, path: Path, state: JournalState, options: RateOptions) -> tuple[int, int]:
-    """Read the whole input once before anything is paid for; returns the number of items, and of those still to do."""
+def _check(responses: Path, judge: Judge, path: Path, state: JournalState, options: RateOptions) -> tuple[set[str], int]:
+    """Read the whole input once before anything is paid for; returns the ids of its items, and how many are still to do."""
     current = (judge.name, judge.rubric.fingerprint())
     others = sorted(state.judges - {current})
     if others:
@@ -151,16 +156,17 @@ def _check(responses: Path, judge: Judge, path: Path, state: JournalState, optio
             f"{path} holds ratings of {others} (model, rubric) and this run would add {current}. Ratings of two judges do not mix: "
             "pass another journal"
         )
-    total = waiting = 0
+    ids: set[str] = set()
+    waiting = 0
     for item in read_items(responses):
-        total += 1
+        ids.add(item.id)
         waiting += not state.done(item.id, retry_failed=options.retry_failed)
         known = state.fingerprints.get(item.id)
         if known is not None and known != item.fingerprint():
             raise JournalError(
                 f"{path}: item {item.id!r} was rated with another prompt, image or texts than {responses} holds; pass another journal"
             )
-    return total, waiting
+    return ids, waiting
 
 
 class _Run:
@@ -172,13 +178,13 @@ class _Run:
         options: RateOptions,
         base: Path,
         journal: Journal,
-        votes: _VoteStore,
+        parts: _PartStore,
         state: JournalState,
         stop: StopSignal,
         progress: Progress,
     ) -> None:
         self.judge, self.options, self.base = judge, options, base
-        self.journal, self.votes, self.state, self.stop, self.progress = journal, votes, state, stop, progress
+        self.journal, self.parts, self.state, self.stop, self.progress = journal, parts, state, stop, progress
         self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=len(state.fingerprints))
         self.outage = OutageGuard(limit=2 * options.concurrency + 8)
         self.label = {"model": judge.name, "rubric": judge.rubric.fingerprint()}
@@ -229,6 +235,7 @@ class _Run:
             await self._collect(shown, item, votes, problems)
         except ItemError as error:
             fatal = error
+            problems += error.earlier
         if fatal is None and 2 * len(votes) > self.options.votes:
             rated = combine_votes(item, votes, self.judge.rubric.aspect_names)
             record |= {"status": "ok", "ratings": rated.ratings, "rationales": rated.rationales}
@@ -240,54 +247,86 @@ class _Run:
             texts: list[AnswerError | ItemError] = [*problems, fatal] if fatal and fatal.raw else [*problems]
             record["error"] = {"kind": cause.kind, "message": str(cause)}
             record["attempts"] = [{"kind": text.kind, "message": str(text), "raw": text.raw} for text in texts]
-        usages = [vote.usage for vote in votes] + [problem.usage for problem in problems] + ([fatal.usage] if fatal else [])
-        usage = sum(usages, Usage())
+        usage = sum([vote.usage for vote in votes] + [problem.usage for problem in problems], Usage())
         return record | {"usage": usage.to_json(), "seconds": round(time.monotonic() - began, 3)}
 
     async def _collect(self, shown: JudgeItem, item: JudgeItem, votes: list[Vote], problems: list[AnswerError]) -> None:
         """Cast the votes of an item into `votes`; end once too many of them failed. `shown` is `item` with its images found."""
         for number in range(self.options.votes):
-            vote = self.votes.get(item, number)
+            vote, unusable = self.parts.get(item, number)
             if vote is None:
                 try:
-                    vote = await cast_vote(shown, self.judge, vote=number, seed=self.options.seed, attempts=self.options.attempts)
+                    vote = await cast_vote(
+                        shown,
+                        self.judge,
+                        vote=number,
+                        seed=self.options.seed,
+                        attempts=self.options.attempts,
+                        earlier=unusable,
+                        on_unusable=partial(self.parts.put_unusable, item, number),
+                    )
                 except UnusableAnswers as error:
                     problems += error.errors
                     if 2 * (number + 1 - len(votes)) >= self.options.votes:
                         return
                     continue
-                await self.votes.put(item, number, vote)
+                if self.options.votes > 1:  # a single vote is the whole item, whose line comes next
+                    await self.parts.put_vote(item, number, vote)
             votes.append(vote)
 
 
-class _VoteStore:
-    """Single votes of items that are not finished yet, in a journal of their own beside the main one: a kill between two votes of an item
-    then loses neither. Nothing is stored where one vote is the whole item; the file goes away when the run is complete."""
+class _PartStore:
+    """What was paid for of items that are not finished yet: votes, and unusable answers, which count as attempts. They go to a journal of
+    their own beside the main one, so that a kill between two calls of an item loses neither. It is made when it is first needed and goes
+    away when the run is complete."""
 
-    def __init__(self, stack: ExitStack, path: Path, votes: int, state: JournalState) -> None:
-        self._saved: dict[tuple[str, str, int], Vote] = {}
-        self._state = state
-        self.path = path.with_name(path.name + ".votes")
-        self._journal = stack.enter_context(Journal(self.path, on_record=self._add)) if votes > 1 else None
+    def __init__(self, stack: ExitStack, path: Path, state: JournalState) -> None:
+        self._stack, self._state = stack, state
+        self._votes: dict[tuple[Any, ...], Vote] = {}
+        self._unusable: dict[tuple[Any, ...], list[AnswerError]] = defaultdict(list)
+        self.path = path.with_name(path.name + ".parts")
+        self._journal = self._open() if self.path.exists() else None
 
-    def get(self, item: JudgeItem, number: int) -> Vote | None:
-        return self._saved.pop((item.id, item.fingerprint(), number), None)
+    def get(self, item: JudgeItem, number: int) -> tuple[Vote | None, list[AnswerError]]:
+        """The vote `number` of an item, or else the unusable answers to it."""
+        key = tuple(self._key(item, number).values())
+        return self._votes.pop(key, None), self._unusable.pop(key, [])
 
-    async def put(self, item: JudgeItem, number: int, vote: Vote) -> None:
-        if self._journal is not None:
-            await self._journal.append({"id": item.id, "item": item.fingerprint(), "number": number, "vote": asdict(vote)})
+    async def put_vote(self, item: JudgeItem, number: int, vote: Vote) -> None:
+        await self._put(item, number, {"vote": asdict(vote)})
+
+    async def put_unusable(self, item: JudgeItem, number: int, error: AnswerError) -> None:
+        await self._put(
+            item, number, {"unusable": {"kind": error.kind, "message": str(error), "raw": error.raw, "usage": error.usage.to_json()}}
+        )
 
     def remove(self) -> None:
         if self._journal is not None:
             self.path.unlink(missing_ok=True)
 
+    async def _put(self, item: JudgeItem, number: int, part: Record) -> None:
+        self._journal = self._journal or self._open()
+        await self._journal.append(self._key(item, number) | part)
+
+    def _open(self) -> Journal:
+        return self._stack.enter_context(Journal(self.path, on_record=self._add))
+
+    def _key(self, item: JudgeItem, number: int) -> Record:
+        """Parts belong to one go at an item: what led to a failure on record is not used again by `retry_failed`."""
+        return {"id": item.id, "item": item.fingerprint(), "failures": self._state.failures[item.id], "number": number}
+
     def _add(self, record: Record) -> None:
-        if record["id"] in self._state.fingerprints:
+        if self._state.done(record["id"], retry_failed=True) or record["failures"] != self._state.failures[record["id"]]:
+            return
+        key = (record["id"], record["item"], record["failures"], record["number"])
+        if "unusable" in record:
+            told = record["unusable"]
+            error = AnswerError(told["kind"], told["message"], raw=told["raw"], usage=Usage.from_json(told["usage"]))
+            self._unusable[key].append(error)
             return
         vote = record["vote"]
         ratings = tuple({name: AspectRating(**entry) for name, entry in row.items()} for row in vote["ratings"])
-        loaded = Vote(order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"])
-        self._saved[(record["id"], record["item"], record["number"])] = loaded
+        self._votes[key] = Vote(order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"])
 
 
 def rated_records(path: str | Path) -> Iterator[Record]:

@@ -37,6 +37,18 @@ def _responses(value: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]
     return tuple(entry["response"] for entry in value), tuple(str(entry.get("model") or "unknown") for entry in value)
 
 
+def _is_conversation(value: Any) -> bool:
+    def is_part(part: Any) -> bool:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
+
+    def is_turn(turn: Any) -> bool:
+        content = turn.get("content") if isinstance(turn, Mapping) and isinstance(turn.get("role"), str) else None
+        return isinstance(content, str) or (isinstance(content, list) and all(map(is_part, content)))
+
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+
+
 def parse_item(record: Any, where: str, *, need_responses: bool = True, default_id: str | None = None) -> JudgeItem:
     """The item in one decoded JSON line; images stay paths. Raises RecordError."""
     if not isinstance(record, Mapping):
@@ -45,9 +57,8 @@ def parse_item(record: Any, where: str, *, need_responses: bool = True, default_
     if not isinstance(item_id, (str, int)) or isinstance(item_id, bool) or item_id == "":
         raise _fail(where, "id", item_id, "a text that is unique in the file")
     prompt: Any = record.get("prompt")
-    is_conversation = isinstance(prompt, list) and prompt and all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in prompt)
-    if not (is_conversation or (isinstance(prompt, str) and prompt.strip())):
-        raise _fail(where, "prompt", prompt, "the instruction as a text, or a conversation of {role, content}")
+    if not ((isinstance(prompt, str) and prompt.strip()) or _is_conversation(prompt)):
+        raise _fail(where, "prompt", prompt, "a text, or a conversation of {role, content} whose parts are of type text or image")
     responses, models = _responses(record.get("responses"), where) if need_responses else ((), ())
     known = {"id", "prompt", "image", "responses"}
     return JudgeItem(
@@ -79,7 +90,7 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RecordError(f"{where}: not valid JSON: {error}") from error
             item = parse_item(record, where, need_responses=need_responses, default_id=None if need_responses else str(number))
             if item.id in seen:

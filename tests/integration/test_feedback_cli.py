@@ -92,7 +92,11 @@ def test_the_key_is_sent_but_never_written(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (["--concurrency", 0], "expected 1 or more"),
-        (["--votes", 0], "must be 1 or more"),
+        (["--votes", 0], "--votes 0: expected 1 or more"),
+        (["--max-image-side", 0], "--max-image-side 0: expected 1 or more"),
+        (["--timeout", 0], "--timeout 0.0: expected more than 0"),
+        (["--timeout", "nan"], "expected more than 0"),
+        (["--temperature", -1], "--temperature -1.0: expected 0 or more"),
         (["--max-cost", 1], "needs prices"),
         (["--rubric", "none.yaml"], "cannot read the rubric"),
         (["--key-variable", "NOT_SET_AT_ALL"], "NOT_SET_AT_ALL is not set"),

@@ -132,6 +132,8 @@ def test_waiting_for_a_rate_limit_ends():
         (error(401, "bad key"), "rejects the key"),
         (error(403, "not yours"), "rejects the key"),
         (error(404, "no such model"), "no such model"),
+        (error(402, "no credit left"), "no credit left"),
+        (error(405), "answers 405"),
         (error(429, "pay first", code="insufficient_quota"), "quota is used up"),
         (error(429, headers={"retry-after": "86400"}), "come back in 86400 s"),
         (error(503, headers={"retry-after": "86400"}), "come back in 86400 s"),

@@ -62,6 +62,14 @@ def test_a_damaged_last_line_is_removed(tmp_path, tail, caplog):
     assert "torn last line" in caplog.text
 
 
+def test_a_file_that_never_was_a_journal_is_kept(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary")
+    with pytest.raises(JournalError, match="not a journal"), Journal(path):
+        pass
+    assert path.read_text() == "dear diary"
+
+
 def test_damage_in_the_middle_is_an_error_with_its_line(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"id": "a"}\n{"id": \n{"id": "c"}\n')
@@ -110,7 +118,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(module.os, "write", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space left on device: .*j.jsonl"):
             append_all(journal, [{"id": "b"}])
         monkeypatch.undo()
         append_all(journal, [{"id": "c"}])

@@ -9,14 +9,27 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from silkie.feedback import AnswerError, AspectRating, JudgeItem, OracleJudge, Usage, Verdict, default_rubric, rate_item, rate_items
+from silkie.feedback import (
+    AnswerError,
+    AspectRating,
+    Endpoint,
+    JudgeItem,
+    OpenAIJudge,
+    OracleJudge,
+    Usage,
+    Verdict,
+    default_rubric,
+    rate_item,
+    rate_items,
+)
 from silkie.feedback.build import build_dataset
 from silkie.feedback.items import ItemError, StopRun, prompt_text
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.rate import UnusableAnswers, shown_order
 from silkie.feedback.rate_run import RateOptions, rate_file, rated_records
 from silkie.feedback.records import RecordError, read_items
-from tests.support.feedback import true_ratings, write_responses
+from tests.support.feedback import ScriptedServer, completion, true_ratings, write_responses
+from tests.support.judge_server import markdown
 
 NAMES = default_rubric().aspect_names
 ITEM = JudgeItem(id="a", prompt="What?", responses=("one", "two", "three", "four"), models=("m1", "m2", "m3", "m4"), meta={"best": "three"})
@@ -286,7 +299,98 @@ def test_votes_survive_a_stop_between_them(tmp_path):
     record = next(iter(rated_records(journal)))
     assert len(record["orders"]) == len(record["vote_ratings"]) == 3
     assert record["usage"]["calls"] == 3
-    assert not (tmp_path / "j.jsonl.votes").exists()
+    assert not (tmp_path / "j.jsonl.parts").exists()
+
+
+def test_unusable_answers_survive_a_stop_and_are_not_paid_for_again(tmp_path):
+    responses, journal = write_responses(tmp_path, 1), tmp_path / "j.jsonl"
+
+    def script(item, attempt):
+        if len(judge.calls) == 3:
+            raise StopRun("killed")
+        raise AnswerError("malformed", "no", raw=f"text {attempt}", usage=Usage(1, 10, 5))
+
+    judge = ScriptedJudge(script)
+    assert rate_file(responses, judge, journal, QUIET).stopped == "killed"
+    assert rate_file(responses, judge, journal, QUIET).failures == {"malformed": 1}
+    assert [attempt for _, attempt in judge.calls] == [0, 1, 2, 2], "two answers were on the disk"
+    record = next(read_records(journal))
+    assert [entry["raw"] for entry in record["attempts"]] == ["text 0", "text 1", "text 2"]
+    assert record["usage"]["calls"] == 3
+    judge.calls.clear()
+    rate_file(responses, judge, journal, options(retry_failed=True))
+    assert [attempt for _, attempt in judge.calls][:2] == [0, 1], "a new go begins anew"
+
+
+def test_the_unusable_answers_before_a_lost_endpoint_keep_their_texts(tmp_path):
+    responses, journal = write_responses(tmp_path, 1), tmp_path / "j.jsonl"
+
+    def script(item, attempt):
+        if attempt == 0:
+            raise AnswerError("malformed", "no", raw="paid for", usage=Usage(1, 10, 5))
+        raise ItemError("server_error", "gone")
+
+    rate_file(responses, ScriptedJudge(script), journal, QUIET)
+    record = next(read_records(journal))
+    assert (record["error"]["kind"], [entry["raw"] for entry in record["attempts"]]) == ("server_error", ["paid for"])
+    assert record["usage"]["calls"] == 1
+
+
+def test_an_unexpected_error_is_raised_as_it_is_and_keeps_the_answers_under_way(tmp_path):
+    responses, journal = write_responses(tmp_path, 8), tmp_path / "j.jsonl"
+
+    class Slow(ScriptedJudge):
+        async def arate(self, item, *, attempt=0):
+            await asyncio.sleep(0 if item.id == "item-0002" else 0.1)
+            return self.rate(item, attempt=attempt)
+
+    def script(item, attempt):
+        if item.id == "item-0002":
+            raise ValueError("a rule is broken")
+        return quality(item, attempt)
+
+    judge = Slow(script)
+    with pytest.raises(ValueError, match="a rule is broken"):
+        rate_file(responses, judge, journal, options(concurrency=4))
+    assert {record["id"] for record in read_records(journal)} == {"item-0000", "item-0001", "item-0003"}
+    assert len(judge.calls) == 4, "nothing new was begun"
+    with pytest.raises(ValueError, match="concurrency 0"):
+        rate_file(responses, judge, journal, options(concurrency=0))
+
+
+def test_the_summary_is_about_the_items_of_the_input(tmp_path):
+    responses, journal = write_responses(tmp_path, 5), tmp_path / "j.jsonl"
+    rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    responses.write_text("".join(responses.read_text().splitlines(keepends=True)[:2]))
+    summary = rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    assert (summary.items, summary.rated, summary.open, summary.spent.calls) == (2, 2, 0, 5)
+
+
+def test_one_judge_serves_several_runs_and_single_calls(tmp_path):
+    responses = write_responses(tmp_path, 2)
+    item = JudgeItem(id="a", prompt="What?", responses=("quality=1", "quality=2"))
+
+    def reply(n, body):
+        count = body["messages"][0]["content"][-1]["text"].count("### Text ")
+        return completion(markdown([3] * count))
+
+    with ScriptedServer(reply) as server:
+        judge = OpenAIJudge(Endpoint(server.url, "judge"), structured="markdown")
+        sleep = judge.endpoint.sleep
+        for name in ("a", "b"):
+            assert rate_file(responses, judge, tmp_path / name, QUIET).rated == 2
+            assert judge.rate(item).ratings[0]["Helpfulness"].rating == 3
+            assert len(rate_items([item], judge)) == 1
+        assert judge.endpoint.sleep == sleep, "the stop of a finished run has no say in later calls"
+
+
+@pytest.mark.parametrize("line", ['{"id": "a"}', '{"prompt": "p"}', '{"id": "a", "item": "x", "status": "ok", "judge": "j"}'])
+def test_a_file_that_is_no_journal_of_ratings_is_refused_and_kept(tmp_path, line):
+    responses, journal = write_responses(tmp_path, 1), tmp_path / "j.jsonl"
+    journal.write_text(line + "\n")
+    with pytest.raises(JournalError, match="line 1 is a JSON object of another kind"):
+        rate_file(responses, ScriptedJudge(quality), journal, QUIET)
+    assert journal.read_text() == line + "\n"
 
 
 @pytest.mark.parametrize(("usable", "rated", "calls"), [("100", 0, 3), ("010", 0, 3), ("00", 0, 2), ("110", 1, 3), ("011", 1, 3)])
@@ -323,6 +427,7 @@ def test_what_would_mix_up_a_journal_is_refused_before_any_call(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: not valid JSON"),
+        ("[" * 50_000, "line 2: not valid JSON"),
         ("[]", "line 2: found list"),
         ('{"id": "x", "prompt": "p"}', "'responses'"),
         ('{"id": "x", "prompt": "p", "responses": []}', "'responses'"),
@@ -330,6 +435,8 @@ def test_what_would_mix_up_a_journal_is_refused_before_any_call(tmp_path):
         ('{"prompt": "p", "responses": [{"response": "r"}]}', "'id'"),
         ('{"id": "item-0000", "prompt": "p", "responses": [{"response": "r"}]}', "line 1 has it too"),
         ('{"id": "x", "prompt": "", "responses": [{"response": "r"}]}', "'prompt'"),
+        ('{"id": "x", "prompt": [{"role": "user", "content": 5}], "responses": [{"response": "r"}]}', "'prompt'"),
+        ('{"id": "x", "prompt": [{"role": "user", "content": [{"type": "video"}]}], "responses": [{"response": "r"}]}', "'prompt'"),
         ('{"id": "x", "prompt": "p", "image": 7, "responses": [{"response": "r"}]}', "'image'"),
     ],
 )
