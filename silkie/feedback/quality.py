@@ -14,8 +14,10 @@ from itertools import combinations
 from typing import Any
 
 from silkie.evaluation.stats import bootstrap_mean
+from silkie.feedback.rubric import number_text
 
 Row = Mapping[str, float | None]
+_EQUAL = 1e-9  # means of equal ratings may differ in the last bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +51,25 @@ def estimate(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]
 
 
 def distributions(items: Iterable[Judged]) -> dict[str, dict[str, float]]:
-    """Per aspect the share of every rating (means of several votes are rounded to the next whole number), and of "N/A"."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    """Per aspect the share of every rating that was given, lowest first, and of "N/A". Every vote counts: means are not on the scale."""
+    counts: dict[str, Counter[float | None]] = defaultdict(Counter)
     for item in items:
-        for row in item.ratings:
+        for row in (row for rows in item.vote_ratings for row in rows):
             for aspect, value in row.items():
-                counts[aspect]["N/A" if value is None else f"{math.floor(value + 0.5)}"] += 1
-    return {aspect: {key: count / counter.total() for key, count in sorted(counter.items())} for aspect, counter in counts.items()}
+                counts[aspect][value] += 1
+    return {
+        aspect: {"N/A" if value is None else number_text(value): counter[value] / counter.total() for value in sorted(counter, key=_scale)}
+        for aspect, counter in counts.items()
+    }
+
+
+def _scale(value: float | None) -> float:
+    """Sorts ratings, "N/A" last."""
+    return math.inf if value is None else value
 
 
 def per_model(items: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """Per model: the mean of every aspect, and its win rate in comparisons within an item (a tie counts half)."""
+    """Per model: the mean of every aspect, and its win rate against other models within an item (a tie counts half)."""
     ratings: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     wins: dict[str, list[float]] = defaultdict(list)
     owners: dict[str, list[str]] = defaultdict(list)
@@ -69,6 +79,8 @@ def per_model(items: Sequence[Judged]) -> dict[str, dict[str, Any]]:
                 if value is not None:
                     ratings[model][aspect].append(value)
         for i, j, first, second in _comparisons(item.ratings):
+            if item.models[i] == item.models[j]:
+                continue  # two temperatures of one model: it wins as often as it loses
             won = _outcome(first, second)
             for index, value in ((i, won), (j, 1 - won)):
                 wins[item.models[index]].append(value)
@@ -130,9 +142,10 @@ def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
 def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The judge against a reference (people or an oracle) on the items that both have rated.
 
-    Per aspect and "overall": "pairwise", the share of the reference's comparisons with a winner that the judge decides the same way (a tie
-    of the judge counts half, so a judge that knows nothing is at 0.5); "within_one", the share of ratings at most 1 apart; "bias", judge
-    minus reference. Raises ValueError where an item has another number of responses in the reference.
+    Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the reference's comparisons
+    with a winner that the judge decides the same way (a tie of the judge counts half, so a judge that knows nothing is at 0.5);
+    "within_one", the share of ratings at most 1 apart; "bias", judge minus reference. Raises ValueError where an item has another number
+    of responses in the reference.
     """
     shared = [item for item in items if item.id in reference]
     aspects: dict[str, None] = {}
@@ -148,15 +161,15 @@ def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -
         gaps: list[float] = []
         owners: list[str] = []
         for item in shared:
-            judge = [_value(row, name) for row in item.ratings]
+            judge = [_value(row, name, aspects) for row in item.ratings]
             truth = [_value(row, name, aspects) for row in reference[item.id]]
             both = [(x, y) for x, y in zip(judge, truth, strict=True) if x is not None and y is not None]
-            near += [float(abs(x - y) <= 1) for x, y in both]
+            near += [float(abs(x - y) <= 1 + _EQUAL) for x, y in both]
             gaps += [x - y for x, y in both]
             owners += [item.id] * len(both)
             for (x, y), (u, v) in combinations(both, 2):
-                if y != v:
-                    pairwise.append(1 - abs(_outcome(x, u) - _outcome(y, v)))
+                if (winner := _outcome(y, v)) != 0.5:
+                    pairwise.append(1 - abs(_outcome(x, u) - winner))
                     pair_owners.append(item.id)
         result[name] = {
             "pairwise": estimate(pairwise, pair_owners),
@@ -201,7 +214,8 @@ def quality_markdown(report: Mapping[str, Any]) -> str:
         "## Rating distribution",
         "",
     ]
-    keys = sorted({key for shares in report["distributions"].values() for key in shares})
+    given = {key for shares in report["distributions"].values() for key in shares}
+    keys = sorted(given, key=lambda key: _scale(None if key == "N/A" else float(key)))
     lines += [f"| aspect | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     for aspect, shares in report["distributions"].items():
         lines.append(f"| {aspect} | " + " | ".join(f"{100 * shares.get(key, 0):.1f} %" for key in keys) + " |")
@@ -240,10 +254,8 @@ def _shown(value: Mapping[str, Any] | None, *, percent: bool = False) -> str:
     return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
 
 
-def _value(row: Row, name: str, aspects: Iterable[str] | None = None) -> float | None:
-    if name == "overall":
-        return overall(row if aspects is None else {aspect: row.get(aspect) for aspect in aspects})
-    return row.get(name)
+def _value(row: Row, name: str, aspects: Iterable[str]) -> float | None:
+    return overall({aspect: row.get(aspect) for aspect in aspects}) if name == "overall" else row.get(name)
 
 
 def _comparisons(ratings: Sequence[Row]) -> Iterable[tuple[int, int, float, float]]:
@@ -254,5 +266,5 @@ def _comparisons(ratings: Sequence[Row]) -> Iterable[tuple[int, int, float, floa
 
 
 def _outcome(first: float, second: float) -> float:
-    """1 where the first wins, 0 where the second does, 0.5 for a tie. Means of equal ratings may differ in the last bit."""
-    return 0.5 if abs(first - second) < 1e-9 else float(first > second)
+    """1 where the first wins, 0 where the second does, 0.5 for a tie."""
+    return 0.5 if abs(first - second) < _EQUAL else float(first > second)

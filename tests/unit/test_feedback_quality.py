@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -91,6 +92,31 @@ def test_averages_and_win_rates_per_model():
 def test_distributions_count_every_rating():
     shares = distributions([judged(0, [1.0, 2.0, 2.0, None])])["Helpfulness"]
     assert shares == {"1": 0.25, "2": 0.5, "N/A": 0.25}
+
+
+def test_distributions_keep_the_steps_of_the_scale_and_its_order():
+    item = judged(0, [10.0, 9.0, 0.5, 0.0])
+    assert list(distributions([item])["Helpfulness"]) == ["0", "0.5", "9", "10"]
+    assert "| aspect | 0 | 0.5 | 9 | 10 |" in quality_markdown(quality_report([item]))
+    voted = replace(item, vote_ratings=[*item.vote_ratings, judged(0, [9.0] * 4).ratings])
+    assert distributions([voted])["Helpfulness"]["9"] == 5 / 8, "every vote counts"
+
+
+def test_a_model_is_not_compared_with_itself():
+    report = per_model([judged(0, [5.0, 1.0, 3.0], models=["x", "x", "y"])])
+    assert report["x"]["win_rate"] == report["y"]["win_rate"] | {"n": 2} and report["x"]["win_rate"]["mean"] == 0.5
+    alone = per_model([judged(0, [5.0, 1.0], models=["x", "x"])])
+    assert alone["x"]["win_rate"] is None and alone["x"]["means"]["Helpfulness"] == 3.0
+
+
+def test_agreement_compares_equal_aspects_and_knows_last_bits():
+    thirds = judged(0, [1.0, 1.0])
+    rows = [{NAMES[0]: 4.0, NAMES[1]: 3.0, NAMES[2]: 3.0}, {NAMES[0]: 2.0, NAMES[1]: 2.0, NAMES[2]: 3.0}]
+    item = replace(thirds, ratings=rows)
+    lower = [{name: value - 1 for name, value in row.items()} for row in rows]
+    assert agreement([item], {"0": lower})["overall"]["within_one"]["mean"] == 1.0
+    found = agreement([item], {"0": [{NAMES[0]: 4.0}, {NAMES[0]: 2.0}]})
+    assert found["overall"] == found[NAMES[0]] and found["overall"]["bias"]["mean"] == 0.0
 
 
 def test_overall_needs_every_aspect():
