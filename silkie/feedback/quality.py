@@ -142,10 +142,10 @@ def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
 def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The judge against a reference (people or an oracle) on the items that both have rated.
 
-    Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the reference's comparisons
-    with a winner that the judge decides the same way (a tie of the judge counts half, so a judge that knows nothing is at 0.5);
-    "within_one", the share of ratings at most 1 apart; "bias", judge minus reference. Raises ValueError where an item has another number
-    of responses in the reference.
+    Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the reference's
+    comparisons with a winner that the judge decides the same way (a tie of the judge counts half, so a judge that knows nothing is at
+    0.5); "within_one", the share of ratings at most 1 apart; "bias", judge minus reference. Raises ValueError where an item has another
+    number of responses in the reference.
     """
     shared = [item for item in items if item.id in reference]
     aspects: dict[str, None] = {}

@@ -111,13 +111,15 @@ class SampleSummary:
 def sample_file(prompts: str | Path, pool: Pool, out: str | Path, options: SampleOptions | None = None) -> SampleSummary:
     """Draw responses for every item of `prompts` (JSONL of {"image", "prompt"}, `id` optional) and write the responses file `out`.
 
-    Raises RecordError for a line that cannot be used, JournalError for a journal (`out` + ".journal") in use, damaged, or begun with
-    another pool, seed, k or other prompts.
+    Raises ValueError where `out` is `prompts`, RecordError for a line that cannot be used, JournalError for a journal
+    (`out` + ".journal") in use, damaged, or begun with another pool, seed, k or other prompts.
     """
     return asyncio.run(_sample_file(Path(prompts), pool, Path(out), options or SampleOptions()))
 
 
 async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOptions) -> SampleSummary:
+    if out.resolve() == prompts.resolve():
+        raise ValueError(f"the responses would replace the prompts in {prompts}; pass another output file")
     began = time.monotonic()
     state = DrawState()
     stop = StopSignal()

@@ -218,3 +218,10 @@ def test_an_error_of_one_member_keeps_the_answers_of_another(tmp_path, monkeypat
         with pytest.raises(OSError, match="disk on fire"):
             sample_file(prompts, pool_of(server, "a", "b"), out, OPTIONS)
         assert {record["member"] for record in read_records(tmp_path / "r.jsonl.journal")} == {"a"}
+
+
+def test_the_prompts_are_not_written_over(tmp_path):
+    prompts = write_prompts(tmp_path, 1)
+    with ScriptedServer(lambda n, body: completion("x")) as server, pytest.raises(ValueError, match="would replace the prompts"):
+        sample_file(prompts, pool_of(server, "a"), tmp_path / "." / "prompts.jsonl", OPTIONS)
+    assert not server.requests and "question 0" in prompts.read_text()
