@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from silkie.demo.sheet import markdown
 from silkie.evaluation.stats import Estimate
 
 logger = logging.getLogger("iterative")
+
+
+class OtherSettings(ValueError):
+    """The output directory holds rounds of another run."""
 
 
 class Rounds:
@@ -45,6 +50,14 @@ class Rounds:
         return preference_items(
             1000 + 100 * number + self.seed, images=self.sizes.images, card_images=self.sizes.card_images, questions=self.sizes.questions
         )
+
+    def claim(self) -> None:
+        """Raises OtherSettings where the finished rounds below the output directory were made with other settings."""
+        settings = {"seed": self.seed, "base": str(self.base_dir), **asdict(self.sizes)}
+        file = self.output / "settings.json"
+        if file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+            raise OtherSettings(f"{self.output} was begun with {found}, now asked for is {settings}; pass another output directory")
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
     def measure_base(self) -> None:
         if not self.restore("base", "Base"):
@@ -104,6 +117,7 @@ def run(
     """The whole run; writes `round-N/` (data, adapter, result.json), `eval/`, `table.md` and `results.json` below `output`."""
     state = Rounds(Path(output), seed=seed, base_dir=Path(base_dir), sizes=sizes or Sizes(images=200, card_images=60))
     state.output.mkdir(parents=True, exist_ok=True)
+    state.claim()
     state.measure_base()
     start: Path | None = None
     for number in range(1, rounds + 1):
@@ -123,8 +137,6 @@ def run(
 
 def _renamed(items: list[DemoItem], number: int) -> list[DemoItem]:
     """Rounds name their items alike; in one set the names must differ."""
-    from dataclasses import replace
-
     return [replace(item, id=f"round{number}-{item.id}") for item in items]
 
 
@@ -140,7 +152,10 @@ def main() -> None:
         parser.error(f"--rounds {arguments.rounds}: expected 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     sizes = Sizes(images=arguments.images, card_images=max(2, arguments.images // 3))
-    print(run(arguments.output_dir, rounds=arguments.rounds, seed=arguments.seed, sizes=sizes, single=not arguments.no_single))
+    try:
+        print(run(arguments.output_dir, rounds=arguments.rounds, seed=arguments.seed, sizes=sizes, single=not arguments.no_single))
+    except OtherSettings as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 STOPPED_EARLY = 3
+OF_MEMBERS = ("model", "key_variable", "price_prompt", "price_completion")
+OF_JUDGES = (*OF_MEMBERS, "temperature", "max_image_side", "max_budget_tokens", "max_cost")
 
 
 def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,7 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-cost", type=float, help="stop cleanly once this much is spent (needs prices)")
     parser.add_argument("--price-prompt", type=float, default=0.0, help="price per million prompt tokens")
     parser.add_argument("--price-completion", type=float, default=0.0, help="price per million completion tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice: order of the texts, members and draws (default 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress line")
 
 
@@ -55,10 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", required=True, help="responses file, as `rate` reads it (its journal: OUT.journal)")
     sample.add_argument("--pool", help="YAML file with the members of the pool (see silkie/feedback/pool.py)")
     sample.add_argument("--local", help="instead of --pool: one model or adapter directory in this process")
-    sample.add_argument(
-        "--temperatures", type=float, nargs="+", default=[1.0], help="with --base-url or --local: temperatures of the draws"
-    )
-    sample.add_argument("--max-answer-tokens", type=int, default=512, help="with --base-url or --local: length of a response (default 512)")
+    sample.add_argument("--temperatures", type=float, nargs="+", help="with --base-url or --local: temperatures of the draws (default 1)")
+    sample.add_argument("--max-answer-tokens", type=int, help="with --base-url or --local: length of a response (default 512)")
     sample.add_argument("--k", type=int, default=4, help="responses per prompt (default 4)")
     sample.add_argument("--minimum", type=int, default=2, help="leave out items with fewer distinct responses (default 2)")
     sample.add_argument("--redraws", type=int, default=3, help="tries for a draw that failed or repeats another (default 3)")
@@ -108,6 +108,13 @@ def check_endpoint_arguments(arguments: argparse.Namespace, *, priced: bool) -> 
         raise ValueError("--max-cost needs prices (--price-prompt, --price-completion; in a pool: price_prompt, price_completion)")
 
 
+def _refuse(arguments: argparse.Namespace, belongs_to: str, *names: str) -> None:
+    """Raises ValueError for an option that was passed and that nothing would read."""
+    for name in names:
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} is an option of {belongs_to}")
+
+
 def run_rate(arguments: argparse.Namespace) -> int:
     from silkie.feedback.judges import Judge, LocalJudge, OpenAIJudge
     from silkie.feedback.rate_run import RateOptions, rate_file
@@ -119,6 +126,7 @@ def run_rate(arguments: argparse.Namespace) -> int:
     if arguments.local:
         if arguments.base_url:
             raise ValueError("--local and --base-url name two judges; pass one of them")
+        _refuse(arguments, "an endpoint, and --local is none", *OF_JUDGES)
         from silkie.inference import load_policy
 
         judge = LocalJudge(*load_policy(arguments.local), rubric=rubric, name=arguments.local, max_new_tokens=arguments.max_answer_tokens)
@@ -162,6 +170,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if sum(source is not None for source in (arguments.pool, arguments.local, arguments.base_url)) != 1:
         raise ValueError("pass exactly one of --pool, --local and --base-url (with --model)")
     if arguments.pool:
+        _refuse(arguments, "one member; with --pool, write it into the pool file", *OF_MEMBERS, "temperatures", "max_answer_tokens")
         pool = load_pool(arguments.pool)
     else:
         member = Member(
@@ -170,8 +179,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
             model=arguments.model if arguments.base_url else None,
             key_variable=arguments.key_variable,
             local=arguments.local,
-            temperatures=tuple(arguments.temperatures),
-            max_tokens=arguments.max_answer_tokens,
+            temperatures=tuple(arguments.temperatures or [1.0]),
+            max_tokens=arguments.max_answer_tokens or 512,
             price_prompt=arguments.price_prompt,
             price_completion=arguments.price_completion,
         )

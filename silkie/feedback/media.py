@@ -18,12 +18,17 @@ _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "
 _EXIF_ORIENTATION = 0x0112
 
 
-def load_image(source: Any, *, where: str = "image") -> Image.Image:
-    """RGB pixels of a path, bytes or PIL image. Raises ItemError("image")."""
+def load_image(source: Any, *, where: str = "image", max_side: int | None = None) -> Image.Image:
+    """RGB pixels of a path, bytes or PIL image, scaled down to `max_side`. Raises ItemError("image")."""
     try:
-        return open_image(source, where=where)
+        image = open_image(source, where=where)
     except ImageError as error:
         raise ItemError("image", str(error)) from error
+    if max_side is not None:
+        if image is source:
+            image = image.copy()
+        image.thumbnail((max_side, max_side))
+    return image
 
 
 def _png(image: Image.Image) -> bytes:
@@ -51,10 +56,7 @@ def encoded_image(source: Any, *, where: str = "image", max_side: int | None = N
         except Exception as error:  # Pillow raises many kinds for damaged files; the decoder below words the error
             load_image(source, where=where)
             raise ItemError("image", f"{where}: {error}") from error
-    image = load_image(source, where=where)
-    if max_side is not None:
-        image.thumbnail((max_side, max_side))
-    return _png(image), "image/png"
+    return _png(load_image(source, where=where, max_side=max_side)), "image/png"
 
 
 def data_url(source: Any, *, where: str = "image", max_side: int | None = None) -> str:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, RatedItem, Usage, Verdict
 from silkie.feedback.judges import Judge
+
+# "Text 3", "text_3", "Texts 1, 2 and 4": the names under which a judge was shown the responses. "Answer 3" may be an answer that is 3.
+_TEXT_NAMES = re.compile(r"\btext[ _]\d+\b|\btexts \d+(?:(?:, (?:and )?| and | or )\d+)*\b", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +55,19 @@ def shown_order(item_id: str, count: int, *, seed: int = 0, vote: int = 0, attem
 
 
 def unshuffle(verdict: Verdict, order: Sequence[int]) -> tuple[Mapping[str, AspectRating], ...]:
-    """Ratings by response instead of by position shown."""
+    """Ratings by response instead of by position shown; a "Text 3" in a rationale becomes the number that this response has in the item."""
     if len(verdict.ratings) != len(order):
         raise AnswerError("wrong_count", f"expected {len(order)} ratings, found {len(verdict.ratings)}", usage=verdict.usage)
+
+    def number(match: re.Match[str]) -> str:
+        shown = int(match[0])
+        return str(order[shown - 1] + 1) if 1 <= shown <= len(order) else match[0]
+
+    def renamed(rating: AspectRating) -> AspectRating:
+        return replace(rating, rationale=_TEXT_NAMES.sub(lambda names: _NUMBER.sub(number, names[0]), rating.rationale))
+
     by_response = dict(zip(order, verdict.ratings, strict=True))
-    return tuple(by_response[i] for i in range(len(order)))
+    return tuple({name: renamed(rating) for name, rating in by_response[i].items()} for i in range(len(order)))
 
 
 async def cast_vote(

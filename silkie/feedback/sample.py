@@ -285,7 +285,9 @@ class _Run:
         for draw in batch:
             try:
                 item = with_images(draw.item, self.options.image_root, self.base)
-                ready.append((draw, conversation(item), [load_image(image, where=f"item {item.id!r}") for image in item.images]))
+                side = self.options.max_image_side
+                images = [load_image(image, where=f"item {item.id!r}", max_side=side) for image in item.images]
+                ready.append((draw, conversation(item), images))
             except ItemError as error:
                 records.append(self._record(draw, Usage(), error=error))
         if ready:

@@ -116,6 +116,19 @@ def test_sample_needs_one_source(tmp_path, capsys):
     assert "exactly one of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--temperatures", "0.5"], ["--max-answer-tokens", "9"], ["--price-prompt", "1"]])
+def test_options_that_a_pool_decides_are_refused_beside_it(tmp_path, capsys, option):
+    (tmp_path / "pool.yaml").write_text("members: [{name: a, local: d}]")
+    assert main(["sample", "p.jsonl", "--out", str(tmp_path / "r.jsonl"), "--pool", str(tmp_path / "pool.yaml"), *option]) == 2
+    assert f"{option[0]} is an option of one member" in capsys.readouterr().err
+
+
+def test_options_of_an_endpoint_are_refused_for_a_local_judge(tmp_path, capsys):
+    base = ["rate", "r.jsonl", "--journal", str(tmp_path / "j.jsonl"), "--local", "d"]
+    assert main([*base, "--max-budget-tokens", "9"]) == 2
+    assert "--max-budget-tokens is an option of an endpoint" in capsys.readouterr().err
+
+
 def test_sample_from_one_endpoint(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Say something."}\n')
     with ScriptedServer(lambda n, body: completion(f"{body['seed']} at {body['temperature']}")) as server:

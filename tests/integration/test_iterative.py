@@ -50,6 +50,9 @@ def test_two_rounds_and_their_resumption(tmp_path):
     stored = [json.loads(path.read_text())["seconds"] for path in tmp_path.glob("round-*/result.json")]
     assert sum(again.seconds.values()) >= sum(sum(part.values()) for part in stored) > 0
 
+    with pytest.raises(ValueError, match="was begun with .*'seed': 0"):
+        iterative.run(tmp_path, rounds=2, seed=1, sizes=TINY, single=False)
+
     source = {"source": str(tmp_path / "round-2/data/vlfeedback.jsonl"), "image_root": str(tmp_path / "round-2/data/images")}
     trainer = make_trainer(DPO, preferences(DPO, source, 0), BASE_DIR, tmp_path / "check", 0, adapter=first)
     assert trainer.reference.kind == "copy of the initial adapter"

@@ -25,7 +25,7 @@ from silkie.feedback import (
 from silkie.feedback.build import build_dataset
 from silkie.feedback.items import ItemError, StopRun, prompt_text
 from silkie.feedback.journal import JournalError, read_records
-from silkie.feedback.rate import UnusableAnswers, shown_order
+from silkie.feedback.rate import UnusableAnswers, shown_order, unshuffle
 from silkie.feedback.rate_run import RateOptions, rate_file, rated_records
 from silkie.feedback.records import RecordError, read_items
 from tests.support.feedback import ScriptedServer, completion, true_ratings, write_responses
@@ -76,6 +76,13 @@ def test_ratings_belong_to_their_responses_whatever_the_order_shown():
         assert [row["Helpfulness"] for row in rated.ratings] == [3, 3, 5, 4]
         assert tuple(ITEM.responses[i] for i in rated.orders[0]) == shown[-1]
     assert len(set(shown)) > 1
+
+
+def test_texts_that_a_rationale_names_are_renamed_with_the_order():
+    why = "Text 1 beats texts 2, 3 and 4; text_9, Text 12 and answer 2 are something else."
+    shown = Verdict(ratings=tuple({NAMES[0]: AspectRating(5, why)} for _ in range(4)))
+    renamed = "Text 3 beats texts 1, 4 and 2; text_9, Text 12 and answer 2 are something else."
+    assert {row[NAMES[0]].rationale for row in unshuffle(shown, (2, 0, 3, 1))} == {renamed}
 
 
 def test_orders_are_seeded_fair_and_balanced_over_votes():
@@ -465,6 +472,9 @@ def test_images_go_out_as_they_are_where_endpoints_take_them(tmp_path):
     assert encoded_image(str(tmp_path / "a.bmp"))[1] == "image/png"
     small, mime = encoded_image(str(tmp_path / "a.jpg"), max_side=4)
     assert mime == "image/png" and small != (tmp_path / "a.jpg").read_bytes()
+    mine = Image.new("RGB", (8, 4))
+    encoded_image(mine, max_side=4)
+    assert mine.size == (8, 4), "the caller's image stays as it is"
     (tmp_path / "secret.txt").write_text("root:x:0:0")
     with pytest.raises(ItemError, match="not an image"):
         encoded_image(str(tmp_path / "secret.txt"))
