@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.data import PairOptions, build_pairs
-from silkie.feedback.items import ItemError, JudgeItem, prompt_text
+from silkie.feedback.items import JudgeItem, prompt_text
 from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
 from silkie.feedback.records import RecordError, read_items, with_images
@@ -25,7 +25,8 @@ from silkie.feedback.vlfeedback import write_vlfeedback
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
-    """`left_out`: why (a kind of failure, or "not rated yet") -> items; `pairless`: items in the dataset without a single pair."""
+    """`left_out`: why (a kind of failure, "not rated yet", or what a record cannot hold) -> items; `pairless`: items in the
+    dataset without a single pair."""
 
     items: int
     left_out: dict[str, int]
@@ -35,11 +36,14 @@ class BuildSummary:
     files: list[Path]
 
     def text(self) -> str:
-        missing = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
         return (
-            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out: {missing or 'none'}\n"
+            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out: {_listed(self.left_out) or 'none'}\n"
             f"{len(self.files)} parquet file(s) in {self.files[0].parent if self.files else '-'}"
         )
+
+
+def _listed(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
 
 
 class _JournalReader:
@@ -93,8 +97,9 @@ def build_dataset(
 ) -> BuildSummary:
     """Join responses with their ratings and write the dataset, the pairs and the quality report below `out`.
 
-    Items that are not rated are left out and counted. Raises FileExistsError where `out` already holds a dataset, JournalError where the
-    journal belongs to other texts, ItemError for an image that cannot be read.
+    Items that are not rated, and those that a VLFeedback record cannot hold, are left out and counted. Raises FileExistsError where `out`
+    already holds a dataset, JournalError where the journal belongs to other texts, ItemError for an image that cannot be read, ValueError
+    where no item is left.
     """
     responses, out = Path(responses), Path(out)
     options = PairOptions.parse(pairs)
@@ -111,8 +116,9 @@ def build_dataset(
             def records() -> Iterator[dict[str, Any]]:
                 for item in read_items(responses):
                     record = reader.get(item.id)
-                    if record is None or record["status"] != "ok":
-                        left_out["not rated yet" if record is None else record["error"]["kind"]] += 1
+                    reason = _why_left_out(item, record)
+                    if record is None or reason is not None:
+                        left_out[str(reason)] += 1
                         continue
                     row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
                     found = build_pairs(row["ratings"], options, responses=item.responses, models=item.models, key=item.id)
@@ -127,6 +133,8 @@ def build_dataset(
 
             aspects = _aspects(reader)
             files = write_vlfeedback(records(), out, aspects=aspects, shard_bytes=shard_bytes)
+        if not judged:
+            raise ValueError(f"nothing to build from {responses}: every item is left out ({_listed(left_out)})")
         (out / "pairs.csv.partial").replace(out / "pairs.csv")
     finally:
         reader.close()
@@ -148,16 +156,25 @@ def _aspects(reader: _JournalReader) -> list[str]:
     raise JournalError("the journal holds no rated item, so there is nothing to build")
 
 
+def _why_left_out(item: JudgeItem, record: Record | None) -> str | None:
+    """Why an item is not part of the dataset; None where it is."""
+    if record is None:
+        return "not rated yet"
+    if record["status"] != "ok":
+        return str(record["error"]["kind"])
+    if len(item.images) != 1:
+        return "several images" if item.images else "no image"
+    return None if all(response.strip() for response in item.responses) else "an empty response"
+
+
 def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]:
-    """The arguments of `vlfeedback_row`. Raises JournalError, ItemError."""
+    """The arguments of `vlfeedback_row`. Raises JournalError."""
     if record["item"] != fingerprint:
         raise JournalError(f"item {item.id!r} was rated with another prompt, image or texts than the responses file holds")
-    if len(item.images) > 1:
-        raise ItemError("image", f"item {item.id!r} has {len(item.images)} images; a VLFeedback record holds one")
     return {
         "id": item.id,
         "prompt": prompt_text(item.prompt),
-        "image": item.images[0] if item.images else None,
+        "image": item.images[0],
         "models": item.models,
         "responses": item.responses,
         "ratings": record["ratings"],

@@ -19,7 +19,7 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from silkie.feedback.budget import Prices
-from silkie.feedback.items import AnswerError, ItemError, StopRun, Usage
+from silkie.feedback.items import AnswerError, ItemError, StopRun, Usage, whole_text
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ class Endpoint:
             raise AnswerError("empty", f"the answer holds no text (finish reason {reason!r})", raw=body, usage=usage)
         if reason == "length" and not keep_truncated:
             raise AnswerError("truncated", "the answer was cut at the token limit", raw=self.redact(content), usage=usage)
-        return ChatAnswer(self.redact(content), usage)
+        return ChatAnswer(whole_text(self.redact(content)), usage)
 
 
 def _limits(connections: int) -> Any:

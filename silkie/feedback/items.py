@@ -127,6 +127,11 @@ class JudgeItem:
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
+def whole_text(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs. Models emit them, JSON can write them, and UTF-8, requests and parquet cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are left out."""
     if isinstance(prompt, str):

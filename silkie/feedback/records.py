@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from silkie.feedback.items import JudgeItem
+from silkie.feedback.items import JudgeItem, whole_text
 from silkie.feedback.media import resolve_image
 
 
@@ -90,6 +90,8 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
+                if b"\\ud" in line.lower():
+                    record = json.loads(whole_text(json.dumps(record, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
                 raise RecordError(f"{where}: not valid JSON: {error}") from error
             item = parse_item(record, where, need_responses=need_responses, default_id=None if need_responses else str(number))

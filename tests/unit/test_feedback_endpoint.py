@@ -214,6 +214,11 @@ def test_an_answer_that_is_none_is_an_answer_error_with_its_text(answer, kind):
     assert len(server.requests) == 1, "whether to ask again is not the endpoint's decision"
 
 
+def test_half_a_surrogate_pair_becomes_a_character_that_can_be_written():
+    with ScriptedServer(lambda n, body: completion("broken \ud83d end")) as server:
+        assert ask(server)[0].text == "broken \ufffd end"
+
+
 def test_a_cut_answer_may_be_kept():
     with ScriptedServer(lambda n, body: completion("A long", finish="length")) as server:
         assert ask(server, keep_truncated=True)[0].text == "A long"

@@ -205,6 +205,26 @@ def test_build_leaves_out_what_is_not_rated_and_says_so(tmp_path):
     assert (built.items, built.pairs, built.left_out) == (6, 6, {"refused": 1, "not rated yet": 1})
 
 
+def test_what_a_record_cannot_hold_is_left_out_and_the_rest_loads(tmp_path):
+    responses = write_responses(tmp_path, 5)
+    items = [json.loads(line) for line in responses.read_text().splitlines()]
+    items[0]["image"] = None
+    items[1]["image"] = ["red.png", "red.png"]
+    items[2]["responses"][1]["response"] = " \n"
+    items[3]["responses"][1]["response"] += "half a pair: \ud83d"
+    responses.write_text("".join(json.dumps(item) + "\n" for item in items))
+    judge = OracleJudge(lambda item: [dict.fromkeys(NAMES, 1 + item.responses.index(text)) for text in item.responses])
+    rate_file(responses, judge, tmp_path / "j.jsonl", RateOptions(progress=False))
+    built = build_dataset(responses, tmp_path / "j.jsonl", tmp_path / "set")
+    assert (built.items, built.left_out) == (2, {"no image": 1, "several images": 1, "an empty response": 1})
+    assert built.text().startswith("2 items, 12 pairs (0 items without one); left out: an empty response 1, no image 1, several images 1")
+    groups = load_preferences(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert groups["id"] == ["item-0003", "item-0004"] and groups[0]["responses"][1].endswith("half a pair: \ufffd")
+    responses.write_text(json.dumps(items[0]) + "\n")
+    with pytest.raises(ValueError, match=r"every item is left out \(no image 1\)"):
+        build_dataset(responses, tmp_path / "j.jsonl", tmp_path / "other")
+
+
 def test_build_refuses_to_overwrite_or_to_mix(tmp_path):
     responses, journal = rated(tmp_path)
     build_dataset(responses, journal, tmp_path / "set")
