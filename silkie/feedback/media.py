@@ -25,8 +25,6 @@ def load_image(source: Any, *, where: str = "image", max_side: int | None = None
     except ImageError as error:
         raise ItemError("image", str(error)) from error
     if max_side is not None:
-        if image is source:
-            image = image.copy()
         image.thumbnail((max_side, max_side))
     return image
 
