@@ -38,9 +38,8 @@ class GroupCollator:
         gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P]
         ratings [R] and aspect_ratings [R, A] (NaN where there is none)
         vision: the processor's image tensors; corrupted_vision: those of the corrupted images
-    and plain values: row_groups, image_tokens (per group), longest (longest response), names (per group, for error messages), rows (per
-        group, its row in
-        the dataset).
+    and plain values: row_groups, segments, image_tokens (per group), longest (longest response), names (per group, for error messages),
+        rows (per group, its row in the dataset).
     """
 
     encoder: GroupEncoder
@@ -93,6 +92,7 @@ class GroupCollator:
             **self._ratings(rows, counts),
             "vision": vision,
             "row_groups": packed.row_groups,
+            "segments": packed.segments,
             "image_tokens": [self._image_tokens(e) for e in encoded],
             "longest": int(lengths.max()),
             "names": [describe(row) for row in rows],

@@ -41,6 +41,17 @@ class PromptAndResponses:
     responses: Sequence[Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens start..end of a row, and the tokens of the prompt that they follow (none for a prompt and for padding)."""
+
+    row: int
+    start: int
+    end: int
+    prompt_start: int = 0
+    prompt_end: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class PackedBatch:
     """Rows of one forward pass.
@@ -56,7 +67,9 @@ class PackedBatch:
         target: [N] the scored token's id.
         owner: [N] its response, in [0, R), never decreasing.
         offset: [N] its place within the response.
-        row_groups: group that a row holds, per row; for the packed layout with several groups a row, the first.
+        row_groups: groups that a row holds, per row.
+        segments: the prompts, responses and paddings of all rows in order; they cover every token once. Plain numbers, so that attention
+            by segment need not ask the device for them.
     """
 
     input_ids: Tensor
@@ -70,6 +83,7 @@ class PackedBatch:
     owner: Tensor
     offset: Tensor
     row_groups: list[list[int]]
+    segments: list[Segment]
 
 
 def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, groups_per_row: int | None = 1) -> PackedBatch:
@@ -106,6 +120,7 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
     logical = torch.zeros((b, t), dtype=torch.long)
     token_types = torch.zeros((b, t), dtype=torch.long)
     gather, target, owner, offset = [], [], [], []
+    segments: list[Segment] = []
 
     for i, row in enumerate(rows):
         at = 0
@@ -118,6 +133,7 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
             segment_ids[i, prompt] = PROMPT_SEGMENT
             logical[i, prompt] = torch.arange(size)
             token_types[i, prompt] = group.token_types
+            segments.append(Segment(i, prompt.start, prompt.stop))
             restart = int(group.prompt_positions.max()) + 1
             last_prompt_token = at + size - 1
             at += size
@@ -130,6 +146,7 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
                 position_ids[:, i, own] = restart + steps
                 segment_ids[i, own] = k + 1
                 logical[i, own] = size + steps
+                segments.append(Segment(i, own.start, own.stop, prompt.start, prompt.stop))
                 predictor = torch.cat([torch.tensor([last_prompt_token]), torch.arange(at, at + n - 1)])
                 gather.append(i * t + predictor)
                 target.append(ids)
@@ -137,6 +154,8 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
                 offset.append(steps)
                 at += n
             group_ids[i, prompt.start : at] = g
+        if at < t:
+            segments.append(Segment(i, at, t))
 
     return PackedBatch(
         input_ids=input_ids,
@@ -150,6 +169,7 @@ def pack(groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, g
         owner=torch.cat(owner),
         offset=torch.cat(offset),
         row_groups=[[g for g, _ in row] for row in rows],
+        segments=segments,
     )
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -162,12 +162,17 @@ def _plain(logits: Tensor, target: Tensor, options: HeadOptions, return_stats: b
 def _applied_options(base: nn.Module) -> HeadOptions:
     """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their config and
     ignore it."""
-    options = head_options(base.config)
-    source = inspect.getsource(type(base).forward)
+    options, source = head_options(base.config), _forward_source(type(base))
     return HeadOptions(
         softcap=options.softcap if "final_logit_softcapping" in source else None,
         logit_scale=options.logit_scale if "logit_scale" in source or "logits_scaling" in source else 1.0,
     )
+
+
+@cache
+def _forward_source(model_class: type[nn.Module]) -> str:
+    """Read once: every forward pass asks for it."""
+    return inspect.getsource(model_class.forward)
 
 
 @contextmanager

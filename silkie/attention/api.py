@@ -85,7 +85,7 @@ def _segments(batch: dict[str, Any], window: int | None, two_way: Tensor | None)
     if batch["segment_ids"].shape[1] < segments.SHORTEST_ROW:
         return _dense_bool(batch, window, two_way)
     _refuse_two_way("segments", two_way)
-    return segments.segment_mask(batch["group_ids"], batch["segment_ids"], window=window)
+    return segments.segment_mask(batch["segments"], batch["segment_ids"].device, window=window)
 
 
 def _flex(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Any:
@@ -94,7 +94,7 @@ def _flex(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> 
 
 def _varlen(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
     _refuse_two_way("varlen", two_way)
-    return varlen.segment_plan(batch["group_ids"], batch["segment_ids"], window=window)
+    return varlen.segment_plan(batch["segments"], batch["segment_ids"].shape[1], batch["segment_ids"].device, window=window)
 
 
 def _refuse_two_way(backend: Backend, two_way: Tensor | None) -> None:

@@ -6,11 +6,12 @@ Legend: B rows, T tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,6 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from silkie.packing import PROMPT_SEGMENT
 
 NAME = "silkie_flex"
+
+_BLOCK = 128  # tokens of a block's side, FlexAttention's own default
+_QUERIES = 1024  # whose visibility is computed at a time
 
 
 def block_mask(
@@ -44,7 +48,27 @@ def block_mask(
             seen = seen | together
         return (same_group & seen) | ((group < 0) & (query == key))  # padding sees itself
 
-    return create_block_mask(rule, b, None, t, t, device=str(segment_ids.device))
+    return _blocks(rule, b, t, segment_ids.device)
+
+
+def _blocks(rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], b: int, t: int, device: torch.device) -> BlockMask:
+    """PyTorch's `create_block_mask` without its dense [B, T, T] tensors, which for a row of many groups would be gigabytes: some queries at
+    a time."""
+    row, key, n = torch.arange(b, device=device)[:, None, None], torch.arange(t, device=device), -(-t // _BLOCK)
+    counts = []
+    for start in range(0, t, _QUERIES):
+        query = torch.arange(start, min(start + _QUERIES, t), device=device)[:, None]
+        seen = rule(row, row, query, key)  # [B, queries, T]
+        seen = nn.functional.pad(seen, (0, n * _BLOCK - t, 0, -len(query) % _BLOCK))
+        counts.append(seen.unflatten(2, (n, _BLOCK)).unflatten(1, (-1, _BLOCK)).sum((2, 4)))
+    count = torch.cat(counts, dim=1)[:, None]  # [B, 1, n, n] visible pairs of a block
+    whole = count == _BLOCK * _BLOCK
+    return BlockMask.from_kv_blocks(*_listed((count > 0) & ~whole), *_listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=rule, seq_lengths=(t, t))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., n, n] flags -> per row of blocks, how many are set [..., n], and their numbers in front [..., n, n]."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def attention(

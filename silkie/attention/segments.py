@@ -7,7 +7,6 @@ Legend: B rows, T tokens of a row, H heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,39 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.packing import PAD_SEGMENT, PROMPT_SEGMENT
+from silkie.packing import Segment
 
 NAME = "silkie_segments"
 
 # Rows shorter than this run with a dense mask: below, the calls cost more than the scores they save (examples/packing.md has figures).
 SHORTEST_ROW = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens start..end of a row, and the tokens of the prompt that they follow (none for a prompt and for padding)."""
-
-    row: int
-    start: int
-    end: int
-    prompt_start: int = 0
-    prompt_end: int = 0
-
-
-def segments_of(group_ids: Tensor, segment_ids: Tensor) -> list[Segment]:
-    """The segments of packed rows [B, T] in order; they cover every token once."""
-    b, t = segment_ids.shape
-    row = torch.arange(b)[:, None].expand(b, t)
-    labels = torch.stack([row, group_ids.cpu(), segment_ids.cpu()]).flatten(1)
-    runs, lengths = torch.unique_consecutive(labels, dim=1, return_counts=True)
-    found, at, prompt = [], 0, (0, 0)
-    for own_row, kind, length in zip(runs[0].tolist(), runs[2].tolist(), lengths.tolist(), strict=True):
-        start = at - own_row * t
-        if kind == PROMPT_SEGMENT:
-            prompt = (start, start + length)
-        found.append(Segment(own_row, start, start + length, *(() if kind in (PROMPT_SEGMENT, PAD_SEGMENT) else prompt)))
-        at += length
-    return found
 
 
 class SegmentMask(Tensor):
@@ -63,10 +35,10 @@ class SegmentMask(Tensor):
     window: int | None
 
 
-def segment_mask(group_ids: Tensor, segment_ids: Tensor, *, window: int | None = None) -> SegmentMask:
-    """The mask of packed rows [B, T]."""
-    mask = torch.empty(1, 1, 1, 0, device=segment_ids.device).as_subclass(SegmentMask)
-    mask.segments, mask.window = segments_of(group_ids, segment_ids), window
+def segment_mask(segments: list[Segment], device: torch.device, *, window: int | None = None) -> SegmentMask:
+    """The mask of packed rows."""
+    mask = torch.empty(1, 1, 1, 0, device=device).as_subclass(SegmentMask)
+    mask.segments, mask.window = segments, window
     return mask
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.attention.segments import segments_of
+from silkie.packing import Segment
 
 NAME = "silkie_varlen"
 
@@ -40,19 +41,20 @@ class SegmentPlan(Tensor):
     window: int | None
 
 
-def segment_plan(group_ids: Tensor, segment_ids: Tensor, *, window: int | None = None) -> SegmentPlan:
-    """The plan of packed rows [B, T]. The padding of a row is a segment that meets itself."""
-    t, found = segment_ids.shape[1], segments_of(group_ids, segment_ids)
+def segment_plan(segments: Sequence[Segment], row_length: int, device: torch.device, *, window: int | None = None) -> SegmentPlan:
+    """The plan of packed rows of `row_length` tokens. The padding of a row is a segment that meets itself."""
     keys = []
-    for s in found:
+    for s in segments:
         prompt, own = torch.arange(s.prompt_start, s.prompt_end), torch.arange(s.start, s.end)
-        keys.append(s.row * t + torch.cat([prompt, own]))
-    device = segment_ids.device
-    counts = [len(k) for k in keys]
-    plan = torch.cat(keys)[None, None, None].to(device).as_subclass(SegmentPlan)
-    lengths = [s.end - s.start for s in found]
-    plan.cu_queries = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    plan.cu_keys = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        keys.append(s.row * row_length + torch.cat([prompt, own]))
+    lengths, counts = [s.end - s.start for s in segments], [len(k) for k in keys]
+
+    def bounds(sizes: list[int]) -> Tensor:
+        # a blocking copy would wait for all that the device still has to do
+        return torch.tensor([0, *sizes]).cumsum(0).int().to(device, non_blocking=True)
+
+    plan = torch.cat(keys)[None, None, None].to(device, non_blocking=True).as_subclass(SegmentPlan)
+    plan.cu_queries, plan.cu_keys = bounds(lengths), bounds(counts)
     plan.longest_query, plan.longest_key, plan.window = max(lengths), max(counts), window
     return plan
 

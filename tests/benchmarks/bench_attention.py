@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_step import device_name
 
 from silkie.attention import segments
-from silkie.packing import visible
+from silkie.packing import Segment, visible
 
 HEADS = ((8, 2, 32), (16, 2, 128))  # query heads, key-value heads, head size
 ROWS = ((4, 40, 10, 4), (4, 80, 40, 4), (4, 150, 50, 4), (1, 316, 120, 4), (1, 636, 120, 2), (1, 636, 120, 4), (1, 1340, 120, 4))
@@ -50,6 +50,12 @@ def seconds(run: Callable[[], Tensor], repeats: int) -> float:
 def measure(shape: tuple[int, int, int], rows: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
     (heads, kv_heads, size), (batch, prompt, response, k) = shape, rows
     group, segment, position = (x.expand(batch, -1) for x in one_row(prompt, response, k))
+    starts = [prompt + i * response for i in range(k)]
+    spans = [
+        span
+        for row in range(batch)
+        for span in (Segment(row, 0, prompt), *(Segment(row, start, start + response, 0, prompt) for start in starts))
+    ]
     torch.manual_seed(0)
     tensors = [torch.randn(batch, h, segment.shape[1], size, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
 
@@ -58,7 +64,7 @@ def measure(shape: tuple[int, int, int], rows: tuple[int, int, int, int], repeat
         return torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
     def by_segment() -> Tensor:
-        return segments.attention(torch.nn.Identity(), *tensors, segments.segment_mask(group, segment))[0]
+        return segments.attention(torch.nn.Identity(), *tensors, segments.segment_mask(spans, segment.device))[0]
 
     difference = float((dense() - by_segment()).detach().abs().max())
     found = {"dense_s": seconds(dense, repeats), "segments_s": seconds(by_segment, repeats)}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from silkie.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
 from silkie.packing import visible
@@ -14,7 +15,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def batch(per_row=None, sizes=((5, [3, 2, 4]), (3, [1, 2]), (4, [2, 2]))):
     packed = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
-    return {name: getattr(packed, name) for name in ("group_ids", "segment_ids", "logical_positions", "token_types")}
+    return {name: getattr(packed, name) for name in ("group_ids", "segment_ids", "logical_positions", "token_types", "segments")}
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -26,21 +27,45 @@ def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
     query, key, value = torch.randn(b, 4, t, 8).double(), torch.randn(b, 2, t, 8).double(), torch.randn(b, 2, t, 8).double()
     mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
     truth = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    plan = varlen.segment_plan(one["group_ids"], one["segment_ids"], window=window)
+    plan = varlen.segment_plan(one["segments"], t, CPU, window=window)
     blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
     module = torch.nn.Identity()
     real = (one["segment_ids"] >= 0)[..., None, None]  # varlen lets the padding of a row see itself as a sequence
-    spans = segments.segment_mask(one["group_ids"], one["segment_ids"], window=window)
+    spans = segments.segment_mask(one["segments"], CPU, window=window)
     for attend, plan_or_blocks in ((varlen.attention, plan), (flex.attention, blocks), (segments.attention, spans)):
         found, _ = attend(module, query, key, value, plan_or_blocks)
         assert ((found - truth) * real).abs().max() < 1e-12
 
 
 def test_a_plan_gathers_the_prompt_and_the_own_keys():
-    plan = varlen.segment_plan(torch.tensor([[0, 0, 0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 2, 0, 1]]))
+    plan = varlen.segment_plan(batch(None, ((2, [1, 1]), (1, [1])))["segments"], 6, CPU)
     assert plan.as_subclass(torch.Tensor).flatten().tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 4, 5]
     assert plan.cu_queries.tolist() == [0, 2, 3, 4, 5, 6] and plan.cu_keys.tolist() == [0, 2, 5, 8, 9, 11]
     assert (plan.longest_query, plan.longest_key) == (2, 3)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_are_those_that_pytorch_makes_of_the_rule(window, monkeypatch):
+    monkeypatch.setattr(flex, "_QUERIES", 256)  # so that a row takes several turns
+    one = batch(2, ((300, [150, 30, 2]), (3, [1]), (130, [128, 128])))
+    b, t = one["segment_ids"].shape
+    two_way = torch.where(one["logical_positions"] < 140, 0, -1).masked_fill(one["segment_ids"] != 0, -1)
+    found = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window, bidirectional=two_way)
+    expected = create_block_mask(found.mask_mod, b, None, t, t, device="cpu")
+    assert found.shape == expected.shape and (window is not None or expected.full_kv_num_blocks.sum() > 0)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_plans_and_blocks_ask_the_device_for_nothing(monkeypatch):
+    """Meta tensors hold no numbers: whatever would wait for the device to read one fails on them."""
+    monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
+    one = batch()
+    on_meta = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in one.items()}
+    for backend in ("sdpa", "segments", "flex", "varlen"):
+        for window in (False, True):
+            config = family_model("llava_onevision", **({"use_sliding_window": True, "sliding_window": 3} if window else {})).config
+            Attention(backend=backend, layout="packed").inputs(config, dict(on_meta))
 
 
 def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
@@ -60,7 +85,7 @@ def test_gradients_by_segment_are_those_of_the_dense_mask():
     weights = torch.randn(b, t, 4, 8, dtype=torch.float64) * (one["segment_ids"] >= 0)[..., None, None]
     mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"])
     truth = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    found, _ = segments.attention(torch.nn.Identity(), *inputs, segments.segment_mask(one["group_ids"], one["segment_ids"]))
+    found, _ = segments.attention(torch.nn.Identity(), *inputs, segments.segment_mask(one["segments"], CPU))
     for expected, own in zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (truth, found)), strict=True):
         assert (expected - own).abs().max() < 1e-12
 
@@ -68,8 +93,8 @@ def test_gradients_by_segment_are_those_of_the_dense_mask():
 def test_segments_cover_every_token_once_and_short_rows_keep_the_dense_mask(monkeypatch):
     one, attention, config = batch(2), Attention(backend="segments", layout="packed"), tiny_model().config
     b, t = one["segment_ids"].shape
-    found = segments.segments_of(one["group_ids"], one["segment_ids"])
-    assert sorted(s.row * t + n for s in found for n in range(s.start, s.end)) == list(range(b * t))
+    found = one["segments"]
+    assert [s.row * t + n for s in found for n in range(s.start, s.end)] == list(range(b * t))
     assert attention.inputs(config, one)["attention_mask"].dtype is torch.bool
     monkeypatch.setattr(segments, "SHORTEST_ROW", t)
     assert attention.inputs(config, one)["attention_mask"].segments == found
@@ -79,7 +104,7 @@ def test_segments_cover_every_token_once_and_short_rows_keep_the_dense_mask(monk
 def test_varlen_refuses_what_it_cannot_do(option):
     one = batch()
     query = torch.randn(1, 2, one["segment_ids"].shape[1], 8)
-    plan = varlen.segment_plan(one["group_ids"], one["segment_ids"])
+    plan = varlen.segment_plan(one["segments"], one["segment_ids"].shape[1], CPU)
     with pytest.raises(ValueError, match=next(iter(option))):
         varlen.attention(torch.nn.Identity(), query, query, query, plan, **option)
 
