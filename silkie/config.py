@@ -58,7 +58,8 @@ class SilkieDPOConfig(DPOConfig):
         },
     )
     freeze_vision: bool = field(
-        default=True, metadata={"help": "Freeze the vision tower and its projector (full fine-tuning; LoRA leaves them alone)."}
+        default=True,
+        metadata={"help": "Freeze the vision tower and its projector (full fine-tuning; an adapter trains what it is put on)."},
     )
     on_bad_row: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
@@ -120,8 +121,10 @@ class SilkieDPOConfig(DPOConfig):
             raise ValueError(f"`corruption` is read by the loss mdpo_image only; loss_type is {self.loss_type}.")
         if not 0 < self.corruption_strength <= 1:
             raise ValueError(f"`corruption_strength` must be in (0, 1], not {self.corruption_strength}.")
-        if self.layout == "rows" and self.attention_backend in ("flex", "varlen"):
-            raise ValueError(f"`attention_backend={self.attention_backend!r}` packs groups; it needs layout='packed'.")
+        if self.layout == "rows" and self.attention_backend not in ("auto", "sdpa"):
+            raise ValueError(
+                f"`attention_backend={self.attention_backend!r}` is read by layout='packed' only; in rows the model's own attention runs."
+            )
         if self.padding_free:
             raise ValueError(
                 "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of padding."

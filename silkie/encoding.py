@@ -103,7 +103,7 @@ class GroupEncoder:
             ValueError: the prompt leaves no room for the responses (such rows are dropped before training starts).
         """
         images = [open_image(image, where=f"{describe(row)}, image {i}") for i, image in enumerate(row.get("images") or [])]
-        text = self._render(row)
+        text = self.render(row)
         arguments: dict[str, Any] = {"images": [images]} if images else {}
         # The template already holds the special tokens, so the tokenizer must not add them again.
         out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **arguments)
@@ -129,7 +129,7 @@ class GroupEncoder:
         if images and not hasattr(self.processor.image_processor, "get_number_of_image_patches"):
             prompt = len(self.encode(row).prompt_ids)
         else:
-            prompt = len(self.tokenizer(self._render(row), add_special_tokens=False)["input_ids"]) - images
+            prompt = len(self.tokenizer(self.render(row), add_special_tokens=False)["input_ids"]) - images
             if images:
                 prompt += sum(self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in image_sizes])["num_image_tokens"])
         whole = [len(r) for r in self._tokenize(row["responses"])]
@@ -138,6 +138,10 @@ class GroupEncoder:
         cut = sum(a > b for a, b in zip(whole, kept, strict=True))
         return GroupLengths(prompt=prompt, responses=tuple(kept), cut=cut, equal_to=tuple(ids.index(r) for r in ids))
 
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text of a row's prompt, as the chat template writes it up to the answer, with one mark per image."""
+        return self.processor.apply_chat_template(to_messages(row["prompt"]), tokenize=False, add_generation_prompt=True)
+
     @property
     def media_tokens(self) -> tuple[str, ...]:
         """The texts that stand for an image or a video in the model's input, which no prompt or response may hold."""
@@ -145,21 +149,18 @@ class GroupEncoder:
         return tuple(token for token in tokens if isinstance(token, str))
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the tokens: tokenizer, template, image processor, limits."""
+        """Hash of everything that decides the tokens: tokenizer, its special tokens (templates write them), template, settings of the
+        processor, limits."""
         state = {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str()
             if hasattr(self.tokenizer, "backend_tokenizer")
             else self.tokenizer.get_vocab(),
+            "special_tokens": self.tokenizer.special_tokens_map,
             "template": self.processor.chat_template,
-            "image_processor": self.processor.image_processor.to_dict() if hasattr(self.processor, "image_processor") else None,
+            "processor": self.processor.to_dict(),
             "limits": [self.max_length, self.max_response_length, self.suffix],
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    def _render(self, row: Mapping[str, Any]) -> str:
-        return self.processor.apply_chat_template(
-            to_messages(row["prompt"]), tokenize=False, add_generation_prompt=True, **(row.get("chat_template_kwargs") or {})
-        )
 
     def _tokenize(self, responses: Sequence[str]) -> list[list[int]]:
         # A leading line break would follow the assistant header's own and is not what the model writes.

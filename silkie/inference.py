@@ -174,7 +174,7 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         num_return_sequences=n,
         eos_token_id=sorted(stop),
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
     return [t.strip() for t in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]

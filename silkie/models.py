@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,17 @@ def backbone(model: Any) -> Any:
     return causal_lm(model).base_model
 
 
+def check_merges_images(model: Any) -> None:
+    """Whether a model puts image features in the place of image tokens, which is what silkie hands to it.
+
+    Raises:
+        ValueError: it reads images in another way (cross-attention as in Mllama, image tokens of a codebook).
+    """
+    if not hasattr(backbone(model), "get_image_features"):
+        name = type(causal_lm(model)).__name__
+        raise ValueError(f"{name} does not merge image features into its text (it has no get_image_features): silkie cannot train it.")
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model config; a permissive default for families that silkie does not list."""
     return FAMILIES.get(config.model_type, _UNKNOWN)
@@ -77,11 +89,11 @@ def family_of(config: PretrainedConfig) -> Family:
 
 def why_not_packable(config: PretrainedConfig) -> str | None:
     """The reason why a model must train in the `rows` layout, or None where packing is exact."""
-    if config.model_type not in FAMILIES:
-        return f"model type {config.model_type!r} is not among the tested families ({', '.join(FAMILIES)})"
     layers = layer_types(config)
     if other := layers - PACKABLE_LAYERS:
         return f"{config.model_type} has {', '.join(sorted(other))} layers, whose state would leak from one response into the next"
+    if config.model_type not in FAMILIES:
+        return f"model type {config.model_type!r} is not among the tested families ({', '.join(FAMILIES)})"
     if "sliding_attention" in layers and not family_of(config).dict_mask:
         return f"{config.model_type} with sliding-window layers takes no mask per layer type"
     return None
@@ -124,6 +136,8 @@ def default_lora_targets(config: PretrainedConfig) -> str:
 def with_default_targets(peft_config: PeftConfig, config: PretrainedConfig) -> PeftConfig:
     """`peft_config` with the language model's projections as targets where it names none."""
     if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
+        # the caller's own stays as it is: on a model of another family these targets would hit the vision tower
+        peft_config = copy.copy(peft_config)
         peft_config.target_modules = default_lora_targets(config)
         logger.info("LoRA targets: the attention and MLP projections of the language model")
     return peft_config

@@ -57,8 +57,11 @@ def precompute_reference(trainer: SilkieDPOTrainer) -> ReferenceTable:
     store = ReferenceStore(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache", _run_key(trainer), tokens=tokens)
     # Every rank hashes its share of the rows: the key depends on the image bytes as they are now, so it is never cached.
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    columns = dataset.select_columns([c for c in ("prompt", "responses", "images", "chat_template_kwargs") if c in dataset.column_names])
-    hashed = {i: group_key(columns[i]) for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process)}
+    columns = dataset.select_columns([c for c in ("prompt", "responses", "images") if c in dataset.column_names])
+    hashed = {}
+    for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
+        row = columns[i]
+        hashed[i] = group_key(row, trainer.encoder.render(row))
     keys = {i: key for part in _gather([hashed]) for i, key in part.items()}
     known = store.load()
     # What any rank lacks: nodes need not share a disk, and all must agree on the batches to run.

@@ -86,9 +86,8 @@ def prepare_groups(
     """Measures the groups of a dataset and drops those that cannot be trained on.
 
     Dropped and counted: groups without pairs, and groups whose prompt leaves no room for a response. A broken row (an image that cannot
-        be decoded, an empty
-    response, a pair that names a missing response, image parts that do not match the images) raises, or is dropped too with
-    `on_bad_row="skip"`.
+    be decoded, an empty response, a pair that names a missing response, image parts that do not match the images) raises, or is dropped
+    too with `on_bad_row="skip"`.
 
     Args:
         dataset: preference groups.
@@ -139,8 +138,10 @@ def prepare_groups(
         report.longest_response = max(report.longest_response, *row["response_lengths"])
         report.cut_responses += row["cut"]
     report.dropped = dict(dropped)
-    for line in report.lines(name):
-        logger.info(line)
+    summary, *losses = report.lines(name)
+    logger.info(summary)
+    for line in losses:  # what was cut or dropped is shown where nobody has configured a log
+        logger.warning(line)
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
         raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")

@@ -135,10 +135,11 @@ def _same_weights(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(gather_object([same]))
 
 
-def group_key(row: Mapping[str, Any]) -> str:
-    """Hash of what a group's reference log-probs depend on, besides model and tokenizer: prompt, responses and image bytes."""
+def group_key(row: Mapping[str, Any], text: str) -> str:
+    """Hash of what a group's reference log-probs depend on, besides model and tokenizer: responses, image bytes and the `text` of its
+    prompt as the chat template wrote it (a template may write the date)."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([row["prompt"], row["responses"], row.get("chat_template_kwargs")], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([text, row["responses"]]).encode())
     for image in row.get("images") or []:
         if hasattr(image, "tobytes"):  # a decoded PIL image
             digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
@@ -168,7 +169,7 @@ class ReferenceStore:
     def load(self) -> int:
         """Reads what earlier passes wrote; returns the number of groups."""
         for file in sorted(f for f in self.directory.glob("*.jsonl") if f.is_file()):  # a device or pipe may have no end
-            for line in file.read_text().splitlines():
+            for line in file.read_text(errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     if record["tokens"] == self.tokens:
@@ -176,7 +177,7 @@ class ReferenceStore:
                             np.frombuffer(base64.b64decode(v, validate=True), dtype="<f4") for v in record["logps"]
                         ]
                 except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                    continue  # the line that a killed writer left half-written
+                    continue  # what a killed writer or a broken disk left of a line
         return len(self.values)
 
     def add(self, key: str, values: list[np.ndarray]) -> None:

@@ -36,6 +36,7 @@ from silkie.metrics import DeviceMeans
 from silkie.models import (
     PromptPositions,
     causal_lm,
+    check_merges_images,
     keep_used_conversions,
     vision_is_frozen,
     vision_parameters,
@@ -54,7 +55,7 @@ from silkie.vision import FeatureCache
 logger = logging.getLogger(__name__)
 
 _TOKENS, _LOSS = "_tokens", "_loss"  # sums that are not metrics by themselves
-GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings", "chat_template_kwargs"]
+GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings"]
 
 
 class SilkieDPOTrainer(DPOTrainer):
@@ -109,7 +110,7 @@ class SilkieDPOTrainer(DPOTrainer):
         config, processing_class = _config_and_processor(model, processing_class, args)
         if peft_config is not None:
             peft_config = with_default_targets(peft_config, config)
-        elif args.freeze_vision and not isinstance(model, str):
+        elif args.freeze_vision and not isinstance(model, (str, PeftModel)):  # an adapter trains what it was put on
             freeze_vision(model)
 
         self.encoder = GroupEncoder(
@@ -154,6 +155,7 @@ class SilkieDPOTrainer(DPOTrainer):
         guards.check_adapter_dtypes(self.model, self.is_deepspeed_enabled)
         guards.keep_trainable_4bit(self.model)
         keep_used_conversions(self.model)
+        check_merges_images(self.model)
         for model in (self.model, self.ref_model):
             if model is not None:
                 self.choice.apply(causal_lm(model))
@@ -188,6 +190,8 @@ class SilkieDPOTrainer(DPOTrainer):
             )
         for line in self.setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
+        if args.layout == "auto" and self.choice.layout == "rows":
+            logger.warning("layout='auto' runs one row per response, which costs more: %s", self.choice.reason)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -201,6 +205,8 @@ class SilkieDPOTrainer(DPOTrainer):
             if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
                 # Another trainer's data: its encoder may have counted other tokens, so it is measured again.
                 dataset = dataset.remove_columns(["prompt_length", "response_lengths"])
+                if len(set(dataset["row"])) < len(dataset):  # joined from several: a number must name one row
+                    dataset = dataset.remove_columns("row")
             elif not is_group_features(dataset.features):
                 dataset = load_preferences(dataset, on_error=args.on_bad_row)
             dataset, self.reports[name] = prepare_groups(
@@ -366,7 +372,8 @@ class SilkieDPOTrainer(DPOTrainer):
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per pair."""
         assert scores.stats is not None
         for side, column in (("chosen", 0), ("rejected", 1)):
-            times = torch.bincount(batch["pairs"][:, column], counted.to(scores.per_token_logps.dtype), minlength=len(batch["lengths"]))
+            times = scores.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
+            times = times.index_add(0, batch["pairs"][:, column], counted.to(times.dtype))
             weight = times[batch["owner"]]
             means.add(f"logits/{side}", (scores.stats.mean_logit * weight).sum(), weight.sum())
             means.add("entropy", (scores.stats.entropy * weight).sum(), weight.sum())

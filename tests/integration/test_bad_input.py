@@ -1,5 +1,7 @@
 """Bad input stops with row and remedy before training starts, or is dropped, counted and named."""
 
+import logging
+
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
@@ -103,9 +105,11 @@ def test_data_of_another_trainer_is_measured_again(tmp_path):
     assert again.train_dataset["row"] == first.train_dataset["row"] == [1, 2, 3, 4], "rows keep their number in the input"
 
 
-def test_a_prompt_that_does_not_fit_is_dropped_and_the_rest_trains(tmp_path):
+def test_a_prompt_that_does_not_fit_is_dropped_and_the_rest_trains(tmp_path, caplog):
     rows = [*mixed_groups(), group([image(0)], "what " * 300, ["yes", "no"], [[0, 1]], id="long")]
-    trainer = make(rows, tmp_path, max_length=100)
+    with caplog.at_level(logging.WARNING, logger="silkie"):  # shown where nobody has configured a log
+        trainer = make(rows, tmp_path, max_length=100)
+    assert "dropped 1 groups: the prompt alone does not fit max_length=100 (row 4, id 'long')" in caplog.text
     assert list(trainer.reports["train"].dropped.values()) == [["row 4, id 'long'"]]
     trainer.train()
     assert trainer.state.global_step == 1

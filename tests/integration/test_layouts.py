@@ -58,13 +58,14 @@ def linear_attention_model():
 
 
 def test_linear_attention_is_refused_by_name_and_trains_in_rows(tmp_path, caplog):
-    with pytest.raises(ValueError, match="qwen3_5"):
+    with pytest.raises(ValueError, match="qwen3_5 has linear_attention layers"):
         make(tmp_path, linear_attention_model(), layout="packed")
     with caplog.at_level(logging.INFO, logger="silkie"):
         trainer = make(tmp_path, linear_attention_model(), layout="auto")
         trainer.train()
     assert trainer.choice.layout == "rows"
-    assert "layout: rows (" in caplog.text and "qwen3_5" in caplog.text
+    assert "layout: rows (qwen3_5 has linear_attention layers" in caplog.text
+    assert any("one row per response" in r.message for r in caplog.records if r.levelname == "WARNING"), "seen where no log is configured"
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
@@ -81,6 +82,13 @@ def test_other_layers_of_a_known_family_are_refused_by_name(layers):
     assert choose(config).layout == "rows" and layers[0] in choose(config).reason
     with pytest.raises(ValueError, match=layers[0]):
         choose(config, layout="packed")
+
+
+def test_a_model_that_merges_no_images_into_its_text_is_refused(tmp_path, monkeypatch):
+    model = tiny_model()
+    monkeypatch.delattr(type(backbone(model)), "get_image_features")  # as Mllama, which attends to its images across
+    with pytest.raises(ValueError, match="Qwen2_5_VLForConditionalGeneration does not merge image features"):
+        make(tmp_path, model)
 
 
 @pytest.mark.parametrize("family", [*QWEN, *FAMILIES])

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.checkpoints import CheckpointError
+from silkie.encoding import GroupEncoder
 from silkie.reference import ReferenceStore
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -21,14 +23,14 @@ from tests.support.tiny import image, tiny_model, tiny_processor
 GROUPS = 4
 
 
-def make(folder, *, data=None, seed=0, **options):
+def make(folder, *, data=None, seed=0, processor=None, **options):
     arguments = dict(
         output_dir=str(folder / "out"), reference_cache_dir=str(folder / "cache"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
         disable_tqdm=True, logging_steps=1, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, precompute_ref_log_probs=True,
     )  # fmt: skip
     return SilkieDPOTrainer(
         tiny_model(seed=seed), args=SilkieDPOConfig(**{**arguments, **options}), train_dataset=data if data is not None else dataset(),
-        processing_class=tiny_processor(), peft_config=LoraConfig(r=4, lora_alpha=8),
+        processing_class=processor or tiny_processor(), peft_config=LoraConfig(r=4, lora_alpha=8),
     )  # fmt: skip
 
 
@@ -124,6 +126,13 @@ def changed_prompt():
     return {"data": dataset(rows)}, 1
 
 
+def with_template(prefix, bos):
+    processor = tiny_processor()
+    processor.chat_template = prefix + processor.chat_template
+    processor.tokenizer.bos_token = bos
+    return {"processor": processor}
+
+
 CHANGES = {
     "image": changed_image,
     "one pixel": changed_pixel,
@@ -134,6 +143,7 @@ CHANGES = {
     "length limit": lambda: ({"max_response_length": 3}, GROUPS),
     "end of a response": lambda: ({"response_end": "end_of_turn"}, GROUPS),
     "log-prob path": lambda: ({"use_fused_logprob": False}, GROUPS),
+    "template": lambda: (with_template("a {{ bos_token }}", "<unk>"), GROUPS),
 }
 
 
@@ -147,6 +157,24 @@ def test_a_changed_input_is_never_reused(tmp_path, computed, what):
     assert changed == pytest.approx(live, abs=1e-6)  # nor is anything else mixed up
 
 
+def test_another_special_token_in_the_template_is_never_reused(tmp_path, computed):
+    """The template and the vocabulary stay; what the template writes does not."""
+    for count, bos in enumerate(("<unk>", "<|vision_end|>"), 1):
+        found = losses(make(tmp_path, **with_template("{{ bos_token }}", bos)))
+        assert found == pytest.approx(
+            losses(make(tmp_path, precompute_ref_log_probs=False, **with_template("{{ bos_token }}", bos))), abs=1e-6
+        )
+        assert len(computed) == count * GROUPS
+
+
+def test_a_template_that_writes_the_date_reuses_nothing_on_another_day(tmp_path, computed, monkeypatch):
+    render = GroupEncoder.render
+    make(tmp_path).train()
+    monkeypatch.setattr(GroupEncoder, "render", lambda self, row: "yes" + render(self, row))
+    make(tmp_path).train()
+    assert len(computed) == 2 * GROUPS
+
+
 def test_reordered_groups_find_their_numbers(tmp_path, computed):
     make(tmp_path).train()
     turned = dataset(mixed_groups()[::-1])
@@ -154,6 +182,15 @@ def test_reordered_groups_find_their_numbers(tmp_path, computed):
         losses(make(tmp_path, data=turned, precompute_ref_log_probs=False)), abs=1e-6
     )
     assert len(computed) == GROUPS
+
+
+def test_data_joined_from_two_trainers_finds_its_numbers(tmp_path, computed):
+    """Both number their rows from 0."""
+    parts = [make(tmp_path, data=dataset(rows)).train_dataset for rows in (mixed_groups()[:2], mixed_groups()[2:])]
+    joined = concatenate_datasets(parts)
+    assert losses(make(tmp_path, data=joined)) == pytest.approx(
+        losses(make(tmp_path, data=joined, precompute_ref_log_probs=False)), abs=1e-6
+    )
 
 
 def test_a_loss_on_tokens_keeps_numbers_of_its_own(tmp_path, computed):
@@ -224,6 +261,8 @@ def test_a_writer_with_the_number_of_a_killed_one_loses_nothing(tmp_path):
     first = ReferenceStore(tmp_path, "key")
     first.add("one", [torch.ones(1).numpy()])
     first._file.write('{"key": "tw')
+    first._file.flush()
+    first._file.buffer.write(b"\xff\x00")  # what a disk may hold after a power cut
     first.close()
     second = ReferenceStore(tmp_path, "key")
     second.load()

@@ -13,6 +13,7 @@ from silkie.guards import NonFiniteError
 from silkie.models import vision_parameters
 from silkie.report.collect import collect
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
+from tests.support.families import family_model, family_processor
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 
@@ -198,6 +199,25 @@ def test_checkpointing_puts_no_hook_on_a_frozen_vision_tower_and_hooks_do_not_pi
     trainer.args.num_train_epochs = 4
     trainer.train()
     assert hooks(trainer)[0] <= after_one[0] + 1
+
+
+def test_a_lora_config_serves_models_of_several_families(tmp_path):
+    """Each finds its own targets; those of Qwen would hit LLaVA's vision tower."""
+    config = LoraConfig(r=4)
+    for family in ("qwen2_5_vl", "llava_onevision"):
+        trainer = SilkieDPOTrainer(
+            family_model(family), args=make(tmp_path).args, train_dataset=dataset(), processing_class=family_processor(family), peft_config=config
+        )  # fmt: skip
+        assert trainer.frozen_vision and config.target_modules is None
+
+
+def test_an_adapter_on_the_vision_tower_that_the_caller_made_trains(tmp_path):
+    """`freeze_vision` is for full fine-tuning: what an adapter was put on is the caller's choice."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=r".*\.(q_proj|qkv)"))
+    trainer = make(tmp_path, model=model, peft=False)
+    trainer.train()
+    moved = [p for n, p in trainer.model.named_parameters() if "visual" in n and "lora_B.default" in n]
+    assert moved and all(p.abs().max() > 0 for p in moved)
 
 
 def test_adapter_on_the_output_head_trains(tmp_path):

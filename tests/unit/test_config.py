@@ -21,6 +21,7 @@ def test_defaults_never_cut_a_prompt():
         ({"logprob_impl": "cuda"}, "logprob_impl"),
         ({"max_tokens_per_batch": 0}, "positive"),
         ({"layout": "rows", "attention_backend": "flex"}, "layout='packed'"),
+        ({"layout": "rows", "attention_backend": "eager"}, "model's own attention"),
         ({"padding_free": True}, "padding_free"),
         ({"loss_type": ["sigmod"]}, "sigmod"),
         ({"simpo_gamma": 1.0}, "simpo_gamma"),  # sigmoid does not read it

@@ -58,6 +58,8 @@ BROKEN = {
     "empty prompt": ("trl", {**PAIR, "prompt": ""}, "prompt", "found ''"),
     "prompt of a wrong type": ("trl", {**PAIR, "prompt": 3}, "prompt", "found 3; expected a string or a conversation"),
     "video": ("trl", {**PAIR, "videos": ["a.mp4"]}, "videos", "expected no videos"),
+    "tools": ("trl", {**PAIR, "tools": [{"name": "f"}]}, "tools", "expected no template options per row"),
+    "template options": ("trl", {**PAIR, "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "`processor.chat_template`"),
     "prompt ends with an answer": ("trl", {**PAIR, "prompt": [{"role": "assistant", "content": "x"}]}, "prompt", "ends with a user turn"),
     "unknown role": ("trl", {**PAIR, "prompt": [{"role": "robot", "content": "x"}]}, "prompt[0]", "found role 'robot'"),
     "video part": ("trl", {**PAIR, "prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "prompt[0]", "Videos are not supported"),

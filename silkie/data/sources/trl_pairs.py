@@ -35,6 +35,16 @@ def trl_pairs(row: Row) -> Group:
                 "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF: format='mm-rlhf' counts them.",
             )
     skip_tie(row)
+    for column in ("tools", "chat_template_kwargs"):
+        value = row.get(column)
+        if any(v is not None for v in value.values()) if isinstance(value, dict) else value:
+            raise row.error(
+                column,
+                value,
+                "no template options per row",
+                "silkie writes every row with the processor's chat template alone: set the option in `processor.chat_template`, or remove "
+                "the column.",
+            )
     images = row.images("images", "image")
     prompt = row.get("prompt")
     if "prompt" not in row.record:
