@@ -129,6 +129,10 @@ class SilkieDPOConfig(DPOConfig):
             raise ValueError(
                 "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of padding."
             )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which recompiles."
+            )
         for name, only in _NOT_READ.items():
             if getattr(self, name) not in only:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect in silkie; leave it at {only[0]!r}. {_INSTEAD[name]}")

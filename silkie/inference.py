@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
 
-from silkie.processors import load_processor
+from silkie.processors import load_processor, looks_local
 
 __all__ = ["generate", "load_policy", "load_processor"]
 
@@ -49,7 +49,7 @@ def load_policy(
     path = str(path)
     adapter = _adapter_config(path)
     base = str(base_model or adapter["base_model_name_or_path"]) if adapter else path
-    if adapter and base_model is None and _looks_local(base) and not Path(base).is_dir():
+    if adapter and base_model is None and looks_local(base) and not Path(base).is_dir():
         raise FileNotFoundError(
             f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>."
         )
@@ -74,17 +74,12 @@ def _adapter_config(path: str) -> dict[str, Any] | None:
     if local.is_dir():
         file = local / "adapter_config.json"
         return json.loads(file.read_text()) if file.exists() else None
-    if _looks_local(path):
+    if looks_local(path):
         raise FileNotFoundError(f"{path} is not a directory. Expected a LoRA adapter or a model directory, or a hub name like 'org/name'.")
     from transformers.utils import cached_file
 
     found = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(found).read_text()) if found else None
-
-
-def _looks_local(path: str) -> bool:
-    """Hub names have at most one slash and never start with a dot, a slash or a tilde."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 @torch.inference_mode()

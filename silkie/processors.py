@@ -32,6 +32,11 @@ def torchvision_works() -> bool:
     return True
 
 
+def looks_local(path: str) -> bool:
+    """Hub names have at most one slash and never start with a dot, a slash or a tilde."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any) -> ProcessorMixin:
     """Load the processor (tokenizer, image processor, chat template) of a model or checkpoint directory, or of a hub name.
 

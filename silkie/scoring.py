@@ -7,7 +7,7 @@ Legend: B rows, T tokens, N scored tokens, R responses, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -162,7 +162,7 @@ def _plain(logits: Tensor, target: Tensor, options: HeadOptions, return_stats: b
 def _applied_options(base: nn.Module) -> HeadOptions:
     """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their config and
     ignore it."""
-    options, source = head_options(base.config), _forward_source(type(base))
+    options, source = head_options(base.config), _source(type(base).forward)
     return HeadOptions(
         softcap=options.softcap if "final_logit_softcapping" in source else None,
         logit_scale=options.logit_scale if "logit_scale" in source or "logits_scaling" in source else 1.0,
@@ -170,9 +170,9 @@ def _applied_options(base: nn.Module) -> HeadOptions:
 
 
 @cache
-def _forward_source(model_class: type[nn.Module]) -> str:
+def _source(function: Callable[..., Any]) -> str:
     """Read once: every forward pass asks for it."""
-    return inspect.getsource(model_class.forward)
+    return inspect.getsource(function)
 
 
 @contextmanager

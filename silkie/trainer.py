@@ -46,7 +46,7 @@ from silkie.models import (
 from silkie.packing import Layout
 from silkie.precompute import ReferenceTable, precompute_reference
 from silkie.preparation import PreparationReport, prepare_groups
-from silkie.processors import load_processor
+from silkie.processors import load_processor, looks_local
 from silkie.reference import Reference
 from silkie.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.scoring import Scorer, Scores
@@ -82,6 +82,7 @@ class SilkieDPOTrainer(DPOTrainer):
     args: SilkieDPOConfig
     model: Any
     train_dataset: Dataset
+    eval_dataset: Any
     data_collator: Any
     processing_class: Any
     _signature_columns: Any
@@ -128,6 +129,11 @@ class SilkieDPOTrainer(DPOTrainer):
         self.objective.check_aspects(aspects_of(train_dataset.features))
         if ref_model is None and self.objective.needs_reference:
             guards.check_adapter_init(peft_config)
+            if not (peft_config or isinstance(model, PeftModel) or config._name_or_path):
+                raise ValueError(
+                    "Full fine-tuning needs a reference, and this model names no directory to load one from: pass `ref_model`, or train a "
+                    "LoRA adapter with `peft_config`."
+                )
         find_unused = args.ddp_find_unused_parameters
         with _without_precompute(args), guards.allow_adapted_head():
             super().__init__(
@@ -249,14 +255,27 @@ class SilkieDPOTrainer(DPOTrainer):
             seed=args.data_seed if args.data_seed is not None else args.seed,
             padded=self.choice.groups_per_row == 1,
         )
-        rows = dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])
+        return self._loader(dataset, self._sampler, persistent_workers=args.dataloader_persistent_workers)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Every group once over all ranks: accelerate would repeat some to fill the last round, and the loss would count them twice."""
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`.")
+        sampler = GroupBatchSampler([(1, 1)] * len(dataset), batch_size=self.args.eval_batch_size, world=self.accelerator.num_processes)
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: Dataset, sampler: GroupBatchSampler, persistent_workers: bool = False) -> DataLoader:
+        args = self.args
         loader = DataLoader(
-            WithEmptyGroups(rows),
-            batch_sampler=self._sampler,
+            WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])),
+            batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         even = self.accelerator.even_batches
@@ -609,6 +628,8 @@ def _without_precompute(args: SilkieDPOConfig) -> Iterator[None]:
 def _config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> tuple[Any, Any]:
     """The model's config, and its processor: the given one, or the one of its directory or hub name."""
     if isinstance(model, str):
+        if looks_local(model) and not Path(model).is_dir():
+            raise FileNotFoundError(f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'.")
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         name = model

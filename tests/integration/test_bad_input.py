@@ -136,6 +136,10 @@ def test_wrong_arguments(tmp_path):
             train_dataset=dataset(),
             processing_class=tiny_processor(),
         )
+    args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="names no directory.*`ref_model`.*`peft_config`"):
+        SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+        SilkieDPOTrainer(str(tmp_path / "nowhere"), args=args, train_dataset=dataset())
     with pytest.raises(TypeError, match="processor"):
-        args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor().tokenizer)

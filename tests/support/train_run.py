@@ -69,6 +69,7 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         ref_model=None if lora or directory else tiny_model(family),
         args=SilkieDPOConfig(**options),
         train_dataset=data,
+        eval_dataset=data.select(range(spec["eval"])) if "eval" in spec else None,
         processing_class=tiny_processor(family),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
         quantization_config=quantization,
