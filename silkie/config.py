@@ -129,6 +129,11 @@ class SilkieDPOConfig(DPOConfig):
             raise ValueError(
                 "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of padding."
             )
+        dealing = [name for name in ("dispatch_batches", "split_batches") if getattr(self.accelerator_config, name, False)]
+        if dealing:
+            raise ValueError(
+                f"`accelerator_config` asks for {dealing[0]}, but silkie's sampler makes whole batches for every rank: leave it off."
+            )
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which recompiles."

@@ -87,6 +87,16 @@ def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
         )
 
 
+def check_adapter_kind(config: Any) -> None:
+    """Prompt tuning and its like put virtual tokens in front of a row, which shift every position and mask that silkie makes.
+
+    Raises:
+        ValueError: the adapter is one of them.
+    """
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(f"{type(config).__name__} puts virtual tokens in front of the prompt, which silkie does not support: use LoRA.")
+
+
 def check_adapter_init(config: Any) -> None:
     """The reference is the policy with its adapter off, so an adapter must start as nothing on an unchanged base.
 

@@ -74,7 +74,7 @@ class SilkieDPOTrainer(DPOTrainer):
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
 
     Raises:
-        TypeError: `args` is not a `SilkieDPOConfig`.
+        TypeError: `args` is not a `SilkieDPOConfig`, or the data is not a `Dataset`.
         ValueError, silkie.data.DataError: options or data that cannot work, before any compute is spent.
     """
 
@@ -110,8 +110,11 @@ class SilkieDPOTrainer(DPOTrainer):
         guards.check_launch(args)
         config, processing_class = _config_and_processor(model, processing_class, args)
         if peft_config is not None:
+            guards.check_adapter_kind(peft_config)
             peft_config = with_default_targets(peft_config, config)
-        elif args.freeze_vision and not isinstance(model, (str, PeftModel)):  # an adapter trains what it was put on
+        elif isinstance(model, PeftModel):
+            guards.check_adapter_kind(model.active_peft_config)  # which parameters train is the caller's choice
+        elif args.freeze_vision and not isinstance(model, str):
             freeze_vision(model)
 
         self.encoder = GroupEncoder(
@@ -207,6 +210,11 @@ class SilkieDPOTrainer(DPOTrainer):
     # ---------------------------------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The {name} data must be a datasets.Dataset of preference groups or pair rows, not {type(dataset).__name__}: pass what "
+                "silkie.data.load_preferences returns, one split of a DatasetDict, or Dataset.from_list(rows)."
+            )
         with args.main_process_first(desc=f"preparing the {name} data"):
             if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
                 # Another trainer's data: its encoder may have counted other tokens, so it is measured again.

@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-from datasets import Dataset
-from peft import LoraConfig
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PromptTuningConfig
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data import DataError
@@ -137,6 +137,12 @@ def test_wrong_arguments(tmp_path):
             processing_class=tiny_processor(),
         )
     args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for data in (mixed_groups(), dataset().to_iterable_dataset(), DatasetDict(train=dataset()), "some/where"):
+        with pytest.raises(TypeError, match=f"train data must be a datasets.Dataset.*not {type(data).__name__}"):
+            SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor())
+    with pytest.raises(ValueError, match="PromptTuningConfig puts virtual tokens"):
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor(), peft_config=prompt)
     with pytest.raises(ValueError, match="names no directory.*`ref_model`.*`peft_config`"):
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):

@@ -31,6 +31,8 @@ def test_defaults_never_cut_a_prompt():
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*no effect"),
         ({"dataloader_drop_last": True}, "Every group comes once"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
         ({"torch_compile": True}, "torch_compile"),
         ({"beta": float("inf")}, "beta"),
     ],
