@@ -45,10 +45,15 @@ def load_policy(
 
     Raises:
         FileNotFoundError: the adapter's base model is not where the adapter says, and `base_model` is not given.
+        ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not given.
     """
     path = str(path)
     adapter = _adapter_config(path)
-    base = str(base_model or adapter["base_model_name_or_path"]) if adapter else path
+    base = str(base_model or adapter.get("base_model_name_or_path") or "") if adapter else path
+    if not base:
+        raise ValueError(
+            f"The adapter in {path} does not say which model it was trained on. Pass base_model=<directory or hub name of it>."
+        )
     if adapter and base_model is None and looks_local(base) and not Path(base).is_dir():
         raise FileNotFoundError(
             f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>."

@@ -1,5 +1,7 @@
 """Loading and generating: adapter directories, moved bases, merging, batches, and examples as a person runs them."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,17 @@ def test_a_moved_base_is_named_and_can_be_given(run, tmp_path):
         moved.rename(base)
     with pytest.raises(FileNotFoundError, match="not a directory"):
         load_policy(str(tmp_path / "nothing" / "here" / "at" / "all"))
+
+
+def test_an_adapter_that_names_no_base_needs_one(run, tmp_path):
+    """As one trained on a model that was built in memory."""
+    base, out, _ = run
+    shutil.copytree(out, tmp_path / "copy")
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="base_model="):
+        load_policy(tmp_path / "copy")
+    assert answers(*load_policy(tmp_path / "copy", base_model=base)) == answers(*load_policy(out))
 
 
 def test_sampling_is_seeded_and_shaped(run):
