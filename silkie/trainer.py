@@ -272,6 +272,8 @@ class SilkieDPOTrainer(DPOTrainer):
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
+        if not isinstance(dataset, Dataset) or "row" not in dataset.column_names:  # given to `evaluate`, not to `__init__`
+            dataset = self._prepared(dataset, self.args, "eval")
         sampler = GroupBatchSampler([(1, 1)] * len(dataset), batch_size=self.args.eval_batch_size, world=self.accelerator.num_processes)
         return self._loader(dataset, sampler)
 

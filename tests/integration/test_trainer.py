@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
@@ -277,6 +278,19 @@ def test_the_evaluation_loss_is_that_of_the_whole_set(tmp_path):
     with torch.no_grad():
         batch = whole._prepare_inputs(whole.data_collator([whole.train_dataset[i] for i in range(4)]))
         assert found == pytest.approx([float(whole.compute_loss(whole.model.eval(), batch))] * 2, abs=1e-5)
+
+
+def test_evaluation_takes_data_that_was_not_there_at_the_start(tmp_path):
+    trainer = make(tmp_path)
+    turns = {"prompt": ("user", "is there a dog"), "chosen": ("assistant", "no"), "rejected": ("assistant", "yes yes")}
+    pair = {column: [{"role": role, "content": text}] for column, (role, text) in turns.items()}
+    groups = dataset([group([], "is there a dog", ["no", "yes yes"], [[0, 1]])])
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter += torch.linspace(-0.1, 0.1, 4)  # the policy leaves the reference
+    found = [trainer.evaluate(eval_dataset=data)["eval_loss"] for data in (groups, Dataset.from_list([pair]))]
+    assert found[0] == found[1] != pytest.approx(0.693147, abs=1e-4)
 
 
 def test_trl_metric_names_and_evaluation(tmp_path):
