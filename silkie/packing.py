@@ -188,7 +188,7 @@ def visible(
 
     Args:
         group_ids, segment_ids, logical_positions: [B, T], see `PackedBatch`.
-        window: sliding-window layers: a query sees keys less than `window` logical positions back.
+        window: sliding-window layers: a query sees keys less than `window` logical positions back, also within a block.
         bidirectional: [B, T] tokens with the same value >= 0 see each other in both directions within a group (image blocks, PaliGemma's
             prefix); -1 elsewhere.
 
@@ -198,15 +198,12 @@ def visible(
     same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids >= 0)[:, :, None]
     key_segment, query_segment = segment_ids[:, None, :], segment_ids[:, :, None]
     distance = logical_positions[:, :, None] - logical_positions[:, None, :]
-    order = distance >= 0
-    if window is not None:
-        order &= distance < window
-    mask = same_group & ((key_segment == PROMPT_SEGMENT) | (key_segment == query_segment)) & order
+    mask = ((key_segment == PROMPT_SEGMENT) | (key_segment == query_segment)) & (distance >= 0)
     if bidirectional is not None:
-        block = (bidirectional[:, :, None] == bidirectional[:, None, :]) & (bidirectional >= 0)[:, :, None]
-        if window is not None:
-            block &= distance.abs() < window
-        mask |= same_group & block
+        mask |= (bidirectional[:, :, None] == bidirectional[:, None, :]) & (bidirectional >= 0)[:, :, None]
+    mask &= same_group
+    if window is not None:
+        mask &= distance < window
     t = segment_ids.shape[1]
     padding = (segment_ids == PAD_SEGMENT)[:, :, None]
     mask |= padding & torch.eye(t, dtype=torch.bool, device=mask.device)

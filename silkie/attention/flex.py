@@ -36,16 +36,12 @@ def block_mask(
         same_group = (group == group_ids[row, key]) & (group >= 0)
         key_segment = segment_ids[row, key]
         distance = logical_positions[row, query] - logical_positions[row, key]
-        order = distance >= 0
-        if window is not None:
-            order = order & (distance < window)
-        seen = ((key_segment == PROMPT_SEGMENT) | (key_segment == segment_ids[row, query])) & order
+        seen = ((key_segment == PROMPT_SEGMENT) | (key_segment == segment_ids[row, query])) & (distance >= 0)
         if bidirectional is not None:
             block = bidirectional[row, query]
-            together = (block == bidirectional[row, key]) & (block >= 0)
-            if window is not None:
-                together = together & (distance.abs() < window)
-            seen = seen | together
+            seen = seen | ((block == bidirectional[row, key]) & (block >= 0))
+        if window is not None:
+            seen = seen & (distance < window)
         return (same_group & seen) | ((group < 0) & (query == key))  # padding sees itself
 
     return _blocks(rule, b, t, segment_ids.device)

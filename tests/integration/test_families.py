@@ -124,6 +124,16 @@ def test_a_window_in_row_distance_shows():
     assert wrong((family, model, processor, rows), truth, by_place) > 1e-2
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_an_image_longer_than_the_window(backend):
+    """The window ends what a token of it sees behind itself, not what it sees ahead."""
+    family = "gemma3"
+    model, processor, rows = family_model(family).double(), family_processor(family), groups(family)
+    model.config.text_config.sliding_window = 2  # an image has 4 tokens
+    with torch.no_grad():
+        assert difference(score(model, processor, rows, "packed", backend).logps, stock_logps(family, model, processor, rows)) < EXACT
+
+
 def test_paligemma_counts_from_one():
     model, processor = family_model("paligemma"), family_processor("paligemma")
     batch = collate(model, processor, groups("paligemma"), "packed")

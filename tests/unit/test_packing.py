@@ -85,7 +85,7 @@ def test_image_blocks_see_both_ways_within_their_group_and_window():
     mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks)[0, 0]
     assert mask[1, 3] and mask[3, 1] and not mask[1, 6] and not mask[0, 1]
     narrow = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks, window=2)[0, 0]
-    assert narrow[1, 2] and not narrow[1, 3]
+    assert narrow[1, 3] and narrow[3, 2] and not narrow[3, 1]  # the window ends what lies behind; ahead the block decides
 
 
 def test_rows_hold_each_response_once_not_once_per_pair():
