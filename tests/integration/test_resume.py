@@ -32,12 +32,12 @@ def log_of(path):
     return [{k: e[k] for k in keys} for e in result["log"] if "loss" in e], result["objective"]
 
 
-def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4, lora=True):
+def kill_matrix(tmp_path, mode, kills, timeout, epochs=4, lora=True):
     """Kills a run at random moments, a checkpoint every step, and compares its log and weights bit for bit with those of an undisturbed run."""
     spec = {"lora": lora, "args": {**LONG, "num_train_epochs": epochs, "learning_rate": 0.01 if lora else 0.001}}
     jobs = [
         {"mode": mode, "spec": {**spec, "out": str(tmp_path / "calm")}, "timeout": 300},
-        {"mode": mode, "spec": {**spec, "out": str(tmp_path / "killed"), "resume": True}, "kills": kills, "kill_after": kill_after, "timeout": 300},
+        {"mode": mode, "spec": {**spec, "out": str(tmp_path / "killed"), "resume": True}, "kills": kills, "paced_by": str(tmp_path / "calm"), "timeout": 300},
     ]  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -57,25 +57,22 @@ def kill_matrix(tmp_path, mode, kills, kill_after, timeout, epochs=4, lora=True)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["ddp", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("zero3", "fsdp2"))])
 def test_a_killed_run_goes_on_exactly(tmp_path, mode):
-    assert kill_matrix(tmp_path, mode, 2, 1.5, 280)["kills"] >= 1
+    assert kill_matrix(tmp_path, mode, 2, 280)["kills"] >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["single", "ddp", "zero2", "zero3", "fsdp2"])
 def test_a_killed_run_of_the_whole_model_goes_on_exactly(tmp_path, mode):
-    assert kill_matrix(tmp_path, mode, 4, 3.0, 580, epochs=6, lora=False)["kills"] >= 2
+    assert kill_matrix(tmp_path, mode, 4, 580, epochs=6, lora=False)["kills"] >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("mode", "kill_after", "epochs"), [("single", 0.7, 16), ("ddp", 0.9, 24), ("zero2", 1.2, 24), ("zero3", 2.0, 10), ("fsdp2", 2.0, 10)]
-)
-def test_twenty_random_kills_lose_nothing(tmp_path, mode, kill_after, epochs):
-    """The kill times reach from the first step into the third checkpoint, so that most kills hit a checkpoint being written. The epochs are more than
-    20 killed starts get through."""
-    killed = kill_matrix(tmp_path, mode, 20, kill_after, 3500, epochs)
+@pytest.mark.parametrize("mode", ["single", "ddp", "zero2", "zero3", "fsdp2"])
+def test_twenty_random_kills_lose_nothing(tmp_path, mode):
+    """The kill times reach from the first step into the third or fourth checkpoint, so that many kills hit a checkpoint being written."""
+    killed = kill_matrix(tmp_path, mode, 20, 3500, epochs=20)
     print(mode, killed)
     assert killed["kills"] == 20
 

@@ -1,8 +1,9 @@
 """Runs jobs of `tests.support.train_run` in forked processes: libraries are imported once, so that a two-process run takes seconds.
 
-`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...}, "kill_after": seconds, "kills": n, "seed": s}. With
-`kills`, a job is killed with SIGKILL that many times, each time after a random part of `kill_after` seconds of training, and started again; then it runs
-to its end. The environment of a forked process is what `accelerate launch` sets for the config of that mode.
+`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...}, "kills": n, "paced_by": directory, "seed": s}. With
+`kills`, a job is killed with SIGKILL that many times and started again; then it runs to its end. Each start is killed at a random moment of a stretch of training
+that is short enough for all kills to come before the end, by the time that the undisturbed run in `paced_by` took, so that they hit on any machine. The environment
+of a forked process is what `accelerate launch` sets for the config of that mode.
 """
 
 from __future__ import annotations
@@ -101,6 +102,12 @@ def finish(pids: list[int], deadline: float, when: float | None = None) -> list[
     return [codes[pid] for pid in pids]
 
 
+def stretch(job: dict[str, Any]) -> float:
+    """Seconds of training within which a start is killed: 1.6 / kills of an undisturbed run, of which a killed start keeps less than half on average."""
+    calm = Path(job["paced_by"])
+    return ((calm / "result.json").stat().st_mtime - (calm / "training").stat().st_mtime) * 1.6 / job["kills"]
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one job to its end; returns {"codes": exit codes of the last start, "kills": how many starts were killed, "steps": steps at the kills}."""
     out = Path(job["spec"]["out"])
@@ -115,7 +122,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.005)
         if not started.exists():
             return {"codes": finish(pids[1:], time.time()), "kills": kills, "points": points}
-        codes = finish(pids, limit, time.time() + rng.uniform(0, job["kill_after"]))
+        codes = finish(pids, limit, time.time() + rng.uniform(0, stretch(job)))
         if not any(codes):
             break
         kills += 1
