@@ -109,7 +109,7 @@ class GroupEncoder:
         out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **arguments)
         prompt_ids = out["input_ids"][0]
         types = out.get("mm_token_type_ids", out.get("token_type_ids"))
-        responses = self._responses(row["responses"], len(prompt_ids))
+        responses = self._cut(self._tokenize(row["responses"]), len(prompt_ids))
         if not all(len(r) for r in responses):
             raise ValueError(
                 f"{describe(row)}: the prompt has {len(prompt_ids)} tokens and max_length is {self.max_length}: no room for a response."
@@ -132,11 +132,10 @@ class GroupEncoder:
             prompt = len(self.tokenizer(self.render(row), add_special_tokens=False)["input_ids"]) - images
             if images:
                 prompt += sum(self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in image_sizes])["num_image_tokens"])
-        whole = [len(r) for r in self._tokenize(row["responses"])]
-        ids = self._responses(row["responses"], prompt)
-        kept = [len(r) for r in ids]
-        cut = sum(a > b for a, b in zip(whole, kept, strict=True))
-        return GroupLengths(prompt=prompt, responses=tuple(kept), cut=cut, equal_to=tuple(ids.index(r) for r in ids))
+        whole = self._tokenize(row["responses"])
+        ids = self._cut(whole, prompt)
+        cut = sum(len(a) > len(b) for a, b in zip(whole, ids, strict=True))
+        return GroupLengths(prompt=prompt, responses=tuple(map(len, ids)), cut=cut, equal_to=tuple(ids.index(r) for r in ids))
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text of a row's prompt, as the chat template writes it up to the answer, with one mark per image."""
@@ -166,12 +165,12 @@ class GroupEncoder:
         # A leading line break would follow the assistant header's own and is not what the model writes.
         return self.tokenizer([r.lstrip("\n") + self.suffix for r in responses], add_special_tokens=False)["input_ids"]
 
-    def _responses(self, responses: Sequence[str], prompt_length: int) -> list[list[int]]:
+    def _cut(self, responses: list[list[int]], prompt_length: int) -> list[list[int]]:
         room = min(
             self.max_response_length if self.max_response_length is not None else 1 << 30,
             self.max_length - prompt_length if self.max_length is not None else 1 << 30,
         )
-        return [ids[: max(room, 0)] for ids in self._tokenize(responses)]
+        return [ids[: max(room, 0)] for ids in responses]
 
     def _turn_suffix(self) -> str:
         """What the chat template writes after an assistant turn's text."""
