@@ -127,6 +127,22 @@ def vision_is_frozen(model: Any) -> bool:
     return not any(p.requires_grad for p in vision_parameters(model))
 
 
+def freeze_vision(model: Any) -> None:
+    """Takes the vision tower and its projector out of training."""
+    for parameter in vision_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def unhook_vision(base: PreTrainedModel) -> None:
+    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would back-propagate it
+    for nothing."""
+    for _, part in vision_parts(base):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for key, hook in list(module._forward_hooks.items()):
+                if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                    del module._forward_hooks[key]
+
+
 def default_lora_targets(config: PretrainedConfig) -> str:
     """Regular expression of the language model's attention and MLP projections (not the vision tower's modules of the same name)."""
     skip = "|".join(family_of(config).vision)

@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -32,15 +31,15 @@ from silkie.data.schema import aspects_of, is_group_features
 from silkie.encoding import GroupEncoder
 from silkie.layout import LayoutChoice, choose_layout, self_test
 from silkie.losses import GroupLogps, Objective, build_objective
-from silkie.metrics import DeviceMeans
+from silkie.metrics import RunMetrics
 from silkie.models import (
     PromptPositions,
     causal_lm,
     check_merges_images,
+    freeze_vision,
     keep_used_conversions,
+    unhook_vision,
     vision_is_frozen,
-    vision_parameters,
-    vision_parts,
     with_default_targets,
 )
 from silkie.packing import Layout
@@ -54,7 +53,6 @@ from silkie.vision import FeatureCache
 
 logger = logging.getLogger(__name__)
 
-_TOKENS, _LOSS = "_tokens", "_loss"  # sums that are not metrics by themselves
 GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings"]
 
 
@@ -178,7 +176,7 @@ class SilkieDPOTrainer(DPOTrainer):
             self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
             self.accelerator.free_memory()
         self.reference = Reference(self.model, self.ref_model) if self.objective.needs_reference else None
-        self._means = {"train": DeviceMeans(), "eval": DeviceMeans()}
+        self._logged = {mode: RunMetrics(self.objective, token_stats=args.log_token_stats) for mode in ("train", "eval")}
         self._watch = guards.FiniteWatch()
         self.reference_table: ReferenceTable | None = None
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
@@ -205,9 +203,6 @@ class SilkieDPOTrainer(DPOTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         guards.keep_fp32_outputs(self.accelerator)
-
-    # -- data
-    # ---------------------------------------------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
         if not isinstance(dataset, Dataset):
@@ -295,9 +290,6 @@ class SilkieDPOTrainer(DPOTrainer):
         finally:
             self.accelerator.even_batches = even
 
-    # -- loss
-    # ---------------------------------------------------------------------------------------------------------------------------------
-
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the totals over them and over all ranks that normalise its loss."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -322,9 +314,10 @@ class SilkieDPOTrainer(DPOTrainer):
         if "corrupted" in self.objective.needs:
             self._score_corrupted(model, inputs, group_logps)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=mode == "train")
-        self._record(mode, inputs, loss, metrics, scores, group_logps)
+        self._watch.add(loss, inputs["names"])
+        self._logged[mode].add(inputs, metrics, group_logps, scores)
         if mode == "eval":
-            self._record_eval_loss(group_logps)
+            self._logged[mode].add_loss(group_logps)
         if mode == "train" and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
         return (loss, {"logps": scores.logps}) if return_outputs else loss
@@ -373,56 +366,15 @@ class SilkieDPOTrainer(DPOTrainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    # -- logging
-    # ------------------------------------------------------------------------------------------------------------------------------
-
-    def _record(
-        self, mode: str, batch: dict[str, Any], loss: Tensor, metrics: dict[str, Tensor], scores: Scores, group_logps: GroupLogps
-    ) -> None:
-        means = self._means[mode]
-        self._watch.add(loss, batch["names"])
-        # A rank that ran out of groups works on a copy with weight 0, and options may take a pair out that its ratings contradict.
-        counted = self.objective.pair_weights(group_logps) > 0
-        for name, value in metrics.items():
-            means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
-        means.add(_TOKENS, (batch["segment_ids"] >= 0).sum() * counted.any(), 0)
-        if scores.stats is not None and self.args.log_token_stats:
-            self._record_stats(means, batch, scores, counted)
-
-    def _record_eval_loss(self, group_logps: GroupLogps) -> None:
-        """Numerators and denominators of the loss over the whole evaluation set: its terms are means over pairs, tokens or groups."""
-        units = self.objective.units(group_logps)
-        for unit, total in units.items():
-            alone = {name: torch.full_like(total, 1.0 if name == unit else float("inf")) for name in units}
-            share, _ = self.objective(group_logps, alone, training=False)
-            self._means["eval"].add(_LOSS + unit, share, total)
-
-    def _record_stats(self, means: DeviceMeans, batch: dict[str, Any], scores: Scores, counted: Tensor) -> None:
-        """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per pair."""
-        assert scores.stats is not None
-        for side, column in (("chosen", 0), ("rejected", 1)):
-            times = scores.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
-            times = times.index_add(0, batch["pairs"][:, column], counted.to(times.dtype))
-            weight = times[batch["owner"]]
-            means.add(f"logits/{side}", (scores.stats.mean_logit * weight).sum(), weight.sum())
-            means.add("entropy", (scores.stats.entropy * weight).sum(), weight.sum())
-            if side == "chosen":
-                means.add("mean_token_accuracy", (scores.stats.is_top1 * weight).sum(), weight.sum())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last call, over all ranks, under TRL's names."""
         mode = "train" if self.model.training else "eval"
-        means = self._means[mode].pop(partial(self.accelerator.reduce, reduction="sum"))
-        tokens, _ = means.pop(_TOKENS, (0.0, 0.0))
-        parts = [means.pop(name) for name in list(means) if name.startswith(_LOSS)]
-        if any(count for _, count in parts):
-            exact = sum(total / count for total, count in parts if count)
-            logs.update({key: exact for key in logs if key.startswith("eval") and key.endswith("_loss")})
-        for name, (total, count) in means.items():
-            if count:
-                self._metrics[mode][name] = [total / count]
+        line = self._logged[mode].pop(partial(self.accelerator.reduce, reduction="sum"))
+        if line.loss is not None:
+            logs.update({key: line.loss for key in logs if key.startswith("eval") and key.endswith("_loss")})
+        self._metrics[mode].update({name: [mean] for name, mean in line.means.items()})
         if mode == "train":
-            self._total_train_tokens += int(tokens)
+            self._total_train_tokens += line.tokens
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
             self._check_finite()
         super().log(logs, start_time)
@@ -441,9 +393,6 @@ class SilkieDPOTrainer(DPOTrainer):
             f"vision tower: {'frozen, encoded once per step and shared' if self.frozen_vision else 'trained'}",
         ]
 
-    # -- saving
-    # -------------------------------------------------------------------------------------------------------------------------------
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves adapter (or weights), processor and model card."""
         super().save_model(output_dir, _internal_call)
@@ -460,9 +409,6 @@ class SilkieDPOTrainer(DPOTrainer):
         """Writes silkie's card in place of TRL's."""
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self)
-
-    # -- run
-    # ----------------------------------------------------------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
@@ -549,9 +495,6 @@ class SilkieDPOTrainer(DPOTrainer):
         self._terminated = True
         logger.warning("SIGTERM: saving a checkpoint after this step, then stopping")
 
-    # -- start and steps
-    # ----------------------------------------------------------------------------------------------------------------------
-
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
         if self.frozen_vision:
@@ -598,31 +541,15 @@ class _StepHooks(TrainerCallback):
         trainer = self.trainer
         trainer.accelerator.wait_for_everyone()  # every rank has written its part
         # Tokens since the last line of the log are in no total yet
-        pending = trainer._means["train"].peek(_TOKENS, partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
+        pending = trainer._logged["train"].tokens(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
         if trainer.is_world_process_zero():
             own = {
                 "objective": trainer.objective.state_dict(),
-                "train_tokens": trainer._total_train_tokens + int(pending),
+                "train_tokens": trainer._total_train_tokens + pending,
                 "processes": trainer.accelerator.num_processes,
             }
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             checkpoints.finish_checkpoint(checkpoint, own, keep=trainer._keep, best=state.best_model_checkpoint)
-
-
-def freeze_vision(model: Any) -> None:
-    """Takes the vision tower and its projector out of training."""
-    for parameter in vision_parameters(model):
-        parameter.requires_grad_(False)
-
-
-def unhook_vision(base: PreTrainedModel) -> None:
-    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would back-propagate it
-    for nothing."""
-    for _, part in vision_parts(base):
-        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
-            for key, hook in list(module._forward_hooks.items()):
-                if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
-                    del module._forward_hooks[key]
 
 
 @contextmanager
