@@ -124,13 +124,14 @@ def scored_head(
         else:
             logps, stats = _plain(plain_forward(scored), target, options, return_stats)
         box["stats"] = stats
-        return logps[None, :, None].clone()  # FSDP2 hooks the output of a module, which must not be a view
+        # The model's forward scales what the head returns. FSDP2 hooks the output of a module, which must not be a view.
+        return (logps / options.logit_scale)[None, :, None].clone()
 
     had_own = "forward" in head.__dict__
     previous = head.__dict__.get("forward")
     head.forward = forward
     try:
-        with _without_logit_transform(base, options):
+        with _without_softcap(base, options):
             yield
     finally:
         if had_own:
@@ -161,11 +162,17 @@ def _plain(logits: Tensor, target: Tensor, options: HeadOptions, return_stats: b
 
 def _applied_options(base: nn.Module) -> HeadOptions:
     """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their config and
-    ignore it."""
+    ignore it.
+
+    Raises:
+        ValueError: the forward scales and always caps (Muse): the cap cannot be switched off for the log-probs.
+    """
     options, source = head_options(base.config), _source(type(base).forward)
+    if "output_multiplier" in source:
+        raise ValueError(f"{type(base).__name__} caps its logits in a way that silkie cannot switch off: use TRL's DPOTrainer for it.")
     return HeadOptions(
         softcap=options.softcap if "final_logit_softcapping" in source else None,
-        logit_scale=options.logit_scale if "logit_scale" in source or "logits_scaling" in source else 1.0,
+        logit_scale=options.logit_scale if any(name in source for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")) else 1.0,
     )
 
 
@@ -176,20 +183,14 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def _without_logit_transform(base: Any, options: HeadOptions) -> Iterator[None]:
-    """The model's forward would transform the head's output once more; what it returns are log-probs already."""
+def _without_softcap(base: Any, options: HeadOptions) -> Iterator[None]:
+    """The model's forward would cap the head's output once more; what it returns are log-probs already."""
+    if options.softcap is None:
+        yield
+        return
     text = base.config.get_text_config()
-    neutral = {"final_logit_softcapping": None} if options.softcap is not None else {}
-    if options.logit_scale != 1.0:
-        raise ValueError(
-            f"{type(base).__name__} scales its logits by {options.logit_scale}; this is not supported yet: use TRL's "
-            f"DPOTrainer for this model."
-        )
-    saved = {name: getattr(text, name) for name in neutral}
-    for name, value in neutral.items():
-        setattr(text, name, value)
+    cap, text.final_logit_softcapping = text.final_logit_softcapping, None
     try:
         yield
     finally:
-        for name, value in saved.items():
-            setattr(text, name, value)
+        text.final_logit_softcapping = cap

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from silkie.attention import segments
 from silkie.models import FAMILIES as SUPPORTED
@@ -144,3 +145,42 @@ def test_paligemma_two_with_sliding_layers_is_refused_by_name():
     config = family_model("paligemma").config
     config.text_config.layer_types = ["sliding_attention", "full_attention"]
     assert "paligemma with sliding-window layers" in why_not_packable(config)
+
+
+class Transformed(Qwen2_5_VLForConditionalGeneration):
+    """What Cohere's and Gemma's forwards do to their logits."""
+
+    def forward(self, *args, **kwargs):
+        out, text = super().forward(*args, **kwargs), self.config.text_config
+        out.logits = out.logits * text.logit_scale
+        if text.final_logit_softcapping is not None:
+            out.logits = text.final_logit_softcapping * torch.tanh(out.logits / text.final_logit_softcapping)
+        return out
+
+
+class AlwaysCapped(Qwen2_5_VLForConditionalGeneration):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * self.config.text_config.output_multiplier
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, None), (1.0, 3.0), (0.25, 3.0)])
+def test_logits_that_the_model_scales_or_caps(scale, cap, fused):
+    model = family_model("qwen2_5_vl").double()
+    model.__class__ = Transformed
+    model.config.text_config.update({"logit_scale": scale, "final_logit_softcapping": cap})
+    model, processor, rows = with_lora(model), family_processor("qwen2_5_vl"), groups("qwen2_5_vl")
+    truth = stock_logps("qwen2_5_vl", model, processor, rows)
+    found = score(model, processor, rows, "packed", fused=fused).logps
+    assert difference(found.detach(), truth.detach()) < EXACT
+    wanted = gradients(model, truth)
+    for name, gradient in gradients(model, found).items():
+        assert difference(gradient, wanted[name]) < GRADIENT * max(1.0, wanted[name].abs().max().item()), name
+    assert model.config.text_config.final_logit_softcapping == cap
+
+
+def test_a_cap_that_cannot_be_switched_off_is_refused_by_name():
+    model = family_model("qwen2_5_vl")
+    model.__class__ = AlwaysCapped
+    with pytest.raises(ValueError, match="AlwaysCapped caps its logits"):
+        score(model, family_processor("qwen2_5_vl"), groups("qwen2_5_vl"), "packed")
