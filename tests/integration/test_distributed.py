@@ -134,8 +134,9 @@ def test_the_recipes_configs_launch(tmp_path, config):
     processes = "1" if config == "single" else "2"
     cpu = ["--cpu"] if config == "single" else []
     command = [
-        "accelerate",
-        "launch",
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
         *cpu,
         "--config_file",
         f"recipes/accelerate/{config}.yaml",
