@@ -1,9 +1,9 @@
 """Runs jobs of `tests.support.train_run` in forked processes: libraries are imported once, so that a two-process run takes seconds.
 
 `python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...}, "kills": n, "paced_by": directory, "seed": s}. With
-`kills`, a job is killed with SIGKILL that many times and started again; then it runs to its end. Each start is killed at a random moment of a stretch of training
-that is short enough for all kills to come before the end, by the time that the undisturbed run in `paced_by` took, so that they hit on any machine. The environment
-of a forked process is what `accelerate launch` sets for the config of that mode.
+`kills`, a job is killed with SIGKILL that many times and started again; then it runs to its end. Each start is killed once up to two new checkpoints have begun, after a
+random part of the time that a step of the undisturbed run in `paced_by` took: moments that a slow or busy machine meets as well. The environment of a forked process is
+what `accelerate launch` sets for the config of that mode.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def _child(mode: str, rank: int, port: int, spec: dict[str, Any], log: Path) -> 
         os._exit(code)
 
 
-def finish(pids: list[int], deadline: float, when: float | None = None) -> list[int]:
-    """Waits for the processes, killing all at the time `when`, at the deadline, or once one of them has failed. Returns their exit codes."""
+def finish(pids: list[int], deadline: float, due: Callable[[], bool] = lambda: False) -> list[int]:
+    """Waits for the processes, killing all once `due`, at the deadline, or once one of them has failed. Returns their exit codes."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         for pid in pids:
@@ -93,19 +94,32 @@ def finish(pids: list[int], deadline: float, when: float | None = None) -> list[
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.time() > min(deadline, when or deadline) or any(codes.values()):
+        if time.time() > deadline or due() or any(codes.values()):
             for pid in pids:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
                     codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        time.sleep(0.01)
+        time.sleep(0.005)
     return [codes[pid] for pid in pids]
 
 
-def stretch(job: dict[str, Any]) -> float:
-    """Seconds of training within which a start is killed: 1.6 / kills of an undisturbed run, of which a killed start keeps less than half on average."""
-    calm = Path(job["paced_by"])
-    return ((calm / "result.json").stat().st_mtime - (calm / "training").stat().st_mtime) * 1.6 / job["kills"]
+def newest(out: Path) -> int:
+    """Step of the newest checkpoint, whether it is complete or not."""
+    return max((int(p.name.removeprefix("checkpoint-")) for p in out.glob("checkpoint-*")), default=0)
+
+
+def random_moment(out: Path, calm: Path, rng: random.Random) -> Callable[[], bool]:
+    """Whether the moment to kill a run has come."""
+    seconds = (calm / "result.json").stat().st_mtime - (calm / "training").stat().st_mtime
+    target, delay = newest(out) + rng.randrange(3), rng.uniform(0, seconds / newest(calm))
+    reached: list[float] = []
+
+    def due() -> bool:
+        if not reached and newest(out) >= target:
+            reached.append(time.time())
+        return bool(reached) and time.time() > reached[0] + delay
+
+    return due
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +136,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.005)
         if not started.exists():
             return {"codes": finish(pids[1:], time.time()), "kills": kills, "points": points}
-        codes = finish(pids, limit, time.time() + rng.uniform(0, stretch(job)))
+        codes = finish(pids, limit, random_moment(out, Path(job["paced_by"]), rng))
         if not any(codes):
             break
         kills += 1
