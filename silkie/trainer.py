@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
-from silkie import checkpoints, guards
+from silkie import guards
 from silkie.attention import Attention
 from silkie.card import write_card
 from silkie.collator import GroupCollator, ImageCorruption, blank_vision
@@ -46,6 +44,7 @@ from silkie.packing import Layout
 from silkie.precompute import ReferenceTable, precompute_reference
 from silkie.preparation import PreparationReport, prepare_groups
 from silkie.processors import load_processor, looks_local
+from silkie.recoverable import RecoverableTrainer
 from silkie.reference import Reference
 from silkie.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.scoring import Scorer, Scores
@@ -56,7 +55,7 @@ logger = logging.getLogger(__name__)
 GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings"]
 
 
-class SilkieDPOTrainer(DPOTrainer):
+class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
     """Preference-trains a vision-language model on preference groups.
 
     Args:
@@ -177,13 +176,10 @@ class SilkieDPOTrainer(DPOTrainer):
             self.accelerator.free_memory()
         self.reference = Reference(self.model, self.ref_model) if self.objective.needs_reference else None
         self._logged = {mode: RunMetrics(self.objective, token_stats=args.log_token_stats) for mode in ("train", "eval")}
-        self._watch = guards.FiniteWatch()
         self.reference_table: ReferenceTable | None = None
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
         self.reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
         self._sampler: GroupBatchSampler | None = None
-        self._terminated, self.preempted = False, False
-        self._keep: int | None = args.save_total_limit
         self.add_callback(_StepHooks(self))
         if args.eval_benchmarks:
             from silkie.evaluation.callback import (
@@ -314,7 +310,7 @@ class SilkieDPOTrainer(DPOTrainer):
         if "corrupted" in self.objective.needs:
             self._score_corrupted(model, inputs, group_logps)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=mode == "train")
-        self._watch.add(loss, inputs["names"])
+        self.watch.add(loss, inputs["names"])
         self._logged[mode].add(inputs, metrics, group_logps, scores)
         if mode == "eval":
             self._logged[mode].add_loss(group_logps)
@@ -376,7 +372,7 @@ class SilkieDPOTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += line.tokens
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
-            self._check_finite()
+            self.check_finite()
         super().log(logs, start_time)
 
     def plan_lines(self) -> list[str]:
@@ -399,101 +395,21 @@ class SilkieDPOTrainer(DPOTrainer):
         if self.args.should_save:
             write_card(output_dir or str(self.args.output_dir), self)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:  # gathered from shards, where a tied tensor has become two
-            tied = causal_lm(self.model).all_tied_weights_keys
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes silkie's card in place of TRL's."""
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
-    ) -> TrainOutput:
-        """Trains.
+    def run_state(self) -> dict[str, Any]:
+        """State of the losses, and the tokens trained on."""
+        # Tokens since the last line of the log are in no total yet
+        pending = self._logged["train"].tokens(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
+        return {"objective": self.objective.state_dict(), "train_tokens": self._total_train_tokens + pending}
 
-        Args:
-            resume_from_checkpoint: a checkpoint directory, or True: the last complete one in `output_dir`, or from the start where there
-                is none.
-
-        SIGTERM, or a file named `stop` in `output_dir`, makes the run save a checkpoint after the current step and stop; `preempted` is
-        True then.
-
-        Raises:
-            silkie.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged or missing.
-            silkie.guards.NonFiniteError: a loss or gradient is not finite.
-        """
-        directory = str(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.agreed(gather_object([checkpoints.last_complete_checkpoint(directory)]), directory)
-            logger.info(
-                "resuming from %s" if resume_from_checkpoint else "%s: no complete checkpoint, training from the start",
-                resume_from_checkpoint or directory,
-            )
-        elif resume_from_checkpoint:
-            checkpoints.check_chosen(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            state = checkpoints.read_state(str(resume_from_checkpoint))
-            self.objective.load_state_dict(state.get("objective", {}))
-            self._total_train_tokens = state.get("train_tokens", 0)
-            if (before := state.get("processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
-                logger.warning(
-                    "%s was written by %d processes, this run has %d: the data order stays only if the groups per optimizer step do",
-                    resume_from_checkpoint, before, self.accelerator.num_processes,
-                )  # fmt: skip
-        keep, self.args.save_total_limit = self.args.save_total_limit, None  # old checkpoints go once the new one is complete
-        self._keep = keep
-        try:
-            with checkpoints.clear_disk_errors(directory), checkpoints.on_sigterm(self._preempt):
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self.args.save_total_limit = keep
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        place = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.clear_place(place)
-        self.accelerator.wait_for_everyone()  # no rank writes into a place that is being cleared
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._has_plain_weights():
-            checkpoints.load_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._has_plain_weights():
-            checkpoints.load_weights(self.model, str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-
-    def _has_plain_weights(self) -> bool:
-        """Whether a checkpoint's weights are those of a whole model, not an adapter's or an engine's shards."""
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel))
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not self.args.fp16:  # the loss scaler expects overflowing gradients and skips their steps
-            self._watch.end_step(norm)
-        return norm
-
-    def _check_finite(self) -> None:
-        """Stops on a non-finite loss or gradient."""
-        self._watch.check(any_rank=self.any_rank, gather=gather_object)
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Every rank must call."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), reduction="sum") > 0)
-
-    def _preempt(self) -> None:
-        self._terminated = True
-        logger.warning("SIGTERM: saving a checkpoint after this step, then stopping")
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint that the run goes on from."""
+        self.objective.load_state_dict(state.get("objective", {}))
+        self._total_train_tokens = state.get("train_tokens", 0)
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
@@ -512,44 +428,15 @@ class _StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            logger.warning(
-                "%s: the run is at step %d of %d, nothing is left to train. Train more epochs, or take another output_dir for a new run",
-                args.output_dir, state.global_step, state.max_steps,
-            )  # fmt: skip
         self.trainer.begin()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:  # also after resuming, where wrappers hide the sampler from the loop
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._watch.begin_step()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.objective.end_step(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
-        stop_file = Path(args.output_dir) / checkpoints.STOP_FILE
-        if trainer.any_rank(trainer._terminated or (trainer.is_world_process_zero() and stop_file.exists())):
-            trainer.preempted = control.should_save = control.should_training_stop = True
-            if trainer.is_world_process_zero():
-                stop_file.unlink(missing_ok=True)
-        if control.should_save:
-            trainer._check_finite()  # a checkpoint must not hold weights that a non-finite step has ruined
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.accelerator.wait_for_everyone()  # every rank has written its part
-        # Tokens since the last line of the log are in no total yet
-        pending = trainer._logged["train"].tokens(partial(trainer.accelerator.reduce, reduction="sum"), trainer.accelerator.device)
-        if trainer.is_world_process_zero():
-            own = {
-                "objective": trainer.objective.state_dict(),
-                "train_tokens": trainer._total_train_tokens + pending,
-                "processes": trainer.accelerator.num_processes,
-            }
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            checkpoints.finish_checkpoint(checkpoint, own, keep=trainer._keep, best=state.best_model_checkpoint)
+        accelerator = self.trainer.accelerator
+        self.trainer.objective.end_step(partial(accelerator.reduce, reduction="sum"), accelerator.device)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def test_a_non_finite_number_stops_before_it_is_saved(tmp_path, what):
     def poisoned(model, inputs, **kwargs):
         loss = compute(model, inputs, **kwargs)
         if trainer.state.global_step == 5 and what == "loss":
-            trainer._watch._seen[-1] = (torch.tensor(float("nan")), inputs["names"])
+            trainer.watch._seen[-1] = (torch.tensor(float("nan")), inputs["names"])
         if trainer.state.global_step == 5 and what == "gradient":
             loss = loss + (next(p for p in model.parameters() if p.requires_grad) * 0).sum().sqrt()  # value 0, gradient NaN
         return loss
