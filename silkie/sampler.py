@@ -1,8 +1,7 @@
 """Batches of preference groups: a fixed number per batch, or as many as fit a token budget.
 
 Every group comes exactly once an epoch, in an order that depends on the seed and the epoch alone. The batches of one optimizer step cost
-about
-the same, so that ranks do not wait for each other; the number of batches is the same in every epoch, so that a run can be resumed by
+about the same, so that ranks do not wait for each other; the number of batches is the same in every epoch, so that a run can be resumed by
 counting.
 """
 
@@ -51,6 +50,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.shapes = list(shapes)
         self.batch_size, self.max_tokens, self.world, self.seed, self.padded = batch_size, max_tokens, world, seed, padded
         self.epoch = 0
+        self.finished = False  # True: the next pass yields nothing
         self._sizes = self._budget_sizes() if max_tokens is not None else None
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,6 +61,8 @@ class GroupBatchSampler(Sampler[list[int]]):
         return -(-n // self.world) * self.world
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.finished:
+            return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.shapes), generator=generator).tolist()
         if self._sizes is None:

@@ -433,6 +433,7 @@ class _StepHooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:  # also after resuming, where wrappers hide the sampler from the loop
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+            self.trainer._sampler.finished = state.global_step >= state.max_steps  # the loop looks only after one more step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator

@@ -197,9 +197,11 @@ def test_a_checkpoint_named_by_the_user_must_be_whole(tmp_path):
         make(tmp_path, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_a_finished_run_says_that_nothing_is_left(tmp_path, caplog):
+def test_a_finished_run_says_that_nothing_is_left_and_trains_nothing(tmp_path, caplog):
     for _ in range(2):
-        make(tmp_path, **{**LONG, "max_steps": 2}).train(resume_from_checkpoint=True)
+        trainer = make(tmp_path, **{**LONG, "max_steps": 2})  # ends within an epoch
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 2
     assert caplog.text.count("the run is at step 2 of 2, nothing is left to train") == 1
 
 
