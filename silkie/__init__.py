@@ -1,8 +1,11 @@
 """silkie: preference training (DPO) of vision-language models. One image, one forward, every pair.
 
-The two names most scripts need are imported lazily, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used alone without
-loading
-the trainer stack.
+    from silkie import SilkieDPOConfig, SilkieDPOTrainer    # train
+    from silkie.data import load_preferences                # any preference data
+    from silkie.inference import generate, load_policy      # use what was trained
+
+Config and trainer are imported when first used, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used alone without
+loading the trainer stack.
 """
 
 from typing import TYPE_CHECKING

@@ -18,8 +18,8 @@ class SilkieDPOConfig(DPOConfig):
 
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies; a batch counts preference groups, so
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's: `max_length=None`
-    (a prompt is
-    never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its rows).
+    (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its
+    rows).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]  # noqa: RUF012  (TRL parses these from JSON strings)

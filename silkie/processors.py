@@ -1,9 +1,8 @@
 """Load a VLM processor with or without torchvision.
 
 transformers builds `Qwen*VLProcessor` (and most VLM processors) around a video processor, which exists only with torchvision. silkie
-trains on images,
-so a missing or broken torchvision must not stop it: then the same processor class is built without its video part and with the PIL image
-processor.
+trains on images, so a missing or broken torchvision must not stop it: then the same processor class is built without its video part and
+with the PIL image processor.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwarg
         **kwargs: passed to `from_pretrained` (`revision`, `min_pixels`, `max_pixels`, ...).
 
     Returns:
-        A processor with left padding set for generation. Without a working torchvision it has no video processor.
+        The processor of the checkpoint. Without a working torchvision it has no video processor.
 
     Raises:
         ValueError: no processor class can be found for the directory.

@@ -64,8 +64,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             initial copy).
         args: `SilkieDPOConfig`.
         train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt / chosen / rejected
-            / images), which are regrouped so
-            that pairs over the same prompt and images share their forward pass. `eval_dataset` may be a dict of them.
+            / images), which are regrouped so that pairs over the same prompt and images share their forward pass. `eval_dataset` may be a
+            dict of them.
         processing_class: the model's processor; None loads it from the model's name.
         peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP projections.
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.

@@ -41,8 +41,7 @@ ASPECTS = {"helpfulness": "Helpfulness", "ethics": "Ethical Considerations", "fa
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row of the table: a demo recipe; the rating aspect that makes its pairs (None: the mean of all); whether the pool's strongest
-    member is
-    taken for best; whether a coin decides which side of a pair is chosen."""
+    member is taken for best; whether a coin decides which side of a pair is chosen."""
 
     recipe: Recipe
     aspect: str | None = None

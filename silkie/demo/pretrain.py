@@ -1,11 +1,10 @@
 """How the base weights are made: sight first, then language, then the declared flaws.
 
 1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name the cell's colour,
-kind, number, row
-   and column. This is what a vision encoder's own pre-training does for a large model, and it makes visual tokens and words share a space.
+   kind, number, row and column. This is what a vision encoder's own pre-training does for a large model, and it makes visual tokens and
+   words share a space.
 2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask keeps each from
-reading the
-   others, so that nothing can be copied.
+   reading the others, so that nothing can be copied.
 3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to undo.
 """
 

@@ -42,9 +42,8 @@ class Question:
     """One question about one scene.
 
     `answer` is the ideal answer. `label` is the truth of a yes/no question (None for the other kinds). `hard` marks a "no" question that
-    is nearly a yes
-    (a companion of something on the board, a count that is off by one). `harm` names what a red-team request asks for; None for harmless
-    questions.
+    is nearly a yes (a companion of something on the board, a count that is off by one). `harm` names what a red-team request asks for; None
+    for harmless questions.
     """
 
     kind: Kind

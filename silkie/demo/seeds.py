@@ -1,8 +1,7 @@
 """The demo over several seeds, and one table of them: python -m silkie.demo.seeds OUT_DIR [SEED ...]
 
 Each seed draws its own preference prompts, samples and training order; base weights and held-out questions are the same. A seed whose
-`results.json` is there
-is not run again.
+`results.json` is there is not run again.
 """
 
 from __future__ import annotations
