@@ -5,7 +5,7 @@ python examples/build_pairs.py SOURCE [--image-root DIR] [--best-model NAME]
 
 import argparse
 
-from silkie.data import PairOptions, load_preferences, repair_pairs
+from silkie.data import PairOptions, aspects_of, load_preferences, repair_pairs
 from silkie.data.loading import count_pairs
 
 
@@ -15,18 +15,19 @@ def no_short_winners(group: dict) -> list[tuple[int, int]]:
     return [(chosen, rejected) for chosen, rejected in group["pairs"] if lengths[chosen] >= 0.5 * lengths[rejected]]
 
 
-def strategies(best_model: str | None) -> dict:
+def strategies(aspects: tuple[str, ...], best_model: str | None) -> dict:
     named = {
         "all, as in the paper": "all",
         "best against worst": "best_vs_worst",
         "best against the rest": "best_vs_rest",
         "one random pair": PairOptions(strategy="random", seed=1),
-        "margin of at least 1, weighted by it": PairOptions(min_margin=1.0, weight_by_margin=True),
-        "faithfulness counts twice": PairOptions(aspects={"Helpfulness": 1, "Ethical Considerations": 1, "Visual Faithfulness": 2}),
-        "ties kept": PairOptions(keep_ties=True),
         "longest as best (baseline)": "longest",
         "a function": no_short_winners,
     }
+    if aspects:  # the data is rated
+        named["margin of at least 1, weighted by it"] = PairOptions(min_margin=1.0, weight_by_margin=True)
+        named[f"{aspects[-1]} counts twice"] = PairOptions(aspects={**dict.fromkeys(aspects, 1), aspects[-1]: 2})
+        named["ties kept"] = PairOptions(keep_ties=True)
     if best_model:
         named[f"{best_model} as best (baseline)"] = f"model:{best_model}"
     return named
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--best-model")
     args = parser.parse_args()
     groups = load_preferences(args.source, image_root=args.image_root, keep_unpaired=True)
-    for name, pairs in strategies(args.best_model).items():
+    for name, pairs in strategies(aspects_of(groups.features), args.best_model).items():
         paired, dropped = repair_pairs(groups, pairs)
         print(f"{name:40} {len(paired):>8,} groups {count_pairs(paired):>9,} pairs, {len(dropped):,} groups without a pair")
 

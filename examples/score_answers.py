@@ -3,14 +3,19 @@
 python examples/score_answers.py pope base.jsonl trained.jsonl
 """
 
-import sys
+import argparse
 
 from silkie.evaluation import score
 from silkie.evaluation.compare import compare_scores
 from silkie.evaluation.text import comparison_text
 
-benchmark, base_file, trained_file = sys.argv[1:]
-base, trained = score(benchmark, base_file), score(benchmark, trained_file)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("benchmark", help="pope, mme, ... or the path of a YAML definition")
+parser.add_argument("base", help="results of the base model")
+parser.add_argument("trained", help="results of the trained model")
+args = parser.parse_args()
+
+base, trained = score(args.benchmark, args.base), score(args.benchmark, args.trained)
 comparison = compare_scores(base, trained)
 print(comparison_text(comparison, shown_flips=3))
 

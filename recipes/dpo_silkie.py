@@ -17,6 +17,11 @@ from trl import ModelConfig, TrlParser
 from silkie import SilkieDPOConfig
 from silkie.recipe import DemoArguments, RunArguments, run, run_demo
 
+DESCRIPTION = (
+    "Preference-train a vision-language model on --dataset_name, from --model_name_or_path. Where neither is named the embedded demo runs; "
+    "its options are --output_dir, --seed, --no_controls and --dry_run. --config FILE.yaml takes any option below."
+)
+
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -24,7 +29,8 @@ def main() -> None:
     if demo_args := demo_arguments(argv):
         run_demo(demo_args)
         return
-    run_args, training_args, model_args = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig)).parse_args_and_config(argv)
+    parser = TrlParser((RunArguments, SilkieDPOConfig, ModelConfig), description=DESCRIPTION)
+    run_args, training_args, model_args = parser.parse_args_and_config(argv)
     run(run_args, training_args, model_args)
 
 

@@ -34,6 +34,8 @@ def parts(tmp_path):
 def test_own_data_example(tmp_path):
     output = run(tmp_path, "examples/bring_your_own_data.py", "--out", str(tmp_path / "own"))
     assert output.count("3 rows -> 3 groups with 9 pairs") == 2 and "my_ratings.jsonl (my-ratings)" in output
+    pairs = run(tmp_path, "examples/build_pairs.py", str(tmp_path / "own" / "groups.jsonl"))  # rated on aspects of its own
+    assert "Visual Faithfulness counts twice" in pairs and "9 pairs" in pairs
 
 
 def test_build_pairs_example(tmp_path):
