@@ -282,23 +282,27 @@ def load_shape(model: str) -> ModelShape:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m silkie.plan", description="Memory by part and FLOPs of a run: estimates.")
-    parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, or a model directory")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        prog="python -m silkie.plan",
+        description="Memory by part and FLOPs of a run, and which config fits: estimates. LoRA unless --full or --qlora; bf16.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, a model directory or a hub name")
+    parser.add_argument("--gpus", type=int, default=1, help="of all machines together")
     parser.add_argument("--memory", default="80GB", help="of one GPU: 80GB, 24GiB")
     training = parser.add_mutually_exclusive_group()
     training.add_argument("--full", action="store_true", help="full fine-tuning of the language model")
     training.add_argument("--qlora", action="store_true", help="4-bit base weights")
     parser.add_argument("--groups", type=int, default=1, help="groups in a micro-batch of a GPU")
-    parser.add_argument("--responses", type=int, default=4)
-    parser.add_argument("--image-tokens", type=int, default=1280, help="0: text alone")
-    parser.add_argument("--response-tokens", type=int, default=120)
-    parser.add_argument("--prompt-tokens", type=int, default=60)
-    parser.add_argument("--lora-rank", type=int, default=64)
-    parser.add_argument("--no-checkpointing", action="store_true")
-    parser.add_argument("--reference-cached", action="store_true", help="precompute_ref_log_probs")
-    parser.add_argument("--optimizer-8bit", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--responses", type=int, default=4, help="in a group")
+    parser.add_argument("--image-tokens", type=int, default=1280, help="in a group; 0: text alone")
+    parser.add_argument("--response-tokens", type=int, default=120, help="in a response")
+    parser.add_argument("--prompt-tokens", type=int, default=60, help="in a prompt, without the image's")
+    parser.add_argument("--lora-rank", type=int, default=64, help="r of LoRA and QLoRA")
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations: gradient_checkpointing=False")
+    parser.add_argument("--reference-cached", action="store_true", help="no reference pass in the step: precompute_ref_log_probs=True")
+    parser.add_argument("--optimizer-8bit", action="store_true", help="optimizer states in 8 bits: optim=adamw_bnb_8bit")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:
         memory, shape = parse_memory(args.memory), load_shape(args.model)
