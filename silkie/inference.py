@@ -116,6 +116,7 @@ def generate(
         Per prompt, `num_return_sequences` answers without special tokens.
 
     Raises:
+        TypeError: a prompt is a string and no conversation.
         ValueError: a prompt's image parts and its images differ in number, or several greedy answers are asked for.
     """
     if len(prompts) != len(images):
@@ -123,6 +124,11 @@ def generate(
     if num_return_sequences > 1 and temperature <= 0:
         raise ValueError("num_return_sequences > 1 needs temperature > 0: greedy answers are all equal.")
     for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        if isinstance(prompt, str):
+            raise TypeError(
+                f"prompt {i} is a string; expected a conversation: "
+                '[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}].'
+            )
         parts = sum(p["type"] == "image" for m in prompt if not isinstance(m["content"], str) for p in m["content"])
         if parts != len(own):
             raise ValueError(f"prompt {i} has {parts} image parts but {len(own)} images.")

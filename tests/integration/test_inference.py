@@ -112,6 +112,8 @@ def test_wrong_calls(run):
         answers(model, processor, num_return_sequences=2)
     with pytest.raises(ValueError, match="prompt 0 has 1 image parts but 0 images"):
         generate(model, processor, [conversation("a")], [[]])
+    with pytest.raises(TypeError, match="prompt 0 is a string; expected a conversation"):
+        generate(model, processor, ["What is this?"], [[]])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
