@@ -39,4 +39,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs runs
+	rm -rf $(VENV) build dist *.egg-info
