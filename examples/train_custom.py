@@ -4,6 +4,7 @@ python examples/train_custom.py [--model DIR_OR_NAME --data SOURCE --image-root 
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from peft import LoraConfig
@@ -32,7 +33,10 @@ def main() -> None:
     parser.add_argument("--out", default="outputs/custom")
     parser.add_argument("--use-cpu", action="store_true")
     args = parser.parse_args()
-    if args.model is None or args.data is None:
+    logging.basicConfig(level=logging.INFO)  # silkie says which layout and attention run, and why
+    if (args.model is None) != (args.data is None):
+        parser.error("--model and --data go together; without both the demo's are used")
+    if args.model is None:
         args.model, args.data, args.image_root = demo_model_and_data(Path(args.out) / "data")
 
     trainer = SilkieDPOTrainer(
