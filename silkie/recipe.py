@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import AutoConfig
@@ -15,7 +15,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.checkpoints import PREEMPTED_EXIT_CODE
 from silkie.data import load_preferences
-from silkie.data.splits import check_leak, split_groups
+from silkie.data.splits import By, check_choice, check_leak, split_groups
 from silkie.models import unquantized_modules
 from silkie.processors import load_processor
 from silkie.workload import plan_of
@@ -38,9 +38,16 @@ class RunArguments:
         metadata={"help": "Ratings to pairs: all, best_vs_worst, best_vs_rest, random, longest, or model:NAME (its answer as best)."},
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Data to evaluate on; must share no image or prompt with the training data."}
+        default=None, metadata={"help": "Data to evaluate on; shares nothing that eval_split_by names with the training data."}
     )
-    eval_size: float = field(default=0.0, metadata={"help": "Share of the groups held out for evaluation, split by image and prompt."})
+    eval_size: float = field(default=0.0, metadata={"help": "Share of the groups held out for evaluation, split as eval_split_by says."})
+    eval_split_by: str = field(
+        default="both",
+        metadata={
+            "help": "What training and evaluation data must not share: both (image and prompt), image, or prompt. image is for data "
+            "with a few stock prompts."
+        },
+    )
     allow_remote_images: bool = field(default=False, metadata={"help": "Fetch images that the data names by URL."})
     max_groups: int | None = field(default=None, metadata={"help": "Train on the first groups only."})
     min_pixels: int | None = field(default=None, metadata={"help": "Smallest image area after resizing, in pixels."})
@@ -58,6 +65,7 @@ class RunArguments:
             raise ValueError(f"`min_pixels={self.min_pixels}` is above `max_pixels={self.max_pixels}`.")
         if not 0 <= self.eval_size < 1:
             raise ValueError(f"`eval_size` is a share of the groups: in [0, 1), not {self.eval_size}.")
+        check_choice("eval_split_by", self.eval_split_by, By)
         if self.eval_size and self.eval_dataset_name:
             raise ValueError("`eval_size` holds out training data, `eval_dataset_name` names other data: pass one of them.")
 
@@ -103,17 +111,18 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
 
 
 def load_data(run_args: RunArguments, args: SilkieDPOConfig) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation groups, without an image or prompt in both."""
+    """Training and evaluation groups, which share nothing that `eval_split_by` names."""
+    by = cast(By, run_args.eval_split_by)
     with args.main_process_first(desc="loading the data"):
         train = _load(run_args.dataset_name, run_args, args)
         if run_args.max_groups is not None:
             train = train.select(range(min(run_args.max_groups, len(train))))
         if run_args.eval_dataset_name:
             evaluation = _load(run_args.eval_dataset_name, run_args, args)
-            check_leak(train, evaluation)
+            check_leak(train, evaluation, by=by)
             return train, evaluation
         if run_args.eval_size:
-            parts = split_groups(train, run_args.eval_size, seed=args.seed)
+            parts = split_groups(train, run_args.eval_size, seed=args.seed, by=by)
             return parts["train"], parts["test"]
     return train, None
 

@@ -85,7 +85,7 @@ def split_groups(
         raise DataError(
             f"cannot split off {wanted} of {len(dataset)} groups: the {len(components)} components (groups that share an image or a "
             f"prompt) are too large, the largest has {largest} groups; one prompt occurs in {count} groups, for example in row {example}. "
-            "Pass by='image' to let prompts occur on both sides."
+            "Pass by='image' (the recipe: --eval_split_by image) to let prompts occur on both sides."
         )
     chosen = set(test)
     train = [index for index in range(len(dataset)) if index not in chosen]
@@ -127,7 +127,7 @@ def check_leak(
     more = "; ..." if len(leaks) > 5 else ""
     advice = "Drop these rows from the training data, or split with silkie.data.split_groups."
     if by == "both" and set(kinds) == {"prompt"}:
-        advice += " If shared prompts are wanted (a benchmark's stock question), pass by='image'."
+        advice += " If shared prompts are wanted (a benchmark's stock question), pass by='image' (the recipe: --eval_split_by image)."
     raise LeakError(f"evaluation data leak into the training data: {counts}. {examples}{more}. {advice}", leaks)
 
 

@@ -13,6 +13,7 @@ from trl import ModelConfig, TrlParser
 
 from recipes import dpo_silkie
 from silkie import SilkieDPOConfig, recipe
+from silkie.data import DataError
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[2]
@@ -108,11 +109,28 @@ def test_which_checkpoint_is_gone_on_from(monkeypatch, tmp_path, named, resume, 
     ("options", "message"),
     [({"max_groups": 0}, "`max_groups` must be positive, not 0"), ({"max_pixels": -5}, "`max_pixels` must be positive, not -5"),
      ({"min_pixels": 100, "max_pixels": 10}, "`min_pixels=100` is above `max_pixels=10`"), ({"eval_size": 2.0}, r"in \[0, 1\), not 2.0"),
+     ({"eval_split_by": "images"}, "eval_split_by='images' is not known; choose from both, image, prompt"),
      ({"eval_size": 0.1, "eval_dataset_name": "x"}, "pass one of them")],
 )  # fmt: skip
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         recipe.RunArguments(dataset_name="data", **options)
+
+
+def test_a_stock_prompt_can_be_on_both_sides(tmp_path):
+    lines = []
+    for n in range(6):
+        image(n).save(tmp_path / f"{n}.png")
+        lines.append(json.dumps({"images": [f"{n}.png"], "prompt": "Describe the image.", "responses": ["a", "b"], "pairs": [[0, 1]]}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:4]))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines[4:]))
+    args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    for held_out in ({"eval_size": 0.5}, {"eval_dataset_name": str(tmp_path / "held_out.jsonl")}):
+        data = {"dataset_name": str(tmp_path / "train.jsonl"), **held_out}
+        with pytest.raises(DataError, match="--eval_split_by image"):
+            recipe.load_data(recipe.RunArguments(**data), args)
+        train, evaluation = recipe.load_data(recipe.RunArguments(**data, eval_split_by="image"), args)
+        assert len(train) + len(evaluation) == (4 if "eval_size" in held_out else 6) and len(evaluation) == 2
 
 
 @pytest.mark.parametrize(
