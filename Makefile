@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: demo test test-slow lint format clean
 
-demo: $(VENV)/.demo  ## run the whole loop on the embedded world (five to twelve minutes on two cores)
+demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(CORES) recipes/dpo_silkie.py
 
 test: $(VENV)/.dev  ## everything that fits a CI run

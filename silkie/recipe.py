@@ -150,7 +150,7 @@ def make_trainer(
     args.model_init_kwargs = {
         **(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}),
         **revision,
-        "dtype": model_args.dtype or ("bfloat16" if args.bf16 else "float32"),
+        "dtype": model_args.dtype or "auto",
         "use_safetensors": True,
         **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
     }
