@@ -37,7 +37,8 @@ def trl_pairs(row: Row) -> Group:
     skip_tie(row)
     for column in ("tools", "chat_template_kwargs"):
         value = row.get(column)
-        if any(v is not None for v in value.values()) if isinstance(value, dict) else value:
+        # `datasets` fills a struct's absent fields with None
+        if value and (not isinstance(value, dict) or any(option is not None for option in value.values())):
             raise row.error(
                 column,
                 value,
