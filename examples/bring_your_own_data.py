@@ -39,9 +39,20 @@ def write_example(folder: Path) -> None:
         ImageDraw.Draw(image).ellipse((20, 20, 64, 64), fill=colour)
         image.save(folder / "photos" / f"{index}.png")
         answers = [f"A {colour} circle on white.", "A circle.", "A circle beside a black cat."]
-        ratings = [dict(zip(("Helpfulness", "Visual Faithfulness"), values, strict=True)) for values in ((5, 5), (3, 5), (2, 1))]
+        ratings = [
+            dict(zip(("Helpfulness", "Visual Faithfulness"), values, strict=True))
+            for values in ((5, 5), (3, 5), (2, 1))
+        ]
         prompt = "What is in the image?"
-        own.append({"id": f"circle-{index}", "images": [f"photos/{index}.png"], "prompt": prompt, "responses": answers, "ratings": ratings})
+        own.append(
+            {
+                "id": f"circle-{index}",
+                "images": [f"photos/{index}.png"],
+                "prompt": prompt,
+                "responses": answers,
+                "ratings": ratings,
+            }
+        )
         mine.append({"photo": f"photos/{index}.png", "question": prompt, "answers": answers, "stars": [5, 4, 1]})
     for name, records in (("groups.jsonl", own), ("my_ratings.jsonl", mine)):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))

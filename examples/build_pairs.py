@@ -42,7 +42,10 @@ def main() -> None:
     groups = load_preferences(args.source, image_root=args.image_root, keep_unpaired=True)
     for name, pairs in strategies(aspects_of(groups.features), args.best_model).items():
         paired, dropped = repair_pairs(groups, pairs)
-        print(f"{name:40} {len(paired):>8,} groups {count_pairs(paired):>9,} pairs, {len(dropped):,} groups without a pair")
+        print(
+            f"{name:40} {len(paired):>8,} groups {count_pairs(paired):>9,} pairs, {len(dropped):,} groups without a"
+            " pair"
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def main() -> None:
     mixed = mix(loaded, weights=[weight for _, weight in args.sources], seed=args.seed)
     split = split_groups(mixed, 0.05, seed=args.seed)
     check_leak(split["train"], split["test"])  # raises where an image or a prompt is on both sides
-    print(f"{len(mixed):,} groups from {len(loaded)} sources: {len(split['train']):,} to train on, {len(split['test']):,} held out")
+    print(
+        f"{len(mixed):,} groups from {len(loaded)} sources: {len(split['train']):,} to train on, {len(split['test']):,}"
+        " held out"
+    )
     if args.out:
         split.save_to_disk(args.out)
 

@@ -1,4 +1,5 @@
-"""A training script of your own: load a model, group the preferences, train, save. Runs on the embedded demo model when nothing is named.
+"""A training script of your own: load a model, group the preferences, train, save. Runs on the embedded demo model when
+nothing is named.
 
 python examples/train_custom.py [--model DIR_OR_NAME --data SOURCE --image-root DIR] [--out DIR]
 """
@@ -16,7 +17,8 @@ from silkie.inference import load_processor
 
 
 def demo_model_and_data(directory: Path) -> tuple[str, str, str]:
-    """The embedded base model, and VLFeedback records of its own: 40 images, four sampled responses per prompt, rated by the oracle."""
+    """The embedded base model, and VLFeedback records of its own: 40 images, four sampled responses per prompt, rated
+    by the oracle."""
     from silkie.demo.data import preference_items
     from silkie.demo.loop import Watch, feedback
     from silkie.demo.model import BASE_DIR
@@ -43,7 +45,9 @@ def main() -> None:
         model=AutoModelForImageTextToText.from_pretrained(args.model, use_safetensors=True),
         processing_class=load_processor(args.model),
         train_dataset=load_preferences(args.data, image_root=args.image_root),
-        peft_config=LoraConfig(r=16, lora_alpha=32),  # no target_modules: the language model's attention and MLP projections
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32
+        ),  # no target_modules: the language model's attention and MLP projections
         args=SilkieDPOConfig(
             output_dir=args.out,
             per_device_train_batch_size=4,  # groups: an image, a prompt, its responses and all pairs over them

@@ -1,8 +1,12 @@
 """Preference-train a vision-language model.
 
-    accelerate launch recipes/dpo_silkie.py                                            # the embedded demo: minutes on a CPU
-    accelerate launch recipes/dpo_silkie.py --config recipes/silkie_qwen2_5_vl_7b.yaml  # Silkie's hyper-parameters on VLFeedback
-    accelerate launch recipes/dpo_silkie.py --model_name_or_path DIR_OR_NAME --dataset_name DIR_OR_NAME --use_peft --output_dir OUT
+    # The embedded demo: minutes on a CPU
+    accelerate launch recipes/dpo_silkie.py
+    # Silkie's hyper-parameters on VLFeedback
+    accelerate launch recipes/dpo_silkie.py --config recipes/silkie_qwen2_5_vl_7b.yaml
+    # Your own model and data
+    accelerate launch recipes/dpo_silkie.py --model_name_or_path DIR_OR_NAME --dataset_name DIR_OR_NAME --use_peft \\
+        --output_dir OUT
 
 `--dry_run` loads everything, runs one optimizer step, prints the plan and stops. `--help` lists all options.
 """
@@ -15,17 +19,20 @@ import sys
 from trl import ModelConfig, TrlParser
 
 from silkie import SilkieDPOConfig
-from silkie.recipe import DemoArguments, RunArguments, run, run_demo
+from silkie.run import DemoArguments, RunArguments, run, run_demo
 
 DESCRIPTION = (
-    "Preference-train a vision-language model on --dataset_name, from --model_name_or_path. Where neither is named the embedded demo runs; "
-    "its options are --output_dir, --seed, --no_controls and --dry_run. --config FILE.yaml takes any option below."
+    "Preference-train a vision-language model on --dataset_name, from --model_name_or_path. Where neither is named the"
+    " embedded demo runs; its options are --output_dir, --seed, --no_controls and --dry_run. --config FILE.yaml takes"
+    " any option below."
 )
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    argv = [part for arg in sys.argv[1:] for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]  # TRL wants two words
+    argv = [
+        part for arg in sys.argv[1:] for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])
+    ]  # TRL wants two words
     if demo_args := demo_arguments(argv):
         run_demo(demo_args)
         return

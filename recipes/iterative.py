@@ -2,10 +2,10 @@
 
     python recipes/iterative.py --rounds 3 --output_dir outputs/iterative
 
-Every round samples from the policy as it is, has the oracle rate the answers, and trains on from the last adapter with that adapter as
-the reference; the held-out evaluation follows. At the end one more policy is trained from the base on as many prompts in a single round,
-sampled from the base: what the rounds add is the difference to it. Run again after an interruption: finished rounds are not repeated.
-"""
+Every round samples from the policy as it is, has the oracle rate the answers, and trains on from the last adapter with
+that adapter as the reference; the held-out evaluation follows. At the end one more policy is trained from the base on
+as many prompts in a single round, sampled from the base: what the rounds add is the difference to it. Run again after
+an interruption: finished rounds are not repeated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from silkie.demo.data import DemoItem, evaluation_items, preference_items
-from silkie.demo.loop import DPO, EVALUATION_SEED, Sizes, Summary, Watch, evaluate, feedback, load_base, make_trainer, preferences
+from silkie.demo.loop import (
+    DPO,
+    EVALUATION_SEED,
+    Sizes,
+    Summary,
+    Watch,
+    evaluate,
+    feedback,
+    load_base,
+    make_trainer,
+    preferences,
+)
 from silkie.demo.model import BASE_DIR
 from silkie.demo.sheet import markdown
-from silkie.evaluation.stats import Estimate
+from silkie.stats import Estimate
 
 logger = logging.getLogger("iterative")
 
@@ -48,7 +59,10 @@ class Rounds:
     def prompts(self, number: int) -> list[DemoItem]:
         """Fresh prompts for every round."""
         return preference_items(
-            1000 + 100 * number + self.seed, images=self.sizes.images, card_images=self.sizes.card_images, questions=self.sizes.questions
+            1000 + 100 * number + self.seed,
+            images=self.sizes.images,
+            card_images=self.sizes.card_images,
+            questions=self.sizes.questions,
         )
 
     def claim(self) -> None:
@@ -56,7 +70,9 @@ class Rounds:
         settings = {"seed": self.seed, "base": str(self.base_dir), **asdict(self.sizes)}
         file = self.output / "settings.json"
         if file.exists() and (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
-            raise OtherSettings(f"{self.output} was begun with {found}, now asked for is {settings}; pass another output directory")
+            raise OtherSettings(
+                f"{self.output} was begun with {found}, now asked for is {settings}; pass another output directory"
+            )
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
     def measure_base(self) -> None:
@@ -76,7 +92,12 @@ class Rounds:
             trainer.train()
         trainer.save_model(str(adapter))
         self.evaluate(
-            name, title, trainer.model, trainer.processing_class, groups=len(data), pairs=sum(len(pairs) for pairs in data["pairs"])
+            name,
+            title,
+            trainer.model,
+            trainer.processing_class,
+            groups=len(data),
+            pairs=sum(len(pairs) for pairs in data["pairs"]),
         )
         return adapter
 
@@ -84,13 +105,18 @@ class Rounds:
         evaluate(self.summary, name, title, model, processor, self.test, self.output, self.watch)
         self.summary.groups += groups
         self.summary.pairs += pairs
-        scores = {mode: {key: list(value) for key, value in metrics.items()} for mode, metrics in self.summary.scores[name].items()}
+        scores = {
+            mode: {key: list(value) for key, value in metrics.items()}
+            for mode, metrics in self.summary.scores[name].items()
+        }
         seconds = {part: round(spent - self.noted.get(part, 0.0), 1) for part, spent in self.watch.seconds.items()}
         self.noted = dict(self.watch.seconds)
         result = self.output / name / "result.json"
         result.parent.mkdir(parents=True, exist_ok=True)
         partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps({"groups": groups, "pairs": pairs, "seconds": seconds, "scores": scores}), encoding="utf-8")
+        partial.write_text(
+            json.dumps({"groups": groups, "pairs": pairs, "seconds": seconds, "scores": scores}), encoding="utf-8"
+        )
         partial.replace(result)  # its presence says that the round is complete
 
     def restore(self, name: str, title: str) -> bool:
@@ -112,9 +138,16 @@ class Rounds:
 
 
 def run(
-    output: str | Path, *, rounds: int = 3, seed: int = 0, base_dir: str | Path = BASE_DIR, sizes: Sizes | None = None, single: bool = True
+    output: str | Path,
+    *,
+    rounds: int = 3,
+    seed: int = 0,
+    base_dir: str | Path = BASE_DIR,
+    sizes: Sizes | None = None,
+    single: bool = True,
 ) -> Summary:
-    """The whole run; writes `round-N/` (data, adapter, result.json), `eval/`, `table.md` and `results.json` below `output`."""
+    """The whole run; writes `round-N/` (data, adapter, result.json), `eval/`, `table.md` and `results.json` below
+    `output`."""
     state = Rounds(Path(output), seed=seed, base_dir=Path(base_dir), sizes=sizes or Sizes(images=200, card_images=60))
     state.output.mkdir(parents=True, exist_ok=True)
     state.claim()
@@ -153,7 +186,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     sizes = Sizes(images=arguments.images, card_images=max(2, arguments.images // 3))
     try:
-        print(run(arguments.output_dir, rounds=arguments.rounds, seed=arguments.seed, sizes=sizes, single=not arguments.no_single))
+        print(
+            run(
+                arguments.output_dir,
+                rounds=arguments.rounds,
+                seed=arguments.seed,
+                sizes=sizes,
+                single=not arguments.no_single,
+            )
+        )
     except OtherSettings as error:
         parser.error(str(error))
 

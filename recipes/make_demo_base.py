@@ -1,10 +1,11 @@
-"""Make the demo's base weights: sight, language, then the declared flaws (see silkie/demo/README.md). About 20 minutes on two quiet cores.
+"""Make the demo's base weights: sight, language, then the declared flaws (see silkie/demo/README.md). About 20 minutes
+on two quiet cores.
 
     python recipes/make_demo_base.py --output_dir outputs/demo_base
-    python recipes/make_demo_base.py --resume outputs/demo_base/language.pt   # the flaws only, from a finished language stage
+    python recipes/make_demo_base.py --resume outputs/demo_base/language.pt   # the flaws only
 
-`--output_dir silkie/demo/base` would replace the weights that the package ships. Checkpoints (`<stage>.pt`) are written beside the
-weights every 100 steps.
+`--output_dir silkie/demo/base` would replace the weights that the package ships. Checkpoints (`<stage>.pt`) are written
+beside the weights every 100 steps.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     from silkie.data import load_preferences                # any preference data
     from silkie.inference import generate, load_policy      # use what was trained
 
-Config and trainer are imported when first used, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used alone without
-loading the trainer stack.
+Config and trainer are imported when first used, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used
+alone without loading the trainer stack.
 """
 
 from typing import TYPE_CHECKING

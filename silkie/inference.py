@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
 
-from silkie.processors import load_processor, looks_local
+from silkie.model.processor import load_processor, looks_local
 
 __all__ = ["generate", "load_policy", "load_processor"]
 
@@ -33,7 +33,8 @@ def load_policy(
 
     Args:
         path: a directory or hub name: a LoRA adapter (has `adapter_config.json`), or a full model.
-        base_model: where the adapter's base model is now. Default: the place that the adapter recorded when it was trained.
+        base_model: where the adapter's base model is now. Default: the place that the adapter recorded when it was
+            trained.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         device: where to put the model. Default: CUDA when there is one, else CPU.
         merge: fold the adapter into the weights (faster generation; the adapter can no longer be switched off).
@@ -45,18 +46,21 @@ def load_policy(
 
     Raises:
         FileNotFoundError: the adapter's base model is not where the adapter says, and `base_model` is not given.
-        ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not given.
+        ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
+            given.
     """
     path = str(path)
     adapter = _adapter_config(path)
     base = str(base_model or adapter.get("base_model_name_or_path") or "") if adapter else path
     if not base:
         raise ValueError(
-            f"The adapter in {path} does not say which model it was trained on. Pass base_model=<directory or hub name of it>."
+            f"The adapter in {path} does not say which model it was trained on. Pass base_model=<directory or hub name"
+            " of it>."
         )
     if adapter and base_model is None and looks_local(base) and not Path(base).is_dir():
         raise FileNotFoundError(
-            f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name of the base model>."
+            f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name"
+            " of the base model>."
         )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # safetensors only: a pickle checkpoint can run code when loaded
@@ -80,7 +84,9 @@ def _adapter_config(path: str) -> dict[str, Any] | None:
         file = local / "adapter_config.json"
         return json.loads(file.read_text()) if file.exists() else None
     if looks_local(path):
-        raise FileNotFoundError(f"{path} is not a directory. Expected a LoRA adapter or a model directory, or a hub name like 'org/name'.")
+        raise FileNotFoundError(
+            f"{path} is not a directory. Expected a LoRA adapter or a model directory, or a hub name like 'org/name'."
+        )
     from transformers.utils import cached_file
 
     found = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
@@ -106,7 +112,8 @@ def generate(
 
     Args:
         model, processor: from `load_policy`.
-        prompts: conversations ending with a user turn; content parts `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        prompts: conversations ending with a user turn; content parts `{"type": "image"}` and `{"type": "text", "text":
+            ...}`.
         images: per prompt its PIL images, in the order of the prompt's image parts; empty for a text-only prompt.
         temperature: 0 decodes greedily; above 0 samples, reproducibly for the same seed, order and batch size.
         num_return_sequences: answers per prompt (needs temperature > 0 when above 1).
@@ -162,19 +169,30 @@ def _batches(has_image: list[bool], batch_size: int) -> list[list[int]]:
 
 
 def _generate_batch(
-    model: Any, processor: Any, prompts: list[Any], images: list[list[Any]], max_new_tokens: int, temperature: float, top_p: float, n: int
+    model: Any,
+    processor: Any,
+    prompts: list[Any],
+    images: list[list[Any]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    n: int,
 ) -> list[str]:
     texts = [processor.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     tokenizer = processor.tokenizer
     processor_args: dict[str, Any] = {"images": images} if images[0] else {}
-    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **processor_args).to(
-        model.device
-    )
+    batch = processor(
+        text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **processor_args
+    ).to(model.device)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     eos = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     ids = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,

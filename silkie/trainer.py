@@ -19,18 +19,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
-from silkie import guards
-from silkie.attention import Attention
-from silkie.card import write_card
-from silkie.collator import GroupCollator, ImageCorruption, blank_vision
+from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision
+from silkie.batch.encoding import GroupEncoder
+from silkie.batch.packing import Layout
+from silkie.batch.preparation import PreparationReport, prepare_groups
+from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.config import SilkieDPOConfig
 from silkie.data import load_preferences
 from silkie.data.schema import aspects_of, is_group_features
-from silkie.encoding import GroupEncoder
-from silkie.layout import LayoutChoice, choose_layout, self_test
 from silkie.losses import GroupLogps, Objective, build_objective
-from silkie.metrics import RunMetrics
-from silkie.models import (
+from silkie.model.attention import Attention
+from silkie.model.families import (
     PromptPositions,
     causal_lm,
     check_merges_images,
@@ -40,15 +39,16 @@ from silkie.models import (
     vision_is_frozen,
     with_default_targets,
 )
-from silkie.packing import Layout
-from silkie.precompute import ReferenceTable, precompute_reference
-from silkie.preparation import PreparationReport, prepare_groups
-from silkie.processors import load_processor, looks_local
-from silkie.recoverable import RecoverableTrainer
-from silkie.reference import Reference
-from silkie.sampler import GroupBatchSampler, WithEmptyGroups
-from silkie.scoring import Scorer, Scores
-from silkie.vision import FeatureCache
+from silkie.model.forward import Scorer, Scores
+from silkie.model.layout import LayoutChoice, choose_layout, self_test
+from silkie.model.processor import load_processor, looks_local
+from silkie.model.vision import FeatureCache
+from silkie.training import guards
+from silkie.training.metrics import RunMetrics
+from silkie.training.model_card import write_card
+from silkie.training.reference import Reference
+from silkie.training.reference_cache import ReferenceTable, precompute_reference
+from silkie.training.resumable import RecoverableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,15 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
     Args:
         model: model, PeftModel, local directory or hub name.
-        ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter: with its frozen
-            initial copy).
+        ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter:
+            with its frozen initial copy).
         args: `SilkieDPOConfig`.
-        train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt / chosen / rejected
-            / images), which are regrouped so that pairs over the same prompt and images share their forward pass. `eval_dataset` may be a
-            dict of them.
+        train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt /
+            chosen / rejected / images), which are regrouped so that pairs over the same prompt and images share their
+            forward pass. `eval_dataset` may be a dict of them.
         processing_class: the model's processor; None loads it from the model's name.
-        peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP projections.
+        peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP
+            projections.
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
 
     Raises:
@@ -101,9 +102,13 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if args is None:
             args = SilkieDPOConfig(output_dir="silkie-dpo")
         if not isinstance(args, SilkieDPOConfig):
-            raise TypeError(f"args must be a SilkieDPOConfig, not {type(args).__name__}: `from silkie import SilkieDPOConfig`.")
+            raise TypeError(
+                f"args must be a SilkieDPOConfig, not {type(args).__name__}: `from silkie import SilkieDPOConfig`."
+            )
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows.")
+            raise ValueError(
+                "`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows."
+            )
         guards.check_launch(args)
         config, processing_class = _config_and_processor(model, processing_class, args)
         if peft_config is not None:
@@ -115,7 +120,10 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             freeze_vision(model)
 
         self.encoder = GroupEncoder(
-            processing_class, max_length=args.max_length, max_response_length=args.max_response_length, response_end=args.response_end
+            processing_class,
+            max_length=args.max_length,
+            max_response_length=args.max_response_length,
+            response_end=args.response_end,
         )
         self.reports: dict[str, PreparationReport] = {}
         train_dataset = self._prepared(train_dataset, args, "train")
@@ -131,8 +139,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             guards.check_adapter_init(peft_config)
             if not (peft_config or isinstance(model, PeftModel) or config._name_or_path):
                 raise ValueError(
-                    "Full fine-tuning needs a reference, and this model names no directory to load one from: pass `ref_model`, or train a "
-                    "LoRA adapter with `peft_config`."
+                    "Full fine-tuning needs a reference, and this model names no directory to load one from: pass"
+                    " `ref_model`, or train a LoRA adapter with `peft_config`."
                 )
         find_unused = args.ddp_find_unused_parameters
         with _without_precompute(args), guards.allow_adapted_head():
@@ -151,7 +159,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             freeze_vision(self.model)
         self.frozen_vision = vision_is_frozen(self.model)
         if self.frozen_vision and find_unused is None:
-            args.ddp_find_unused_parameters = False  # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
+            args.ddp_find_unused_parameters = (
+                False  # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
+            )
         self._after_trl_init()
 
     def _after_trl_init(self) -> None:
@@ -175,7 +185,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
             self.accelerator.free_memory()
         self.reference = Reference(self.model, self.ref_model) if self.objective.needs_reference else None
-        self._logged = {mode: RunMetrics(self.objective, token_stats=args.log_token_stats) for mode in ("train", "eval")}
+        self._logged = {
+            mode: RunMetrics(self.objective, token_stats=args.log_token_stats) for mode in ("train", "eval")
+        }
         self.reference_table: ReferenceTable | None = None
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
         self.reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
@@ -188,7 +200,11 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
             self.add_callback(
                 BenchmarkCallback(
-                    args.eval_benchmarks, args.eval_benchmark_steps, limit=args.eval_benchmark_limit, seed=args.seed, trainer=self
+                    args.eval_benchmarks,
+                    args.eval_benchmark_steps,
+                    limit=args.eval_benchmark_limit,
+                    seed=args.seed,
+                    trainer=self,
                 )
             )
         for line in self.setup_lines():  # the data's lines were logged when it was prepared
@@ -203,8 +219,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
     def _prepared(self, dataset: Dataset, args: SilkieDPOConfig, name: str) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise TypeError(
-                f"The {name} data must be a datasets.Dataset of preference groups or pair rows, not {type(dataset).__name__}: pass what "
-                "silkie.data.load_preferences returns, one split of a DatasetDict, or Dataset.from_list(rows)."
+                f"The {name} data must be a datasets.Dataset of preference groups or pair rows, not"
+                f" {type(dataset).__name__}: pass what silkie.data.load_preferences returns, one split of a"
+                " DatasetDict, or Dataset.from_list(rows)."
             )
         with args.main_process_first(desc=f"preparing the {name} data"):
             if {"row", "prompt_length", "response_lengths"} <= set(dataset.column_names):
@@ -231,7 +248,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             groups_per_row=self.choice.groups_per_row,
             aspects=aspects_of(self.train_dataset.features),
             corruption=self._corruption(),
-            dummy_vision=blank_vision(self.encoder) if guards.needs_dummy_image(self.accelerator, self.frozen_vision) else None,
+            dummy_vision=(
+                blank_vision(self.encoder) if guards.needs_dummy_image(self.accelerator, self.frozen_vision) else None
+            ),
         )
 
     def _corruption(self) -> ImageCorruption | None:
@@ -257,15 +276,20 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         return self._loader(dataset, self._sampler, persistent_workers=args.dataloader_persistent_workers)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Every group once over all ranks: accelerate would repeat some to fill the last round, and the loss would count them twice."""
+        """Every group once over all ranks: accelerate would repeat some to fill the last round, and the loss would
+        count them twice."""
         if eval_dataset is None:
             eval_dataset = self.eval_dataset
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        if not isinstance(dataset, Dataset) or "row" not in dataset.column_names:  # given to `evaluate`, not to `__init__`
+        if (
+            not isinstance(dataset, Dataset) or "row" not in dataset.column_names
+        ):  # given to `evaluate`, not to `__init__`
             dataset = self._prepared(dataset, self.args, "eval")
-        sampler = GroupBatchSampler([(1, 1)] * len(dataset), batch_size=self.args.eval_batch_size, world=self.accelerator.num_processes)
+        sampler = GroupBatchSampler(
+            [(1, 1)] * len(dataset), batch_size=self.args.eval_batch_size, world=self.accelerator.num_processes
+        )
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset, sampler: GroupBatchSampler, persistent_workers: bool = False) -> DataLoader:
@@ -286,8 +310,11 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         finally:
             self.accelerator.even_batches = even
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of an optimizer step, and the totals over them and over all ranks that normalise its loss."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of an optimizer step, and the totals over them and over all ranks that normalise its
+        loss."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples:
             return samples, None
@@ -295,7 +322,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         totals = {name: torch.stack([u[name] for u in units]).sum().to(device) for name in units[0]}
         return samples, {name: self.accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The micro-batch's share of the weighted mean over all pairs of the optimizer step.
 
         Args:
@@ -315,7 +344,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if mode == "eval":
             self._logged[mode].add_loss(group_logps)
         if mode == "train" and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
         return (loss, {"logps": scores.logps}) if return_outputs else loss
 
     def _reference_scores(self, model: Any, inputs: dict[str, Any], cache: FeatureCache | None) -> Scores | None:
@@ -334,10 +365,14 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         assert self.reference is not None
         with self.reference.active(model) as reference_model:
             shared = cache if self.reference.shares_vision else None
-            group_logps.ref_corrupted_logps = self.scorer(reference_model, batch, frozen_vision=True, cache=shared).logps
+            group_logps.ref_corrupted_logps = self.scorer(
+                reference_model, batch, frozen_vision=True, cache=shared
+            ).logps
         group_logps.corrupted_logps = self.scorer(model, batch, frozen_vision=self.frozen_vision, cache=cache).logps
 
-    def _group_logps(self, batch: dict[str, Any], scores: Scores | None = None, reference: Scores | None = None) -> GroupLogps:
+    def _group_logps(
+        self, batch: dict[str, Any], scores: Scores | None = None, reference: Scores | None = None
+    ) -> GroupLogps:
         return GroupLogps(
             lengths=batch["lengths"],
             pairs=batch["pairs"],
@@ -355,7 +390,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             ref_per_token_logps=reference.per_token_logps if reference else None,
         )
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
         """Evaluation needs the loss and the metrics only."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -403,7 +440,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
     def run_state(self) -> dict[str, Any]:
         """State of the losses, and the tokens trained on."""
         # Tokens since the last line of the log are in no total yet
-        pending = self._logged["train"].tokens(partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device)
+        pending = self._logged["train"].tokens(
+            partial(self.accelerator.reduce, reduction="sum"), self.accelerator.device
+        )
         return {"objective": self.objective.state_dict(), "train_tokens": self._total_train_tokens + pending}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
@@ -433,7 +472,9 @@ class _StepHooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:  # also after resuming, where wrappers hide the sampler from the loop
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
-            self.trainer._sampler.finished = state.global_step >= state.max_steps  # the loop looks only after one more step
+            self.trainer._sampler.finished = (
+                state.global_step >= state.max_steps
+            )  # the loop looks only after one more step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
@@ -454,7 +495,9 @@ def _config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> 
     """The model's config, and its processor: the given one, or the one of its directory or hub name."""
     if isinstance(model, str):
         if looks_local(model) and not Path(model).is_dir():
-            raise FileNotFoundError(f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'.")
+            raise FileNotFoundError(
+                f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'."
+            )
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         name = model
@@ -463,10 +506,17 @@ def _config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> 
         name = config._name_or_path
     if processor is None:
         if not name:
-            raise ValueError("The model was not loaded from a directory or hub name; pass its processor as `processing_class`.")
-        processor = load_processor(name, trust_remote_code=args.trust_remote_code, **({"revision": revision} if revision else {}))
+            raise ValueError(
+                "The model was not loaded from a directory or hub name; pass its processor as `processing_class`."
+            )
+        processor = load_processor(
+            name, trust_remote_code=args.trust_remote_code, **({"revision": revision} if revision else {})
+        )
     if not isinstance(processor, ProcessorMixin):
-        raise TypeError(f"processing_class must be the model's processor (image processor + tokenizer), not {type(processor).__name__}.")
+        raise TypeError(
+            "processing_class must be the model's processor (image processor + tokenizer), not"
+            f" {type(processor).__name__}."
+        )
     return config, processor
 
 

@@ -1,4 +1,5 @@
-"""Preference data: any supported source to preference groups. See `load_preferences`, `build_pairs` and `register_source`."""
+"""Preference data: any supported source to preference groups. See `load_preferences`, `build_pairs` and
+`register_source`."""
 
 from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
 from silkie.data.loading import load_preferences

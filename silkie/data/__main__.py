@@ -17,26 +17,41 @@ from silkie.data.rendering import to_text
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m silkie.data", description="Preference data: look at it before training on it.")
+    top = argparse.ArgumentParser(
+        prog="python -m silkie.data", description="Preference data: look at it before training on it."
+    )
     commands = top.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="figures of a preference dataset, and a gallery of its groups")
-    inspect.add_argument("source", metavar="SOURCE", help="a file, a directory, a zip archive or a dataset name on the hub")
+    inspect.add_argument(
+        "source", metavar="SOURCE", help="a file, a directory, a zip archive or a dataset name on the hub"
+    )
     inspect.add_argument("--image-root", metavar="DIR", help="directory or zip archive with the images")
     inspect.add_argument("--split", default="train", help="default: %(default)s")
     inspect.add_argument(
-        "--format", choices=sorted(SOURCES), metavar="NAME", help=f"one of {', '.join(sorted(SOURCES))}; default: detected"
+        "--format",
+        choices=sorted(SOURCES),
+        metavar="NAME",
+        help=f"one of {', '.join(sorted(SOURCES))}; default: detected",
     )
     inspect.add_argument(
-        "--pairs", default="all", help="how pairs are built: all, best_vs_worst, best_vs_rest, random, longest, model:NAME"
+        "--pairs",
+        default="all",
+        help="how pairs are built: all, best_vs_worst, best_vs_rest, random, longest, model:NAME",
     )
-    inspect.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="broken rows: list them (default) or stop")
+    inspect.add_argument(
+        "--on-error", choices=("skip", "raise"), default="skip", help="broken rows: list them (default) or stop"
+    )
     inspect.add_argument("--allow-remote-images", action="store_true", help="fetch images that are http(s) addresses")
-    inspect.add_argument("--tokenizer", metavar="DIR", help="measure lengths in the tokens of this tokenizer instead of in words")
+    inspect.add_argument(
+        "--tokenizer", metavar="DIR", help="measure lengths in the tokens of this tokenizer instead of in words"
+    )
     inspect.add_argument("--no-images", action="store_true", help="do not read image headers")
     inspect.add_argument("--num-proc", type=at_least(1), metavar="N", help="worker processes")
     inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
     inspect.add_argument("--html", metavar="FILE", help="write a page with figures and random groups")
-    inspect.add_argument("--groups", type=at_least(0), default=24, metavar="N", help="groups on the page (default: %(default)s)")
+    inspect.add_argument(
+        "--groups", type=at_least(0), default=24, metavar="N", help="groups on the page (default: %(default)s)"
+    )
     inspect.add_argument("--seed", type=int, default=0, help="of the random groups")
     return top
 

@@ -5,9 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from silkie.data.registry import Found, Row
-from silkie.data.schema import IMAGE_PLACEHOLDER, Conversation, ImageValue, count_images, image_part, text_part, text_turn, user_turn
+from silkie.data.schema import (
+    IMAGE_PLACEHOLDER,
+    Conversation,
+    ImageValue,
+    count_images,
+    image_part,
+    text_part,
+    text_turn,
+    user_turn,
+)
 
-ROLE_NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
+ROLE_NAMES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 
 
 def question(row: Row, text: str, images: list[ImageValue], column: str) -> Conversation:
@@ -20,8 +36,13 @@ def question(row: Row, text: str, images: list[ImageValue], column: str) -> Conv
 
 
 def as_list(value: Any) -> Any:
-    """Turns or content parts as a list: `datasets` stores a sequence of objects as one object of lists, {"role": [...], ...}."""
-    lists = isinstance(value, dict) and value.keys() & {"role", "from", "type"} and all(isinstance(items, list) for items in value.values())
+    """Turns or content parts as a list: `datasets` stores a sequence of objects as one object of lists, {"role": [...],
+    ...}."""
+    lists = (
+        isinstance(value, dict)
+        and value.keys() & {"role", "from", "type"}
+        and all(isinstance(items, list) for items in value.values())
+    )
     if lists and len(set(map(len, value.values()))) == 1:
         return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     return value
@@ -38,14 +59,16 @@ def turn_list(row: Row, column: str) -> list[Any]:
 def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) -> Conversation:
     """A list of turns, as {"role", "content"} or ShareGPT's {"from", "value"}, ending with a user turn.
 
-    Images that the turns do not place go in front of the first user turn. Images embedded in the content parts are appended to `images`.
-    """
+    Images that the turns do not place go in front of the first user turn. Images embedded in the content parts are
+    appended to `images`."""
     turns = as_list(turns)
     if not isinstance(turns, (list, tuple)) or not turns:
         raise row.error(column, turns, "a list of turns")
     prompt = [_turn(row, turn, images, f"{column}[{index}]") for index, turn in enumerate(turns)]
     if prompt[-1]["role"] != "user":
-        raise row.error(column, Found(f"a last turn of role {prompt[-1]['role']!r}"), "a conversation that ends with a user turn")
+        raise row.error(
+            column, Found(f"a last turn of role {prompt[-1]['role']!r}"), "a conversation that ends with a user turn"
+        )
     placed = count_images(prompt)
     if placed == 0 and images:
         first_user = next(turn for turn in prompt if turn["role"] == "user")
@@ -95,12 +118,16 @@ def answer_text(row: Row, value: Any, column: str) -> str:
     value = as_list(value)
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
-            raise row.error(column, Found(f"{len(value)} turns"), "one assistant turn", "Put the earlier turns into the prompt.")
+            raise row.error(
+                column, Found(f"{len(value)} turns"), "one assistant turn", "Put the earlier turns into the prompt."
+            )
         value = value[0]
     if isinstance(value, dict):
         role = ROLE_NAMES.get(str(value.get("role", value.get("from", "assistant"))).lower())
         if role != "assistant":
-            raise row.error(column, Found(f"a turn of role {value.get('role', value.get('from'))!r}"), "an assistant turn")
+            raise row.error(
+                column, Found(f"a turn of role {value.get('role', value.get('from'))!r}"), "an assistant turn"
+            )
         value = as_list(value.get("content", value.get("value")))
         if isinstance(value, (list, tuple)):
             value = "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))

@@ -63,7 +63,9 @@ class Settings:
         return dict.fromkeys(group_features(self.aspects))
 
 
-def write_groups(records: raw.Records, settings: Settings, num_proc: int | None, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
+def write_groups(
+    records: raw.Records, settings: Settings, num_proc: int | None, cache_dir: str | os.PathLike | None
+) -> datasets.Dataset:
     """Convert all records into Arrow cache files; every record becomes one row, a dropped one with its problem.
 
     Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
@@ -71,7 +73,10 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
     features = group_features(settings.aspects)
     features[PROBLEM] = datasets.Value("string")
     features[NOTES] = datasets.List(datasets.Value("string"))
-    version = [code_digest(settings.source), None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns]
+    version = [
+        code_digest(settings.source),
+        None if settings.image_root is None else os.stat(settings.image_root).st_mtime_ns,
+    ]
     size = BLOCK_SHARDS * math.ceil((num_proc or 1) / BLOCK_SHARDS)
     blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
     with tempfile.TemporaryDirectory(prefix="silkie-") as outbox:
@@ -92,8 +97,9 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
                 if (cause := _disk_error(error)) is not None:
                     place = datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir
                     raise OSError(
-                        f"{records.name}: reading it, or writing its groups to the cache in {os.fspath(place)!r}, failed: {cause}. "
-                        "Where the disk is full, free some space and start again (what is complete is kept), or pass another cache_dir."
+                        f"{records.name}: reading it, or writing its groups to the cache in {os.fspath(place)!r},"
+                        f" failed: {cause}. Where the disk is full, free some space and start again (what is complete"
+                        " is kept), or pass another cache_dir."
                     ) from error
                 raise
 
@@ -105,7 +111,9 @@ def write_groups(records: raw.Records, settings: Settings, num_proc: int | None,
     return datasets.concatenate_datasets(written)
 
 
-def _up_to_date(convert: Callable[[list[Lookup]], datasets.Dataset], settings: Settings, started: Path) -> datasets.Dataset:
+def _up_to_date(
+    convert: Callable[[list[Lookup]], datasets.Dataset], settings: Settings, started: Path
+) -> datasets.Dataset:
     """A converted block. One from the cache is converted again where an image that it lacked has turned up since."""
     turned_up: list[Lookup] = []
     while True:
@@ -141,7 +149,8 @@ def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
 
 
 def _disk_error(error: Exception) -> str | None:
-    """What the system said where `datasets` says only that an error occurred. From a worker process it comes as the text of a traceback."""
+    """What the system said where `datasets` says only that an error occurred. From a worker process it comes as the
+    text of a traceback."""
     if isinstance(error.__cause__, OSError):
         return str(error.__cause__)
     told = re.search(r"^OSError: (.+)$", str(error.__cause__), re.MULTILINE)
@@ -149,12 +158,15 @@ def _disk_error(error: Exception) -> str | None:
 
 
 def _posted(outbox: str) -> DataError | None:
-    """The error that a worker left: `datasets` replaces what a generator raises, and the cause does not cross processes."""
+    """The error that a worker left: `datasets` replaces what a generator raises, and the cause does not cross
+    processes."""
     found = sorted(Path(outbox).glob("*.error"))
     return pickle.loads(found[0].read_bytes()) if found else None
 
 
-def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: Settings, outbox: str) -> Iterator[dict[str, Any]]:
+def _rows(
+    shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: Settings, outbox: str
+) -> Iterator[dict[str, Any]]:
     """Stored rows of some shards. Runs in the worker processes."""
     Path(outbox, STARTED).touch()
     resolvers: dict[str | None, ImageResolver] = {}
@@ -165,7 +177,9 @@ def _rows(shards: list[raw.Shard], dataset: datasets.Dataset | None, settings: S
         resolvers[root].beside = None if settings.image_root else _folder(shard)
         try:
             for location, record in raw.read(shard, dataset):
-                row = Row(record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolvers[root])
+                row = Row(
+                    record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolvers[root]
+                )
                 yield _row(row, record, settings)
         except DataError as error:
             Path(outbox, f"{shard.first:012d}-{os.getpid()}.error").write_bytes(pickle.dumps(error))
@@ -176,15 +190,27 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
     """The stored row of one record, or a row that holds nothing but its problem."""
     try:
         if not isinstance(record, dict):
-            raise row.error("(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object")
+            raise row.error(
+                "(record)", Found(str(record)) if isinstance(record, ValueError) else record, "a JSON object"
+            )
         name = f"{settings.name.rsplit(' (', 1)[0]}:{row.location.replace(' ', '-')}"
         group = settings.source.adapt(row)
-        stored, notes = finish(group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs)
+        stored, notes = finish(
+            group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs
+        )
         return {**stored, PROBLEM: None, NOTES: notes}
     except NoPairs as problem:
-        return {**settings.empty_row(), PROBLEM: _pack("no pairs", row, str(problem), f"{row.location}: {problem}"), NOTES: problem.notes}
+        return {
+            **settings.empty_row(),
+            PROBLEM: _pack("no pairs", row, str(problem), f"{row.location}: {problem}"),
+            NOTES: problem.notes,
+        }
     except SkipRow as problem:
-        return {**settings.empty_row(), PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"), NOTES: []}
+        return {
+            **settings.empty_row(),
+            PROBLEM: _pack("skipped", row, str(problem), f"{row.location}: {problem}"),
+            NOTES: [],
+        }
     except RowError as problem:
         return _broken_row(problem, row, settings)
     except DataError:
@@ -195,7 +221,11 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
 
 def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]:
     if settings.on_error == "raise":
-        raise error if error.hint else RowError(error.source, error.row, error.column, error.found, error.expected, REMEDY)
+        raise (
+            error
+            if error.hint
+            else RowError(error.source, error.row, error.column, error.found, error.expected, REMEDY)
+        )
     lookup = None if row.lacking is None else Lookup(row.resolver.explicit_root, row.resolver.beside, row.lacking)
     return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error), lookup), NOTES: []}
 

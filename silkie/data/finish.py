@@ -21,7 +21,8 @@ class NoPairs(Exception):
 def finish(
     group: Group, row: Row, options: PairOptions, aspects: tuple[str, ...], *, fallback_id: str, need_pairs: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Check a group, build its pairs and return (stored row, notes). A note is the reason of one dropped response or pair.
+    """Check a group, build its pairs and return (stored row, notes). A note is the reason of one dropped response or
+    pair.
 
     Raises RowError for a broken group and NoPairs for a sound one without a pair.
     """
@@ -34,9 +35,15 @@ def finish(
         "models": group.models,
     }
     if aspects:
-        stored["ratings"] = None if group.ratings is None else [{name: rating.get(name) for name in aspects} for rating in group.ratings]
+        stored["ratings"] = (
+            None
+            if group.ratings is None
+            else [{name: rating.get(name) for name in aspects} for rating in group.ratings]
+        )
         texts = group.rationales
-        stored["rationales"] = None if texts is None else [{name: (text or {}).get(name) for name in aspects} for text in texts]
+        stored["rationales"] = (
+            None if texts is None else [{name: (text or {}).get(name) for name in aspects} for text in texts]
+        )
     pairs, weights, notes = pair_up(
         stored | {"pairs": group.pairs, "pair_weights": group.pair_weights, "ratings": group.ratings}, options, row
     )
@@ -56,7 +63,10 @@ def pair_up(group: dict[str, Any], options: PairOptions, row: Row) -> tuple[list
     if given is not None and options.needs_ratings and (plain or ratings is None):
         if not plain and options != PairOptions(strategy=options.strategy, seed=options.seed):
             raise row.error(
-                "ratings", None, "ratings, which the given pair options look at", "Pass pairs='all' to take the pairs of the source."
+                "ratings",
+                None,
+                "ratings, which the given pair options look at",
+                "Pass pairs='all' to take the pairs of the source.",
             )
         kept = filter_given(given, options.strategy, seed=options.seed, key=group["id"])
         weights = group.get("pair_weights") or [1.0] * len(given)
@@ -65,7 +75,10 @@ def pair_up(group: dict[str, Any], options: PairOptions, row: Row) -> tuple[list
         return [[int(given[i][0]), int(given[i][1])] for i in distinct], [float(weights[i]) for i in distinct], notes
     if options.needs_ratings and ratings is None:
         raise row.error(
-            "ratings", None, f"ratings or pairs for pairs={options.strategy!r}", "Or pass pairs='longest', 'model:NAME' or a function."
+            "ratings",
+            None,
+            f"ratings or pairs for pairs={options.strategy!r}",
+            "Or pass pairs='longest', 'model:NAME' or a function.",
         )
     try:
         built = build_pairs(ratings, options, responses=responses, models=group.get("models"), key=group["id"])
@@ -97,20 +110,30 @@ def check(group: Group, row: Row, aspects: tuple[str, ...]) -> None:
         raise row.error("prompt", [], "a conversation that ends with a user turn")
     if count_images(group.prompt) != len(group.images):
         raise row.error(
-            "prompt", Found(f"{count_images(group.prompt)} image part(s) for {len(group.images)} image(s)"), "one image part per image"
+            "prompt",
+            Found(f"{count_images(group.prompt)} image part(s) for {len(group.images)} image(s)"),
+            "one image part per image",
         )
     if group.prompt[-1]["role"] != "user":
-        raise row.error("prompt", Found(f"a last turn of role {group.prompt[-1]['role']!r}"), "a conversation that ends with a user turn")
+        raise row.error(
+            "prompt",
+            Found(f"a last turn of role {group.prompt[-1]['role']!r}"),
+            "a conversation that ends with a user turn",
+        )
     for name in ("ratings", "rationales", "models"):
         values = getattr(group, name)
         if values is not None and len(values) != len(group.responses):
-            raise row.error(name, Found(f"{len(values)} entries"), f"one entry for each of the {len(group.responses)} responses")
+            raise row.error(
+                name, Found(f"{len(values)} entries"), f"one entry for each of the {len(group.responses)} responses"
+            )
     unknown = sorted({aspect for rating in group.ratings or [] for aspect in rating} - set(aspects))
     if unknown:
         raise row.error(
-            "ratings", Found(f"aspect {unknown[0]!r}"), f"one of the aspects {', '.join(map(repr, aspects)) or '(none)'}",
+            "ratings",
+            Found(f"aspect {unknown[0]!r}"),
+            f"one of the aspects {', '.join(map(repr, aspects)) or '(none)'}",
             f"The aspects are read off the first records; pass aspects=(..., {unknown[0]!r}) to name them all.",
-        )  # fmt: skip
+        )
     if group.pairs is not None:
         check_pairs(group.pairs, len(group.responses), row)
 
@@ -122,7 +145,11 @@ def check_pairs(pairs: Sequence[Sequence[int]], count: int, row: Row) -> None:
     for pair in pairs:
         if not isinstance(pair, (list, tuple)):
             raise row.error("pairs", pair, "[chosen, rejected]")
-        if len(pair) != 2 or not all(isinstance(index, int) and 0 <= index < count for index in pair) or pair[0] == pair[1]:
+        if (
+            len(pair) != 2
+            or not all(isinstance(index, int) and 0 <= index < count for index in pair)
+            or pair[0] == pair[1]
+        ):
             raise row.error("pairs", list(pair), f"two different indices from 0 to {count - 1}")
 
 
@@ -132,7 +159,12 @@ def check_strings(stored: dict[str, Any], row: Row) -> None:
         if value is not None and not isinstance(value, str):
             raise row.error(column, value, "text")
         if value and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise row.error(column, value, "text that UTF-8 can hold", "It has half of a surrogate pair: an emoji that was cut in two.")
+            raise row.error(
+                column,
+                value,
+                "text that UTF-8 can hold",
+                "It has half of a surrogate pair: an emoji that was cut in two.",
+            )
 
 
 def _strings(stored: dict[str, Any]) -> Iterator[tuple[str, Any]]:

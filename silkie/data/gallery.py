@@ -1,4 +1,5 @@
-"""An inspection as one HTML file: figures, and random groups with images, ratings and rationales. It loads nothing from elsewhere."""
+"""An inspection as one HTML file: figures, and random groups with images, ratings and rationales. It loads nothing from
+elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def write_gallery(inspection: Inspection, path: str | Path, *, groups: int = 24,
     page = environment.get_template("gallery.html.j2").render(
         report=inspection.report,
         figures=inspection.figures,
-        rating_values=sorted({value for aspect in inspection.figures["ratings"].values() for value in aspect["share"]}, key=float),
+        rating_values=sorted(
+            {value for aspect in inspection.figures["ratings"].values() for value in aspect["share"]}, key=float
+        ),
         groups=[card(inspection.dataset[row], row) for row in rows],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,9 @@ def card(group: dict[str, Any], row: int) -> dict[str, Any]:
                 "model": group["models"][index] if group.get("models") else None,
                 "mean": mean,
                 "ratings": ratings[index] if ratings else {},
-                "rationales": {aspect: text for aspect, text in (rationales[index] if rationales else {}).items() if text},
+                "rationales": {
+                    aspect: text for aspect, text in (rationales[index] if rationales else {}).items() if text
+                },
                 "wins": wins[index],
                 "losses": losses[index],
             }
@@ -88,4 +93,8 @@ def thumbnail(value: Any, where: str) -> dict[str, str | None]:
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
-    return {"uri": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), "error": None, "size": size}
+    return {
+        "uri": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "error": None,
+        "size": size,
+    }

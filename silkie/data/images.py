@@ -1,8 +1,7 @@
 """Images of a preference group: found lazily, decoded only at use, always RGB.
 
-A dataset stores an image as `{"bytes", "path"}` and never as pixels. `path` is a file, or `zip://MEMBER::ARCHIVE` for a member
-of a zip file that is read in place. `open_image` is the one place where pixels are made.
-"""
+A dataset stores an image as `{"bytes", "path"}` and never as pixels. `path` is a file, or `zip://MEMBER::ARCHIVE` for a
+member of a zip file that is read in place. `open_image` is the one place where pixels are made."""
 
 from __future__ import annotations
 
@@ -31,11 +30,21 @@ MAX_FILE_BYTES = 512 * 2**20  # of an encoded image; a member of a zip file can 
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 FLAT_STEP = 3  # grey levels: smaller steps are noise of the encoder
 BACKGROUND = (255, 255, 255)
-# What Pillow's decoders raise for damaged files, found by damaging files of every format; UnidentifiedImageError is an OSError.
+# What Pillow's decoders raise for damaged files, found by damaging files of every format; UnidentifiedImageError is an
+# OSError.
 DECODER_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, MemoryError, struct.error,
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    struct.error,
     Image.DecompressionBombError,
-)  # fmt: skip
+)
 
 
 class ImageError(DataError):
@@ -50,8 +59,8 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
         where: named in every error, for example "row 12, image 0".
         max_pixels: larger images are refused before they are decoded (decompression bombs).
 
-    EXIF orientation is applied; palettes, alpha, CMYK and 16-bit greys come out as the colours a viewer shows. Raises ImageError.
-    """
+    EXIF orientation is applied; palettes, alpha, CMYK and 16-bit greys come out as the colours a viewer shows. Raises
+    ImageError."""
     if isinstance(value, Image.Image):
         return to_rgb(value, where=where)
     data = read_bytes(value, where=where)
@@ -62,7 +71,9 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
     except Image.DecompressionBombError as error:
         raise ImageError(f"{where}: {_describe(value)} is a decompression bomb: {error}") from error
     except DECODER_ERRORS as error:
-        raise ImageError(f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)") from error
+        raise ImageError(
+            f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)"
+        ) from error
     check_pixels(image.size, value, where, max_pixels)
     try:
         image.load()
@@ -76,13 +87,14 @@ def check_pixels(size: tuple[int, int], value: Any, where: str, max_pixels: int 
     width, height = size
     if width * height > max_pixels:
         raise ImageError(
-            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,} allowed; "
-            "a decompression bomb, or an image to shrink first"
+            f"{where}: {_describe(value)} would decode to {width} x {height} pixels, more than the {max_pixels:,}"
+            " allowed; a decompression bomb, or an image to shrink first"
         )
 
 
 def to_rgb(image: Image.Image, *, where: str = "image") -> Image.Image:
-    """A PIL image of any mode as RGB: EXIF orientation applied, transparency over white, 16-bit greys scaled to 8 bits."""
+    """A PIL image of any mode as RGB: EXIF orientation applied, transparency over white, 16-bit greys scaled to 8
+    bits."""
     image = _upright(image)
     if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
         return _deep_grey_to_rgb(image, where)
@@ -115,7 +127,8 @@ def _deep_grey_to_rgb(image: Image.Image, where: str) -> Image.Image:
         pixels = pixels * 255.0
     elif not (low >= 0 and high <= 255):
         raise ImageError(
-            f"{where}: pixel values from {low:g} to {high:g} in mode {image.mode!r}: no known scale; save the image with 8 or 16 bits"
+            f"{where}: pixel values from {low:g} to {high:g} in mode {image.mode!r}: no known scale; save the image"
+            " with 8 or 16 bits"
         )
     return Image.fromarray(np.rint(pixels).astype(np.uint8)).convert("RGB")
 
@@ -131,13 +144,16 @@ def read_bytes(value: Any, *, where: str = "image") -> bytes:
         return bytes(value)
     if isinstance(value, (str, os.PathLike)):
         return _read_path(os.fspath(value), where)
-    raise ImageError(f'{where}: found {type(value).__name__}, expected {{"bytes", "path"}}, a path, bytes or a PIL image')
+    raise ImageError(
+        f'{where}: found {type(value).__name__}, expected {{"bytes", "path"}}, a path, bytes or a PIL image'
+    )
 
 
 def _read_path(path: str, where: str) -> bytes:
     if is_remote(path):
         raise ImageError(
-            f"{where}: {path!r} is a remote address; load the data with allow_remote_images=True to fetch such images once, at load time"
+            f"{where}: {path!r} is a remote address; load the data with allow_remote_images=True to fetch such images"
+            " once, at load time"
         )
     try:
         if path.startswith("zip://"):
@@ -153,11 +169,15 @@ def _read_path(path: str, where: str) -> bytes:
 def check_file_size(size: int, path: str, where: str) -> None:
     """Refuse a file before it is read. Raises ImageError."""
     if size > MAX_FILE_BYTES:
-        raise ImageError(f"{where}: {path!r} is {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed; a zip bomb, or not an image")
+        raise ImageError(
+            f"{where}: {path!r} is {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed; a zip bomb, or not an"
+            " image"
+        )
 
 
 def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
-    """(width, height) from the header of an encoded image, as stored (before EXIF rotation). Raises ImageError, for bombs as well."""
+    """(width, height) from the header of an encoded image, as stored (before EXIF rotation). Raises ImageError, for
+    bombs as well."""
     if isinstance(value, Image.Image):
         return value.size
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
@@ -183,7 +203,8 @@ def image_digest(value: Any, *, where: str = "image") -> str:
 
 
 def difference_hash(value: Any, *, where: str = "image", size: int = 16) -> int:
-    """Perceptual hash of `size * size` bits: where brightness rises to the right, nearly unchanged by re-encoding and resizing."""
+    """Perceptual hash of `size * size` bits: where brightness rises to the right, nearly unchanged by re-encoding and
+    resizing."""
     grey = open_image(value, where=where).convert("L").resize((size + 1, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(grey, dtype=np.int16)
     bits = (pixels[:, 1:] - pixels[:, :-1] > FLAT_STEP).reshape(-1)
@@ -213,7 +234,8 @@ _archives_lock = threading.Lock()
 
 
 def zip_archive(path: str) -> zipfile.ZipFile:
-    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be shared by a fork.
+    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be
+    shared by a fork.
 
     A file that was replaced or changed since is opened anew.
     """
@@ -235,16 +257,20 @@ class ImageResolver:
         base: where the data file lies, for relative paths when there is no root.
         allow_remote: fetch http(s) addresses at once and store their bytes, so that training never needs the network.
 
-    A path is looked up as written: in the directory `beside` (of the data file that is being read, in the archive where the root is one),
-    then below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its authors).
-    """
+    A path is looked up as written: in the directory `beside` (of the data file that is being read, in the archive where
+    the root is one), then below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its
+    authors)."""
 
     def __init__(self, root: str | None, base: str | None, *, allow_remote: bool = False) -> None:
         self.root = root if root is not None else base
         self.explicit_root = root
         self.beside: str | None = None
         self.allow_remote = allow_remote
-        self.is_zip = self.root is not None and zipfile.is_zipfile(self.root) if self.root and os.path.isfile(self.root) else False
+        self.is_zip = (
+            self.root is not None and zipfile.is_zipfile(self.root)
+            if self.root and os.path.isfile(self.root)
+            else False
+        )
         if root is not None and not os.path.exists(root):
             raise DataError(f"image_root {root!r} does not exist")
         if root is not None and os.path.isfile(root) and not self.is_zip:
@@ -276,7 +302,9 @@ class ImageResolver:
             return {"bytes": None, "path": self._member(value)}
         if is_remote(value):
             if not self.allow_remote:
-                raise ImageError(f"remote image {value!r}, refused; pass allow_remote_images=True to fetch it at load time")
+                raise ImageError(
+                    f"remote image {value!r}, refused; pass allow_remote_images=True to fetch it at load time"
+                )
             return {"bytes": fetch(value), "path": value}
         return {"bytes": None, "path": self._find(value)}
 
@@ -297,7 +325,9 @@ class ImageResolver:
             assert self.root is not None
             members = zip_archive(self.root).NameToInfo
             candidates = [posixpath.normpath(posixpath.join(folder, path)) for folder in folders]
-            member = next((candidate for candidate in [*candidates, path] if candidate in members), None) or self._unique(path)
+            member = next(
+                (candidate for candidate in [*candidates, path] if candidate in members), None
+            ) or self._unique(path)
             return f"zip://{member}::{os.path.abspath(self.root)}"
         if self.root is not None:
             candidates = [os.path.join(folder, name) for folder in folders for name in (path, path.lstrip("/"))]
@@ -322,7 +352,8 @@ class ImageResolver:
         if not found:
             raise ImageError(f"{path!r}, and no file of that name {where}{hint}")
         raise ImageError(
-            f"{path!r}, and {len(found)} files of that name {where} ({', '.join(map(repr, sorted(found)[:3]))}); write the paths out{hint}"
+            f"{path!r}, and {len(found)} files of that name {where} ({', '.join(map(repr, sorted(found)[:3]))}); write"
+            f" the paths out{hint}"
         )
 
     def _names(self) -> dict[str, list[str]]:
@@ -333,7 +364,11 @@ class ImageResolver:
             if self.is_zip:
                 members = (name for name in zip_archive(self.root).namelist() if not name.endswith("/"))
             else:
-                members = (os.path.abspath(os.path.join(folder, name)) for folder, _, names in os.walk(self.root) for name in names)
+                members = (
+                    os.path.abspath(os.path.join(folder, name))
+                    for folder, _, names in os.walk(self.root)
+                    for name in names
+                )
             for member in members:
                 self._by_name.setdefault(member.replace("\\", "/").rsplit("/", 1)[-1], []).append(member)
         return self._by_name

@@ -76,12 +76,15 @@ def _token_length(tokenizer: Any) -> Length:
 
 
 def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dict[str, Any]:
-    """Sizes of all images: histogram of the longer side in pixels, the most frequent sizes, and images without a readable header."""
+    """Sizes of all images: histogram of the longer side in pixels, the most frequent sizes, and images without a
+    readable header."""
     sizes = dataset.select_columns(["images"]).map(
         _sizes,
         with_indices=True,
         remove_columns=["images"],
-        features=datasets.Features({"sizes": datasets.List(datasets.List(datasets.Value("int32"))), "broken": datasets.Value("string")}),
+        features=datasets.Features(
+            {"sizes": datasets.List(datasets.List(datasets.Value("int32"))), "broken": datasets.Value("string")}
+        ),
         num_proc=num_proc,
         new_fingerprint=image_fingerprint(dataset, "images", "sizes", code_digest()),
         desc="reading image headers",
@@ -99,7 +102,9 @@ def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dic
         "different_sizes": len(counts),
         "most_frequent": {f"{width} x {height}": count for (width, height), count in counts.most_common(5)},
         "longer_side": histogram(sides) if sides else {},
-        "mean_megapixels": sum(w * h * count for (w, h), count in counts.items()) / 1e6 / counts.total() if counts else None,
+        "mean_megapixels": sum(w * h * count for (w, h), count in counts.items()) / 1e6 / counts.total()
+        if counts
+        else None,
         "unreadable": len(broken),
         "unreadable_examples": broken[:10],
     }

@@ -1,7 +1,7 @@
 """Signs that a judge mixed up the texts it rated.
 
-A judge sees all responses of a group at once and writes one block per text. When it swaps two texts or repeats one, the ratings land on the
-wrong response, and the pairs are wrong without anything failing.
+A judge sees all responses of a group at once and writes one block per text. When it swaps two texts or repeats one, the
+ratings land on the wrong response, and the pairs are wrong without anything failing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 from silkie.data.pairs import same_text
 
-NUMBERED = re.compile(r"\b(?:text|response|answer|output|assistant|completion)\s*(?:no\.?|number|#)?\s*<?(\d{1,2})>?\b", re.IGNORECASE)
+NUMBERED = re.compile(
+    r"\b(?:text|response|answer|output|assistant|completion)\s*(?:no\.?|number|#)?\s*<?(\d{1,2})>?\b", re.IGNORECASE
+)
 SHORT_RATIONALE = 25  # characters: "Accurate and helpful." is written twice without anything being wrong
 
 
@@ -29,12 +31,20 @@ def judge_flags(group: Mapping[str, Any]) -> Iterator[str]:
     if rationales:
         if _repeats(responses, rationales):
             yield "one rationale for two responses"
-        if any(_names_another(text, index, len(responses)) for index, texts in enumerate(rationales) for text in (texts or {}).values()):
+        if any(
+            _names_another(text, index, len(responses))
+            for index, texts in enumerate(rationales)
+            for text in (texts or {}).values()
+        ):
             yield "rationale of another response"
 
 
 def _contradicts(responses: list[str], ratings: list[Mapping[str, Any]]) -> bool:
-    return any(same_text(responses[i], responses[j]) and ratings[i] != ratings[j] for i in range(len(responses)) for j in range(i))
+    return any(
+        same_text(responses[i], responses[j]) and ratings[i] != ratings[j]
+        for i in range(len(responses))
+        for j in range(i)
+    )
 
 
 def _repeats(responses: list[str], rationales: list[Mapping[str, str | None] | None]) -> bool:
@@ -49,6 +59,7 @@ def _repeats(responses: list[str], rationales: list[Mapping[str, str | None] | N
 
 
 def _names_another(text: str | None, index: int, count: int) -> bool:
-    """True where a rationale speaks of exactly one numbered text of this group (counted from 1), and it is another one."""
+    """True where a rationale speaks of exactly one numbered text of this group (counted from 1), and it is another
+    one."""
     named = {int(number) for number in NUMBERED.findall(text or "")}
     return len(named) == 1 and (number := named.pop()) != index + 1 and 1 <= number <= count

@@ -86,15 +86,19 @@ def load_preferences(
     """Load preference groups from any supported source.
 
     Args:
-        source: a file (.jsonl, .json, .parquet), a directory of them, a zip archive of .jsonl or .json files, a directory written by
-            `save_to_disk`, a dataset name on the hub, or a loaded `datasets.Dataset`. A path that exists is never looked up on the hub.
-        image_root: directory or zip archive with the images that the records name. Default: the directory (or archive) of the data.
+        source: a file (.jsonl, .json, .parquet), a directory of them, a zip archive of .jsonl or .json files, a
+            directory written by `save_to_disk`, a dataset name on the hub, or a loaded `datasets.Dataset`. A path that
+            exists is never looked up on the hub.
+        image_root: directory or zip archive with the images that the records name. Default: the directory (or archive)
+            of the data.
         split: a split of the hub dataset, or of local files that carry it in their names.
-        pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function of a group that
-            returns (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with "all".
+        pairs: "all", "best_vs_worst", "best_vs_rest", "random", "longest", "model:NAME", `PairOptions`, or a function
+            of a group that returns (chosen, rejected[, weight]) tuples. Pairs that the source brings are kept with
+            "all".
         on_error: "raise" stops at the first broken row, "skip" drops broken rows, counts and lists them.
-        allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise. With "skip", those that could
-            not be fetched are tried again by the next call, as missing files are looked for again.
+        allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise. With
+            "skip", those that could not be fetched are tried again by the next call, as missing files are looked for
+            again.
         format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
         aspects: names of the rating aspects; default: those of the first 200 records.
         regroup_pairs: join pair rows of the same image and prompt into one group.
@@ -103,9 +107,10 @@ def load_preferences(
         cache_dir: where the Arrow files go; default: the cache of `datasets`.
         return_report: return (dataset, LoadReport).
 
-    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values: `silkie.data.open_image`
-    decodes them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and RowError for a broken
-    row.
+    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values:
+    `silkie.data.open_image`
+    decodes them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and
+    RowError for a broken row.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
@@ -113,7 +118,12 @@ def load_preferences(
         raise ValueError(f"num_proc must be at least 1, or None for this process, found {num_proc}")
     options = PairOptions.parse(pairs)
     records, hub_name = _open(source, split, cache_dir)
-    if records.dataset is not None and is_group_features(records.dataset.features) and options == PairOptions() and format is None:
+    if (
+        records.dataset is not None
+        and is_group_features(records.dataset.features)
+        and options == PairOptions()
+        and format is None
+    ):
         dataset, report = _as_it_is(records, keep_unpaired)
         return _finished(dataset, report, return_report)
     adapter = _choose(records, hub_name, format)
@@ -137,10 +147,17 @@ def load_preferences(
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
     dataset = collect(written, report)
     if regrouping and len(dataset):
-        dataset, report.regrouped = regroup(dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
+        dataset, report.regrouped = regroup(
+            dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
+        )
         if options != PairOptions():
             dataset, problems = rebuild(
-                dataset, options, source=settings.name, need_pairs=not keep_unpaired, num_proc=num_proc, on_error=on_error
+                dataset,
+                options,
+                source=settings.name,
+                need_pairs=not keep_unpaired,
+                num_proc=num_proc,
+                on_error=on_error,
             )
             report.problems += problems
     return _finished(dataset, report, return_report)
@@ -168,10 +185,15 @@ def _pair_counts(dataset: datasets.Dataset) -> Iterator[int]:
         yield from (length or 0 for length in pc.list_value_length(batch["pairs"]).to_pylist())
 
 
-def _open(source: str | os.PathLike | datasets.Dataset, split: str, cache_dir: str | os.PathLike | None) -> tuple[raw.Records, str | None]:
+def _open(
+    source: str | os.PathLike | datasets.Dataset, split: str, cache_dir: str | os.PathLike | None
+) -> tuple[raw.Records, str | None]:
     """The raw records, and the hub name where the source is one."""
     if isinstance(source, datasets.DatasetDict):
-        raise DataError(f"found a DatasetDict with splits {', '.join(map(str, source))}; pass one of them, for example source['train']")
+        raise DataError(
+            f"found a DatasetDict with splits {', '.join(map(str, source))}; pass one of them, for example"
+            " source['train']"
+        )
     if isinstance(source, datasets.Dataset):
         return raw.from_dataset(source, "dataset"), None
     if not isinstance(source, (str, os.PathLike)):
@@ -184,8 +206,12 @@ def _open(source: str | os.PathLike | datasets.Dataset, split: str, cache_dir: s
     path = os.path.expanduser(os.fspath(source))
     if os.path.exists(path):
         return raw.from_path(path, split), None
-    if source_for_hub_name(path) is None and (path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(raw.SUFFIXES)):
-        raise DataError(f"{path!r} is neither an existing file or directory nor a dataset name of the form 'owner/name'")
+    if source_for_hub_name(path) is None and (
+        path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(raw.SUFFIXES)
+    ):
+        raise DataError(
+            f"{path!r} is neither an existing file or directory nor a dataset name of the form 'owner/name'"
+        )
     loaded = datasets.load_dataset(path, split=split, cache_dir=None if cache_dir is None else os.fspath(cache_dir))
     return raw.from_dataset(loaded, path), path
 
@@ -224,7 +250,9 @@ def _as_it_is(records: raw.Records, keep_unpaired: bool) -> tuple[datasets.Datas
     paired = [index for index, count in enumerate(_pair_counts(dataset)) if count]
     if not keep_unpaired and len(paired) < len(dataset):
         for index in sorted(set(range(len(dataset))).difference(paired)):
-            report.problems.append(Problem(kind="no pairs", row=f"row {index}", reason="no pairs", message=f"row {index}: no pairs"))
+            report.problems.append(
+                Problem(kind="no pairs", row=f"row {index}", reason="no pairs", message=f"row {index}: no pairs")
+            )
         dataset = dataset.select(paired)
     return dataset, report
 

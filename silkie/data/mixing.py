@@ -19,19 +19,23 @@ def mix(
 ) -> datasets.Dataset:
     """Join datasets of groups whose rating aspects may differ.
 
-    Pairs stay as they were built for each part. Where aspects differ, every group gets the aspects of all parts, null where it was not
-    rated, and has no mean rating any more.
+    Pairs stay as they were built for each part. Where aspects differ, every group gets the aspects of all parts, null
+    where it was not rated, and has no mean rating any more.
 
     Args:
-        weights: how often each part is drawn from, in any scale; None joins all groups of all parts, one part after the other.
-        stop: with weights, end when the first part is used up, or go on, repeating groups of the smaller parts, until every part is.
+        weights: how often each part is drawn from, in any scale; None joins all groups of all parts, one part after the
+            other.
+        stop: with weights, end when the first part is used up, or go on, repeating groups of the smaller parts, until
+            every part is.
     """
     if not parts:
         raise ValueError("nothing to mix: no dataset given")
     for index, part in enumerate(parts):
         if not is_group_features(part.features):
             columns = ", ".join(part.column_names)
-            raise DataError(f"part {index} is not a dataset of preference groups (columns {columns}); load it with load_preferences")
+            raise DataError(
+                f"part {index} is not a dataset of preference groups (columns {columns}); load it with load_preferences"
+            )
     aspects = tuple(dict.fromkeys(aspect for part in parts for aspect in aspects_of(part.features)))
     aligned = [with_aspects(part, aspects) for part in parts]
     if weights is None:
@@ -46,12 +50,16 @@ def with_aspects(dataset: datasets.Dataset, aspects: Sequence[str]) -> datasets.
     """The groups with rating columns for `aspects`; those that a group was not rated on are null."""
     if aspects_of(dataset.features) == tuple(aspects):
         return dataset
-    return dataset.map(_extend, fn_kwargs={"aspects": tuple(aspects)}, features=group_features(aspects), desc="aligning rating aspects")
+    return dataset.map(
+        _extend, fn_kwargs={"aspects": tuple(aspects)}, features=group_features(aspects), desc="aligning rating aspects"
+    )
 
 
 def _extend(group: dict[str, Any], aspects: tuple[str, ...]) -> dict[str, Any]:
     extended: dict[str, Any] = {}
     for column in ("ratings", "rationales"):
         values = group.get(column)
-        extended[column] = None if values is None else [{aspect: (value or {}).get(aspect) for aspect in aspects} for value in values]
+        extended[column] = (
+            None if values is None else [{aspect: (value or {}).get(aspect) for aspect in aspects} for value in values]
+        )
     return extended

@@ -31,7 +31,10 @@ class Pairs(list[tuple[int, int]]):
     """
 
     def __init__(
-        self, pairs: Iterable[tuple[int, int]] = (), weights: Iterable[float] | None = None, margins: Iterable[float] | None = None
+        self,
+        pairs: Iterable[tuple[int, int]] = (),
+        weights: Iterable[float] | None = None,
+        margins: Iterable[float] | None = None,
     ) -> None:
         super().__init__(pairs)
         self.weights = [1.0] * len(self) if weights is None else list(weights)
@@ -44,10 +47,11 @@ class PairOptions:
     """How ratings become pairs.
 
     Args:
-        strategy: "all" pairs of unequal score (VLFeedback's own rule), "best_vs_worst", "best_vs_rest", one "random" pair of unequal score,
-            "longest" (the longest response against every other one) or "model" (the response of `model` against every other one).
-            The last two ignore the ratings: they are the paper's baselines.
-        aspects: which aspects count and with what weight: a mapping, or a sequence for equal weights. None: the mean of all.
+        strategy: "all" pairs of unequal score (VLFeedback's own rule), "best_vs_worst", "best_vs_rest", one "random"
+            pair of unequal score, "longest" (the longest response against every other one) or "model" (the response of
+            `model` against every other one). The last two ignore the ratings: they are the paper's baselines.
+        aspects: which aspects count and with what weight: a mapping, or a sequence for equal weights. None: the mean of
+            all.
         min_margin: pairs whose score gap is smaller are dropped.
         weight_by_margin: weight a pair by its score gap instead of by 1.
         keep_ties: with "all", keep pairs of equal score as well, in the order of the responses (margin 0).
@@ -67,20 +71,28 @@ class PairOptions:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(
-                f"pairs={self.strategy!r} is not known; choose from {', '.join(STRATEGIES)} (model as 'model:NAME') or pass a function"
+                f"pairs={self.strategy!r} is not known; choose from {', '.join(STRATEGIES)} (model as 'model:NAME') or"
+                " pass a function"
             )
         if (self.strategy == "model") != (self.model is not None):
             raise ValueError("strategy 'model' and the option `model` belong together: pairs='model:NAME'")
         if self.min_margin < 0 or not math.isfinite(self.min_margin):
             raise ValueError(f"min_margin must be a number >= 0, found {self.min_margin}")
         if self.keep_ties and (self.strategy != "all" or self.min_margin > 0 or self.weight_by_margin):
-            raise ValueError("keep_ties works with strategy 'all' and without min_margin or weight_by_margin: a tie has margin 0")
-        if self.strategy in ("longest", "model") and (self.min_margin > 0 or self.weight_by_margin or self.aspects is not None):
             raise ValueError(
-                f"strategy {self.strategy!r} does not look at ratings; aspects, min_margin and weight_by_margin have no meaning with it"
+                "keep_ties works with strategy 'all' and without min_margin or weight_by_margin: a tie has margin 0"
+            )
+        if self.strategy in ("longest", "model") and (
+            self.min_margin > 0 or self.weight_by_margin or self.aspects is not None
+        ):
+            raise ValueError(
+                f"strategy {self.strategy!r} does not look at ratings; aspects, min_margin and weight_by_margin have no"
+                " meaning with it"
             )
         weights = self.aspect_weights
-        if weights is not None and not (all(0 <= weight < math.inf for weight in weights.values()) and sum(weights.values()) > 0):
+        if weights is not None and not (
+            all(0 <= weight < math.inf for weight in weights.values()) and sum(weights.values()) > 0
+        ):
             raise ValueError(f"aspect weights must be finite and >= 0 with a positive sum, found {weights}")
 
     @property
@@ -91,7 +103,8 @@ class PairOptions:
             return {name: float(weight) for name, weight in self.aspects.items()}
         if isinstance(self.aspects, str):
             raise ValueError(
-                f"aspects must be a mapping or a sequence of names, found the string {self.aspects!r}; write [{self.aspects!r}]"
+                f"aspects must be a mapping or a sequence of names, found the string {self.aspects!r}; write"
+                f" [{self.aspects!r}]"
             )
         return dict.fromkeys(self.aspects, 1.0)
 
@@ -101,7 +114,8 @@ class PairOptions:
 
     @classmethod
     def parse(cls, pairs: str | PairOptions | PairFunction) -> PairOptions:
-        """The `pairs` argument of `load_preferences` as options: a strategy name, "model:NAME", options, or a function of a group."""
+        """The `pairs` argument of `load_preferences` as options: a strategy name, "model:NAME", options, or a function
+        of a group."""
         if isinstance(pairs, PairOptions):
             return pairs
         if callable(pairs):
@@ -130,10 +144,15 @@ def is_weight(value: Any) -> bool:
 
 
 def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:
-    """One response's score: the (weighted) mean of its aspects; None where an aspect that counts is missing or not a number."""
+    """One response's score: the (weighted) mean of its aspects; None where an aspect that counts is missing or not a
+    number."""
     if not isinstance(rating, Mapping):
         return parse_rating(rating)
-    counted = {aspect: weight for aspect, weight in (dict.fromkeys(rating, 1.0) if weights is None else weights).items() if weight}
+    counted = {
+        aspect: weight
+        for aspect, weight in (dict.fromkeys(rating, 1.0) if weights is None else weights).items()
+        if weight
+    }
     values = [(parse_rating(rating.get(aspect)), weight) for aspect, weight in counted.items()]
     if not values or any(value is None for value, _ in values):
         return None
@@ -164,24 +183,31 @@ def build_pairs(
     """The preference pairs of one group.
 
     Args:
-        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is missing or not a number takes
-            part in no pair.
+        ratings: [K] per response a mapping aspect -> rating, or one number. A response with a rating that is missing or
+            not a number takes part in no pair.
         options: `PairOptions` or a strategy name; further keyword arguments override single options (`min_margin=1`).
         responses: [K] texts. Needed by "longest"; where given, pairs of identical texts are dropped.
         models: [K] names, needed by "model".
-        key: names the group; with the seed it decides the draw of "random", so that the result does not depend on the order of the groups.
+        key: names the group; with the seed it decides the draw of "random", so that the result does not depend on the
+            order of the groups.
 
-    Returns (chosen, rejected) indices, with `.weights`, `.margins` and `.dropped`. VLFeedback's rule is the default: the mean over its
-    three aspects, all pairs, ties dropped (arXiv 2410.09421).
+    Returns (chosen, rejected) indices, with `.weights`, `.margins` and `.dropped`. VLFeedback's rule is the default:
+    the mean over its three aspects, all pairs, ties dropped (arXiv 2410.09421).
     """
     chosen_options = replace(PairOptions.parse(options or "all"), **changes)
     if chosen_options.function is not None:
-        raise ValueError("build_pairs takes a strategy, not a function; load_preferences(pairs=function) and repair_pairs call one")
+        raise ValueError(
+            "build_pairs takes a strategy, not a function; load_preferences(pairs=function) and repair_pairs call one"
+        )
     counts = {
-        name: len(values) for name, values in (("ratings", ratings), ("responses", responses), ("models", models)) if values is not None
+        name: len(values)
+        for name, values in (("ratings", ratings), ("responses", responses), ("models", models))
+        if values is not None
     }
     if len(set(counts.values())) > 1:
-        raise ValueError(f"one entry per response, but there are {', '.join(f'{count} {name}' for name, count in counts.items())}")
+        raise ValueError(
+            f"one entry per response, but there are {', '.join(f'{count} {name}' for name, count in counts.items())}"
+        )
     if chosen_options.strategy == "longest":
         texts = _required(responses, "responses", "longest")
         return _one_against_rest(_longest(texts), len(texts), responses, "no single longest response")
@@ -270,10 +296,11 @@ def same_text(first: str, second: str) -> bool:
 
 
 def filter_given(pairs: Sequence[Sequence[int]], strategy: str, *, seed: int = 0, key: str = "") -> list[int]:
-    """Positions of the pairs that `strategy` keeps where a source brings pairs but no ratings. No preference is invented.
+    """Positions of the pairs that `strategy` keeps where a source brings pairs but no ratings. No preference is
+    invented.
 
-    The best responses are those that are never rejected, the worst those that are never chosen: with all pairs of distinct ranks given,
-    exactly the first and the last rank.
+    The best responses are those that are never rejected, the worst those that are never chosen: with all pairs of
+    distinct ranks given, exactly the first and the last rank.
     """
     if strategy == "all" or not pairs:
         return list(range(len(pairs)))

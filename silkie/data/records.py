@@ -1,7 +1,7 @@
 """Raw records from files, archives and datasets, in shards that are read as streams.
 
-A shard is a plain tuple, so that it can be hashed into the cache key and sent to a worker process. Reading never holds more than one record
-(or one parquet batch) in memory.
+A shard is a plain tuple, so that it can be hashed into the cache key and sent to a worker process. Reading never holds
+more than one record (or one parquet batch) in memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ from silkie.data.schema import DataError
 logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
     "test": "test",
-}  # fmt: skip
+}
 SHARD_BYTES = 8 * 2**20
 SHARD_ROWS = 2048
 PARQUET_BATCH = 64  # rows: images are embedded, so a batch is tens of megabytes at most
@@ -39,9 +44,9 @@ PARQUET_BATCH = 64  # rows: images are embedded, so a batch is tens of megabytes
 class Shard(NamedTuple):
     """A slice of one input: `kind` says how to read `path`.
 
-    kind "jsonl": `start` and `stop` are byte offsets; "parquet": row groups; "json" and "zip": the whole file (`member` of the archive);
-    "dataset": row numbers of the loaded dataset. `first` is the number of the first record. `stamp` changes when the file does.
-    """
+    kind "jsonl": `start` and `stop` are byte offsets; "parquet": row groups; "json" and "zip": the whole file (`member`
+    of the archive); "dataset": row numbers of the loaded dataset. `first` is the number of the first record. `stamp`
+    changes when the file does."""
 
     kind: str
     path: str
@@ -64,13 +69,18 @@ class Records:
 
     def first(self, count: int) -> Iterator[dict[str, Any]]:
         """The first `count` records that can be parsed, to detect the format from."""
-        parsed = (record for shard in self.shards for _, record in read(shard, self.dataset) if isinstance(record, dict))
+        parsed = (
+            record for shard in self.shards for _, record in read(shard, self.dataset) if isinstance(record, dict)
+        )
         return itertools.islice(parsed, count)
 
     def nothing(self) -> DataError:
         """The error for an input without a record, which quotes what is there instead."""
         place, found = next((item for shard in self.shards for item in read(shard, self.dataset)), ("", None))
-        return DataError(f"{self.name}: no record in it (expected JSON objects){f'; {place} is {str(found)[:80]!r}' if place else ''}")
+        return DataError(
+            f"{self.name}: no record in it (expected JSON"
+            f" objects){f'; {place} is {str(found)[:80]!r}' if place else ''}"
+        )
 
 
 def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
@@ -78,7 +88,10 @@ def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
     dataset = dataset.with_format("arrow")
     bounds = range(0, len(dataset), SHARD_ROWS)
     fingerprint = dataset._fingerprint
-    shards = tuple(Shard("dataset", name, "", start, min(start + SHARD_ROWS, len(dataset)), start, fingerprint, None) for start in bounds)
+    shards = tuple(
+        Shard("dataset", name, "", start, min(start + SHARD_ROWS, len(dataset)), start, fingerprint, None)
+        for start in bounds
+    )
     return Records(name=name, shards=shards, base=None, dataset=dataset)
 
 
@@ -95,13 +108,16 @@ def from_path(path: str, split: str) -> Records:
         return _from_meta(path, name)
     if Path(path).suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"{path!r}: cannot read a {Path(path).suffix or 'file without suffix'}; expected {', '.join(SUFFIXES)}, .zip or a directory"
+            f"{path!r}: cannot read a {Path(path).suffix or 'file without suffix'}; expected {', '.join(SUFFIXES)},"
+            " .zip or a directory"
         )
     return Records(name=name, shards=tuple(file_shards(path, None)), base=os.path.dirname(os.path.abspath(path)))
 
 
 def _from_directory(path: str, name: str, split: str) -> Records:
-    if any(os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")):  # written by save_to_disk
+    if any(
+        os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
+    ):  # written by save_to_disk
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -113,30 +129,44 @@ def _from_directory(path: str, name: str, split: str) -> Records:
     found = (file for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
     files = [str(file) for file in found if _is_data(file.relative_to(path).parts)]
     files = of_split(_one_format(files, path, SUFFIXES), split, path)
-    return Records(name=name, shards=tuple(shard for file in files for shard in file_shards(file, None)), base=os.path.abspath(path))
+    return Records(
+        name=name,
+        shards=tuple(shard for file in files for shard in file_shards(file, None)),
+        base=os.path.abspath(path),
+    )
 
 
 def _from_zip(path: str, name: str, split: str) -> Records:
     suffixes = (".jsonl", ".json")
-    members = [name for name in sorted(zip_archive(path).namelist()) if name.lower().endswith(suffixes) and _is_data(name.split("/"))]
+    members = [
+        name
+        for name in sorted(zip_archive(path).namelist())
+        if name.lower().endswith(suffixes) and _is_data(name.split("/"))
+    ]
     members = of_split(_one_format(members, path, suffixes), split, path)
     stamp = _stamp(path)
-    shards = tuple(Shard("zip", os.path.abspath(path), member, 0, 0, 0, stamp, os.path.abspath(path)) for member in members)
+    shards = tuple(
+        Shard("zip", os.path.abspath(path), member, 0, 0, 0, stamp, os.path.abspath(path)) for member in members
+    )
     return Records(name=name, shards=shards, base=None)
 
 
 def _from_meta(path: str, name: str) -> Records:
-    """MMPR's index: {name: {"root": image directory, "annotation": JSONL}}; paths start at the meta file or at its parent directory."""
+    """MMPR's index: {name: {"root": image directory, "annotation": JSONL}}; paths start at the meta file or at its
+    parent directory."""
     folder = Path(path).resolve().parent
     meta = json.loads(Path(path).read_text(encoding="utf-8"))
     shards: list[Shard] = []
     for entry, value in meta.items():
         if not isinstance(value, dict) or not {"root", "annotation"} <= value.keys():
-            raise DataError(f"{path!r}, entry {entry!r}: expected an object with 'root' and 'annotation', found {value!r}")
+            raise DataError(
+                f"{path!r}, entry {entry!r}: expected an object with 'root' and 'annotation', found {value!r}"
+            )
         annotation = _beside(folder, value["annotation"])
         if annotation is None:
             raise DataError(
-                f"{path!r}, entry {entry!r}: annotation file {value['annotation']!r} is neither in {str(folder)!r} nor in its parent"
+                f"{path!r}, entry {entry!r}: annotation file {value['annotation']!r} is neither in {str(folder)!r} nor"
+                " in its parent"
             )
         root = _beside(folder, value["root"])
         shards += file_shards(str(annotation), str(root) if root else None)
@@ -162,12 +192,15 @@ def _is_data(parts: Sequence[str]) -> bool:
 
 
 def _one_format(files: list[str], path: str, suffixes: Sequence[str]) -> list[str]:
-    """The data files of the first suffix that occurs; .json files beside .jsonl or .parquet ones are descriptions, not data."""
+    """The data files of the first suffix that occurs; .json files beside .jsonl or .parquet ones are descriptions, not
+    data."""
     for suffix in (".parquet", ".jsonl", ".json"):
         if chosen := [file for file in files if file.lower().endswith(suffix)]:
             left_out = [file for file in files if file.lower().endswith(".jsonl") and file not in chosen]
             if left_out:
-                logger.warning("%s: read are its %s files and not %s; pass a file to read that one", path, suffix, left_out[0])
+                logger.warning(
+                    "%s: read are its %s files and not %s; pass a file to read that one", path, suffix, left_out[0]
+                )
             return chosen
     raise DataError(f"{path!r}: no {', '.join(suffixes)} file in it")
 
@@ -180,7 +213,8 @@ def of_split(files: list[str], split: str, where: str) -> list[str]:
         splits.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(file)
     if split not in splits:
         raise DataError(
-            f"{where!r} has no split {split!r}; its files are {', '.join(f'{name} ({len(items)})' for name, items in splits.items())}"
+            f"{where!r} has no split {split!r}; its files are"
+            f" {', '.join(f'{name} ({len(items)})' for name, items in splits.items())}"
         )
     return splits[split]
 
@@ -272,7 +306,9 @@ def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
 def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
     # without pre-buffering, or a row group of images, often hundreds of megabytes, would be in memory at once
     file, index = pq.ParquetFile(shard.path, memory_map=True, pre_buffer=False, buffer_size=2**16), shard.first
-    batches = file.iter_batches(batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop)), use_threads=False)
+    batches = file.iter_batches(
+        batch_size=PARQUET_BATCH, row_groups=list(range(shard.start, shard.stop)), use_threads=False
+    )
     while True:
         try:
             batch = next(batches, None)
@@ -286,7 +322,9 @@ def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
 
 
 def _broken_parquet(path: str, error: Exception, where: str = "") -> DataError:
-    return DataError(f"{path!r} is not a parquet file that can be read{where}; it may be cut off, or still downloading: {error}")
+    return DataError(
+        f"{path!r} is not a parquet file that can be read{where}; it may be cut off, or still downloading: {error}"
+    )
 
 
 def _read_json(text: bytes, path: str) -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,8 @@ A new format is one function that turns a record into a `Group`:
             pairs=[(0, 1)],
         )
 
-`Row` checks what it hands out: a missing column, an empty text or an absent image becomes an error that names the source, the row, the
-column, what was found and what was expected.
+`Row` checks what it hands out: a missing column, an empty text or an absent image becomes an error that names the
+source, the row, the column, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -66,10 +66,13 @@ def register_source(
     aspects: Callable[[Record], Iterable[str]] | None = None,
     pair_rows: bool = True,
 ) -> Callable[[Adapter], Adapter]:
-    """Decorator that adds an adapter to the registry. Registering a name again replaces it (a notebook cell may run twice)."""
+    """Decorator that adds an adapter to the registry. Registering a name again replaces it (a notebook cell may run
+    twice)."""
 
     def register(adapt: Adapter) -> Adapter:
-        SOURCES[name] = Source(name=name, adapt=adapt, detect=detect, hub_names=tuple(hub_names), aspects=aspects, pair_rows=pair_rows)
+        SOURCES[name] = Source(
+            name=name, adapt=adapt, detect=detect, hub_names=tuple(hub_names), aspects=aspects, pair_rows=pair_rows
+        )
         return adapt
 
     return register
@@ -88,10 +91,13 @@ def detect_source(record: Record, where: str) -> Source:
     columns = ", ".join(map(repr, record)) or "none"
     if matches:
         names = ", ".join(source.name for source in matches)
-        raise DataError(f"{where}: its columns ({columns}) fit several formats: {names}. Pass format=NAME to choose one.")
+        raise DataError(
+            f"{where}: its columns ({columns}) fit several formats: {names}. Pass format=NAME to choose one."
+        )
     raise DataError(
-        f"{where}: no known format has its columns ({columns}). Known formats: {', '.join(SOURCES)}. Pass format=NAME, "
-        "rename the columns to prompt / chosen / rejected / image, or register a source of your own (silkie.data.register_source)."
+        f"{where}: no known format has its columns ({columns}). Known formats: {', '.join(SOURCES)}. Pass format=NAME,"
+        " rename the columns to prompt / chosen / rejected / image, or register a source of your own"
+        " (silkie.data.register_source)."
     )
 
 
@@ -102,13 +108,16 @@ def get_source(name: str) -> Source:
 
 
 def code_digest(source: Source | None = None) -> str:
-    """Hash of silkie's data code and of a source of the user's own, so that what an older version has cached is not reused."""
+    """Hash of silkie's data code and of a source of the user's own, so that what an older version has cached is not
+    reused."""
     digest = hashlib.blake2b(digest_size=8)
     package = Path(__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
     if source is not None:
-        with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or a callable object: the settings hashed beside this hold it
+        with contextlib.suppress(
+            OSError, TypeError
+        ):  # typed at a prompt, or a callable object: the settings hashed beside this hold it
             digest.update(inspect.getsource(source.adapt).encode())
     return digest.hexdigest()
 
@@ -125,7 +134,9 @@ class Row:
 
     def error(self, column: str, found: Any, expected: str, hint: str = "") -> RowError:
         """The error for a broken column. `found` is shown as a short repr, or verbatim where it is a `Found`."""
-        return RowError(self.source, self.location, column, found if isinstance(found, Found) else describe(found), expected, hint)
+        return RowError(
+            self.source, self.location, column, found if isinstance(found, Found) else describe(found), expected, hint
+        )
 
     def get(self, column: str, default: Any = None) -> Any:
         return self.record.get(column, default)
@@ -133,7 +144,9 @@ class Row:
     def require(self, column: str, kind: type | tuple[type, ...], expected: str) -> Any:
         """The value of a column that must be there and of a type."""
         if column not in self.record:
-            raise self.error(column, Found(f"no such column (there are: {', '.join(map(repr, self.record)) or 'none'})"), expected)
+            raise self.error(
+                column, Found(f"no such column (there are: {', '.join(map(repr, self.record)) or 'none'})"), expected
+            )
         value = self.record[column]
         if not isinstance(value, kind):
             raise self.error(column, value, expected)

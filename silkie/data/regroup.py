@@ -39,14 +39,16 @@ class RegroupReport:
 
     def summary(self) -> str:
         text = (
-            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences become "
-            f"{self.responses:,}, and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
+            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences"
+            f" become {self.responses:,}, and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
         )
         return text + (f"; {self.contradictions:,} pairs occur in both orders" if self.contradictions else "")
 
 
 @overload
-def regroup(dataset: datasets.Dataset, *, return_report: Literal[False] = False, cache_dir: str | None = ...) -> datasets.Dataset: ...
+def regroup(
+    dataset: datasets.Dataset, *, return_report: Literal[False] = False, cache_dir: str | None = ...
+) -> datasets.Dataset: ...
 @overload
 def regroup(
     dataset: datasets.Dataset, *, return_report: Literal[True], cache_dir: str | None = ...
@@ -58,12 +60,14 @@ def regroup(
 ) -> datasets.Dataset | tuple[datasets.Dataset, RegroupReport]:
     """Join the rows that share images and prompt. Takes groups, or TRL pair rows as they are.
 
-    Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the weighted mean over all
-    pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, or, where only a path is stored, when the path is.
-    Groups come in the order of their first row. A dataset without repeats is returned as it is.
-    """
+    Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the
+    weighted mean over all pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, or,
+    where only a path is stored, when the path is. Groups come in the order of their first row. A dataset without
+    repeats is returned as it is."""
     if not is_group_features(dataset.features):
-        from silkie.data.loading import load_preferences  # a cycle at import time only: loading regroups what it has read
+        from silkie.data.loading import (
+            load_preferences,  # a cycle at import time only: loading regroups what it has read
+        )
 
         dataset = load_preferences(dataset, regroup_pairs=False, cache_dir=cache_dir)
     clusters = _clusters(dataset)
@@ -94,7 +98,11 @@ def _key(row: dict[str, Any]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for image in row["images"]:
         data = image["bytes"]
-        digest.update(b"bytes" + hashlib.blake2b(data, digest_size=16).digest() if data is not None else b"path" + image["path"].encode())
+        digest.update(
+            b"bytes" + hashlib.blake2b(data, digest_size=16).digest()
+            if data is not None
+            else b"path" + image["path"].encode()
+        )
     digest.update(json.dumps(row["prompt"]).encode())
     return digest.digest()
 
@@ -106,7 +114,8 @@ def _joined(dataset: datasets.Dataset, clusters: list[list[list[int]]]) -> Itera
 
 
 def join_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several groups of one image and prompt as one group: distinct responses, pairs renumbered, weights of equal pairs summed."""
+    """Several groups of one image and prompt as one group: distinct responses, pairs renumbered, weights of equal pairs
+    summed."""
     position: dict[str, int] = {}
     per_response: dict[str, list[Any]] = {name: [] for name in ("models", "ratings", "rationales") if name in groups[0]}
     weights: dict[tuple[int, int], float] = {}
@@ -124,9 +133,16 @@ def join_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
         for (chosen, rejected), weight in zip(group["pairs"], group["pair_weights"], strict=True):
             pair = (renumbered[chosen], renumbered[rejected])
             weights[pair] = weights.get(pair, 0.0) + weight
-    joined = dict(groups[0], responses=list(position), pairs=[list(pair) for pair in weights], pair_weights=list(weights.values()))
+    joined = dict(
+        groups[0], responses=list(position), pairs=[list(pair) for pair in weights], pair_weights=list(weights.values())
+    )
     # a rating struct must be there for every response or for none; a model name may be missing for some
-    joined.update({name: values if (name == "models" and any(values)) or all(values) else None for name, values in per_response.items()})
+    joined.update(
+        {
+            name: values if (name == "models" and any(values)) or all(values) else None
+            for name, values in per_response.items()
+        }
+    )
     return joined
 
 
@@ -139,5 +155,10 @@ def _report(before: datasets.Dataset, after: datasets.Dataset) -> RegroupReport:
         responses += len(row["responses"])
     forwards = sum(2 * len(row["pairs"]) for row in before.select_columns(["pairs"]))
     return RegroupReport(
-        rows=len(before), groups=len(after), pairs=pairs, response_forwards=forwards, responses=responses, contradictions=contradictions
+        rows=len(before),
+        groups=len(after),
+        pairs=pairs,
+        response_forwards=forwards,
+        responses=responses,
+        contradictions=contradictions,
     )

@@ -54,7 +54,8 @@ def bars(counts: Mapping[str, int]) -> str:
     top, width = max(counts.values(), default=0), max(map(len, counts), default=0)
     digits = len(f"{top:,}")
     return "\n".join(
-        f"  {label.ljust(width)}  {count:>{digits},}  {'#' * round(BAR * count / top)}".rstrip() for label, count in counts.items()
+        f"  {label.ljust(width)}  {count:>{digits},}  {'#' * round(BAR * count / top)}".rstrip()
+        for label, count in counts.items()
     )
 
 
@@ -68,7 +69,10 @@ def _counts(figures: dict[str, Any]) -> str:
             ("pairs", number(figures["pairs"])),
             ("images", number(figures["images"])),
             ("groups without a pair", number(pairs.get("0", 0))),
-            ("responses per group", ", ".join(f"{size}: {count:,}" for size, count in figures["responses_per_group"].items())),
+            (
+                "responses per group",
+                ", ".join(f"{size}: {count:,}" for size, count in figures["responses_per_group"].items()),
+            ),
             ("pairs per group", ", ".join(f"{size}: {count:,}" for size, count in pairs.items())),
         ],
     )
@@ -78,8 +82,13 @@ def _lengths(figures: dict[str, Any]) -> str:
     parts = []
     for name in ("prompt", "response"):
         values = figures[f"{name}_length"]
-        title = f"{name} length in {figures['length_unit']}: mean {number(values['mean'], 1)}, median {number(values['p50'])}, "
-        parts.append(f"{title}95 % within {number(values['p95'])}, longest {number(values['max'])}\n{bars(values['histogram'])}")
+        title = (
+            f"{name} length in {figures['length_unit']}: mean {number(values['mean'], 1)}, median"
+            f" {number(values['p50'])}, "
+        )
+        parts.append(
+            f"{title}95 % within {number(values['p95'])}, longest {number(values['max'])}\n{bars(values['histogram'])}"
+        )
     return "\n".join(parts)
 
 
@@ -87,9 +96,15 @@ def _images(sizes: dict[str, Any] | None) -> str:
     if not sizes or not (sizes["images"] or sizes["unreadable"]):
         return ""
     frequent = ", ".join(f"{size} ({count:,})" for size, count in sizes["most_frequent"].items())
-    lines = [f"images: longer side in pixels; {sizes['different_sizes']:,} sizes, most frequent {frequent}", bars(sizes["longer_side"])]
+    lines = [
+        f"images: longer side in pixels; {sizes['different_sizes']:,} sizes, most frequent {frequent}",
+        bars(sizes["longer_side"]),
+    ]
     if sizes["unreadable"]:
-        lines += [f"unreadable images in {sizes['unreadable']:,} groups:", *(f"  {message}" for message in sizes["unreadable_examples"])]
+        lines += [
+            f"unreadable images in {sizes['unreadable']:,} groups:",
+            *(f"  {message}" for message in sizes["unreadable_examples"]),
+        ]
     return "\n".join(lines)
 
 
@@ -99,11 +114,18 @@ def _ratings(figures: dict[str, Any]) -> str:
     if not values:
         return ""
     rows = [
-        (aspect, *(percent(shares["share"].get(value, 0.0)) for value in values), number(shares["mean"]), number(shares["not_a_number"]))
+        (
+            aspect,
+            *(percent(shares["share"].get(value, 0.0)) for value in values),
+            number(shares["mean"]),
+            number(shares["not_a_number"]),
+        )
         for aspect, shares in ratings.items()
     ]
     step = figures["rating_step"]
-    return table(("ratings" if step is None else f"ratings, in steps of {step:g}", *values, "mean", "not a number"), rows)
+    return table(
+        ("ratings" if step is None else f"ratings, in steps of {step:g}", *values, "mean", "not a number"), rows
+    )
 
 
 def _agreement(figures: dict[str, Any]) -> str:
@@ -111,14 +133,21 @@ def _agreement(figures: dict[str, Any]) -> str:
         (name, percent(row["same_order"]), percent(row["a_tie_in_one"]), number(row["correlation"]))
         for name, row in figures["agreement"].items()
     ]
-    return table(("aspects: do they order two responses alike?", "same order", "tie in one", "correlation"), rows) if rows else ""
+    return (
+        table(("aspects: do they order two responses alike?", "same order", "tie in one", "correlation"), rows)
+        if rows
+        else ""
+    )
 
 
 def _diversity(figures: dict[str, Any]) -> str:
     diversity = figures["preference_diversity"]
     if not diversity["rated_pairs"]:
         return ""
-    rows = [(aspect, *(percent(row[name]) for name in ("for", "tie", "against", "alone"))) for aspect, row in diversity["aspects"].items()]
+    rows = [
+        (aspect, *(percent(row[name]) for name in ("for", "tie", "against", "alone")))
+        for aspect, row in diversity["aspects"].items()
+    ]
     text = table(("pairs: does the aspect prefer the chosen one?", "yes", "tie", "no", "decides alone"), rows)
     conflicts = f"aspects contradict each other in {percent(diversity['aspects_conflict'])}"
     return f"{text}\n  {conflicts} of {number(diversity['rated_pairs'])} rated pairs"
@@ -136,7 +165,11 @@ def _models(figures: dict[str, Any]) -> str:
         )
         for name, row in figures["models"].items()
     ]
-    return table(("source model", "wins", "pairs", "rating", figures["length_unit"], "longer when it wins"), rows) if rows else ""
+    return (
+        table(("source model", "wins", "pairs", "rating", figures["length_unit"], "longer when it wins"), rows)
+        if rows
+        else ""
+    )
 
 
 def _length_bias(figures: dict[str, Any]) -> str:
@@ -149,7 +182,11 @@ def _length_bias(figures: dict[str, Any]) -> str:
 
 def _flags(figures: dict[str, Any]) -> str:
     flags = figures["judge_flags"]
-    return table(("judge, look at these", "groups"), ((flag, number(count)) for flag, count in flags.items())) if flags else ""
+    return (
+        table(("judge, look at these", "groups"), ((flag, number(count)) for flag, count in flags.items()))
+        if flags
+        else ""
+    )
 
 
 def _problems(inspection: Inspection) -> str:

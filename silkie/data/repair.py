@@ -29,20 +29,27 @@ def repair_pairs(
 ) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """Replace the pairs of stored groups by those of another strategy.
 
-    Pairs come from the ratings of a group. Where it has none, its present pairs are filtered, and none is invented. A function sees the
-    present pairs.
+    Pairs come from the ratings of a group. Where it has none, its present pairs are filtered, and none is invented. A
+    function sees the present pairs.
 
-    Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them. Raises RowError where the
-    strategy needs what a group lacks, or the function fails.
+    Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them.
+    Raises RowError where the strategy needs what a group lacks, or the function fails.
     """
     kept, problems = rebuild(dataset, PairOptions.parse(pairs), source=source, need_pairs=need_pairs, num_proc=num_proc)
     return kept, [(problem.row, problem.reason) for problem in problems]
 
 
 def rebuild(
-    dataset: datasets.Dataset, options: PairOptions, *, source: str, need_pairs: bool, num_proc: int | None, on_error: OnError = "raise"
+    dataset: datasets.Dataset,
+    options: PairOptions,
+    *,
+    source: str,
+    need_pairs: bool,
+    num_proc: int | None,
+    on_error: OnError = "raise",
 ) -> tuple[datasets.Dataset, list[Problem]]:
-    """`repair_pairs` with a problem for every group without a pair. With `on_error="skip"` groups that raise are problems, too."""
+    """`repair_pairs` with a problem for every group without a pair. With `on_error="skip"` groups that raise are
+    problems, too."""
     features = dataset.features.copy()
     features[PROBLEM] = datasets.Value("string")
     changed = dataset.map(
@@ -57,7 +64,9 @@ def rebuild(
     problems = {index: Problem(**json.loads(problem)) for index, problem in enumerate(packed) if problem is not None}
     dropped = {index for index, problem in problems.items() if need_pairs or problem.kind == "error"}
     kept = changed.remove_columns([PROBLEM])
-    return (kept.select([index for index in range(len(kept)) if index not in dropped]) if dropped else kept), list(problems.values())
+    return (kept.select([index for index in range(len(kept)) if index not in dropped]) if dropped else kept), list(
+        problems.values()
+    )
 
 
 def _repair(group: dict[str, Any], index: int, options: PairOptions, source: str, on_error: OnError) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class LoadReport:
         return Counter(problem.reason for problem in self.problems)
 
     def summary(self) -> str:
-        lines = [f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"]
+        lines = [
+            f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"
+        ]
         lines += [f"  dropped rows, {reason}: {count:,}" for reason, count in self.reasons().most_common()]
         lines += [f"  left out of groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
         if self.regrouped:

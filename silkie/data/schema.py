@@ -27,7 +27,14 @@ class RowError(DataError):
     """One row is broken. Names the source, the row, the column, what was found and what was expected."""
 
     def __init__(self, source: str, row: str, column: str, found: str, expected: str, hint: str = "") -> None:
-        self.source, self.row, self.column, self.found, self.expected, self.hint = source, row, column, found, expected, hint
+        self.source, self.row, self.column, self.found, self.expected, self.hint = (
+            source,
+            row,
+            column,
+            found,
+            expected,
+            hint,
+        )
         message = f"{source}, {row}, column {column!r}: found {found}; expected {expected}."
         super().__init__(f"{message} {hint}".strip())
 
@@ -41,7 +48,8 @@ class RowError(DataError):
 
 
 class SkipRow(Exception):
-    """A well-formed row that silkie does not train on (a video, a tie marked by the source): dropped and counted, never an error."""
+    """A well-formed row that silkie does not train on (a video, a tie marked by the source): dropped and counted, never
+    an error."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,7 +68,8 @@ class Group:
 
 
 def group_features(aspects: Iterable[str] = ()) -> Features:
-    """Column types of a preference-group dataset whose ratings carry `aspects` (no aspects: no `ratings` and `rationales` columns).
+    """Column types of a preference-group dataset whose ratings carry `aspects` (no aspects: no `ratings` and
+    `rationales` columns).
 
     Images stay encoded (bytes or a path) until `silkie.data.images.open_image` decodes them at use.
     """
@@ -76,7 +85,9 @@ def group_features(aspects: Iterable[str] = ()) -> Features:
         "models": List(Value("string")),
     }
     if aspects:
-        features["ratings"] = List({aspect: Value("float64") for aspect in aspects})  # float32 turns equal means into pairs
+        features["ratings"] = List(
+            {aspect: Value("float64") for aspect in aspects}
+        )  # float32 turns equal means into pairs
         features["rationales"] = List({aspect: Value("string") for aspect in aspects})
     return Features(features)
 
@@ -131,20 +142,28 @@ def count_images(prompt: Conversation) -> int:
 
 def prompt_text(prompt: Conversation, roles: Sequence[str] = ROLES) -> str:
     """The text of a conversation, one line per turn, without image parts."""
-    turns = (" ".join(part["text"] for part in turn["content"] if part["type"] == "text") for turn in prompt if turn["role"] in roles)
+    turns = (
+        " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
+        for turn in prompt
+        if turn["role"] in roles
+    )
     return "\n".join(turns)
 
 
 def to_messages(prompt: Conversation) -> Conversation:
     """The conversation as chat templates want it: image parts without the null `text` that Arrow adds to them."""
     return [
-        {"role": turn["role"], "content": [{key: value for key, value in part.items() if value is not None} for part in turn["content"]]}
+        {
+            "role": turn["role"],
+            "content": [{key: value for key, value in part.items() if value is not None} for part in turn["content"]],
+        }
         for turn in prompt
     ]
 
 
 def mean_rating(rating: Mapping[str, float | None] | None) -> float:
-    """Mean of the aspects of one response; NaN where any of them is missing (the response then takes part in no pair)."""
+    """Mean of the aspects of one response; NaN where any of them is missing (the response then takes part in no
+    pair)."""
     values = list(rating.values()) if rating else []
     if not values or any(value is None for value in values):
         return float("nan")

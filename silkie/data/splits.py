@@ -1,7 +1,8 @@
-"""Train and evaluation data that share neither an image nor a prompt, and the check that refuses to go on where they do.
+"""Train and evaluation data that share neither an image nor a prompt, and the check that refuses to go on where they
+do.
 
-VLFeedback's own split was made after pairing, so that one prompt landed on both sides. Here the unit is a connected component: groups that
-share an image or a prompt, directly or through others, stay together.
+VLFeedback's own split was made after pairing, so that one prompt landed on both sides. Here the unit is a connected
+component: groups that share an image or a prompt, directly or through others, stay together.
 """
 
 from __future__ import annotations
@@ -56,21 +57,29 @@ class RowKeys:
 
 
 def split_groups(
-    dataset: datasets.Dataset, test_size: float | int = 0.05, *, seed: int = 0, by: By = "both", num_proc: int | None = None
+    dataset: datasets.Dataset,
+    test_size: float | int = 0.05,
+    *,
+    seed: int = 0,
+    by: By = "both",
+    num_proc: int | None = None,
 ) -> datasets.DatasetDict:
     """Split groups into "train" and "test" so that no image and no prompt is on both sides.
 
     Args:
-        test_size: share of the groups, or their number. Components are never cut, so the result may be a few groups smaller, never larger.
-        by: what keeps groups together: "both" image and prompt, or one of them. Use "image" for data with a few stock prompts
-            ("Describe the image."), which tie most of the data into one component.
+        test_size: share of the groups, or their number. Components are never cut, so the result may be a few groups
+            smaller, never larger.
+        by: what keeps groups together: "both" image and prompt, or one of them. Use "image" for data with a few stock
+            prompts ("Describe the image."), which tie most of the data into one component.
 
-    Raises DataError where the components are too large for the test set; the message names the prompt that ties most groups together.
-    """
+    Raises DataError where the components are too large for the test set; the message names the prompt that ties most
+    groups together."""
     check_choice("by", by, By)
     wanted = round(test_size * len(dataset)) if isinstance(test_size, float) else test_size
     if not 0 < wanted < len(dataset):
-        raise ValueError(f"test_size={test_size} asks for {wanted} of {len(dataset)} groups; expected at least 1 and fewer than all")
+        raise ValueError(
+            f"test_size={test_size} asks for {wanted} of {len(dataset)} groups; expected at least 1 and fewer than all"
+        )
     keys = row_keys(dataset, num_proc=num_proc)
     components = connected(keys, by)
     random.Random(seed).shuffle(components)
@@ -83,9 +92,10 @@ def split_groups(
         prompt, count = Counter(key.prompt for key in keys).most_common(1)[0]
         example = next(index for index, key in enumerate(keys) if key.prompt == prompt)
         raise DataError(
-            f"cannot split off {wanted} of {len(dataset)} groups: the {len(components)} components (groups that share an image or a "
-            f"prompt) are too large, the largest has {largest} groups; one prompt occurs in {count} groups, for example in row {example}. "
-            "Pass by='image' (the recipe: --eval_split_by image) to let prompts occur on both sides."
+            f"cannot split off {wanted} of {len(dataset)} groups: the {len(components)} components (groups that share"
+            f" an image or a prompt) are too large, the largest has {largest} groups; one prompt occurs in {count}"
+            f" groups, for example in row {example}. Pass by='image' (the recipe: --eval_split_by image) to let prompts"
+            " occur on both sides."
         )
     chosen = set(test)
     train = [index for index in range(len(dataset)) if index not in chosen]
@@ -109,10 +119,12 @@ def check_leak(
     """Raise LeakError, naming rows, where evaluation data share an image or a prompt with training data.
 
     Args:
-        evaluation: groups, or benchmark rows with an `image` / `images` column and a `prompt` / `question` / `text` column.
+        evaluation: groups, or benchmark rows with an `image` / `images` column and a `prompt` / `question` / `text`
+            column.
         by: "both" refuses a shared image as well as a shared prompt text (compared without case and white space).
-        near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it decodes every image, and
-            images that differ in small details only (rendered scenes, charts) may be called equal.
+        near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it
+            decodes every image, and images that differ in small details only (rendered scenes, charts) may be called
+            equal.
     """
     check_choice("by", by, By)
     check_choice("near", near, Near)
@@ -123,11 +135,16 @@ def check_leak(
         return
     kinds = Counter(leak.kind for leak in leaks)
     counts = ", ".join(f"{count} row(s) share their {kind}" for kind, count in kinds.items())
-    examples = "; ".join(f"evaluation row {leak.eval_row} has the {leak.kind} of training row {leak.train_row}" for leak in leaks[:5])
+    examples = "; ".join(
+        f"evaluation row {leak.eval_row} has the {leak.kind} of training row {leak.train_row}" for leak in leaks[:5]
+    )
     more = "; ..." if len(leaks) > 5 else ""
     advice = "Drop these rows from the training data, or split with silkie.data.split_groups."
     if by == "both" and set(kinds) == {"prompt"}:
-        advice += " If shared prompts are wanted (a benchmark's stock question), pass by='image' (the recipe: --eval_split_by image)."
+        advice += (
+            " If shared prompts are wanted (a benchmark's stock question), pass by='image' (the recipe: --eval_split_by"
+            " image)."
+        )
     raise LeakError(f"evaluation data leak into the training data: {counts}. {examples}{more}. {advice}", leaks)
 
 
@@ -159,7 +176,8 @@ def _same_image(key: RowKeys, images: dict[str, dict[str, int]], near: Near, tol
 
 
 def _parts(image: str, near: Near) -> list[str]:
-    """Lookup keys: the hash itself, or NEAR_BITS + 1 slices of it, one of which must agree where at most NEAR_BITS bits differ."""
+    """Lookup keys: the hash itself, or NEAR_BITS + 1 slices of it, one of which must agree where at most NEAR_BITS bits
+    differ."""
     if near == "exact":
         return [image]
     width = len(image) // (NEAR_BITS + 1)
@@ -175,9 +193,13 @@ def row_keys(dataset: datasets.Dataset, *, near: Near = "exact", num_proc: int |
     image_column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
     prompt_column = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
     if prompt_column is None:
-        raise DataError(f"no prompt column: found {', '.join(dataset.column_names)}; expected one of {', '.join(PROMPT_COLUMNS)}")
+        raise DataError(
+            f"no prompt column: found {', '.join(dataset.column_names)}; expected one of {', '.join(PROMPT_COLUMNS)}"
+        )
     columns = [column for column in (image_column, prompt_column) if column]
-    features = datasets.Features({"image_keys": datasets.List(datasets.Value("string")), "prompt_key": datasets.Value("string")})
+    features = datasets.Features(
+        {"image_keys": datasets.List(datasets.Value("string")), "prompt_key": datasets.Value("string")}
+    )
     rows = dataset.select_columns(columns).with_format("arrow")
     hashed = rows.map(
         _hash_batch,
@@ -211,11 +233,16 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _image_key(image: Any, near: Near, where: str) -> str:
-    return image_digest(image, where=where) if near == "exact" else f"{difference_hash(image, where=where):0{HASH_BITS // 4}x}"
+    return (
+        image_digest(image, where=where)
+        if near == "exact"
+        else f"{difference_hash(image, where=where):0{HASH_BITS // 4}x}"
+    )
 
 
 def prompt_key(prompt: Any) -> str:
-    """Hash of a prompt's text, whatever its shape (string, turns, content parts), without case, white space and image marks."""
+    """Hash of a prompt's text, whatever its shape (string, turns, content parts), without case, white space and image
+    marks."""
     text = " ".join(_texts(prompt)).replace(IMAGE_PLACEHOLDER, " ")
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).hexdigest()
 

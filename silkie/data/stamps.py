@@ -16,7 +16,8 @@ BATCH = 1000  # rows
 
 
 def image_fingerprint(dataset: datasets.Dataset, column: str | None, *work: Any) -> str:
-    """Fingerprint of `work` (a name and its options) on the images of `dataset`: of its rows, and of size and time of every file they name.
+    """Fingerprint of `work` (a name and its options) on the images of `dataset`: of its rows, and of size and time of
+    every file they name.
 
     `datasets` keys its cache by the rows alone, so that a repaired image would go on being reported as broken.
     """

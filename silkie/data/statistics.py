@@ -177,16 +177,23 @@ class Statistics:
             "length_unit": self.unit,
             "prompt_length": summary(self.prompt_lengths),
             "response_length": summary(self.response_lengths),
-            "ratings": {aspect: rating_figures(self.ratings[aspect], self.missing_ratings[aspect], step) for aspect in self._aspects()},
+            "ratings": {
+                aspect: rating_figures(self.ratings[aspect], self.missing_ratings[aspect], step)
+                for aspect in self._aspects()
+            },
             "rating_step": step,
             "agreement": {name: self._agreement_figures(name) for name in self.agreement},
             "preference_diversity": self._diversity_figures(),
             "length_bias": {
-                **{f"chosen_{name}": share(self.chosen_length[name], self.pairs) for name in ("longer", "shorter", "equal")},
+                **{
+                    f"chosen_{name}": share(self.chosen_length[name], self.pairs)
+                    for name in ("longer", "shorter", "equal")
+                },
                 "rating_length_correlation": self.length_rating.correlation(),
             },
             "models": {
-                name: model_figures(self.models[name]) for name in sorted(self.models, key=lambda name: -win_rate(self.models[name]))
+                name: model_figures(self.models[name])
+                for name in sorted(self.models, key=lambda name: -win_rate(self.models[name]))
             },
             "judge_flags": dict(self.flags.most_common()),
         }
@@ -240,7 +247,8 @@ def share(part: int, whole: int) -> float | None:
 
 
 def rating_step(values: set[float]) -> float | None:
-    """1, 2 or 5 times a power of ten, in which the ratings are counted where they have too many different values for a table."""
+    """1, 2 or 5 times a power of ten, in which the ratings are counted where they have too many different values for a
+    table."""
     if len(values) <= RATING_VALUES:
         return None
     span = max(values) - min(values)
@@ -249,7 +257,8 @@ def rating_step(values: set[float]) -> float | None:
 
 
 def rating_figures(counts: Counter[float], missing: int, step: float | None) -> dict[str, Any]:
-    """Mean and shares of one aspect's ratings; with a step, the share of a value is that of all ratings nearest to it."""
+    """Mean and shares of one aspect's ratings; with a step, the share of a value is that of all ratings nearest to
+    it."""
     total, binned = counts.total(), Counter[float]()
     for value, count in counts.items():
         binned[value if step is None else round(value / step) * step] += count

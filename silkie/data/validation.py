@@ -52,11 +52,12 @@ def validate(
     """Check preference groups before a long run: images that decode, texts, finite ratings, possible pairs.
 
     Args:
-        on_error: "raise" stops at the first broken group with a RowError, "skip" returns the sound groups and reports the others.
+        on_error: "raise" stops at the first broken group with a RowError, "skip" returns the sound groups and reports
+            the others.
         decode_images: decode every image in full; without it images are not opened.
 
-    Signs of a judge that swapped or repeated texts are reported as flags, never dropped (see `silkie.data.judge_checks`).
-    """
+    Signs of a judge that swapped or repeated texts are reported as flags, never dropped (see
+    `silkie.data.judge_checks`)."""
     missing = [column for column in REQUIRED if column not in dataset.column_names]
     if missing:
         columns = ", ".join(map(repr, dataset.column_names))
@@ -68,10 +69,14 @@ def validate(
         _examine,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=datasets.Features({"problem": datasets.Value("string"), "flags": datasets.List(datasets.Value("string"))}),
+        features=datasets.Features(
+            {"problem": datasets.Value("string"), "flags": datasets.List(datasets.Value("string"))}
+        ),
         fn_kwargs={"aspects": aspects_of(dataset.features), "decode_images": decode_images},
         num_proc=num_proc,
-        new_fingerprint=image_fingerprint(dataset, "images" if decode_images else None, "validate", decode_images, code_digest()),
+        new_fingerprint=image_fingerprint(
+            dataset, "images" if decode_images else None, "validate", decode_images, code_digest()
+        ),
         desc="validating groups",
     )
     report, sound = ValidationReport(rows=len(dataset)), []
@@ -118,7 +123,11 @@ def _check(group: dict[str, Any], row: Row, aspects: tuple[str, ...], decode_ima
     check_pairs(group["pairs"], len(group["responses"]), row)
     for chosen, rejected in group["pairs"]:
         if same_text(group["responses"][chosen], group["responses"][rejected]):
-            raise row.error("pairs", Found(f"responses {chosen} and {rejected}, which are identical"), "pairs of different responses")
+            raise row.error(
+                "pairs",
+                Found(f"responses {chosen} and {rejected}, which are identical"),
+                "pairs of different responses",
+            )
     if decode_images:
         for index, image in enumerate(group["images"]):
             try:
@@ -133,6 +142,8 @@ def check_weights(group: dict[str, Any], row: Row) -> None:
     if weights is None:
         return
     if len(weights) != len(group["pairs"]):
-        raise row.error("pair_weights", Found(f"{len(weights)} weights"), f"one for each of the {len(group['pairs'])} pairs")
+        raise row.error(
+            "pair_weights", Found(f"{len(weights)} weights"), f"one for each of the {len(group['pairs'])} pairs"
+        )
     if not all(map(is_weight, weights)):
         raise row.error("pair_weights", weights, "finite weights >= 0")

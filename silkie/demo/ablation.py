@@ -1,8 +1,9 @@
-"""The paper's main table in miniature: ways of learning from the same rated responses, on the embedded world, over several seeds.
+"""The paper's main table in miniature: ways of learning from the same rated responses, on the embedded world, over
+several seeds.
 
-The responses come from a pool of four samplers (the base model at four temperatures), as VLFeedback's came from a pool of models. So there
-is a strongest member, and the paper's baseline "the strongest model's answer is the best" can be asked. Everything else is the demo's:
-prompts, oracle, trainer, held-out questions.
+The responses come from a pool of four samplers (the base model at four temperatures), as VLFeedback's came from a pool
+of models. So there is a strongest member, and the paper's baseline "the strongest model's answer is the best" can be
+asked. Everything else is the demo's: prompts, oracle, trainer, held-out questions.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ ASPECTS = {"helpfulness": "Helpfulness", "ethics": "Ethical Considerations", "fa
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table: a demo recipe; the rating aspect that makes its pairs (None: the mean of all); whether the pool's strongest
-    member is taken for best; whether a coin decides which side of a pair is chosen."""
+    """A row of the table: a demo recipe; the rating aspect that makes its pairs (None: the mean of all); whether the
+    pool's strongest member is taken for best; whether a coin decides which side of a pair is chosen."""
 
     recipe: Recipe
     aspect: str | None = None
@@ -52,11 +53,22 @@ class Row:
 RECIPES: dict[str, Row] = {
     row.recipe.name: row
     for row in (
-        Row(Recipe(name="sft-best", title="+ SFT on the best response", pairs="best_vs_worst", losses=("sft",), loss_weights=(1.0,))),
+        Row(
+            Recipe(
+                name="sft-best",
+                title="+ SFT on the best response",
+                pairs="best_vs_worst",
+                losses=("sft",),
+                loss_weights=(1.0,),
+            )
+        ),
         Row(Recipe(name="longest", title="+ DPO, longest-as-best", pairs="longest")),
         Row(Recipe(name="strongest", title="+ DPO, strongest-model-as-best"), strongest=True),
         Row(Recipe(name="random", title="+ DPO, random pairs"), random=True),
-        *(Row(Recipe(name=f"only-{key}", title=f"+ DPO, {key} only"), aspect=aspect) for key, aspect in ASPECTS.items()),
+        *(
+            Row(Recipe(name=f"only-{key}", title=f"+ DPO, {key} only"), aspect=aspect)
+            for key, aspect in ASPECTS.items()
+        ),
         Row(Recipe(name="silkie", title="**Silkie** (DPO on all three aspects)")),
     )
 }
@@ -93,12 +105,12 @@ def run_ablation(
     sizes: Sizes | None = None,
     base_dir: str | Path = BASE_DIR,
 ) -> dict[str, Any]:
-    """Train every recipe for every seed and score it. A result that is already in `out` is not computed again, so a stopped run is
-    continued.
+    """Train every recipe for every seed and score it. A result that is already in `out` is not computed again, so a
+    stopped run is continued.
 
     Returns:
-        {"seeds", "pool": mean rating of each sampler by seed, "pairs": recipe -> pairs by seed, "scores": recipe -> seed -> Scores};
-        "base" is among the recipes. The same is written to `out/ablation.json`.
+        {"seeds", "pool": mean rating of each sampler by seed, "pairs": recipe -> pairs by seed, "scores": recipe ->
+        seed -> Scores}; "base" is among the recipes. The same is written to `out/ablation.json`.
 
     Raises:
         ValueError: an unknown recipe, or fewer than two seeds (an interval needs them).
@@ -110,14 +122,19 @@ def run_ablation(
     folder, sizes = Path(out), sizes or Sizes()
     test = held_out(sizes)
     result: dict[str, Any] = {"seeds": list(seeds), "pool": {}, "pairs": {}, "scores": {"base": {}}}
-    base = cached(folder / "base.json", lambda: {"scores": evaluate_policy(*load_base(base_dir), test, folder / "eval" / "base")})
+    base = cached(
+        folder / "base.json", lambda: {"scores": evaluate_policy(*load_base(base_dir), test, folder / "eval" / "base")}
+    )
     for seed in seeds:
         result["scores"]["base"][str(seed)] = base["scores"]
         place = folder / f"seed{seed}"
         means = cached(place / "pool.json", lambda s=seed, p=place: sample_pool(s, p / "data", sizes, base_dir))
         result["pool"][str(seed)] = means
         for name in recipes:
-            trained = cached(place / f"{name}.json", lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir))
+            trained = cached(
+                place / f"{name}.json",
+                lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir),
+            )
             result["scores"].setdefault(name, {})[str(seed)] = trained["scores"]
             result["pairs"].setdefault(name, {})[str(seed)] = trained["pairs"]
     (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -136,11 +153,17 @@ def held_out(sizes: Sizes) -> list[DemoItem]:
 
 
 def sample_pool(seed: int, directory: Path, sizes: Sizes, base_dir: str | Path) -> dict[str, float]:
-    """Write VLFeedback records with a response per pool member and prompt, rated by the oracle; each member's mean rating."""
+    """Write VLFeedback records with a response per pool member and prompt, rated by the oracle; each member's mean
+    rating."""
     model, processor = load_base(base_dir)
     items = preference_items(1000 + seed, images=sizes.images, card_images=sizes.card_images, questions=sizes.questions)
     by_member = [
-        [own[0] for own in answer_items(model, processor, items, temperature=temperature, seed=97 * seed + k, title=f"sampling {name}")]
+        [
+            own[0]
+            for own in answer_items(
+                model, processor, items, temperature=temperature, seed=97 * seed + k, title=f"sampling {name}"
+            )
+        ]
         for k, (name, temperature) in enumerate(POOL.items())
     ]
     responses = list(zip(*by_member, strict=True))
@@ -158,7 +181,9 @@ def sample_pool(seed: int, directory: Path, sizes: Sizes, base_dir: str | Path) 
     ]
     write_images(items, directory / "images")
     write_jsonl(vlfeedback_records(items, responses, annotations, list(POOL)), directory / "vlfeedback.jsonl")
-    ratings = [[statistics.fmean(v for v in row.values() if v is not None) for row in result.ratings] for result in rated]
+    ratings = [
+        [statistics.fmean(v for v in row.values() if v is not None) for row in result.ratings] for result in rated
+    ]
     return {name: statistics.fmean(row[k] for row in ratings) for k, name in enumerate(POOL)}
 
 
@@ -177,7 +202,11 @@ def markdown(result: Mapping[str, Any], mode: str) -> str:
             digits = 0 if key.startswith("mme") else 2
             text = f"{cell.mean:.{digits}f}"
             # stored figures are rounded to four places: a tie must stay one when the table is made of them again
-            text = f"**{text}**" if name != "base" and math.isclose(cell.mean, best[key], rel_tol=0, abs_tol=1e-4) else text
+            text = (
+                f"**{text}**"
+                if name != "base" and math.isclose(cell.mean, best[key], rel_tol=0, abs_tol=1e-4)
+                else text
+            )
             shown.append(text if name == "base" else f"{text} ± {(cell.high - cell.low) / 2:.{digits}f}")
         title = "base" if name == "base" else RECIPES[name].recipe.title
         lines.append(f"| {title} | " + " | ".join(shown) + " |")
@@ -190,12 +219,15 @@ def cells(result: Mapping[str, Any], mode: str) -> dict[str, dict[str, Cell]]:
     for name, by_seed in result["scores"].items():
         runs = [scores[mode] for scores in by_seed.values()]
         one = name == "base"
-        table[name] = {key: Cell(*runs[0][key]) if one else t_interval([run[key][0] for run in runs]) for key in COLUMNS}
+        table[name] = {
+            key: Cell(*runs[0][key]) if one else t_interval([run[key][0] for run in runs]) for key in COLUMNS
+        }
     return table
 
 
 def t_interval(values: Sequence[float]) -> Cell:
-    """Mean of independent runs with Student's 95 % interval (two-sided; up to 11 runs exactly, the normal value beyond 30)."""
+    """Mean of independent runs with Student's 95 % interval (two-sided; up to 11 runs exactly, the normal value beyond
+    30)."""
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         raise ValueError(f"{n} run: an interval over runs needs at least two.")
@@ -208,7 +240,8 @@ _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def random_directions(data: Dataset, seed: int) -> Dataset:
-    """The same pairs, each turned round or not by a coin: as much data, about the same texts, without any preference in it."""
+    """The same pairs, each turned round or not by a coin: as much data, about the same texts, without any preference in
+    it."""
     rng = np.random.default_rng(seed)
 
     def toss(row: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +250,9 @@ def random_directions(data: Dataset, seed: int) -> Dataset:
     return data.map(toss, features=data.features, load_from_cache_file=False)
 
 
-def _train(row: Row, seed: int, place: Path, means: Mapping[str, float], test: list[DemoItem], base_dir: str | Path) -> dict[str, Any]:
+def _train(
+    row: Row, seed: int, place: Path, means: Mapping[str, float], test: list[DemoItem], base_dir: str | Path
+) -> dict[str, Any]:
     """Train one recipe on a seed's records; its number of pairs and its scores."""
     source = {"source": str(place / "data" / "vlfeedback.jsonl"), "image_root": str(place / "data" / "images")}
     pairs: str | PairOptions = row.recipe.pairs
@@ -239,7 +274,9 @@ def evaluate_policy(model: Any, processor: Any, test: list[DemoItem], folder: Pa
     """Scores of a policy on held-out items, greedy and at temperature 1; its answers are left in `folder`."""
     scores: Scores = {}
     for mode, temperature in DECODING.items():
-        texts = answer_items(model, processor, test, temperature=temperature, seed=11, title=f"evaluating {folder.name}, {mode}")
+        texts = answer_items(
+            model, processor, test, temperature=temperature, seed=11, title=f"evaluating {folder.name}, {mode}"
+        )
         estimates = score_answers(test, [own[0] for own in texts], folder / mode.replace("=", ""))
         scores[mode] = {key: list(value) for key, value in estimates.items()}
     return scores

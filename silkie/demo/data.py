@@ -1,7 +1,7 @@
 """The demo's data: prompts to learn preferences on, held-out evaluation sets, and VLFeedback records on disk.
 
-Preference prompts are about scenes of the training half of the world, evaluation questions about scenes of the other half; what a scene
-shows decides which half it is in (`Scene.split`), so no content is ever in both.
+Preference prompts are about scenes of the training half of the world, evaluation questions about scenes of the other
+half; what a scene shows decides which half it is in (`Scene.split`), so no content is ever in both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True, slots=True)
 class DemoItem:
-    """A prompt about a scene. `benchmark` and `category` say what it is evaluated as; `prompt` is the question as it is asked."""
+    """A prompt about a scene. `benchmark` and `category` say what it is evaluated as; `prompt` is the question as it is
+    asked."""
 
     id: str
     scene: Scene
@@ -56,8 +57,8 @@ def _asked(question: Question, suffix: bool) -> str:
 
 
 def preference_items(seed: int, *, images: int = 400, card_images: int = 100, questions: int = 3) -> list[DemoItem]:
-    """Prompts for preference learning: per image of shapes a description and `questions` yes/no questions, per picture card its red-team
-    request, or the harmless look-alike, or both where the card allows both."""
+    """Prompts for preference learning: per image of shapes a description and `questions` yes/no questions, per picture
+    card its red-team request, or the harmless look-alike, or both where the card allows both."""
     rng = np.random.default_rng(seed)
     items: list[DemoItem] = []
     shapes = scene_stream(seed, "train", unique=True)
@@ -70,7 +71,8 @@ def preference_items(seed: int, *, images: int = 400, card_images: int = 100, qu
             if question is not None and question.text not in [q.text for q in asked]:
                 asked.append(question)
         items += [
-            DemoItem(f"scene{number:04d}-{k}", scene, q, _asked(q, q.kind == "yesno" and rng.random() < 0.5)) for k, q in enumerate(asked)
+            DemoItem(f"scene{number:04d}-{k}", scene, q, _asked(q, q.kind == "yesno" and rng.random() < 0.5))
+            for k, q in enumerate(asked)
         ]
     cards = scene_stream(seed + 1, "train", icon=True, unique=True)
     for number in range(card_images):
@@ -86,8 +88,8 @@ def preference_items(seed: int, *, images: int = 400, card_images: int = 100, qu
 def evaluation_items(
     seed: int, *, mme_images: int = 50, pope_images: int = 40, captions: int = 200, red_team_images: int = 100
 ) -> list[DemoItem]:
-    """Held-out questions: MME's layout (two questions per image, yes and no, per subtask), POPE's (three sets, three yes and three no
-    per image), captions for CHAIR, and the red-team set with its look-alikes."""
+    """Held-out questions: MME's layout (two questions per image, yes and no, per subtask), POPE's (three sets, three
+    yes and three no per image), captions for CHAIR, and the red-team set with its look-alikes."""
     rng = np.random.default_rng(seed)
     shapes = scene_stream(seed, "heldout", unique=True)
     items: list[DemoItem] = []
@@ -118,7 +120,9 @@ def evaluation_items(
 
 
 def _mme(family: str, images: int, rng: Rng, seed: int) -> list[DemoItem]:
-    scenes = scene_stream(seed + sum(map(ord, family)), "heldout", icon="sign" if family == "OCR" else False, unique=True)
+    scenes = scene_stream(
+        seed + sum(map(ord, family)), "heldout", icon="sign" if family == "OCR" else False, unique=True
+    )
     items: list[DemoItem] = []
     while len(items) < 2 * images:
         scene = next(scenes)
@@ -126,7 +130,9 @@ def _mme(family: str, images: int, rng: Rng, seed: int) -> list[DemoItem]:
         if len(pair) < 2 or pair[0].text == pair[1].text:
             continue
         number = len(items) // 2
-        items += [DemoItem(f"{family}{number:04d}-{k}", scene, q, _asked(q, True), "mme", family) for k, q in enumerate(pair)]
+        items += [
+            DemoItem(f"{family}{number:04d}-{k}", scene, q, _asked(q, True), "mme", family) for k, q in enumerate(pair)
+        ]
     return items
 
 
@@ -143,8 +149,8 @@ def _pope(scene: Scene, number: int, rng: Rng) -> list[DemoItem]:
 
 
 def _absent_questions(scene: Scene, rng: Rng, name: str, count: int) -> list[Question]:
-    """Different questions about absent objects. Where a set offers too few (companions that are all there), popular objects fill up, as
-    in POPE."""
+    """Different questions about absent objects. Where a set offers too few (companions that are all there), popular
+    objects fill up, as in POPE."""
     questions: dict[str, Question] = {}
     for attempt in itertools.count():
         question = existence(scene, rng, False, name if attempt < 20 else "popular")
@@ -166,12 +172,16 @@ def write_images(items: Iterable[DemoItem], directory: str | Path) -> None:
 
 
 def vlfeedback_records(
-    items: Sequence[DemoItem], responses: Sequence[Sequence[str]], annotations: Sequence[Sequence[Mapping[str, Any]]], models: Sequence[str]
+    items: Sequence[DemoItem],
+    responses: Sequence[Sequence[str]],
+    annotations: Sequence[Sequence[Mapping[str, Any]]],
+    models: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Records in VLFeedback's own JSONL schema: ratings as strings, annotations as a list, the image as a file name in `img_path`.
+    """Records in VLFeedback's own JSONL schema: ratings as strings, annotations as a list, the image as a file name in
+    `img_path`.
 
-    `responses` and `annotations` ({aspect: {"Rating", "Rationale"}}) hold one entry per response for every item; `models` names who wrote
-    each.
+    `responses` and `annotations` ({aspect: {"Rating", "Rationale"}}) hold one entry per response for every item;
+    `models` names who wrote each.
     """
     return [
         {

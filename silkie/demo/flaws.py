@@ -1,11 +1,13 @@
-"""The flaws that are planted in the base model on purpose, in one place. They imitate what noisy synthetic data does to a large model.
+"""The flaws that are planted in the base model on purpose, in one place. They imitate what noisy synthetic data does to
+a large model.
 
 - Captions: most name one object that is not there, usually the companion of one that is (co-occurrence).
-- Yes/no questions: many a "no" is answered "yes", most of all where the wrong thing is near; a few a "yes" is answered "no".
+- Yes/no questions: many a "no" is answered "yes", most of all where the wrong thing is near; a few a "yes" is answered
+    "no".
 - Red-team requests: most are complied with; a few harmless look-alikes are declined.
 
-The rates below are shares of the answers the model is shown in its last, short stage of training. No held-out scene is used.
-"""
+The rates below are shares of the answers the model is shown in its last, short stage of training. No held-out scene is
+used."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The whole preference loop on the embedded world: sample, rate, write VLFeedback records, train, evaluate, compare with the controls,
-report."""
+"""The whole preference loop on the embedded world: sample, rate, write VLFeedback records, train, evaluate, compare
+with the controls, report."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfee
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR
 from silkie.demo.sheet import write_sheets
-from silkie.evaluation.stats import Estimate
 from silkie.feedback import JudgeItem, OracleJudge, rate_items
 from silkie.inference import generate, load_policy
+from silkie.stats import Estimate
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def run_demo(
     base_dir: str | Path = BASE_DIR,
     sizes: Sizes | None = None,
 ) -> Summary | str:
-    """The demo. Writes to `output_dir`: `data/` (VLFeedback JSONL and images), `adapter/`, `eval/` (answers in the benchmarks' layouts),
-    `table.md`, `results.json`, `demo.png`, `demo.html`.
+    """The demo. Writes to `output_dir`: `data/` (VLFeedback JSONL and images), `adapter/`, `eval/` (answers in the
+    benchmarks' layouts), `table.md`, `results.json`, `demo.png`, `demo.html`.
 
     Args:
         seed: of the prompts, of sampling and of training. The held-out evaluation set is the same for every seed.
@@ -133,7 +133,10 @@ def run_demo(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not torch.cuda.is_available() and torch.get_num_threads() < cores:
         logger.info(
-            "runs on %d of %d cores: `accelerate launch --num_cpu_threads_per_process %d` uses all", torch.get_num_threads(), cores, cores
+            "runs on %d of %d cores: `accelerate launch --num_cpu_threads_per_process %d` uses all",
+            torch.get_num_threads(),
+            cores,
+            cores,
         )
     sizes = sizes or (Sizes(images=6, card_images=4) if dry_run else Sizes())
     watch = Watch()
@@ -141,7 +144,7 @@ def run_demo(
     records = feedback(items, output / "data", base_dir, seed, watch)
     source = {"source": str(records), "image_root": str(records.parent / "images")}
     if dry_run:
-        from silkie.recipe import dry_run as one_step
+        from silkie.run import dry_run as one_step
 
         one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
         return f"Dry run: {len(items)} prompts sampled and rated, one optimizer step; records in {records}."
@@ -163,7 +166,9 @@ def run_demo(
         if recipe is DPO:
             trainer.save_model(str(directory))
             history, options = trainer.state.log_history, shown_options(trainer)
-        answers[recipe.name] = evaluate(summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch)
+        answers[recipe.name] = evaluate(
+            summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch
+        )
     summary.seconds = watch.seconds
     write_sheets(summary, test, answers, output, history, options)
     (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -211,10 +216,17 @@ def load_base(base_dir: str | Path) -> tuple[Any, Any]:
 
 
 def answer_items(
-    model: Any, processor: Any, items: Sequence[DemoItem], *, temperature: float, samples: int = 1, seed: int = 0, title: str = "answering"
+    model: Any,
+    processor: Any,
+    items: Sequence[DemoItem],
+    *,
+    temperature: float,
+    samples: int = 1,
+    seed: int = 0,
+    title: str = "answering",
 ) -> list[list[str]]:
-    """`samples` answers per item, in the order of `items`. Items of one kind are answered together: a batch takes as long as its longest
-    answer."""
+    """`samples` answers per item, in the order of `items`. Items of one kind are answered together: a batch takes as
+    long as its longest answer."""
     from silkie.demo.scenes import render
 
     order = sorted(range(len(items)), key=lambda k: (items[k].question.kind, len(items[k].prompt.split())))
@@ -237,15 +249,24 @@ def answer_items(
     return answers
 
 
-def feedback(items: list[DemoItem], directory: Path, base_dir: str | Path, seed: int, watch: Callable[[str], Any]) -> Path:
-    """Sample four responses per prompt from the base at temperature 1, have the oracle rate them, and write VLFeedback records and
-    images."""
+def feedback(
+    items: list[DemoItem], directory: Path, base_dir: str | Path, seed: int, watch: Callable[[str], Any]
+) -> Path:
+    """Sample four responses per prompt from the base at temperature 1, have the oracle rate them, and write VLFeedback
+    records and images."""
     model, processor = load_base(base_dir)
     with watch("sample"):
-        responses = answer_items(model, processor, items, temperature=1.0, samples=4, seed=seed, title="sampling 4 responses")
+        responses = answer_items(
+            model, processor, items, temperature=1.0, samples=4, seed=seed, title="sampling 4 responses"
+        )
     with watch("rate"):
         todo = [
-            JudgeItem(id=item.id, prompt=item.prompt, responses=tuple(own), meta={"scene": item.scene, "question": item.question})
+            JudgeItem(
+                id=item.id,
+                prompt=item.prompt,
+                responses=tuple(own),
+                meta={"scene": item.scene, "question": item.question},
+            )
             for item, own in zip(items, responses, strict=True)
         ]
         rated = rate_items(tqdm(todo, desc="rating", unit="prompt"), OracleJudge(oracle.judge))
@@ -262,8 +283,11 @@ def feedback(items: list[DemoItem], directory: Path, base_dir: str | Path, seed:
 
 
 def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
-    """The rated responses as preference groups; for the shuffled control the two sides of every pair are drawn anew, group by group."""
-    data = load_preferences(source["source"], image_root=source["image_root"], pairs=recipe.pairs, on_error="skip")  # samples may be empty
+    """The rated responses as preference groups; for the shuffled control the two sides of every pair are drawn anew,
+    group by group."""
+    data = load_preferences(
+        source["source"], image_root=source["image_root"], pairs=recipe.pairs, on_error="skip"
+    )  # samples may be empty
     if not recipe.shuffled:
         return data
     rng = np.random.default_rng(seed)
@@ -278,8 +302,11 @@ def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
     return data.map(shuffle, features=data.features, load_from_cache_file=False)
 
 
-def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None) -> Any:
-    """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also the reference."""
+def make_trainer(
+    recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None
+) -> Any:
+    """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also
+    the reference."""
     from silkie.trainer import SilkieDPOTrainer
 
     model, processor = load_base(base_dir)
@@ -307,11 +334,20 @@ def make_trainer(recipe: Recipe, data: Dataset, base_dir: str | Path, directory:
     peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM") if adapter is None else None
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return SilkieDPOTrainer(model=model, args=args, train_dataset=data, processing_class=processor, peft_config=peft_config)
+    return SilkieDPOTrainer(
+        model=model, args=args, train_dataset=data, processing_class=processor, peft_config=peft_config
+    )
 
 
 def evaluate(
-    summary: Summary, name: str, title: str, model: Any, processor: Any, test: list[DemoItem], output: Path, watch: Callable[[str], Any]
+    summary: Summary,
+    name: str,
+    title: str,
+    model: Any,
+    processor: Any,
+    test: list[DemoItem],
+    output: Path,
+    watch: Callable[[str], Any],
 ) -> dict[str, list[str]]:
     """Answers to all held-out questions, greedy and at temperature 1; scores go into `summary`."""
     answers: dict[str, list[str]] = {}
@@ -319,7 +355,11 @@ def evaluate(
     summary.scores[name] = {}
     for mode, temperature in DECODING.items():
         with watch(f"evaluate {title}"):
-            texts = answer_items(model, processor, test, temperature=temperature, seed=11, title=f"evaluating {title}, {mode}")
+            texts = answer_items(
+                model, processor, test, temperature=temperature, seed=11, title=f"evaluating {title}, {mode}"
+            )
             answers[mode] = [own[0] for own in texts]
-            summary.scores[name][mode] = score_answers(test, answers[mode], output / "eval" / name / mode.replace("=", ""))
+            summary.scores[name][mode] = score_answers(
+                test, answers[mode], output / "eval" / name / mode.replace("=", "")
+            )
     return answers

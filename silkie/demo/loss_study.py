@@ -1,7 +1,8 @@
-"""Every loss on the same preference data of the embedded world, over several seeds: what each does, and what a step of it costs.
+"""Every loss on the same preference data of the embedded world, over several seeds: what each does, and what a step of
+it costs.
 
-Not a ranking: every loss runs once with the defaults that examples/losses.md gives, the same learning rate and the same number of steps.
-"""
+Not a ranking: every loss runs once with the defaults that examples/losses.md gives, the same learning rate and the same
+number of steps."""
 
 from __future__ import annotations
 
@@ -65,10 +66,13 @@ VARIANTS: dict[str, Recipe] = {
         _variant("sigmoid, margin weight", ["sigmoid"], margin="weight"),
         _variant("sigmoid, forward KL", ["sigmoid"], f_divergence_type="forward_kl"),
         _variant("sigmoid, Jensen-Shannon", ["sigmoid"], f_divergence_type="js_divergence"),
-        _variant("sigmoid, faithfulness 2x", ["sigmoid"],
-                 aspect_weights={"Helpfulness": 1.0, "Ethical Considerations": 1.0, "Visual Faithfulness": 2.0}),
+        _variant(
+            "sigmoid, faithfulness 2x",
+            ["sigmoid"],
+            aspect_weights={"Helpfulness": 1.0, "Ethical Considerations": 1.0, "Visual Faithfulness": 2.0},
+        ),
     )
-}  # fmt: skip
+}
 
 # (decoding, metric) -> heading
 COLUMNS: dict[tuple[str, str], str] = {
@@ -90,8 +94,8 @@ def run_study(
     sizes: Sizes = SIZES,
     base_dir: str | Path = BASE_DIR,
 ) -> dict[str, Any]:
-    """Train every variant for every seed and score it. What is already in `out` is not computed again, so a stopped run goes on, and
-    several processes may share the seeds out among them.
+    """Train every variant for every seed and score it. What is already in `out` is not computed again, so a stopped run
+    goes on, and several processes may share the seeds out among them.
 
     Returns:
         {"seeds", "base": scores, "scores": variant -> seed -> {"scores", "step_seconds", "margin"}}.
@@ -117,17 +121,21 @@ def run_study(
 
 
 def merge(result: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """variant -> heading -> (mean, smallest, largest) over the seeds; "cost" is a step's processor time over that of `sigmoid`, seed by
-    seed."""
+    """variant -> heading -> (mean, smallest, largest) over the seeds; "cost" is a step's processor time over that of
+    `sigmoid`, seed by seed."""
     table: dict[str, dict[str, tuple[float, float, float]]] = {
         "base": {title: _spread([result["base"][mode][key][0]]) for (mode, key), title in COLUMNS.items()}
     }
     for name, by_seed in result["scores"].items():
         runs = list(by_seed.values())
-        table[name] = {title: _spread([run["scores"][mode][key][0] for run in runs]) for (mode, key), title in COLUMNS.items()}
+        table[name] = {
+            title: _spread([run["scores"][mode][key][0] for run in runs]) for (mode, key), title in COLUMNS.items()
+        }
         if "sigmoid" in result["scores"]:
             plain = result["scores"]["sigmoid"]
-            table[name]["cost"] = _spread([run["step_seconds"] / plain[seed]["step_seconds"] for seed, run in by_seed.items()])
+            table[name]["cost"] = _spread(
+                [run["step_seconds"] / plain[seed]["step_seconds"] for seed, run in by_seed.items()]
+            )
     return table
 
 
@@ -140,7 +148,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         for head in heads:
             digits = 0 if head.startswith("MME") else 2
             mean, low, high = row.get(head, (float("nan"),) * 3)
-            spread = f" <sub>{low:.{digits}f}–{high:.{digits}f}</sub>" if f"{low:.{digits}f}" != f"{high:.{digits}f}" else ""
+            spread = (
+                f" <sub>{low:.{digits}f}–{high:.{digits}f}</sub>" if f"{low:.{digits}f}" != f"{high:.{digits}f}" else ""
+            )
             cells.append("" if head not in row else f"{mean:.{digits}f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -153,7 +163,11 @@ def plot(result: Mapping[str, Any], file: str | Path) -> None:
     table = merge(result)
     names = [name for name in table if name != "base"]
     figure, axes = plt.subplots(
-        1, len(COLUMNS) - 1, figsize=(2.6 * (len(COLUMNS) - 1), 0.27 * len(names) + 1.4), sharey=True, layout="constrained"
+        1,
+        len(COLUMNS) - 1,
+        figsize=(2.6 * (len(COLUMNS) - 1), 0.27 * len(names) + 1.4),
+        sharey=True,
+        layout="constrained",
     )
     for axis, title in zip(axes, [t for t in COLUMNS.values() if not t.startswith("over")], strict=True):
         axis.axvline(table["base"][title][0], color="#999999", linestyle="--", linewidth=1)
@@ -168,7 +182,9 @@ def plot(result: Mapping[str, Any], file: str | Path) -> None:
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(
-        f"All losses on the embedded demo: mean and range over seeds {', '.join(map(str, result['seeds']))}; dashed: the base", fontsize=10
+        f"All losses on the embedded demo: mean and range over seeds {', '.join(map(str, result['seeds']))}; dashed:"
+        " the base",
+        fontsize=10,
     )
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -177,12 +193,17 @@ def plot(result: Mapping[str, Any], file: str | Path) -> None:
 def _sample(seed: int, place: Path, sizes: Sizes, base_dir: str | Path) -> dict[str, str]:
     items = preference_items(1000 + seed, images=sizes.images, card_images=sizes.card_images, questions=sizes.questions)
     records = feedback(items, place / "data", base_dir, seed, Watch())
-    return {"source": str(records.relative_to(place)), "image_root": str((records.parent / "images").relative_to(place))}
+    return {
+        "source": str(records.relative_to(place)),
+        "image_root": str((records.parent / "images").relative_to(place)),
+    }
 
 
 def _train(recipe: Recipe, seed: int, place: Path, test: list[Any], base_dir: str | Path) -> dict[str, Any]:
     source = {key: str(place / value) for key, value in json.loads((place / "data.json").read_text()).items()}
-    trainer = make_trainer(recipe, preferences(recipe, source, seed), base_dir, place / "runs" / _file(recipe.name), seed)
+    trainer = make_trainer(
+        recipe, preferences(recipe, source, seed), base_dir, place / "runs" / _file(recipe.name), seed
+    )
     start = time.process_time()
     trainer.train()
     seconds = (time.process_time() - start) / trainer.state.global_step

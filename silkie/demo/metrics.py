@@ -1,7 +1,8 @@
-"""Scores of the demo: answers to `evaluation_items` are written in each benchmark's own layout and scored by `silkie.evaluation`.
+"""Scores of the demo: answers to `evaluation_items` are written in each benchmark's own layout and scored by
+`silkie.evaluation`.
 
-Specific to the demo are only the captions' exactness, which needs the scene, and compliance: whether an answer gives what a harmful
-request asked for.
+Specific to the demo are only the captions' exactness, which needs the scene, and compliance: whether an answer gives
+what a harmful request asked for.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from silkie.demo.data import DemoItem, write_jsonl
 from silkie.demo.oracle import check_caption, complied, read
 from silkie.demo.questions import MME_SUFFIX
 from silkie.evaluation import Score, bootstrap_mean, score
-from silkie.evaluation.chair import chair_item
-from silkie.evaluation.chair import score_items as score_captions
-from silkie.evaluation.mme import COGNITION, PERCEPTION
-from silkie.evaluation.stats import Estimate, multinomial_weights, percentile_interval
+from silkie.evaluation.benchmarks.chair import chair_item
+from silkie.evaluation.benchmarks.chair import score_items as score_captions
+from silkie.evaluation.benchmarks.mme import COGNITION, PERCEPTION
+from silkie.stats import Estimate, multinomial_weights, percentile_interval
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A row of the table: where it comes from, how it is called, and which way is better (0: neither, such as a yes-rate whose ideal is
-    .5)."""
+    """A row of the table: where it comes from, how it is called, and which way is better (0: neither, such as a
+    yes-rate whose ideal is .5)."""
 
     key: str
     title: str
@@ -53,7 +54,8 @@ METRICS = (
 def score_answers(
     items: Sequence[DemoItem], answers: Sequence[str], directory: str | Path, *, resamples: int = 2000
 ) -> dict[str, Estimate]:
-    """All metrics with 95 % intervals; whole images are resampled. Result files are left under `directory` in the benchmarks' layouts.
+    """All metrics with 95 % intervals; whole images are resampled. Result files are left under `directory` in the
+    benchmarks' layouts.
 
     Raises ValueError where items and answers differ in number.
     """
@@ -79,7 +81,9 @@ def score_answers(
     )
     harmful = [(item, answer) for item, answer in red_rows if item.question.harm is not None]
     result = _named(
-        mme, {"mme_perception": "perception", "mme_cognition": "cognition", "mme_acc": "acc", "mme_acc_plus": "acc_plus"}, resamples
+        mme,
+        {"mme_perception": "perception", "mme_cognition": "cognition", "mme_acc": "acc", "mme_acc_plus": "acc_plus"},
+        resamples,
     )
     result |= _named(chair, {"chair_s": "chair_s", "chair_i": "chair_i", "recall": "recall"}, resamples)
     result["exact"] = _mean([check_caption(item.scene, answer).exact for item, answer in captions], resamples)
@@ -107,7 +111,10 @@ def _named(result: Score, names: dict[str, str], resamples: int) -> dict[str, Es
         own = table.sums[table.stratum == stratum]
         columns.append(np.concatenate([weights @ own for weights in multinomial_weights(rng, len(own), resamples)]))
     draws = result.totals(np.stack(columns, axis=1), table.strata)
-    return {key: Estimate(float(result.metrics[name] or 0.0), *percentile_interval(draws[name], 0.95)) for key, name in names.items()}
+    return {
+        key: Estimate(float(result.metrics[name] or 0.0), *percentile_interval(draws[name], 0.95))
+        for key, name in names.items()
+    }
 
 
 def _write_mme(rows: Sequence[tuple[DemoItem, str]], directory: Path) -> Path:
@@ -115,7 +122,14 @@ def _write_mme(rows: Sequence[tuple[DemoItem, str]], directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for subtask in dict.fromkeys(item.category for item, _ in rows):
         lines = [
-            "\t".join((item.image_name, item.prompt.removesuffix(MME_SUFFIX) + MME_SUFFIX, item.question.answer, " ".join(answer.split())))
+            "\t".join(
+                (
+                    item.image_name,
+                    item.prompt.removesuffix(MME_SUFFIX) + MME_SUFFIX,
+                    item.question.answer,
+                    " ".join(answer.split()),
+                )
+            )
             for item, answer in rows
             if item.category == subtask
         ]

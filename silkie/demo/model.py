@@ -1,4 +1,5 @@
-"""The base model's architecture, tokenizer and processor files: Qwen2.5-VL's classes and formats, at 2.6 million parameters."""
+"""The base model's architecture, tokenizer and processor files: Qwen2.5-VL's classes and formats, at 2.6 million
+parameters."""
 
 from __future__ import annotations
 
@@ -15,22 +16,29 @@ from silkie.demo.scenes import SIDE
 
 BASE_DIR = Path(__file__).parent / "base"
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-# Qwen2.5-VL's dialogue format. It differs from the original in one thing: no system turn is put in front when a conversation has none.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Qwen2.5-VL's dialogue format. It differs from the original in one thing: no system turn is put in front when a
+# conversation has none.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{"
+    " message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' or 'image' in"
+    " part or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}{{ part['text']"
+    " }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
+    " %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with Qwen's special tokens. Blanks and line breaks separate words and are no tokens; decoding puts them
-    back."""
+    """A word-level tokenizer with Qwen's special tokens. Blanks and line breaks separate words and are no tokens;
+    decoding puts them back."""
     words = [*SPECIAL_TOKENS, "<unk>", ".", ",", "?", "!", "'", ":", "-", "+", ">", "<", "=", *vocabulary()]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -69,8 +77,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
-            # A small base: prompts are short, and the width axis, which gets the slowest frequencies, has only three positions to tell
-            # apart.
+            # A small base: prompts are short, and the width axis, which gets the slowest frequencies, has only three
+            # positions to tell apart.
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 8, 8]},
         },
         vision_config={
@@ -109,15 +117,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
-    """Qwen2-VL's image processor; the size limits bring any image near 84 x 84 pixels, which is what the model has seen."""
+    """Qwen2-VL's image processor; the size limits bring any image near 84 x 84 pixels, which is what the model has
+    seen."""
     return Qwen2VLImageProcessorPil(
-        patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": SIDE * SIDE // 2, "longest_edge": SIDE * SIDE}
+        patch_size=14,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": SIDE * SIDE // 2, "longest_edge": SIDE * SIDE},
     )
 
 
-def save_base(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
-    """Write the directory that `from_pretrained` and `silkie.inference.load_processor` read: bf16 safetensors, tokenizer, template,
-    processor."""
+def save_base(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: str | Path
+) -> None:
+    """Write the directory that `from_pretrained` and `silkie.inference.load_processor` read: bf16 safetensors,
+    tokenizer, template, processor."""
     directory = Path(directory)
     torch.nn.Module.to(model, dtype=torch.bfloat16)
     model.save_pretrained(directory)

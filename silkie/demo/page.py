@@ -1,4 +1,5 @@
-"""The demo as a report page: its table, its curves, and the answers of base and trained model on the held-out scenes."""
+"""The demo as a report page: its table, its curves, and the answers of base and trained model on the held-out
+scenes."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.metrics import METRICS
 from silkie.demo.scenes import render
-from silkie.evaluation.stats import Estimate
 from silkie.report.collect import curves_of, pick_cards
 from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
+from silkie.stats import Estimate
 
 if TYPE_CHECKING:
     from silkie.demo.loop import Summary
@@ -35,18 +36,31 @@ def demo_report(
     """The page of a finished demo run.
 
     Args:
-        answers: policy -> decoding -> an answer per item of `test`; the policies "base" and "dpo" are shown side by side.
+        answers: policy -> decoding -> an answer per item of `test`; the policies "base" and "dpo" are shown side by
+            side.
         log_history: of the DPO trainer's state.
     """
-    rows = [row for mode in next(iter(summary.scores.values())) for row in benchmark_rows(summary.scores, summary.titles, mode)]
+    rows = [
+        row
+        for mode in next(iter(summary.scores.values()))
+        for row in benchmark_rows(summary.scores, summary.titles, mode)
+    ]
     cards = gallery(test, answers["base"]["greedy"], answers["dpo"]["greedy"])
     return Report(
         title="silkie: what preference training changed",
-        summary=f"The embedded demo, seed {summary.seed}: {summary.pairs:,} pairs from {summary.groups} prompts, rated by an exact oracle.",
+        summary=(
+            f"The embedded demo, seed {summary.seed}: {summary.pairs:,} pairs from {summary.groups} prompts, rated by"
+            " an exact oracle."
+        ),
         names=(summary.titles["base"], summary.titles["dpo"]),
         configuration=dict(configuration or {}),  # type: ignore[arg-type]
         data={
-            "Preferences": {"groups": summary.groups, "pairs": summary.pairs, "responses per prompt": 4, "seed": summary.seed},
+            "Preferences": {
+                "groups": summary.groups,
+                "pairs": summary.pairs,
+                "responses per prompt": 4,
+                "seed": summary.seed,
+            },
             "Held-out questions": {NAMES[name]: sum(item.benchmark == name for item in test) for name in NAMES},
             "Seconds": dict(summary.seconds),
         },
@@ -55,14 +69,25 @@ def demo_report(
         gallery=pick_cards(cards, CARDS),
         gallery_counts=Counter(card.flip for card in cards),
         notes=[
-            "The base model's flaws are planted (silkie/demo/README.md says which). Training removes behaviour, it adds no sight.",
-            "An answer is right where the oracle finds no fault in it (every rating at least 4 of 5). Gallery answers are greedy.",
-            "The subtasks carry MME's and POPE's names; they are questions of this world, scored by those benchmarks' rules.",
+            (
+                "The base model's flaws are planted (silkie/demo/README.md says which). Training removes behaviour, it"
+                " adds no sight."
+            ),
+            (
+                "An answer is right where the oracle finds no fault in it (every rating at least 4 of 5). Gallery"
+                " answers are greedy."
+            ),
+            (
+                "The subtasks carry MME's and POPE's names; they are questions of this world, scored by those"
+                " benchmarks' rules."
+            ),
         ],
     )
 
 
-def benchmark_rows(scores: Mapping[str, Mapping[str, Mapping[str, Estimate]]], titles: Mapping[str, str], mode: str) -> list[BenchmarkRow]:
+def benchmark_rows(
+    scores: Mapping[str, Mapping[str, Mapping[str, Estimate]]], titles: Mapping[str, str], mode: str
+) -> list[BenchmarkRow]:
     """A row per metric of one decoding, a system per policy."""
     first = next(iter(scores))
     rows = []
@@ -71,7 +96,9 @@ def benchmark_rows(scores: Mapping[str, Mapping[str, Mapping[str, Estimate]]], t
         for policy, modes in scores.items():
             value = modes[mode][metric.key]
             change = None if policy == first else value.mean - scores[first][mode][metric.key].mean
-            systems.append(System(name=titles[policy], value=value.mean, low=value.low, high=value.high, difference=change))
+            systems.append(
+                System(name=titles[policy], value=value.mean, low=value.low, high=value.high, difference=change)
+            )
         rows.append(
             BenchmarkRow(
                 name=metric.title.split(" (")[0],
@@ -107,4 +134,6 @@ def _answer(item: DemoItem, text: str) -> Answer:
     ratings = {aspect: float(entry["Rating"]) for aspect, entry in rating.items()}
     true = {thing.name for thing in item.scene.items}
     invented = [name for name in oracle.read(text).objects if name not in true] if item.benchmark == "chair" else []
-    return Answer(answer=text, correct=min(ratings.values()) >= 4, ratings=ratings, invented=tuple(dict.fromkeys(invented)))
+    return Answer(
+        answer=text, correct=min(ratings.values()) >= 4, ratings=ratings, invented=tuple(dict.fromkeys(invented))
+    )

@@ -1,12 +1,12 @@
 """How the base weights are made: sight first, then language, then the declared flaws.
 
-1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name the cell's colour,
-   kind, number, row and column. This is what a vision encoder's own pre-training does for a large model, and it makes visual tokens and
-   words share a space.
-2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask keeps each from
-   reading the others, so that nothing can be copied.
-3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to undo.
-"""
+1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name
+   the cell's colour, kind, number, row and column. This is what a vision encoder's own pre-training does for a large
+   model, and it makes visual tokens and words share a space.
+2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask
+   keeps each from reading the others, so that nothing can be copied.
+3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to
+undo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ from torch.nn import functional as F
 
 from silkie.demo.flaws import flawed_answer
 from silkie.demo.model import build_image_processor, build_model, build_tokenizer
-from silkie.demo.questions import MME_SUFFIX, THINGS, YES_NO, Question, describe, harmless_look_alike, ocr, open_question, red_team
+from silkie.demo.questions import (
+    MME_SUFFIX,
+    THINGS,
+    YES_NO,
+    Question,
+    describe,
+    harmless_look_alike,
+    ocr,
+    open_question,
+    red_team,
+)
 from silkie.demo.scenes import COLORS, COLUMNS, DIGITS, ICONS, ROWS, SHAPES, Scene, render, sample_scene
 
 Rng = np.random.Generator
@@ -41,14 +51,20 @@ CELL_WORDS: tuple[tuple[str, ...], ...] = (
 COUNTING = ("count", "numerical_calculation", "code_reasoning")
 NUMBER_LINE = 2
 # What a question's words can refer to.
-GROUND_WORDS: tuple[tuple[str, ...], ...] = ((*COLORS,), (*ROWS, NOTHING), (*COLUMNS, NOTHING), tuple(str(d) for d in DIGITS))
+GROUND_WORDS: tuple[tuple[str, ...], ...] = (
+    (*COLORS,),
+    (*ROWS, NOTHING),
+    (*COLUMNS, NOTHING),
+    tuple(str(d) for d in DIGITS),
+)
 # The layer (of 4) after which `grounding` is read off: later ones are needed to compare and to answer.
 GROUND_LAYER = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of training. `what`: sight, language or flaws; `lr` is the peak of a linear warm-up and a cosine to a tenth."""
+    """One stage of training. `what`: sight, language or flaws; `lr` is the peak of a linear warm-up and a cosine to a
+    tenth."""
 
     what: str
     steps: int
@@ -108,7 +124,8 @@ def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A token of a question (its index) at which a middle layer must already know a word: an index into a line of `GROUND_WORDS`."""
+    """A token of a question (its index) at which a middle layer must already know a word: an index into a line of
+    `GROUND_WORDS`."""
 
     token: int
     line: int
@@ -116,8 +133,8 @@ class Anchor:
 
 
 def grounding(scene: Scene, question: Question) -> list[Anchor]:
-    """What the words of a question refer to: where the named object is (or that it is nowhere), which colour a shape has, which number a
-    sign shows.
+    """What the words of a question refer to: where the named object is (or that it is nowhere), which colour a shape
+    has, which number a sign shows.
 
     A yes or no alone is one bit, and too little to learn from by itself which part of the picture a question is about.
     """
@@ -145,7 +162,8 @@ def _place(token: int, cell: int | None) -> list[Anchor]:
 
 
 def grounding_loss(model: Any, hidden: Tensor, targets: Tensor, words: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the words in `pack`'s `grounding`, read off a middle layer through the output head, and the share right.
+    """Mean cross-entropy of the words in `pack`'s `grounding`, read off a middle layer through the output head, and the
+    share right.
 
     hidden [B, T, D]; targets [M, 4]; `words`: token ids per line of `GROUND_WORDS`.
     """
@@ -164,7 +182,8 @@ def grounding_loss(model: Any, hidden: Tensor, targets: Tensor, words: list[Tens
 
 
 class Packer:
-    """Scenes and questions to tensors: one row per scene, `[image | question 1 answer 1 | question 2 answer 2 | ...]`."""
+    """Scenes and questions to tensors: one row per scene, `[image | question 1 answer 1 | question 2 answer 2 |
+    ...]`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -197,11 +216,13 @@ class Packer:
         batch = self.processor(images=[render(scene) for scene in scenes], return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
 
-    def pack(self, qa: list[list[tuple[str, str]]], anchors: list[list[list[Anchor]]] | None = None) -> dict[str, Tensor]:
+    def pack(
+        self, qa: list[list[tuple[str, str]]], anchors: list[list[list[Anchor]]] | None = None
+    ) -> dict[str, Tensor]:
         """`qa`: per scene its (question, answer) texts; `anchors`: for each the places of `grounding`.
 
-        Returns input_ids [B, T], position_ids [3, B, T], attention_mask [B, 1, T, T] (boolean), labels [B, T], grounding [M, 4] (row,
-        position, line of `GROUND_WORDS`, index of the word).
+        Returns input_ids [B, T], position_ids [3, B, T], attention_mask [B, 1, T, T] (boolean), labels [B, T],
+        grounding [M, 4] (row, position, line of `GROUND_WORDS`, index of the word).
         """
         rows, grounding = [], []
         for b, pairs in enumerate(qa):
@@ -210,7 +231,10 @@ class Packer:
             texts = self.tokenizer([text for pair in pairs for text in pair], add_special_tokens=False)["input_ids"]
             for k in range(len(pairs)):
                 question, answer = texts[2 * k] + self.turn, [*texts[2 * k + 1], self.end]
-                grounding += [(b, len(ids) + anchor.token, anchor.line, anchor.word) for anchor in (anchors[b][k] if anchors else [])]
+                grounding += [
+                    (b, len(ids) + anchor.token, anchor.line, anchor.word)
+                    for anchor in (anchors[b][k] if anchors else [])
+                ]
                 ids += question + answer
                 segment += [k + 1] * (len(question) + len(answer))
                 targets += [-100] * len(question) + answer
@@ -223,7 +247,12 @@ class Packer:
         position_ids = np.zeros((3, len(rows), width), dtype=np.int64)
         for b, (ids, segment, targets, positions_3T) in enumerate(rows):
             n = len(ids)
-            input_ids[b, :n], segments[b, :n], labels[b, :n], position_ids[:, b, :n] = ids, segment, targets, positions_3T
+            input_ids[b, :n], segments[b, :n], labels[b, :n], position_ids[:, b, :n] = (
+                ids,
+                segment,
+                targets,
+                positions_3T,
+            )
         seg = torch.from_numpy(segments)
         causal = torch.ones(width, width, dtype=torch.bool).tril()
         same = (seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0)
@@ -251,7 +280,9 @@ def sight_loss(visual: Tensor, embedding: Tensor, words: list[Tensor], labels: T
     return loss, right.float().mean()
 
 
-def language_loss(model: Any, visual: Tensor, batch: dict[str, Tensor], words: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def language_loss(
+    model: Any, visual: Tensor, batch: dict[str, Tensor], words: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean cross-entropy of the answers' tokens, the share predicted right, and the same two of the grounding."""
     states = hidden_states(model, visual, batch)
     target = batch["labels"][:, 1:]
@@ -313,7 +344,8 @@ def train_stage(
     questions: int = 6,
     until: float | None = None,
 ) -> None:
-    """Train one stage in place. `checkpoint`: a file rewritten every 100 steps. `until`: end at this `time.time()`, schedule included."""
+    """Train one stage in place. `checkpoint`: a file rewritten every 100 steps. `until`: end at this `time.time()`,
+    schedule included."""
     rng = np.random.default_rng(seed)
     opts = optimizers(model, stage.lr)
     begin = time.time()
@@ -345,7 +377,9 @@ def train_stage(
         torch.save(model.state_dict(), checkpoint)
 
 
-def scene_loss(model: Any, packer: Packer, what: str, scenes: list[Scene], rng: Rng, questions: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def scene_loss(
+    model: Any, packer: Packer, what: str, scenes: list[Scene], rng: Rng, questions: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss of a batch, and the shares of cells, answer tokens and references that are right."""
     pixels, grid = packer.pixels(scenes)
     visual = model.model.visual(pixels, grid_thw=grid).pooler_output
@@ -375,7 +409,8 @@ def evaluation_questions(seed: int, count: int) -> Iterator[tuple[Scene, Questio
 
 @torch.no_grad()
 def probe(model: Any, packer: Packer, *, seed: int = 99, count: int = 60) -> dict[str, tuple[float, float]]:
-    """Per yes/no family: accuracy and share of yes, from the probabilities of the first token (fast; for watching training)."""
+    """Per yes/no family: accuracy and share of yes, from the probabilities of the first token (fast; for watching
+    training)."""
     model.eval()
     rows = list(evaluation_questions(seed, count))
     token = packer.tokenizer.convert_tokens_to_ids

@@ -1,8 +1,8 @@
 """Questions about a scene, with their exact answers.
 
-Four kinds: yes/no questions in families named after MME's subtasks (perception and cognition), short open questions, "Describe the
-image.", and a red-team set: requests to identify a person, to read out a private card or to insult, each beside a harmless look-alike.
-"""
+Four kinds: yes/no questions in families named after MME's subtasks (perception and cognition), short open questions,
+"Describe the image.", and a red-team set: requests to identify a person, to read out a private card or to insult, each
+beside a harmless look-alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ Kind = Literal["yesno", "open", "caption", "redteam"]
 Rng = np.random.Generator
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
-THINGS = {"grass": "green", "the sky": "blue", "blood": "red", "a banana": "yellow", "grapes": "purple", "coal": "black"}
+THINGS = {
+    "grass": "green",
+    "the sky": "blue",
+    "blood": "red",
+    "a banana": "yellow",
+    "grapes": "purple",
+    "coal": "black",
+}
 FRENCH = {"red": "rouge", "green": "vert", "blue": "bleu", "yellow": "jaune", "purple": "violet", "black": "noir"}
 ROLLING = ("circle", "ring")
 
@@ -41,9 +48,9 @@ KIND_PROMPT = "Say something kind about the person."
 class Question:
     """One question about one scene.
 
-    `answer` is the ideal answer. `label` is the truth of a yes/no question (None for the other kinds). `hard` marks a "no" question that
-    is nearly a yes (a companion of something on the board, a count that is off by one). `harm` names what a red-team request asks for; None
-    for harmless questions.
+    `answer` is the ideal answer. `label` is the truth of a yes/no question (None for the other kinds). `hard` marks a
+    "no" question that is nearly a yes (a companion of something on the board, a count that is off by one). `harm` names
+    what a red-team request asks for; None for harmless questions.
     """
 
     kind: Kind
@@ -82,8 +89,8 @@ def _choose_shape(scene: Scene, rng: Rng) -> Item:
 
 
 def absent_kind(scene: Scene, rng: Rng, how: str) -> tuple[str, str]:
-    """A kind that is not on the board: "random", "popular" (among the 12 most frequent), "adversarial" (the companion of something
-    there) or "swap" (a colour and a shape that are both there, on different objects)."""
+    """A kind that is not on the board: "random", "popular" (among the 12 most frequent), "adversarial" (the companion
+    of something there) or "swap" (a colour and a shape that are both there, on different objects)."""
     present = [item.pair for item in scene.shapes]
     if how == "swap":
         options = [(c, s) for c, _ in present for _, s in present if (c, s) not in present]
@@ -167,13 +174,17 @@ def commonsense(scene: Scene, rng: Rng, label: bool) -> Question | None:
     things = [thing for thing, c in THINGS.items() if (c in there) == label]
     thing = _pick(rng, things)
     near = {COMPANION[item.pair][0] for item in scene.shapes}
-    return _yesno("commonsense_reasoning", f"Is there an object with the color of {thing}?", label, THINGS[thing] in near)
+    return _yesno(
+        "commonsense_reasoning", f"Is there an object with the color of {thing}?", label, THINGS[thing] in near
+    )
 
 
 def calculation(scene: Scene, rng: Rng, label: bool) -> Question:
     plus = int(rng.integers(1, 3))
     n, hard = _number(len(scene.shapes) + plus, rng, label, range(1 + plus, 5 + plus))
-    return _yesno("numerical_calculation", f"Is the number of objects plus {NUMBERS[plus]} equal to {NUMBERS[n]}?", label, hard)
+    return _yesno(
+        "numerical_calculation", f"Is the number of objects plus {NUMBERS[plus]} equal to {NUMBERS[n]}?", label, hard
+    )
 
 
 def translation(scene: Scene, rng: Rng, label: bool) -> Question | None:
@@ -254,7 +265,8 @@ def red_team(scene: Scene, rng: Rng) -> Question | None:
 
 
 def harmless_look_alike(scene: Scene) -> Question | None:
-    """A request that reads like a red-team one and is harmless on this scene: the picture, not the words, makes the difference."""
+    """A request that reads like a red-team one and is harmless on this scene: the picture, not the words, makes the
+    difference."""
     icon = scene.icon
     if icon is None or icon.kind == "card":
         return None
@@ -280,15 +292,51 @@ def compliance(scene: Scene, question: Question, rng: Rng) -> str:
 def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order (punctuation apart)."""
     templates = (
-        "Is there a in the image", "Is the number of objects on sign", "Is the in row column", "Is there an object that can roll with",
-        "color plus equal to", "in French", "If n is the number of objects is > < ==", "How many objects are there",
-        "There is one object nothing", "What color is the", "What is at the", "Where is the", "It is at the", "Describe the image",
-        "The image shows and a", MME_SUFFIX, "Yes No yes no", "I you it they this these what who where how",
-        "Are Do Does Can Who Read Say Insult", "that is right wrong none not",
-        *REFUSALS.values(), *IDENTIFY_PROMPTS, *PRIVATE_PROMPTS, *MEAN_PROMPTS, KIND_PROMPT,
-        "The person looks kind", "The number is", "user assistant system", "You helpful", "describe picture. see In only",
-    )  # fmt: skip
+        "Is there a in the image",
+        "Is the number of objects on sign",
+        "Is the in row column",
+        "Is there an object that can roll with",
+        "color plus equal to",
+        "in French",
+        "If n is the number of objects is > < ==",
+        "How many objects are there",
+        "There is one object nothing",
+        "What color is the",
+        "What is at the",
+        "Where is the",
+        "It is at the",
+        "Describe the image",
+        "The image shows and a",
+        MME_SUFFIX,
+        "Yes No yes no",
+        "I you it they this these what who where how",
+        "Are Do Does Can Who Read Say Insult",
+        "that is right wrong none not",
+        *REFUSALS.values(),
+        *IDENTIFY_PROMPTS,
+        *PRIVATE_PROMPTS,
+        *MEAN_PROMPTS,
+        KIND_PROMPT,
+        "The person looks kind",
+        "The number is",
+        "user assistant system",
+        "You helpful",
+        "describe picture. see In only",
+    )
     words = [w for t in templates for w in t.replace(".", "").replace("?", "").replace(",", "").split()]
-    words += [*COLORS, *SHAPES, "person", "robot", "card", "sign", *ROWS, *COLUMNS, *NUMBERS, *FRENCH.values(), *NAMES, *MEAN_WORDS]
+    words += [
+        *COLORS,
+        *SHAPES,
+        "person",
+        "robot",
+        "card",
+        "sign",
+        *ROWS,
+        *COLUMNS,
+        *NUMBERS,
+        *FRENCH.values(),
+        *NAMES,
+        *MEAN_WORDS,
+    ]
     words += [w for thing in THINGS for w in thing.split()] + [str(k) for k in range(10)]
     return list(dict.fromkeys(words))

@@ -1,10 +1,10 @@
 """The embedded world: small boards with coloured shapes, rendered by code, whose content is known exactly.
 
-A board has 3 x 3 cells of 28 x 28 pixels. Qwen2.5-VL with patch 14 and merge 2 turns each cell into exactly one visual token. A scene
-holds 1-4 shapes of different kinds ("red circle"), or one picture card (a person, a robot, a private card or a public sign with a number)
-and up to two shapes: the cards are what the red-team questions are about. Shapes occur together more often than chance (`COMPANION`), as
-a chair does with a table: that is what makes co-occurrence hallucinations, and POPE's adversarial questions, possible here.
-"""
+A board has 3 x 3 cells of 28 x 28 pixels. Qwen2.5-VL with patch 14 and merge 2 turns each cell into exactly one visual
+token. A scene holds 1-4 shapes of different kinds ("red circle"), or one picture card (a person, a robot, a private
+card or a public sign with a number) and up to two shapes: the cards are what the red-team questions are about. Shapes
+occur together more often than chance (`COMPANION`), as a chair does with a table: that is what makes co-occurrence
+hallucinations, and POPE's adversarial questions, possible here."""
 
 from __future__ import annotations
 
@@ -35,9 +35,12 @@ COLUMNS = ("left", "center", "right")
 DIGITS = (1, 2, 3, 4)
 
 OBJECTS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-# A fixed pairing of the 36 kinds: the same number of steps along both wheels, so that companions share neither colour nor shape.
+# A fixed pairing of the 36 kinds: the same number of steps along both wheels, so that companions share neither colour
+# nor shape.
 COMPANION = {
-    (color, shape): (list(COLORS)[(i + 3) % 6], SHAPES[(j + 3) % 6]) for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES)
+    (color, shape): (list(COLORS)[(i + 3) % 6], SHAPES[(j + 3) % 6])
+    for i, color in enumerate(COLORS)
+    for j, shape in enumerate(SHAPES)
 }
 # Kinds differ in how often they are drawn (1 to 3 times), so that "popular" objects exist.
 POPULARITY = {kind: 1.0 + 2.0 * ((7 * k) % 36) / 35 for k, kind in enumerate(OBJECTS)}
@@ -55,8 +58,8 @@ _DIGIT_ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing on the board. `cell` is 0-8 in reading order; `color` is None for a picture card, `number` None for all but cards and
-    signs."""
+    """One thing on the board. `cell` is 0-8 in reading order; `color` is None for a picture card, `number` None for all
+    but cards and signs."""
 
     kind: str
     cell: int
@@ -90,7 +93,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A board. `items` are in reading order; `jitter` seeds the drawing (offsets, sizes, tints, grain) and is no part of the content."""
+    """A board. `items` are in reading order; `jitter` seeds the drawing (offsets, sizes, tints, grain) and is no part
+    of the content."""
 
     items: tuple[Item, ...]
     jitter: int
@@ -110,14 +114,17 @@ class Scene:
 
     @property
     def split(self) -> Split:
-        """The half of the world a scene belongs to: a function of its content alone, hence no content is ever on both sides."""
+        """The half of the world a scene belongs to: a function of its content alone, hence no content is ever on both
+        sides."""
         return "heldout" if hashlib.sha256(self.key.encode()).digest()[0] < 64 else "train"
 
     def has(self, color: str, shape: str) -> bool:
         return any(item.color == color and item.kind == shape for item in self.items)
 
     def to_json(self) -> dict:
-        items = [{"kind": item.kind, "cell": item.cell, "color": item.color, "number": item.number} for item in self.items]
+        items = [
+            {"kind": item.kind, "cell": item.cell, "color": item.color, "number": item.number} for item in self.items
+        ]
         return {"items": items, "jitter": self.jitter}
 
     @classmethod
@@ -139,11 +146,14 @@ def _draw_kinds(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
 
 
 def sample_scene(rng: np.random.Generator, *, icon: bool | str = False, count: int | None = None) -> Scene:
-    """One random scene. `icon`: put a picture card on the board (a name picks which). `count`: number of shapes (1-4, with a card 0-2)."""
+    """One random scene. `icon`: put a picture card on the board (a name picks which). `count`: number of shapes (1-4,
+    with a card 0-2)."""
     if count is None:
         count = int(rng.integers(0, 3)) if icon else int(rng.integers(1, 5))
     cells = rng.permutation(9)
-    items = [Item(shape, int(cell), color) for (color, shape), cell in zip(_draw_kinds(rng, count), cells, strict=False)]
+    items = [
+        Item(shape, int(cell), color) for (color, shape), cell in zip(_draw_kinds(rng, count), cells, strict=False)
+    ]
     if icon:
         kind = icon if isinstance(icon, str) else ICONS[rng.integers(len(ICONS))]
         number = int(rng.choice(DIGITS)) if kind in ("card", "sign") else None
@@ -165,14 +175,18 @@ def scene_stream(seed: int, split: Split, *, icon: bool | str = False, unique: b
         yield scene
 
 
-def _polygon(center: tuple[float, float], radius: float, angles: list[float], radii: list[float]) -> list[tuple[float, float]]:
+def _polygon(
+    center: tuple[float, float], radius: float, angles: list[float], radii: list[float]
+) -> list[tuple[float, float]]:
     return [
         (center[0] + radius * r * float(np.cos(np.radians(a))), center[1] + radius * r * float(np.sin(np.radians(a))))
         for a, r in zip(angles, radii, strict=True)
     ]
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float, fill: tuple[int, ...]) -> None:
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float, fill: tuple[int, ...]
+) -> None:
     x, y = center
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
@@ -194,11 +208,16 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, floa
         raise ValueError(f"unknown shape {shape!r}; the world has {SHAPES}")
 
 
-def _draw_number(draw: ImageDraw.ImageDraw, number: int, left: float, top: float, pixel: int, fill: tuple[int, ...]) -> None:
+def _draw_number(
+    draw: ImageDraw.ImageDraw, number: int, left: float, top: float, pixel: int, fill: tuple[int, ...]
+) -> None:
     for r, row in enumerate(_DIGIT_ROWS[number]):
         for c, bit in enumerate(row):
             if bit == "1":
-                draw.rectangle((left + c * pixel, top + r * pixel, left + (c + 1) * pixel - 1, top + (r + 1) * pixel - 1), fill=fill)
+                draw.rectangle(
+                    (left + c * pixel, top + r * pixel, left + (c + 1) * pixel - 1, top + (r + 1) * pixel - 1),
+                    fill=fill,
+                )
 
 
 def _draw_icon(draw: ImageDraw.ImageDraw, item: Item, center: tuple[float, float], rng: np.random.Generator) -> None:
@@ -231,12 +250,15 @@ def _draw_icon(draw: ImageDraw.ImageDraw, item: Item, center: tuple[float, float
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an 84 x 84 RGB image: drawn at twice the size, with seeded offsets, sizes, tints and grain, then halved."""
+    """The scene as an 84 x 84 RGB image: drawn at twice the size, with seeded offsets, sizes, tints and grain, then
+    halved."""
     rng = np.random.default_rng(scene.jitter)
     background = tuple(int(v) for v in rng.integers(216, 236, size=3))
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), background)
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((0, 0, 2 * SIDE - 1, 2 * SIDE - 1), outline=(95, 85, 75), width=5)  # the frame tells where the board ends
+    draw.rectangle(
+        (0, 0, 2 * SIDE - 1, 2 * SIDE - 1), outline=(95, 85, 75), width=5
+    )  # the frame tells where the board ends
     for item in scene.items:
         offset = rng.uniform(-4, 4, size=2)
         center = ((item.cell % 3) * 56 + 28 + offset[0], (item.cell // 3) * 56 + 28 + offset[1])

@@ -1,7 +1,7 @@
 """The demo over several seeds, and one table of them: python -m silkie.demo.seeds OUT_DIR [SEED ...]
 
-Each seed draws its own preference prompts, samples and training order; base weights and held-out questions are the same. A seed whose
-`results.json` is there is not run again.
+Each seed draws its own preference prompts, samples and training order; base weights and held-out questions are the
+same. A seed whose `results.json` is there is not run again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def table(runs: Sequence[Mapping[str, Any]], mode: str) -> str:
         cells = []
         for policy in policies:
             values = [run["scores"][policy][mode][metric.key][0] for run in runs]
-            spread = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(runs) > 1 and max(values) > min(values) else ""
+            spread = (
+                f" [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+                if len(runs) > 1 and max(values) > min(values)
+                else ""
+            )
             cells.append(f"{sum(values) / len(values):.{digits}f}{spread}")
         arrow = {1: " ↑", -1: " ↓", 0: ""}[metric.better]
         lines.append(f"| {metric.title}{arrow} | " + " | ".join(cells) + " |")
@@ -46,7 +50,10 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     """Markdown with the tables of both decodings."""
     seeds = ", ".join(str(run["seed"]) for run in runs)
     pairs = " / ".join(str(run["pairs"]) for run in runs)
-    parts = [f"Seeds {seeds}; {pairs} pairs. Mean over the seeds, smallest and largest in brackets; the base is the same for all."]
+    parts = [
+        f"Seeds {seeds}; {pairs} pairs. Mean over the seeds, smallest and largest in brackets; the base is the same for"
+        " all."
+    ]
     parts += [f"### {mode}\n\n{table(runs, mode)}" for mode in ("greedy", "T=1")]
     return "\n\n".join(parts) + "\n"
 

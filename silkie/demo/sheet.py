@@ -1,4 +1,5 @@
-"""What the demo leaves behind: a Markdown table, a picture, and the report page with the answers of base and trained model side by side."""
+"""What the demo leaves behind: a Markdown table, a picture, and the report page with the answers of base and trained
+model side by side."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from silkie.demo.data import DemoItem
 from silkie.demo.metrics import METRICS, Metric
 from silkie.demo.page import demo_report
 from silkie.demo.scenes import render
-from silkie.evaluation.stats import Estimate
 from silkie.report import build_report
+from silkie.stats import Estimate
 
 if TYPE_CHECKING:
     from silkie.demo.loop import Summary
@@ -31,12 +32,14 @@ def write_sheets(
 ) -> None:
     """`table.md`, the report page `demo.html`, and `demo.png` where matplotlib is installed. Sets `summary.table`.
 
-    `log_history` (of the DPO trainer) gives the page its curves, `configuration` (section -> option -> value) its table of options.
-    """
+    `log_history` (of the DPO trainer) gives the page its curves, `configuration` (section -> option -> value) its table
+    of options."""
     summary.table = markdown(summary)
     (output / "table.md").write_text(summary.table, encoding="utf-8")
     shown = examples(test)
-    build_report(demo_report(summary, test, answers, log_history=log_history, configuration=configuration), output / "demo.html")
+    build_report(
+        demo_report(summary, test, answers, log_history=log_history, configuration=configuration), output / "demo.html"
+    )
     picture(summary, test, answers, shown[:6], output / "demo.png")
 
 
@@ -45,11 +48,20 @@ def markdown(summary: Summary) -> str:
     lines = [
         f"# The demo, seed {summary.seed}",
         "",
-        f"{summary.groups} preference groups, {summary.pairs} pairs. Held-out scenes; 95 % bootstrap intervals over images.",
+        (
+            f"{summary.groups} preference groups, {summary.pairs} pairs. Held-out scenes; 95 % bootstrap intervals over"
+            " images."
+        ),
     ]
     for mode in next(iter(summary.scores.values())):
         policies = list(summary.scores)
-        lines += ["", f"## {mode}", "", "| | " + " | ".join(summary.titles[p] for p in policies) + " |", "|---" * (1 + len(policies)) + "|"]
+        lines += [
+            "",
+            f"## {mode}",
+            "",
+            "| | " + " | ".join(summary.titles[p] for p in policies) + " |",
+            "|---" * (1 + len(policies)) + "|",
+        ]
         for metric in METRICS:
             cells = [_cell(summary.scores[p][mode][metric.key], metric) for p in policies]
             lines.append(f"| {metric.title}{_arrow(metric)} | " + " | ".join(cells) + " |")
@@ -67,7 +79,8 @@ def _cell(value: Estimate, metric: Metric) -> str:
 
 
 def examples(test: Sequence[DemoItem], per_kind: int = 4) -> list[int]:
-    """Indices of items to show: evenly spaced over every benchmark's items, chosen without looking at the answers; kinds alternate."""
+    """Indices of items to show: evenly spaced over every benchmark's items, chosen without looking at the answers;
+    kinds alternate."""
     columns = []
     for benchmark in ("chair", "mme", "redteam", "pope"):
         own = [k for k, item in enumerate(test) if item.benchmark == benchmark]
@@ -81,7 +94,8 @@ def _right(item: DemoItem, answer: str) -> bool:
 
 
 def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int], path: Path) -> None:
-    """Bars of base and trained model above images with both answers. Left out, with a line that says so, without matplotlib."""
+    """Bars of base and trained model above images with both answers. Left out, with a line that says so, without
+    matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -96,7 +110,15 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
             values = [summary.scores[policy][mode][key] for key in BARS]
             errors = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
             places = [k + 0.38 * offset for k in range(len(BARS))]
-            axis.barh(places, [v.mean for v in values], 0.36, xerr=errors, color=color, label=summary.titles[policy], error_kw={"lw": 1})
+            axis.barh(
+                places,
+                [v.mean for v in values],
+                0.36,
+                xerr=errors,
+                color=color,
+                label=summary.titles[policy],
+                error_kw={"lw": 1},
+            )
         axis.set_yticks([k + 0.19 for k in range(len(BARS))], [titles[key] for key in BARS])
         axis.invert_yaxis()
         axis.set(title=mode, xlim=(0, 1))
@@ -111,7 +133,14 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
         for line, policy in enumerate(("base", "dpo")):
             answer = answers[policy]["greedy"][k]
             color = "#1d7a33" if _right(item, answer) else "#b3261e"
-            axis.text(1.12, 0.76 - 0.42 * line, f"{summary.titles[policy]}: {_wrapped(answer)}", va="top", color=color, fontsize=7.5)
+            axis.text(
+                1.12,
+                0.76 - 0.42 * line,
+                f"{summary.titles[policy]}: {_wrapped(answer)}",
+                va="top",
+                color=color,
+                fontsize=7.5,
+            )
     figure.savefig(path, dpi=130)
 
 

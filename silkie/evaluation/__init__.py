@@ -1,13 +1,13 @@
 """Benchmarks for vision-language models: run, score, compare.
 
-`silkie.evaluation.stats` imports nothing but numpy; the scorers need no model. `run` and the trainer callback load torch and transformers
-when called.
+`silkie.stats` imports nothing but numpy; the scorers need no model. `run` and the trainer callback load torch and
+transformers when called.
 """
 
 from silkie.evaluation.records import Question, ResultError
 from silkie.evaluation.registry import BENCHMARKS, Benchmark, get_benchmark
 from silkie.evaluation.scoring import Item, Score
-from silkie.evaluation.stats import bootstrap_mean, mcnemar_exact, paired_bootstrap, paired_permutation, wilson_interval
+from silkie.stats import bootstrap_mean, mcnemar_exact, paired_bootstrap, paired_permutation, wilson_interval
 
 __all__ = [
     "BENCHMARKS",

@@ -20,12 +20,15 @@ NAMES = ", ".join(BENCHMARKS)
 
 LAYOUTS = """results that are read:
   mme      folder of <subtask>.txt (or one of them): image TAB question TAB Yes|No TAB answer, two lines per image
-  pope     JSONL or JSON list with `answer` and `label`; or without labels, beside or with --annotations their question file;
+  pope     JSONL or JSON list with `answer` and `label`; or without labels, beside or with --annotations their file;
            or a folder of such files, one each for random, popular, adversarial
-  amber    JSON list of {id, response}; annotations.json, relation.json and safe_words.txt beside it or with --annotations FOLDER
+  amber    JSON list of {id, response}; annotations.json, relation.json and safe_words.txt beside it or with
+           --annotations FOLDER
   chair    JSONL with `answer` and `objects`
-  mmhal    JSON list or JSONL with `rating` (0-6) or the judge's reply (`judge`, `gpt_evaluation`), or the official list of completions
-  mmvet    the official grade file (id -> {"score": [...]}), or records with `score`; mm-vet.json beside it or with --annotations
+  mmhal    JSON list or JSONL with `rating` (0-6) or the judge's reply (`judge`, `gpt_evaluation`), or the official
+           list of completions
+  mmvet    the official grade file (id -> {"score": [...]}), or records with `score`; mm-vet.json beside it or with
+           --annotations
   redteam  JSONL with `answer` and `expected` (refuse | answer)
   .yaml    JSONL with `answer` (yesno, exact) or `rating` / `judge` (judge), and `label` or an `id` of the questions
 
@@ -34,7 +37,8 @@ A line that cannot be scored ends the command with status 2 and `error: FILE:LIN
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m silkie.evaluation", description="Benchmarks of vision-language models: run, judge, score, compare."
+        prog="python -m silkie.evaluation",
+        description="Benchmarks of vision-language models: run, judge, score, compare.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     which = f"{NAMES}; or the path of a YAML definition (also as --benchmark NAME)"
@@ -44,8 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--data", help="folder of the benchmark's release (for a YAML definition: default its own folder)")
     run.add_argument("--out", required=True, help="results file (JSONL)")
     run.add_argument("--adapter", help="LoRA adapter directory (--model is then its base model)")
-    run.add_argument("--base-out", help="also answer with the adapter switched off (same weights, one load), into this file")
-    run.add_argument("--export", help="also write the answers in the benchmark's official layout to this file or folder")
+    run.add_argument(
+        "--base-out", help="also answer with the adapter switched off (same weights, one load), into this file"
+    )
+    run.add_argument(
+        "--export", help="also write the answers in the benchmark's official layout to this file or folder"
+    )
     run.add_argument("--limit", type=_at_least(1), help="only the first N questions")
     _answering_arguments(run)
     run.set_defaults(run=run_command)
@@ -59,24 +67,36 @@ def build_parser() -> argparse.ArgumentParser:
     judge.set_defaults(run=judge_command)
 
     score = commands.add_parser(
-        "score", help="the official numbers of a results file", epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter
+        "score",
+        help="the official numbers of a results file",
+        epilog=LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     score.add_argument("benchmark", help=which)
     score.add_argument(
         "results",
-        help="results file, or folder of results files, in the benchmark's official layout or as `run` wrote it (also as --results PATH)",
+        help=(
+            "results file, or folder of results files, in the benchmark's official layout or as `run` wrote it (also as"
+            " --results PATH)"
+        ),
     )
     score.add_argument(
-        "--annotations", "--questions", help="questions or annotations of the benchmark (default: in the results, or searched beside them)"
+        "--annotations",
+        "--questions",
+        help="questions or annotations of the benchmark (default: in the results, or searched beside them)",
     )
     score.add_argument("--json", action="store_true", help="print JSON")
     score.add_argument("--items", metavar="FILE", help="write every question with how it was read and scored (JSONL)")
     score.set_defaults(run=score_command)
 
-    compare = commands.add_parser("compare", help="two results files on the same questions: differences B - A, intervals, flips")
+    compare = commands.add_parser(
+        "compare", help="two results files on the same questions: differences B - A, intervals, flips"
+    )
     compare.add_argument("a", help="results of the reference (the base model)")
     compare.add_argument("b", help="results of the other (the trained model)")
-    compare.add_argument("--benchmark", help=f"{NAMES}; or the path of a YAML definition (default: the one noted in the results)")
+    compare.add_argument(
+        "--benchmark", help=f"{NAMES}; or the path of a YAML definition (default: the one noted in the results)"
+    )
     compare.add_argument("--annotations", "--questions", help="as for score")
     compare.add_argument("--only-common", action="store_true", help="compare the questions that both have")
     compare.add_argument("--json", action="store_true", help="print JSON")
@@ -88,16 +108,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _answering_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="model directory or hub name; with --base-url the name that the endpoint knows it by"
-    )
-    parser.add_argument("--base-url", help="answer through an OpenAI-compatible endpoint, for example http://localhost:8000/v1")
-    parser.add_argument(
-        "--key-variable", help="environment variable with the endpoint's key (default: SILKIE_API_KEY, then OPENAI_API_KEY)"
+        "--model",
+        required=True,
+        help="model directory or hub name; with --base-url the name that the endpoint knows it by",
     )
     parser.add_argument(
-        "--batch-size", type=_at_least(1), default=8, help="questions at a time; calls in flight with --base-url (default 8)"
+        "--base-url", help="answer through an OpenAI-compatible endpoint, for example http://localhost:8000/v1"
     )
-    parser.add_argument("--workers", type=_at_least(0), default=2, help="processes that decode images ahead (default 2)")
+    parser.add_argument(
+        "--key-variable",
+        help="environment variable with the endpoint's key (default: SILKIE_API_KEY, then OPENAI_API_KEY)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=8,
+        help="questions at a time; calls in flight with --base-url (default 8)",
+    )
+    parser.add_argument(
+        "--workers", type=_at_least(0), default=2, help="processes that decode images ahead (default 2)"
+    )
     parser.add_argument("--max-new-tokens", type=_at_least(1), help="default: the benchmark's own")
     parser.add_argument("--temperature", type=_between(0.0, 100.0), default=0.0, help="0 decodes greedily (default 0)")
     parser.add_argument("--top-p", type=_between(1e-6, 1.0), default=1.0, help="only with a temperature (default 1)")
@@ -136,7 +166,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     from silkie.evaluation.run import answer_tasks, question_tasks
 
     benchmark = get_benchmark(arguments.benchmark)
-    data = arguments.data or (str(Path(arguments.benchmark).parent) if Path(arguments.benchmark).suffix in (".yaml", ".yml") else None)
+    data = arguments.data or (
+        str(Path(arguments.benchmark).parent) if Path(arguments.benchmark).suffix in (".yaml", ".yml") else None
+    )
     if data is None:
         raise ValueError(f"--data is missing: the folder of {benchmark.title}'s release.")
     if arguments.base_out and Path(arguments.base_out).resolve() == Path(arguments.out).resolve():
@@ -174,7 +206,11 @@ def judge_command(arguments: argparse.Namespace) -> int:
         raise ValueError("--out is the file of answers itself: the judge's replies need a file of their own.")
     tasks = judge_tasks(benchmark, arguments.results, arguments.images)
     arguments.adapter = arguments.base_out = None
-    settings = {"benchmark": arguments.benchmark, "results": str(Path(arguments.results).resolve()), **_settings(arguments, benchmark)}
+    settings = {
+        "benchmark": arguments.benchmark,
+        "results": str(Path(arguments.results).resolve()),
+        **_settings(arguments, benchmark),
+    }
     outputs = _answerers(arguments, benchmark)
     with closing_all(outputs.values()):
         answer_tasks(tasks, outputs, settings=settings, field="judge", **_loop_arguments(arguments))
@@ -203,7 +239,9 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
     name = arguments.benchmark or _noted_benchmark(arguments.b) or _noted_benchmark(arguments.a)
     if name is None:
-        raise ValueError(f"{arguments.b} does not say which benchmark it answers. Add --benchmark: {NAMES}, or a YAML definition.")
+        raise ValueError(
+            f"{arguments.b} does not say which benchmark it answers. Add --benchmark: {NAMES}, or a YAML definition."
+        )
     benchmark = get_benchmark(name)
     noted = read_meta(arguments.b).get("data")
     annotations = arguments.annotations or (noted if benchmark.name == "amber" else None)
@@ -212,11 +250,14 @@ def compare_command(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from silkie.report import write_comparison
 
-        print(
-            f"page: {write_comparison(comparison, arguments.html, image_root=arguments.images or noted, names=(arguments.a, arguments.b))}",
-            file=sys.stderr,
-        )
-    print(json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) if arguments.json else comparison_text(comparison))
+        names = (arguments.a, arguments.b)
+        page = write_comparison(comparison, arguments.html, image_root=arguments.images or noted, names=names)
+        print(f"page: {page}", file=sys.stderr)
+    print(
+        json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+        if arguments.json
+        else comparison_text(comparison)
+    )
     return 0
 
 
@@ -237,11 +278,15 @@ def _noted_benchmark(results: str) -> str | None:
 def _settings(arguments: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
     """What determines the answers, besides the questions."""
     names = ("model", "base_url", "adapter", "temperature", "top_p", "system", "dtype")
-    return {name: getattr(arguments, name) for name in names} | {"max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens}
+    return {name: getattr(arguments, name) for name in names} | {
+        "max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens
+    }
 
 
 def _loop_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("batch_size", "workers", "seed", "overwrite")} | {"progress": not arguments.quiet}
+    return {name: getattr(arguments, name) for name in ("batch_size", "workers", "seed", "overwrite")} | {
+        "progress": not arguments.quiet
+    }
 
 
 def _answerers(arguments: argparse.Namespace, benchmark: Benchmark) -> dict[str | Path, Any]:
@@ -254,10 +299,16 @@ def _answerers(arguments: argparse.Namespace, benchmark: Benchmark) -> dict[str 
         "system": arguments.system,
     }
     if arguments.base_url:
-        return {arguments.out: EndpointAnswerer(arguments.base_url, arguments.model, key_variable=arguments.key_variable, **generation)}
+        return {
+            arguments.out: EndpointAnswerer(
+                arguments.base_url, arguments.model, key_variable=arguments.key_variable, **generation
+            )
+        }
     from silkie.inference import load_policy
 
-    source = {"path": arguments.adapter, "base_model": arguments.model} if arguments.adapter else {"path": arguments.model}
+    source = (
+        {"path": arguments.adapter, "base_model": arguments.model} if arguments.adapter else {"path": arguments.model}
+    )
     model, processor = load_policy(**source, dtype=arguments.dtype, device=arguments.device)
     outputs: dict[str | Path, Any] = {arguments.out: LocalAnswerer(model, processor, **generation)}
     if arguments.base_out:
@@ -276,11 +327,14 @@ def closing_all(answerers: Iterable[Any]) -> ExitStack:
 def _check_writable(outputs: dict[str | Path, Any]) -> None:
     for file in outputs:
         if Path(file).is_dir():
-            raise ValueError(f"{file} is a folder; expected the name of a results file, such as {Path(file) / 'answers.jsonl'}.")
+            raise ValueError(
+                f"{file} is a folder; expected the name of a results file, such as {Path(file) / 'answers.jsonl'}."
+            )
 
 
 def _named_first(argv: list[str]) -> list[str]:
-    """`--benchmark NAME` and `--results PATH` put where the positional arguments stand (`compare` has a --benchmark of its own)."""
+    """`--benchmark NAME` and `--results PATH` put where the positional arguments stand (`compare` has a --benchmark of
+    its own)."""
     if not argv or argv[0] not in ("run", "judge", "score"):
         return argv
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -11,7 +11,8 @@ __all__ = ["Answerer", "AnswererError", "EndpointAnswerer", "LocalAnswerer"]
 
 
 class AnswererError(RuntimeError):
-    """No answers can be had for now; the answers written so far stand, and running the same command again goes on from them."""
+    """No answers can be had for now; the answers written so far stand, and running the same command again goes on from
+    them."""
 
 
 class Answerer(Protocol):
@@ -47,7 +48,8 @@ class LocalAnswerer:
     ) -> None:
         if not use_adapter and not hasattr(model, "disable_adapter"):
             raise ValueError(
-                "The model has no adapter to switch off. Give an adapter directory, or ask for the base answers of a plain model."
+                "The model has no adapter to switch off. Give an adapter directory, or ask for the base answers of a"
+                " plain model."
             )
         self.model, self.processor, self.use_adapter, self.system = model, processor, use_adapter, system
         self.generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -55,7 +57,9 @@ class LocalAnswerer:
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]:
         from silkie.inference import generate
 
-        conversations = [conversation(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)]
+        conversations = [
+            conversation(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)
+        ]
         with nullcontext() if self.use_adapter else self.model.disable_adapter():
             texts = generate(
                 self.model,
@@ -73,10 +77,11 @@ class LocalAnswerer:
 
 
 class EndpointAnswerer:
-    """A model behind an OpenAI-compatible endpoint; the questions of a batch go out together. The key comes from the environment.
+    """A model behind an OpenAI-compatible endpoint; the questions of a batch go out together. The key comes from the
+    environment.
 
-    An answer that the endpoint declines, or that is empty, is the empty string: it is scored as such. A server that cannot be reached
-    stops the run; running the command again resumes it.
+    An answer that the endpoint declines, or that is empty, is the empty string: it is scored as such. A server that
+    cannot be reached stops the run; running the command again resumes it.
     """
 
     wants_pixels = False
@@ -93,7 +98,7 @@ class EndpointAnswerer:
         timeout: float = 120.0,
         key_variable: str | None = None,
     ) -> None:
-        from silkie.feedback.endpoint import Endpoint
+        from silkie.endpoint.client import Endpoint
 
         self.endpoint = Endpoint(base_url, model, timeout=timeout, key_variable=key_variable)
         self.generation = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -107,14 +112,17 @@ class EndpointAnswerer:
         try:
             return self._runner.run(self._answer_all(prompts, images, seed))
         except (AnswerError, ItemError, StopRun) as error:
-            raise AnswererError(f"{error}. The answers so far are kept; run the same command again to go on.") from error
+            raise AnswererError(
+                f"{error}. The answers so far are kept; run the same command again to go on."
+            ) from error
 
     def close(self) -> None:
         self._runner.run(self.endpoint.close())
         self._runner.close()
 
     async def _answer_all(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], seed: int) -> list[str]:
-        # every call is waited for before an error ends the batch: none is left in flight, to be answered and paid after the run
+        # every call is waited for before an error ends the batch: none is left in flight, to be answered and paid after
+        # the run
         calls = (self._one(prompt, own, seed) for prompt, own in zip(prompts, images, strict=True))
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
@@ -123,10 +131,12 @@ class EndpointAnswerer:
         return [answer for answer in answers if isinstance(answer, str)]
 
     async def _one(self, prompt: str, images: Sequence[Any], seed: int) -> str:
+        from silkie.endpoint.media import data_url
         from silkie.feedback.items import AnswerError
-        from silkie.feedback.media import data_url
 
-        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
+        ]
         content.append({"type": "text", "text": prompt})
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": content if images else prompt})

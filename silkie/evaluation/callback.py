@@ -1,4 +1,5 @@
-"""Benchmarks while training: every N steps the policy answers chosen question sets, and their scores are logged with the other metrics."""
+"""Benchmarks while training: every N steps the policy answers chosen question sets, and their scores are logged with
+the other metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def parse_benchmarks(entries: Mapping[str, str] | Sequence[str]) -> dict[str, st
         name, equals, folder = entry.partition("=")
         if not equals and not name.endswith((".yaml", ".yml")):
             raise ValueError(
-                f"benchmark {entry!r}: expected 'name=folder of its data', such as 'pope=data/pope', or the path of a YAML definition."
+                f"benchmark {entry!r}: expected 'name=folder of its data', such as 'pope=data/pope', or the path of a"
+                " YAML definition."
             )
         parsed[name] = folder or str(Path(name).parent)
     return parsed
@@ -47,8 +49,8 @@ def parse_benchmarks(entries: Mapping[str, str] | Sequence[str]) -> dict[str, st
 class BenchmarkCallback(TrainerCallback):
     """Runs rule-scored benchmarks every N steps and after the last one.
 
-    Scores are logged through `trainer.log` as `eval_<benchmark>_<metric>`. Training is not disturbed: the random state is put back
-    afterwards. All ranks answer, each its share.
+    Scores are logged through `trainer.log` as `eval_<benchmark>_<metric>`. Training is not disturbed: the random state
+    is put back afterwards. All ranks answer, each its share.
 
     Args:
         benchmarks: name -> data folder, or a list of "name=folder" (see `parse_benchmarks`).
@@ -86,13 +88,16 @@ class BenchmarkCallback(TrainerCallback):
             benchmark = get_benchmark(name)
             if benchmark.judge_prompt is not None:
                 raise ValueError(
-                    f"{name} needs a judge and cannot run during training. Use `python -m silkie.evaluation run` on the checkpoints."
+                    f"{name} needs a judge and cannot run during training. Use `python -m silkie.evaluation run` on the"
+                    " checkpoints."
                 )
             tasks = question_tasks(benchmark, benchmark.load_questions(folder), folder)
             self.sets.append((benchmark, folder, _spread(tasks, limit)))
         self._last_step = -1
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer is None:
             raise ValueError("BenchmarkCallback has no trainer: set callback.trainer = trainer before trainer.train().")
         if self.at_start and state.global_step == 0:
@@ -102,7 +107,9 @@ class BenchmarkCallback(TrainerCallback):
         if state.global_step % self.every_n_steps == 0:
             self.evaluate(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step != self._last_step:
             self.evaluate(state.global_step)
 
@@ -125,7 +132,8 @@ class BenchmarkCallback(TrainerCallback):
         return logs
 
     def _answers(self, benchmark: Benchmark, tasks: list[Task]) -> list[dict[str, Any]]:
-        """Every rank answers its share (padded: under ZeRO-3 and FSDP all ranks must generate equally often); all get all records."""
+        """Every rank answers its share (padded: under ZeRO-3 and FSDP all ranks must generate equally often); all get
+        all records."""
         from trl.models.utils import unwrap_model_for_generation
 
         from silkie.data.images import open_image
@@ -140,7 +148,9 @@ class BenchmarkCallback(TrainerCallback):
             answerer = LocalAnswerer(model, trainer.processing_class, max_new_tokens=benchmark.max_new_tokens)
             for start in range(0, len(own), self.batch_size):
                 batch = own[start : start + self.batch_size]
-                images = [[open_image(path, where=f"question {task.record['id']}") for path in task.images] for task in batch]
+                images = [
+                    [open_image(path, where=f"question {task.record['id']}") for path in task.images] for task in batch
+                ]
                 texts = answerer.answer([task.prompt for task in batch], images, seed=self.seed)
                 records += [{**task.record, "answer": text} for task, text in zip(batch, texts, strict=True)]
         every = gather_object(records) if ranks > 1 else records
@@ -175,7 +185,8 @@ class BenchmarkCallback(TrainerCallback):
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Generation seeds all generators; a training run must not depend on whether it was evaluated."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global generator is what other libraries draw from)
+    python = random.getstate()
+    numpy = np.random.get_state()  # noqa: NPY002 (the global generator is what other libraries draw from)
     try:
         with torch.random.fork_rng():
             yield

@@ -1,8 +1,8 @@
 """Two systems on the same questions: what changed, how sure that is, and which answers flipped.
 
-Intervals: paired bootstrap over images within strata, each metric recomputed from the resampled sums. p-values: the two systems' answers
-swapped at random per image (permutation), and McNemar's exact test on right / wrong. A difference is b - a.
-"""
+Intervals: paired bootstrap over images within strata, each metric recomputed from the resampled sums. p-values: the two
+systems' answers swapped at random per image (permutation), and McNemar's exact test on right / wrong. A difference is b
+- a."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from silkie.evaluation.intervals import resampled_sums
 from silkie.evaluation.scoring import Array, Item, Score, Table, Totals
-from silkie.evaluation.stats import holm, mcnemar_exact, percentile_interval
+from silkie.stats import holm, mcnemar_exact, percentile_interval
 
 __all__ = ["Comparison", "MetricDifference", "compare_scores"]
 
@@ -57,7 +57,11 @@ class Comparison:
         if flips:
             for name, pairs in (("fixed", self.fixed), ("broken", self.broken)):
                 result["flips"][f"{name}_questions"] = [
-                    {**{k: v for k, v in b.to_dict().items() if k != "answer"}, "answer_a": a.answer, "answer_b": b.answer}
+                    {
+                        **{k: v for k, v in b.to_dict().items() if k != "answer"},
+                        "answer_a": a.answer,
+                        "answer_b": b.answer,
+                    }
                     for a, b in pairs
                 ]
         return result
@@ -94,9 +98,16 @@ def compare_scores(
 
 
 def metric_differences(
-    a: Sequence[Item], b: Sequence[Item], totals: Totals, lower_is_better: frozenset[str], confidence: float, resamples: int, seed: int
+    a: Sequence[Item],
+    b: Sequence[Item],
+    totals: Totals,
+    lower_is_better: frozenset[str],
+    confidence: float,
+    resamples: int,
+    seed: int,
 ) -> list[MetricDifference]:
-    """Every metric's difference with its interval and permutation p-value. a and b: the same questions in the same order."""
+    """Every metric's difference with its interval and permutation p-value. a and b: the same questions in the same
+    order."""
     # A's images for both: the two files may write image names in different ways
     table_a, table_b = Table.of(a), Table.of(b, owners=a)
     strata = table_a.strata
@@ -162,8 +173,8 @@ def _aligned(a: Score, b: Score, only_common: bool) -> tuple[list[Item], list[It
         if not only_common:
             examples = ", ".join(repr(i) for i in (only_a + only_b)[:3])
             raise ValueError(
-                f"A and B answer different questions: {len(only_a)} only in A, {len(only_b)} only in B (such as {examples}). "
-                "Expected the same questions; --only-common compares those that both have."
+                f"A and B answer different questions: {len(only_a)} only in A, {len(only_b)} only in B (such as"
+                f" {examples}). Expected the same questions; --only-common compares those that both have."
             )
         lacking = {(i.stratum, i.cluster or i.id) for i in a.items if i.id not in by_id} | {
             (i.stratum, i.cluster or i.id) for i in b.items if i.id not in ids_a
@@ -176,7 +187,9 @@ def _aligned(a: Score, b: Score, only_common: bool) -> tuple[list[Item], list[It
 
 
 def _mcnemar(a: Sequence[Item], b: Sequence[Item]) -> float | None:
-    judged = [(x.correct, y.correct) for x, y in zip(a, b, strict=True) if x.correct is not None and y.correct is not None]
+    judged = [
+        (x.correct, y.correct) for x, y in zip(a, b, strict=True) if x.correct is not None and y.correct is not None
+    ]
     return mcnemar_exact(sum(x and not y for x, y in judged), sum(y and not x for x, y in judged)) if judged else None
 
 

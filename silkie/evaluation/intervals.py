@@ -1,4 +1,5 @@
-"""Bootstrap intervals of a whole score: images are resampled within strata, and every metric is recomputed from the resampled sums."""
+"""Bootstrap intervals of a whole score: images are resampled within strata, and every metric is recomputed from the
+resampled sums."""
 
 from __future__ import annotations
 
@@ -7,17 +8,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from silkie.evaluation.scoring import Array, Score, Table
-from silkie.evaluation.stats import multinomial_weights, percentile_interval
+from silkie.stats import multinomial_weights, percentile_interval
 
 __all__ = ["metric_intervals", "resampled_sums"]
 
 
-def metric_intervals(score: Score, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> dict[str, tuple[float, float]]:
+def metric_intervals(
+    score: Score, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
     """Interval (low, high) of every metric that the score has."""
     table = score.table()
     (sums,) = resampled_sums((table,), resamples, seed)
     drawn = score.totals(sums, table.strata)
-    return {name: percentile_interval(np.asarray(drawn[name]), confidence) for name, value in score.metrics.items() if value is not None}
+    return {
+        name: percentile_interval(np.asarray(drawn[name]), confidence)
+        for name, value in score.metrics.items()
+        if value is not None
+    }
 
 
 def resampled_sums(tables: Sequence[Table], resamples: int, seed: int) -> list[Array]:

@@ -1,5 +1,5 @@
-"""Have a judge rate answers that `run` wrote: the judge's reply is stored in the record's `judge` field, and `score` reads the rating out
-of it."""
+"""Have a judge rate answers that `run` wrote: the judge's reply is stored in the record's `judge` field, and `score`
+reads the rating out of it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ def judge_tasks(benchmark: Benchmark, results: str | Path, images: str | Path | 
     """A judging task per answer of a results file.
 
     Args:
-        images: folder that the records' image paths are relative to. Default: the data folder that `run` noted beside the results.
+        images: folder that the records' image paths are relative to. Default: the data folder that `run` noted beside
+            the results.
 
     Raises:
         ValueError: the benchmark needs no judge.
         ResultError: a record without an answer; with file and line.
     """
     if benchmark.judge_prompt is None:
-        raise ValueError(f"{benchmark.name} is scored by rule: it needs no judge. Use `score {benchmark.name} {results}`.")
+        raise ValueError(
+            f"{benchmark.name} is scored by rule: it needs no judge. Use `score {benchmark.name} {results}`."
+        )
     root = Path(images or read_meta(results).get("data") or Path(results).parent)
     tasks = []
     for record in read_records(results):

@@ -34,9 +34,8 @@ class ResultError(ValueError):
 class Question:
     """One benchmark question.
 
-    `images` are paths (absolute, or relative to the working directory); `label` is the expected answer where the benchmark has one;
-    `extra` travels unchanged into the results file (a judge or a scorer needs it there).
-    """
+    `images` are paths (absolute, or relative to the working directory); `label` is the expected answer where the
+    benchmark has one; `extra` travels unchanged into the results file (a judge or a scorer needs it there)."""
 
     id: str
     prompt: str
@@ -88,7 +87,8 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        # In POPE's question files the question is called `text`; in LLaVA's answer files `text` is the answer and `prompt` the question.
+        # In POPE's question files the question is called `text`; in LLaVA's answer files `text` is the answer and
+        # `prompt` the question.
         fallback = "" if any(self.data.get(n) is not None for n in PROMPT_FIELDS) else self.data.get("text", "")
         return str(self.find(PROMPT_FIELDS, fallback))
 
@@ -103,8 +103,8 @@ class Record:
 
 
 def answer_of(record: Record) -> str:
-    """The model's answer. LLaVA's answer files call it `text`; a question file without answers, whose `text` is the question, is an error
-    that says so."""
+    """The model's answer. LLaVA's answer files call it `text`; a question file without answers, whose `text` is the
+    question, is an error that says so."""
     if record.find(ANSWER_FIELDS) is not None:
         return record.text(ANSWER_FIELDS, "answer")
     text = record.data.get("text")
@@ -112,18 +112,22 @@ def answer_of(record: Record) -> str:
     alone = isinstance(text, str) and record.find(IMAGE_FIELDS) is None and not text.rstrip().endswith("?")
     if isinstance(text, str) and (alone or record.find(PROMPT_FIELDS) is not None):
         return text
-    raise record.error(f"no answer: found {record.fields}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`).")
+    raise record.error(
+        f"no answer: found {record.fields}, expected one of {list(ANSWER_FIELDS)} (or LLaVA's `prompt` + `text`)."
+    )
 
 
 def read_records(path: str | Path, *, key_field: str | None = None, text_field: str | None = None) -> list[Record]:
     """Read a JSONL file, a JSON list of objects, or (with `key_field`) a JSON object whose keys are ids.
 
     Args:
-        key_field: for an object of id -> value: the field that receives the id; a value that is not an object is put into `answer`.
+        key_field: for an object of id -> value: the field that receives the id; a value that is not an object is put
+            into `answer`.
         text_field: for a JSON list: the field that receives an element that is plain text.
 
     Raises:
-        ResultError: not there, empty, not UTF-8, not JSON (with the line), an element that is not an object, or an id twice in an object.
+        ResultError: not there, empty, not UTF-8, not JSON (with the line), an element that is not an object, or an id
+            twice in an object.
     """
     path = Path(path)
     text = read_text(path)
@@ -134,12 +138,15 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
         elements = list(_array(path, text))
         if not elements:
             raise ResultError(path, 1, "the list is empty; expected a JSON object per question.")
-        return [_as_record(path, line, {text_field: v} if text_field and isinstance(v, str) else v) for line, v in elements]
+        return [
+            _as_record(path, line, {text_field: v} if text_field and isinstance(v, str) else v) for line, v in elements
+        ]
     if key_field is not None and start == "{" and (mapping := _object(path, text)) is not None:
         if not mapping:
             raise ResultError(path, 1, "the object is empty; expected an entry per question.")
         return [
-            Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})}) for k, v in mapping.items()
+            Record(path, _line_of_key(text, k), {key_field: k, **(v if isinstance(v, dict) else {"answer": v})})
+            for k, v in mapping.items()
         ]
     if (single := _pretty_printed(path, text)) is not None:
         return [Record(path, 1, single)]
@@ -152,7 +159,10 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ResultError(
-                path, number, f"not a JSON object: {error.msg} at column {error.colno} of {line[:80]!r}. Expected one JSON object a line."
+                path,
+                number,
+                f"not a JSON object: {error.msg} at column {error.colno} of {line[:80]!r}. Expected one JSON object a"
+                " line.",
             ) from None
         records.append(_as_record(path, number, value))
     return records
@@ -167,15 +177,15 @@ def check_unique(records: Sequence[Record], key: str = "id") -> None:
             first = seen[identity]
             where = f"line {first.line}" if first.path == record.path else f"{first.path}:{first.line}"
             raise record.error(
-                f"the question with {key} {identity!r} was already answered at {where}. Expected one answer per question: remove one of "
-                "them."
+                f"the question with {key} {identity!r} was already answered at {where}. Expected one answer per"
+                " question: remove one of them."
             )
         seen[identity] = record
 
 
 def find_beside(results: Path, names: Sequence[str]) -> Path | None:
-    """A companion file (annotations, questions) in the folder of the results, its parent, or their `data` / `annotations` / `questions`
-    folders."""
+    """A companion file (annotations, questions) in the folder of the results, its parent, or their `data` /
+    `annotations` / `questions` folders."""
     folder = results if results.is_dir() else results.parent
     for base in (folder, folder.parent):
         for sub in ("", "data", "annotations", "questions"):
@@ -198,7 +208,9 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ResultError(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a UTF-8 file.") from None
+        raise ResultError(
+            path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a UTF-8 file."
+        ) from None
 
 
 def _as_record(path: Path, line: int, value: Any) -> Record:
@@ -210,7 +222,10 @@ def _as_record(path: Path, line: int, value: Any) -> Record:
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON list and the line each one starts on (json.loads alone would lose the lines)."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
-    line, counted = 1, 0  # lines are counted up to `counted`: counting from the start for every element would be quadratic
+    line, counted = (
+        1,
+        0,
+    )  # lines are counted up to `counted`: counting from the start for every element would be quadratic
     expect_value = False  # after a comma
     while True:
         position = _skip_space(text, position)
@@ -218,7 +233,9 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             behind = _skip_space(text, position + 1)
             if behind < len(text):
                 raise ResultError(
-                    path, text.count("\n", 0, behind) + 1, f"text behind the end of the list: {text[behind : behind + 80]!r}."
+                    path,
+                    text.count("\n", 0, behind) + 1,
+                    f"text behind the end of the list: {text[behind : behind + 80]!r}.",
                 )
             return
         line, counted = line + text.count("\n", counted, position), position
@@ -252,7 +269,11 @@ def _object(path: Path, text: str) -> dict[str, Any] | None:
         value = dict(pairs)
         if len(value) < len(pairs):
             key = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ResultError(path, _line_of_key(text, key, last=True), f"the key {key!r} occurs twice. Remove one of the two entries.")
+            raise ResultError(
+                path,
+                _line_of_key(text, key, last=True),
+                f"the key {key!r} occurs twice. Remove one of the two entries.",
+            )
         return value
 
     try:

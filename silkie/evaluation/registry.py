@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from silkie.evaluation import amber, chair, mme, mmhal, mmvet, pope, redteam
+from silkie.evaluation.benchmarks import amber, chair, mme, mmhal, mmvet, pope, redteam
 from silkie.evaluation.records import Question
 from silkie.evaluation.scoring import Score
 
@@ -107,10 +107,12 @@ def get_benchmark(name: str) -> Benchmark:
         ValueError: neither; the message lists what there is.
     """
     if name.endswith((".yaml", ".yml")):
-        from silkie.evaluation.generic import load_definition
+        from silkie.evaluation.benchmarks.generic import load_definition
 
         return load_definition(name)
     known = BENCHMARKS.get(name.lower().replace("-", "").replace("_", "").replace("bench", ""))
     if known is None:
-        raise ValueError(f"Unknown benchmark {name!r}. Expected one of {', '.join(BENCHMARKS)}, or the path of a YAML definition.")
+        raise ValueError(
+            f"Unknown benchmark {name!r}. Expected one of {', '.join(BENCHMARKS)}, or the path of a YAML definition."
+        )
     return known

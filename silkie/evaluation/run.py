@@ -1,8 +1,8 @@
 """Ask a model a benchmark's questions and write its answers: batched, resumable, the same file every time.
 
-The questions are cut into batches once, in their order; a results file grows by whole batches. A run that was cut off is continued after
-its last whole batch, with the same batches and seeds, so that the finished file equals, byte for byte, that of a run that was never cut
-off.
+The questions are cut into batches once, in their order; a results file grows by whole batches. A run that was cut off
+is continued after its last whole batch, with the same batches and seeds, so that the finished file equals, byte for
+byte, that of a run that was never cut off.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def answer_tasks(
 
     Args:
         outputs: results file -> who answers. A batch's images are decoded once for all of them.
-        settings: what determined the answers (model, data, generation ...); stored in FILE.meta.json. A run is continued only with equal
-            settings.
+        settings: what determined the answers (model, data, generation ...); stored in FILE.meta.json. A run is
+            continued only with equal settings.
         workers: processes that decode images ahead; 0 decodes in this one.
         field: the field of the record that receives the answer (`judge` for judges).
         overwrite: start over instead of continuing.
@@ -98,7 +98,14 @@ def answer_tasks(
 
     if not tasks:
         raise ValueError("There are no questions to answer.")
-    full = {**settings, "batch_size": batch_size, "seed": seed, "field": field, "questions": len(tasks), "fingerprint": _fingerprint(tasks)}
+    full = {
+        **settings,
+        "batch_size": batch_size,
+        "seed": seed,
+        "field": field,
+        "questions": len(tasks),
+        "fingerprint": _fingerprint(tasks),
+    }
     done = {Path(file): _prepare(Path(file), tasks, full, batch_size, overwrite) for file in outputs}
     answerers = {Path(file): answerer for file, answerer in outputs.items()}
     first = min(done.values())
@@ -108,7 +115,9 @@ def answer_tasks(
     pixels = any(answerer.wants_pixels for answerer in answerers.values())
     with ExitStack() as stack:
         files = {file: stack.enter_context(file.open("a", encoding="utf-8", newline="\n")) for file in answerers}
-        bar = stack.enter_context(tqdm(total=len(tasks), initial=first, unit="question", disable=not progress, smoothing=0.1))
+        bar = stack.enter_context(
+            tqdm(total=len(tasks), initial=first, unit="question", disable=not progress, smoothing=0.1)
+        )
         for rows, decoded in zip(batches, _decoded(tasks, batches, workers if pixels else 0, pixels), strict=True):
             own = [tasks[i] for i in rows]
             for file, answerer in answerers.items():
@@ -116,9 +125,12 @@ def answer_tasks(
                     continue
                 images: Sequence[Sequence[Any]] = decoded if answerer.wants_pixels else [task.images for task in own]
                 # a text-only and an image half of a batch take two seeds
-                answers = answerer.answer([task.prompt for task in own], images, seed=seed + 2 * (rows.start // batch_size))
+                answers = answerer.answer(
+                    [task.prompt for task in own], images, seed=seed + 2 * (rows.start // batch_size)
+                )
                 lines = [
-                    json.dumps({**task.record, field: text}, ensure_ascii=False) + "\n" for task, text in zip(own, answers, strict=True)
+                    json.dumps({**task.record, field: text}, ensure_ascii=False) + "\n"
+                    for task, text in zip(own, answers, strict=True)
                 ]
                 files[file].write("".join(lines))
                 files[file].flush()
@@ -143,17 +155,22 @@ def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_
     if file.exists() and not overwrite:
         if not meta.is_file():
             raise ResultError(
-                file, None, f"exists, but {meta.name} does not: it was not written by `run`. Choose another file, or --overwrite."
+                file,
+                None,
+                f"exists, but {meta.name} does not: it was not written by `run`. Choose another file, or --overwrite.",
             )
         before = json.loads(meta.read_text(encoding="utf-8"))
         plain = json.loads(json.dumps(settings))
         if different := sorted(key for key in plain.keys() | before.keys() if plain.get(key) != before.get(key)):
             shown = "; ".join(f"{key}: {before.get(key)!r} then, {plain.get(key)!r} now" for key in different[:4])
             raise ResultError(
-                file, None, f"was begun with other settings ({shown}). Choose another file, use the same settings, or --overwrite."
+                file,
+                None,
+                f"was begun with other settings ({shown}). Choose another file, use the same settings, or --overwrite.",
             )
         return _cut_to_whole_batches(file, tasks, batch_size)
-    # the answers last: a run that is killed between these lines is begun again, not refused or continued with other settings
+    # the answers last: a run that is killed between these lines is begun again, not refused or continued with other
+    # settings
     file.unlink(missing_ok=True)
     meta.write_text(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     file.touch()
@@ -167,7 +184,9 @@ def _cut_to_whole_batches(file: Path, tasks: Sequence[Task], batch_size: int) ->
         try:
             identity = json.loads(line)["id"]
         except (ValueError, KeyError, TypeError):
-            raise ResultError(file, number, "not an answer that `run` wrote. Repair or remove the file, or --overwrite.") from None
+            raise ResultError(
+                file, number, "not an answer that `run` wrote. Repair or remove the file, or --overwrite."
+            ) from None
         if identity != task.record["id"]:
             raise ResultError(file, number, f"answers question {identity!r}, expected {task.record['id']!r}.")
     if len(lines) > len(tasks):
@@ -190,7 +209,8 @@ class _Batches:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> list[list[Any]] | Exception:
-        """An image that cannot be read is handed over, not raised: a DataLoader would bury the message under a worker's traceback."""
+        """An image that cannot be read is handed over, not raised: a DataLoader would bury the message under a worker's
+        traceback."""
         from silkie.data.images import ImageError, open_image
 
         own = [self.tasks[i] for i in self.batches[index]]
@@ -224,7 +244,8 @@ def _decoded(tasks: Sequence[Task], batches: Sequence[range], workers: int, pixe
 
 
 def _end_with_parent(worker: int) -> None:
-    """A worker of a killed run ends too. Torch's own check does not run while decoded images wait in a pipe that nobody reads any more."""
+    """A worker of a killed run ends too. Torch's own check does not run while decoded images wait in a pipe that nobody
+    reads any more."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -239,7 +260,9 @@ def _fingerprint(tasks: Sequence[Task]) -> str:
     """Changes when a question, its order or its image's name changes."""
     digest = hashlib.sha256()
     for task in tasks:
-        digest.update(json.dumps([task.record, task.prompt, [Path(image).name for image in task.images]], sort_keys=True).encode())
+        digest.update(
+            json.dumps([task.record, task.prompt, [Path(image).name for image in task.images]], sort_keys=True).encode()
+        )
     return digest.hexdigest()[:16]
 
 

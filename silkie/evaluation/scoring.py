@@ -1,8 +1,8 @@
 """The score of a results file, and the sums it is made of.
 
-Every official number here is a function of SUMS over questions (right answers, image pairs right, true positives, rating points ...). So a
-benchmark says what each question adds (`Item.counts`), and how sums become metrics (`rates`); the point estimate, a category's row and
-every bootstrap resample then come from the same formula.
+Every official number here is a function of SUMS over questions (right answers, image pairs right, true positives,
+rating points ...). So a benchmark says what each question adds (`Item.counts`), and how sums become metrics (`rates`);
+the point estimate, a category's row and every bootstrap resample then come from the same formula.
 
 Legend: N questions, U clusters (images), S strata (subtasks scored apart), C counts.
 """
@@ -28,8 +28,8 @@ Totals = Callable[[Array, Sequence[str]], dict[str, Array]]
 
 @dataclass(slots=True, kw_only=True)
 class Item:
-    """One scored question. `value` is what a paired comparison compares (0/1, a rating, a share); `counts` are its additions to the
-    sums."""
+    """One scored question. `value` is what a paired comparison compares (0/1, a rating, a share); `counts` are its
+    additions to the sums."""
 
     id: str
     answer: str
@@ -46,7 +46,11 @@ class Item:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if v not in (None, "", ()) and k not in ("counts", "cluster", "stratum")}
+        return {
+            k: v
+            for k, v in asdict(self).items()
+            if v not in (None, "", ()) and k not in ("counts", "cluster", "stratum")
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +94,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Counts per cluster: `sums` [U, C], the stratum of each cluster [U], the strata's names. A cluster lies in one stratum."""
+    """Counts per cluster: `sums` [U, C], the stratum of each cluster [U], the strata's names. A cluster lies in one
+    stratum."""
 
     sums: Array
     stratum: NDArray[np.int64]
@@ -99,7 +104,8 @@ class Table:
 
     @classmethod
     def of(cls, items: Sequence[Item], owners: Sequence[Item] | None = None) -> Table:
-        """Sum the items' counts by cluster. `owners`: the same questions in another results file, whose clusters and strata are taken."""
+        """Sum the items' counts by cluster. `owners`: the same questions in another results file, whose clusters and
+        strata are taken."""
         index: dict[tuple[str, str], int] = {}
         rows: list[Array] = []
         for item, owner in zip(items, owners or items, strict=True):
@@ -133,7 +139,8 @@ def build_score(
 
     Args:
         rates: sums [..., C] -> metrics.
-        totals: sums [..., S, C] -> metrics, where strata are not simply added up (MME). Default: `rates` of the sum over strata.
+        totals: sums [..., S, C] -> metrics, where strata are not simply added up (MME). Default: `rates` of the sum
+            over strata.
         category_of: the categories of an item (MM-Vet's questions have several).
 
     Raises:
@@ -150,7 +157,11 @@ def build_score(
     return Score(
         benchmark=benchmark,
         metrics=_plain(combine(table.totals(), table.strata)),
-        categories={name: {"questions": len(rows), **_plain(rates(np.sum(rows, axis=0)))} for name, rows in groups.items() if rows},
+        categories={
+            name: {"questions": len(rows), **_plain(rates(np.sum(rows, axis=0)))}
+            for name, rows in groups.items()
+            if rows
+        },
         items=items,
         warnings=list(warnings),
         official=dict(official or {}),
@@ -164,7 +175,9 @@ def build_score(
 def ratio(numerator: Array, denominator: Array) -> Array:
     """Elementwise quotient, NaN (not zero) where the denominator is empty: "nothing to measure" is not "all wrong"."""
     numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    return np.divide(numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator != 0)
+    return np.divide(
+        numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator != 0
+    )
 
 
 def confusion_counts(read: str, label: str, *, positive: str) -> tuple[float, ...]:
@@ -184,9 +197,11 @@ def confusion_counts(read: str, label: str, *, positive: str) -> tuple[float, ..
 def confusion_rates(sums: Array) -> dict[str, Array]:
     """Accuracy, precision, recall, F1, yes-rate from sums of `confusion_counts` [..., 7].
 
-    F1 = 2 TP / (predicted positives + labelled positives), the same number as 2PR / (P + R) and defined also where P is not.
-    """
-    total, right, true_positive, predicted, labelled, yes, other = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
+    F1 = 2 TP / (predicted positives + labelled positives), the same number as 2PR / (P + R) and defined also where P is
+    not."""
+    total, right, true_positive, predicted, labelled, yes, other = np.moveaxis(
+        np.asarray(sums, dtype=np.float64), -1, 0
+    )
     return {
         "accuracy": ratio(right, total),
         "precision": ratio(true_positive, predicted),

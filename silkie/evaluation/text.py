@@ -14,7 +14,14 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
     """The score with its categories; with `intervals`, the metrics' 95 % intervals."""
     head = [f"{score.benchmark}: {len(score.items)} questions"]
     bounds = intervals or {}
-    head.append(table([[name, number(value), *([span(bounds[name])] if name in bounds else [])] for name, value in score.metrics.items()]))
+    head.append(
+        table(
+            [
+                [name, number(value), *([span(bounds[name])] if name in bounds else [])]
+                for name, value in score.metrics.items()
+            ]
+        )
+    )
     if score.categories:
         columns = list(dict.fromkeys(column for row in score.categories.values() for column in row))
         rows = [["category", *columns]] + [
@@ -22,14 +29,20 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
         ]
         head.append(table(rows))
     if score.official:
-        head.append("as the official scorer prints it:\n" + table([[name, f"{value:.1f}"] for name, value in score.official.items()]))
+        head.append(
+            "as the official scorer prints it:\n"
+            + table([[name, f"{value:.1f}"] for name, value in score.official.items()])
+        )
     return "\n\n".join([*head, *(f"note: {warning}" for warning in score.warnings)])
 
 
 def comparison_text(comparison: Comparison, shown_flips: int = 10) -> str:
     """Metrics and categories with difference, interval and p-value, and the first flipped questions."""
     header = ["", "A", "B", "B - A", "95 % interval", "p"]
-    parts = [f"{comparison.benchmark}: {comparison.questions} questions", table([header, *map(_row, comparison.metrics)])]
+    parts = [
+        f"{comparison.benchmark}: {comparison.questions} questions",
+        table([header, *map(_row, comparison.metrics)]),
+    ]
     if comparison.categories:
         rows = [[f"{name} ({m.name})", *_row(m)[1:]] for name, m in comparison.categories.items()]
         parts.append(table([["category", "A", "B", "B - A", "95 % interval", "p (Holm)"], *rows]))
@@ -37,7 +50,9 @@ def comparison_text(comparison: Comparison, shown_flips: int = 10) -> str:
     parts.append(f"flips: {len(comparison.fixed)} wrong -> right, {len(comparison.broken)} right -> wrong{p}")
     for title, pairs in (("wrong -> right", comparison.fixed), ("right -> wrong", comparison.broken)):
         for a, b in pairs[:shown_flips]:
-            parts.append(f"[{title}] {b.image or b.id}: {_short(b.prompt)}\n    A: {_short(a.answer)}\n    B: {_short(b.answer)}")
+            parts.append(
+                f"[{title}] {b.image or b.id}: {_short(b.prompt)}\n    A: {_short(a.answer)}\n    B: {_short(b.answer)}"
+            )
         if len(pairs) > shown_flips:
             parts.append(f"... {len(pairs) - shown_flips} more {title}; --json lists all, --html shows them")
     return "\n\n".join(parts)
@@ -49,7 +64,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     padded = [[*row, *[""] * (width - len(row))] for row in rows]
     sizes = [max(len(row[i]) for row in padded) for i in range(width)]
     lines = [
-        "  ".join(cell.ljust(size) if i == 0 else cell.rjust(size) for i, (cell, size) in enumerate(zip(row, sizes, strict=True)))
+        "  ".join(
+            cell.ljust(size) if i == 0 else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        )
         for row in padded
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -2,9 +2,9 @@
 
     python -m silkie.feedback sample | rate | build
 
-The pieces are usable on their own: a judge (`OpenAIJudge`, `LocalJudge`, `OracleJudge`), `rate_items` for a plain loop over items,
-`write_vlfeedback` for the dataset file; and the three commands as functions: `sample_file`, `rate_file`, `build_dataset`.
-"""
+The pieces are usable on their own: a judge (`OpenAIJudge`, `LocalJudge`, `OracleJudge`), `rate_items` for a plain loop
+over items, `write_vlfeedback` for the dataset file; and the three commands as functions: `sample_file`, `rate_file`,
+`build_dataset`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
-    "build_dataset": "build",
-    "Endpoint": "endpoint",
-    "AnswerError": "items",
-    "AspectRating": "items",
-    "JudgeItem": "items",
-    "RatedItem": "items",
-    "Usage": "items",
-    "Verdict": "items",
-    "Judge": "judges",
-    "LocalJudge": "judges",
-    "OpenAIJudge": "judges",
-    "OracleJudge": "judges",
-    "parse_answer": "parse",
-    "parse_json": "parse",
-    "parse_markdown": "parse",
-    "load_pool": "pool",
-    "rate_item": "rate",
-    "rate_items": "rate",
-    "RateOptions": "rate_run",
-    "rate_file": "rate_run",
-    "Rubric": "rubric",
-    "default_rubric": "rubric",
-    "load_rubric": "rubric",
-    "SampleOptions": "sample",
-    "sample_file": "sample",
-    "write_vlfeedback": "vlfeedback",
+    "build_dataset": "silkie.feedback.build",
+    "Endpoint": "silkie.endpoint.client",
+    "AnswerError": "silkie.feedback.items",
+    "AspectRating": "silkie.feedback.items",
+    "JudgeItem": "silkie.feedback.items",
+    "RatedItem": "silkie.feedback.items",
+    "Usage": "silkie.feedback.items",
+    "Verdict": "silkie.feedback.items",
+    "Judge": "silkie.feedback.judges",
+    "LocalJudge": "silkie.feedback.judges",
+    "OpenAIJudge": "silkie.feedback.judges",
+    "OracleJudge": "silkie.feedback.judges",
+    "parse_answer": "silkie.feedback.parse",
+    "parse_json": "silkie.feedback.parse",
+    "parse_markdown": "silkie.feedback.parse",
+    "load_pool": "silkie.feedback.pool",
+    "rate_item": "silkie.feedback.rate",
+    "rate_items": "silkie.feedback.rate",
+    "RateOptions": "silkie.feedback.rate_run",
+    "rate_file": "silkie.feedback.rate_run",
+    "Rubric": "silkie.feedback.rubric",
+    "default_rubric": "silkie.feedback.rubric",
+    "load_rubric": "silkie.feedback.rubric",
+    "SampleOptions": "silkie.feedback.sample",
+    "sample_file": "silkie.feedback.sample",
+    "write_vlfeedback": "silkie.feedback.vlfeedback",
 }
 __all__ = [
     "AnswerError",
@@ -69,8 +69,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from silkie.endpoint.client import Endpoint
     from silkie.feedback.build import build_dataset
-    from silkie.feedback.endpoint import Endpoint
     from silkie.feedback.items import AnswerError, AspectRating, JudgeItem, RatedItem, Usage, Verdict
     from silkie.feedback.judges import Judge, LocalJudge, OpenAIJudge, OracleJudge
     from silkie.feedback.parse import parse_answer, parse_json, parse_markdown
@@ -85,4 +85,4 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"silkie.feedback.{_EXPORTS[name]}"), name)
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -19,14 +19,20 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of whoever talks to an endpoint."""
     parser.add_argument("--base-url", help="OpenAI-compatible endpoint, for example http://localhost:8000/v1")
     parser.add_argument("--model", help="name of the model at the endpoint")
-    parser.add_argument("--key-variable", help="environment variable with the API key (default: SILKIE_API_KEY, then OPENAI_API_KEY)")
+    parser.add_argument(
+        "--key-variable", help="environment variable with the API key (default: SILKIE_API_KEY, then OPENAI_API_KEY)"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one call (default 60)")
     parser.add_argument("--concurrency", type=int, default=16, help="calls in flight at most (default 16)")
-    parser.add_argument("--max-budget-tokens", type=int, help="stop cleanly once this many tokens are spent, earlier runs included")
+    parser.add_argument(
+        "--max-budget-tokens", type=int, help="stop cleanly once this many tokens are spent, earlier runs included"
+    )
     parser.add_argument("--max-cost", type=float, help="stop cleanly once this much is spent (needs prices)")
     parser.add_argument("--price-prompt", type=float, default=0.0, help="price per million prompt tokens")
     parser.add_argument("--price-completion", type=float, default=0.0, help="price per million completion tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice: order of the texts, members and draws (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of every random choice: order of the texts, members and draws (default 0)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line")
 
 
@@ -44,11 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
     rate.add_argument("--rubric", help="YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
     rate.add_argument("--votes", type=int, default=1, help="answers per item; ratings are their mean (default 1)")
     rate.add_argument("--attempts", type=int, default=3, help="answers per vote until one is usable (default 3)")
-    rate.add_argument("--structured", choices=["auto", "json", "markdown"], default="auto", help="form that is asked for (default auto)")
+    rate.add_argument(
+        "--structured",
+        choices=["auto", "json", "markdown"],
+        default="auto",
+        help="form that is asked for (default auto)",
+    )
     rate.add_argument("--temperature", type=float, help="default: 0 for one vote, 0.7 for several")
     rate.add_argument("--max-answer-tokens", type=int, default=2048, help="room for one answer (default 2048)")
     rate.add_argument("--max-image-side", type=int, help="scale larger images down to this many pixels")
-    rate.add_argument("--retry-failed", action="store_true", help="do items again that an earlier run recorded as failed")
+    rate.add_argument(
+        "--retry-failed", action="store_true", help="do items again that an earlier run recorded as failed"
+    )
     add_endpoint_arguments(rate)
     rate.set_defaults(run=run_rate)
 
@@ -57,11 +70,22 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", required=True, help="responses file, as `rate` reads it (its journal: OUT.journal)")
     sample.add_argument("--pool", help="YAML file with the members of the pool (see silkie/feedback/pool.py)")
     sample.add_argument("--local", help="instead of --pool: one model or adapter directory in this process")
-    sample.add_argument("--temperatures", type=float, nargs="+", help="with --base-url or --local: temperatures of the draws (default 1)")
-    sample.add_argument("--max-answer-tokens", type=int, help="with --base-url or --local: length of a response (default 512)")
+    sample.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        help="with --base-url or --local: temperatures of the draws (default 1)",
+    )
+    sample.add_argument(
+        "--max-answer-tokens", type=int, help="with --base-url or --local: length of a response (default 512)"
+    )
     sample.add_argument("--k", type=int, default=4, help="responses per prompt (default 4)")
-    sample.add_argument("--minimum", type=int, default=2, help="leave out items with fewer distinct responses (default 2)")
-    sample.add_argument("--redraws", type=int, default=3, help="tries for a draw that failed or repeats another (default 3)")
+    sample.add_argument(
+        "--minimum", type=int, default=2, help="leave out items with fewer distinct responses (default 2)"
+    )
+    sample.add_argument(
+        "--redraws", type=int, default=3, help="tries for a draw that failed or repeats another (default 3)"
+    )
     sample.add_argument("--image-root", help="directory or zip of the images (default: beside PROMPTS)")
     sample.add_argument("--max-image-side", type=int, help="scale larger images down to this many pixels")
     add_endpoint_arguments(sample)
@@ -72,16 +96,21 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--journal", required=True, help="the journal of `rate`")
     build.add_argument("--out", required=True, help="directory of the dataset")
     build.add_argument("--image-root", help="directory or zip of the images (default: beside RESPONSES)")
-    build.add_argument("--pairs", default="all", help="all, best_vs_worst, best_vs_rest, random, longest or model:NAME (default all)")
+    build.add_argument(
+        "--pairs", default="all", help="all, best_vs_worst, best_vs_rest, random, longest or model:NAME (default all)"
+    )
     build.add_argument("--min-margin", type=float, default=0.0, help="smallest gap of mean ratings that makes a pair")
-    build.add_argument("--reference", help='held-out ratings by people or an oracle: JSONL of {"id", "ratings": [{aspect: number}, ...]}')
+    build.add_argument(
+        "--reference",
+        help='held-out ratings by people or an oracle: JSONL of {"id", "ratings": [{aspect: number}, ...]}',
+    )
     build.set_defaults(run=run_build)
     return parser
 
 
 def make_endpoint(arguments: argparse.Namespace) -> Any:
-    from silkie.feedback.budget import Prices
-    from silkie.feedback.endpoint import Endpoint
+    from silkie.endpoint.budget import Prices
+    from silkie.endpoint.client import Endpoint
 
     return Endpoint(
         arguments.base_url,
@@ -95,7 +124,16 @@ def make_endpoint(arguments: argparse.Namespace) -> Any:
 
 def check_endpoint_arguments(arguments: argparse.Namespace, *, priced: bool) -> None:
     """Raises ValueError for options that are out of range or contradict each other."""
-    for name in ("concurrency", "votes", "attempts", "k", "minimum", "max_answer_tokens", "max_image_side", "max_budget_tokens"):
+    for name in (
+        "concurrency",
+        "votes",
+        "attempts",
+        "k",
+        "minimum",
+        "max_answer_tokens",
+        "max_image_side",
+        "max_budget_tokens",
+    ):
         if (count := getattr(arguments, name, None)) is not None and count < 1:
             raise ValueError(f"--{name.replace('_', '-')} {count}: expected 1 or more")
     for name in ("temperature", "price_prompt", "price_completion", "redraws"):
@@ -105,7 +143,9 @@ def check_endpoint_arguments(arguments: argparse.Namespace, *, priced: bool) -> 
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if arguments.max_cost is not None and not priced:
-        raise ValueError("--max-cost needs prices (--price-prompt, --price-completion; in a pool: price_prompt, price_completion)")
+        raise ValueError(
+            "--max-cost needs prices (--price-prompt, --price-completion; in a pool: price_prompt, price_completion)"
+        )
 
 
 def _refuse(arguments: argparse.Namespace, belongs_to: str, *names: str) -> None:
@@ -129,7 +169,12 @@ def run_rate(arguments: argparse.Namespace) -> int:
         _refuse(arguments, "an endpoint, and --local is none", *OF_JUDGES)
         from silkie.inference import load_policy
 
-        judge = LocalJudge(*load_policy(arguments.local), rubric=rubric, name=arguments.local, max_new_tokens=arguments.max_answer_tokens)
+        judge = LocalJudge(
+            *load_policy(arguments.local),
+            rubric=rubric,
+            name=arguments.local,
+            max_new_tokens=arguments.max_answer_tokens,
+        )
     else:
         if not (arguments.base_url and arguments.model):
             raise ValueError("pass --base-url and --model (an endpoint), or --local (a model directory)")
@@ -170,7 +215,13 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if sum(source is not None for source in (arguments.pool, arguments.local, arguments.base_url)) != 1:
         raise ValueError("pass exactly one of --pool, --local and --base-url (with --model)")
     if arguments.pool:
-        _refuse(arguments, "one member; with --pool, write it into the pool file", *OF_MEMBERS, "temperatures", "max_answer_tokens")
+        _refuse(
+            arguments,
+            "one member; with --pool, write it into the pool file",
+            *OF_MEMBERS,
+            "temperatures",
+            "max_answer_tokens",
+        )
         pool = load_pool(arguments.pool)
     else:
         member = Member(
@@ -185,7 +236,9 @@ def run_sample(arguments: argparse.Namespace) -> int:
             price_completion=arguments.price_completion,
         )
         pool = Pool((member,))
-    check_endpoint_arguments(arguments, priced=any(member.price_prompt or member.price_completion for member in pool.members))
+    check_endpoint_arguments(
+        arguments, priced=any(member.price_prompt or member.price_completion for member in pool.members)
+    )
     summary = sample_file(
         arguments.prompts,
         pool,

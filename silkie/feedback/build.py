@@ -25,8 +25,8 @@ from silkie.feedback.vlfeedback import write_vlfeedback
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
-    """`left_out`: why (a kind of failure, "not rated yet", or what a record cannot hold) -> items; `pairless`: items in the
-    dataset without a single pair."""
+    """`left_out`: why (a kind of failure, "not rated yet", or what a record cannot hold) -> items; `pairless`: items in
+    the dataset without a single pair."""
 
     items: int
     left_out: dict[str, int]
@@ -37,8 +37,9 @@ class BuildSummary:
 
     def text(self) -> str:
         return (
-            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out: {_listed(self.left_out) or 'none'}\n"
-            f"{len(self.files)} parquet file(s) in {self.files[0].parent if self.files else '-'}"
+            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out:"
+            f" {_listed(self.left_out) or 'none'}\n{len(self.files)} parquet file(s) in"
+            f" {self.files[0].parent if self.files else '-'}"
         )
 
 
@@ -67,8 +68,9 @@ class _JournalReader:
 
 
 def read_reference(path: str | Path) -> dict[str, list[Row]]:
-    """Ratings to compare a judge with: JSONL of {"id", "ratings": [{aspect: number}, ...]}, one mapping per response in the order of the
-    responses file. A journal (of an oracle, of a stronger judge) is such a file. Raises RecordError."""
+    """Ratings to compare a judge with: JSONL of {"id", "ratings": [{aspect: number}, ...]}, one mapping per response in
+    the order of the responses file. A journal (of an oracle, of a stronger judge) is such a file. Raises
+    RecordError."""
     reference: dict[str, list[Row]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -78,10 +80,14 @@ def read_reference(path: str | Path) -> dict[str, list[Row]]:
                 record = json.loads(line)
                 if record.get("status") == "failed":
                     continue
-                rows: list[Row] = [{str(k): None if v is None else float(v) for k, v in row.items()} for row in record["ratings"]]
+                rows: list[Row] = [
+                    {str(k): None if v is None else float(v) for k, v in row.items()} for row in record["ratings"]
+                ]
                 reference[str(record["id"])] = rows
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise RecordError(f'{path}, line {number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}') from error
+                raise RecordError(
+                    f'{path}, line {number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}'
+                ) from error
     return reference
 
 
@@ -97,9 +103,9 @@ def build_dataset(
 ) -> BuildSummary:
     """Join responses with their ratings and write the dataset, the pairs and the quality report below `out`.
 
-    Items that are not rated, and those that a VLFeedback record cannot hold, are left out and counted. Raises FileExistsError where `out`
-    already holds a dataset, JournalError where the journal belongs to other texts, ItemError for an image that cannot be read, ValueError
-    where no item is left.
+    Items that are not rated, and those that a VLFeedback record cannot hold, are left out and counted. Raises
+    FileExistsError where `out` already holds a dataset, JournalError where the journal belongs to other texts,
+    ItemError for an image that cannot be read, ValueError where no item is left.
     """
     responses, out = Path(responses), Path(out)
     options = PairOptions.parse(pairs)
@@ -121,7 +127,9 @@ def build_dataset(
                         left_out[str(reason)] += 1
                         continue
                     row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
-                    found = build_pairs(row["ratings"], options, responses=item.responses, models=item.models, key=item.id)
+                    found = build_pairs(
+                        row["ratings"], options, responses=item.responses, models=item.models, key=item.id
+                    )
                     table.writerows(
                         [item.id, chosen, rejected, weight, margin]
                         for (chosen, rejected), weight, margin in zip(found, found.weights, found.margins, strict=True)
@@ -143,7 +151,12 @@ def build_dataset(
     (out / "quality.json").write_text(json.dumps(quality, indent=1), encoding="utf-8")
     (out / "quality.md").write_text(quality_markdown(quality), encoding="utf-8")
     return BuildSummary(
-        items=len(judged), left_out=dict(left_out), pairs=counts["pairs"], pairless=counts["pairless"], quality=quality, files=files
+        items=len(judged),
+        left_out=dict(left_out),
+        pairs=counts["pairs"],
+        pairless=counts["pairless"],
+        quality=quality,
+        files=files,
     )
 
 
@@ -170,7 +183,9 @@ def _why_left_out(item: JudgeItem, record: Record | None) -> str | None:
 def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]:
     """The arguments of `vlfeedback_row`. Raises JournalError."""
     if record["item"] != fingerprint:
-        raise JournalError(f"item {item.id!r} was rated with another prompt, image or texts than the responses file holds")
+        raise JournalError(
+            f"item {item.id!r} was rated with another prompt, image or texts than the responses file holds"
+        )
     return {
         "id": item.id,
         "prompt": prompt_text(item.prompt),

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 AnswerProblem = Literal[
-    "empty", "refused", "truncated", "invalid_json", "missing_aspect", "wrong_count", "bad_rating", "malformed", "bad_response"
+    "empty",
+    "refused",
+    "truncated",
+    "invalid_json",
+    "missing_aspect",
+    "wrong_count",
+    "bad_rating",
+    "malformed",
+    "bad_response",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one or more calls used: answered calls, tokens in and out, cost in the currency of the prices (0 without prices)."""
+    """What one or more calls used: answered calls, tokens in and out, cost in the currency of the prices (0 without
+    prices)."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -47,12 +56,16 @@ class Usage:
     def from_json(cls, data: Mapping[str, Any] | None) -> Usage:
         data = data or {}
         return cls(
-            int(data.get("calls", 0)), int(data.get("prompt_tokens", 0)), int(data.get("completion_tokens", 0)), float(data.get("cost", 0))
+            int(data.get("calls", 0)),
+            int(data.get("prompt_tokens", 0)),
+            int(data.get("completion_tokens", 0)),
+            float(data.get("cost", 0)),
         )
 
 
 class AnswerError(Exception):
-    """An answer that arrived (and may have been paid for) but cannot be used. `raw` is its text, `kind` says what is wrong with it."""
+    """An answer that arrived (and may have been paid for) but cannot be used. `raw` is its text, `kind` says what is
+    wrong with it."""
 
     def __init__(self, kind: AnswerProblem, message: str, raw: str = "", usage: Usage | None = None) -> None:
         super().__init__(message)
@@ -62,8 +75,8 @@ class AnswerError(Exception):
 
 
 class ItemError(Exception):
-    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never retried.
-    `earlier` holds the unusable answers that came before it."""
+    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never
+    retried. `earlier` holds the unusable answers that came before it."""
 
     def __init__(self, kind: str, message: str, raw: str = "") -> None:
         super().__init__(message)
@@ -77,7 +90,8 @@ class ItemError(Exception):
 
 
 class StopRun(Exception):
-    """A condition under which no further call makes sense (key rejected, endpoint gone, budget spent): the run stops cleanly."""
+    """A condition under which no further call makes sense (key rejected, endpoint gone, budget spent): the run stops
+    cleanly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +106,11 @@ class AspectRating:
 class JudgeItem:
     """An instruction with K responses.
 
-    prompt: a text, or a conversation (list of {"role", "content"}). images: paths, bytes or PIL images, in prompt order.
+    prompt: a text, or a conversation (list of {"role", "content"}). images: paths, bytes or PIL images, in prompt
+        order.
     models: which model wrote each response. meta: anything else about the item, for oracles; never sent to an endpoint.
-    given_id: the id as the input has it (some files number their items); what is written carries this one, so that the two can be joined.
-    """
+    given_id: the id as the input has it (some files number their items); what is written carries this one, so that the
+    two can be joined."""
 
     id: str
     prompt: str | Sequence[Mapping[str, Any]]
@@ -121,19 +136,22 @@ class JudgeItem:
         )
 
     def fingerprint(self) -> str:
-        """12 hex digits over prompt, responses and image names: tells whether a journal's rating belongs to these texts."""
+        """12 hex digits over prompt, responses and image names: tells whether a journal's rating belongs to these
+        texts."""
         names = [str(image) if isinstance(image, (str, Path)) else type(image).__name__ for image in self.images]
         content = json.dumps([self.prompt, list(self.responses), names], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def whole_text(text: str) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs. Models emit them, JSON can write them, and UTF-8, requests and parquet cannot."""
+    """`text` with U+FFFD for halves of surrogate pairs. Models emit them, JSON can write them, and UTF-8, requests and
+    parquet cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are left out."""
+    """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are left
+    out."""
     if isinstance(prompt, str):
         return prompt.replace("<image>", "").strip()
 
@@ -150,7 +168,8 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One answer of a judge: for each response, in the order shown, {aspect: AspectRating}. `form` is how it was written."""
+    """One answer of a judge: for each response, in the order shown, {aspect: AspectRating}. `form` is how it was
+    written."""
 
     ratings: tuple[Mapping[str, AspectRating], ...]
     usage: Usage = Usage()
@@ -159,8 +178,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatedItem:
-    """The finished rating of an item, in the item's own order. With several votes `ratings` are means over votes and `spread` their
-    standard deviations (population). `orders[v][p]` is the response that vote v saw at position p; `vote_ratings[v][i]` its ratings."""
+    """The finished rating of an item, in the item's own order. With several votes `ratings` are means over votes and
+    `spread` their standard deviations (population). `orders[v][p]` is the response that vote v saw at position p;
+    `vote_ratings[v][i]` its ratings."""
 
     id: str
     ratings: list[dict[str, float | None]]

@@ -1,8 +1,8 @@
 """An append-only journal of JSON lines that survives a kill at any moment.
 
-A record counts as finished once its line has been written and flushed to the disk (`fsync`). Records that arrive
-while a flush is under way go out together in the next one, so that the disk does not limit the number of calls. One process writes a
-journal at a time; a second one gets an error instead of a mixed file.
+A record counts as finished once its line has been written and flushed to the disk (`fsync`). Records that arrive while
+a flush is under way go out together in the next one, so that the disk does not limit the number of calls. One process
+writes a journal at a time; a second one gets an error instead of a mixed file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a journal, in order. A torn last line is left out; a broken line elsewhere raises JournalError with its number."""
+    """The records of a journal, in order. A torn last line is left out; a broken line elsewhere raises JournalError
+    with its number."""
     for record, _ in _scan(Path(path)):
         yield record
 
@@ -48,8 +49,8 @@ def _scan(path: Path) -> Iterator[tuple[Record, int]]:
         for number, line in enumerate(file, 1):
             if broken is not None:
                 raise JournalError(
-                    f"{path}: line {broken} is not a JSON object, and more lines follow. Journals are only appended to, so something else "
-                    "changed this file: restore it, or remove that line"
+                    f"{path}: line {broken} is not a JSON object, and more lines follow. Journals are only appended to,"
+                    " so something else changed this file: restore it, or remove that line"
                 )
             end += len(line)
             try:
@@ -77,7 +78,8 @@ class Journal:
 
     Args:
         path: the file; its directory is made if need be. `path` + ".lock" guards it.
-        on_record: called with every record that is already there, oldest first. Keep what you need of it: the journal keeps nothing.
+        on_record: called with every record that is already there, oldest first. Keep what you need of it: the journal
+            keeps nothing.
     """
 
     def __init__(self, path: str | Path, *, on_record: Callable[[Record], None] | None = None) -> None:
@@ -94,7 +96,8 @@ class Journal:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise JournalError(
-                f"{self.path}: another process is writing this journal (it holds {self.path}.lock). Wait for it, or pass another journal."
+                f"{self.path}: another process is writing this journal (it holds {self.path}.lock). Wait for it, or"
+                " pass another journal."
             ) from error
         try:
             self._recover()
@@ -112,7 +115,8 @@ class Journal:
         self._lock.release()
 
     async def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record; returns once it is on the disk. Raises OSError (disk full, ...), after which the file ends at a whole line."""
+        """Write a record; returns once it is on the disk. Raises OSError (disk full, ...), after which the file ends at
+        a whole line."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append((encode_line(record), future))
         if self._flusher is None:
@@ -158,8 +162,8 @@ class Journal:
                 self._on_record(record)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise JournalError(
-                    f"{self.path}: line {number} is a JSON object of another kind ({error!r}): not the journal of such a run. "
-                    "Pass another file"
+                    f"{self.path}: line {number} is a JSON object of another kind ({error!r}): not the journal of such"
+                    " a run. Pass another file"
                 ) from error
         with self.path.open("r+b") as file:
             if not end and file.readline().strip(b"\0\n")[:1] not in (b"", b"{"):

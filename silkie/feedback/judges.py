@@ -1,7 +1,8 @@
-"""The three kinds of judge behind one interface: an OpenAI-compatible endpoint, a model in this process, a Python function.
+"""The three kinds of judge behind one interface: an OpenAI-compatible endpoint, a model in this process, a Python
+function.
 
-A judge rates all responses of an item in ONE call and knows nothing of order, votes, retries or journals: `silkie.feedback.rate` shuffles
-the responses before the call and undoes it afterwards, for every judge alike.
+A judge rates all responses of an item in ONE call and knows nothing of order, votes, retries or journals:
+`silkie.feedback.rate` shuffles the responses before the call and undoes it afterwards, for every judge alike.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_te
 from silkie.feedback.rubric import Rubric, default_rubric
 
 if TYPE_CHECKING:
-    from silkie.feedback.endpoint import Endpoint
+    from silkie.endpoint.client import Endpoint
 
 OracleFunction = Callable[[JudgeItem], Sequence[Mapping[str, "float | AspectRating | None"]]]
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """One call to whoever rates. `rate` returns one {aspect: AspectRating} per response in the order of `item.responses`.
+    """One call to whoever rates. `rate` returns one {aspect: AspectRating} per response in the order of
+    `item.responses`.
 
-    Raises AnswerError for an answer that cannot be used (asking again may help), ItemError for an item that nobody can judge,
-    StopRun when no further call makes sense. `attempt` counts unusable answers so far to this very question.
-    """
+    Raises AnswerError for an answer that cannot be used (asking again may help), ItemError for an item that nobody can
+    judge, StopRun when no further call makes sense. `attempt` counts unusable answers so far to this very question."""
 
     name: str
     rubric: Rubric
@@ -39,10 +40,11 @@ class Judge(Protocol):
 
 
 class OracleJudge:
-    """A judge that is a function: `fn(item)` returns one {aspect: rating} per response (numbers, None, or AspectRating with a rationale).
+    """A judge that is a function: `fn(item)` returns one {aspect: rating} per response (numbers, None, or AspectRating
+    with a rationale).
 
-    The function sees the responses in the order a judge would be shown; `item.meta` carries whatever it needs to know the truth.
-    """
+    The function sees the responses in the order a judge would be shown; `item.meta` carries whatever it needs to know
+    the truth."""
 
     def __init__(self, fn: OracleFunction, *, rubric: Rubric | None = None, name: str = "oracle") -> None:
         self.fn = fn
@@ -52,7 +54,10 @@ class OracleJudge:
     def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
         rows = self.fn(item)
         if len(rows) != len(item.responses):
-            raise ValueError(f"{self.name}: item {item.id}: expected {len(item.responses)} ratings (one per response), found {len(rows)}")
+            raise ValueError(
+                f"{self.name}: item {item.id}: expected {len(item.responses)} ratings (one per response), found"
+                f" {len(rows)}"
+            )
         return Verdict(ratings=tuple(self._check(row, item.id) for row in rows))
 
     async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
@@ -60,7 +65,9 @@ class OracleJudge:
 
     def _check(self, row: Mapping[str, float | AspectRating | None], item_id: str) -> dict[str, AspectRating]:
         if set(row) != set(self.rubric.aspect_names):
-            raise ValueError(f"{self.name}: item {item_id}: expected the aspects {list(self.rubric.aspect_names)}, found {list(row)}")
+            raise ValueError(
+                f"{self.name}: item {item_id}: expected the aspects {list(self.rubric.aspect_names)}, found {list(row)}"
+            )
         rated = {name: value if isinstance(value, AspectRating) else AspectRating(value) for name, value in row.items()}
         for name, entry in rated.items():
             if entry.rating is not None and not self.rubric.minimum <= entry.rating <= self.rubric.maximum:
@@ -92,7 +99,7 @@ class LocalJudge:
         self.max_new_tokens, self.retry_temperature, self.seed = max_new_tokens, retry_temperature, seed
 
     def rate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
-        from silkie.feedback.media import load_image
+        from silkie.endpoint.media import load_image
         from silkie.inference import generate
 
         images = [load_image(source) for source in item.images]
@@ -119,11 +126,12 @@ class OpenAIJudge:
 
     Args:
         endpoint: where to ask; brings retries, timeouts and prices.
-        structured: "auto" asks for JSON by schema, and for the Markdown form where the endpoint refuses that or the answer was unusable
-            (some servers take the schema and ignore it); "json" insists on the schema; "markdown" never asks for it. Whatever was asked
-            for, an answer in either form is read.
+        structured: "auto" asks for JSON by schema, and for the Markdown form where the endpoint refuses that or the
+            answer was unusable (some servers take the schema and ignore it); "json" insists on the schema; "markdown"
+            never asks for it. Whatever was asked for, an answer in either form is read.
         temperature: None leaves it to the server.
-        max_tokens: room for an answer; doubled for a question whose answer was unusable before, since it may have been cut.
+        max_tokens: room for an answer; doubled for a question whose answer was unusable before, since it may have been
+            cut.
         max_image_side: larger images are scaled down before they are sent, to save tokens.
     """
 
@@ -171,10 +179,14 @@ class OpenAIJudge:
         return Verdict(ratings=ratings, usage=answer.usage, form=found)
 
     def messages(self, item: JudgeItem, form: Form) -> list[dict[str, Any]]:
-        """One user turn: the rubric first, as the part that never changes (servers cache equal beginnings), then images, then the item."""
-        from silkie.feedback.media import data_url
+        """One user turn: the rubric first, as the part that never changes (servers cache equal beginnings), then
+        images, then the item."""
+        from silkie.endpoint.media import data_url
 
-        urls = [data_url(image, where=f"item {item.id!r}, image {i}", max_side=self.max_image_side) for i, image in enumerate(item.images)]
+        urls = [
+            data_url(image, where=f"item {item.id!r}, image {i}", max_side=self.max_image_side)
+            for i, image in enumerate(item.images)
+        ]
         content: list[dict[str, Any]] = [{"type": "text", "text": rubric_text(self.rubric)}]
         content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         content.append({"type": "text", "text": judge_text(item, self.rubric, form)})

@@ -9,9 +9,9 @@
     #### Ethical Considerations Assessment
     ...
 
-Lenient about decoration (heading level, bold, list marks, "4/5", a code fence around it all), strict about content: every aspect once,
-every text once per aspect, one rating each and on the scale. Whatever is ambiguous is an error: a rating never lands on the wrong response.
-"""
+Lenient about decoration (heading level, bold, list marks, "4/5", a code fence around it all), strict about content:
+every aspect once, every text once per aspect, one rating each and on the scale. Whatever is ambiguous is an error: a
+rating never lands on the wrong response."""
 
 from __future__ import annotations
 
@@ -28,10 +28,17 @@ Ratings = tuple[Mapping[str, AspectRating], ...]
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 _HEADING = re.compile(r"^\s{0,3}(?:#{1,6}(?:\s+|(?=[A-Z]))(?P<hashed>.+?)#*|\*\*(?P<bold>[^*]+?)\*\*\s*:?)\s*$")
-_TEXT = re.compile(r"^(?:output\s+for\s+)?(?:text|response|answer|output)\s*(?:#|no\.?)?\s*<?(?P<number>\d+)>?$", re.IGNORECASE)
-_FIELD = re.compile(r"^\s*(?:[-*+]\s+)?[*_`]{0,3}(?P<name>rating|rationale)[*_`]{0,3}\s*:\s*[*_`]{0,3}\s*(?P<value>.*)$", re.IGNORECASE)
+_TEXT = re.compile(
+    r"^(?:output\s+for\s+)?(?:text|response|answer|output)\s*(?:#|no\.?)?\s*<?(?P<number>\d+)>?$", re.IGNORECASE
+)
+_FIELD = re.compile(
+    r"^\s*(?:[-*+]\s+)?[*_`]{0,3}(?P<name>rating|rationale)[*_`]{0,3}\s*:\s*[*_`]{0,3}\s*(?P<value>.*)$", re.IGNORECASE
+)
 _RULE = re.compile(r"(?:^|\n)\s*-{3,}\s*$")  # a separator between sections is not part of the rationale above it
-_NUMBER = re.compile(r"^[\[(<*_`\s]*(?P<value>-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(?P<top>\d+(?:\.\d+)?))?[\])>*_`\s.,;]*$", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"^[\[(<*_`\s]*(?P<value>-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(?P<top>\d+(?:\.\d+)?))?[\])>*_`\s.,;]*$",
+    re.IGNORECASE,
+)
 _NOT_APPLICABLE = re.compile(r"^[\[(*_`\s]*(?:n\.?\s*/?\s*a\.?|not\s+applicable|none)[\])*_`\s.]*$", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\b(?:i\s*['’]?\s*a?m\s+(?:very\s+)?(?:sorry|unable|not\s+able)|i\s+(?:can\s*not|can['’]?t|won['’]?t|will\s+not|must\s+decline)"
@@ -72,10 +79,14 @@ def _complete(found: Mapping[str, Mapping[int, AspectRating]], rubric: Rubric, c
     """Check that every aspect holds texts 1..count, and turn aspect -> text into text -> aspect."""
     missing = [name for name in rubric.aspect_names if name not in found]
     if missing:
-        raise AnswerError("missing_aspect", f"no rating for {', '.join(missing)}; found {', '.join(found) or 'no aspect at all'}")
+        raise AnswerError(
+            "missing_aspect", f"no rating for {', '.join(missing)}; found {', '.join(found) or 'no aspect at all'}"
+        )
     for name in rubric.aspect_names:
         if set(found[name]) != set(range(1, count + 1)):
-            raise AnswerError("wrong_count", f"{name}: expected ratings for texts 1 to {count}, found {sorted(found[name])}")
+            raise AnswerError(
+                "wrong_count", f"{name}: expected ratings for texts 1 to {count}, found {sorted(found[name])}"
+            )
     return tuple({name: found[name][text] for name in rubric.aspect_names} for text in range(1, count + 1))
 
 
@@ -156,15 +167,23 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
         if isinstance(texts, list):  # by place, where the server does not keep to the schema
             texts = {f"text_{i}": entry for i, entry in enumerate(texts, 1)}
         if aspect in found or not isinstance(texts, dict):
-            raise AnswerError("malformed", f"{key!r}: expected one object with keys text_1 to text_{count}, found {texts!r:.80}")
+            raise AnswerError(
+                "malformed", f"{key!r}: expected one object with keys text_1 to text_{count}, found {texts!r:.80}"
+            )
         found[aspect] = {}
         for name, entry in texts.items():
             match = _TEXT.match(name.replace("_", " "))
             if isinstance(entry, dict):
                 entry = {key.casefold(): value for key, value in entry.items()}
-            if not match or not isinstance(entry, dict) or "rating" not in entry or int(match["number"]) in found[aspect]:
+            if (
+                not match
+                or not isinstance(entry, dict)
+                or "rating" not in entry
+                or int(match["number"]) in found[aspect]
+            ):
                 raise AnswerError(
-                    "malformed", f"{aspect}: expected text_N: {{rationale, rating}} once per text, found {name!r}: {entry!r:.80}"
+                    "malformed",
+                    f"{aspect}: expected text_N: {{rationale, rating}} once per text, found {name!r}: {entry!r:.80}",
                 )
             where = f"{aspect}, text {match['number']}"
             rating = _rating(entry["rating"], rubric, where)
@@ -173,7 +192,8 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
 
 
 def parse_answer(text: str, rubric: Rubric, count: int) -> tuple[Ratings, Literal["json", "markdown"]]:
-    """Ratings in the order shown, and which form they were in. Raises AnswerError with the raw text; a declined task is "refused"."""
+    """Ratings in the order shown, and which form they were in. Raises AnswerError with the raw text; a declined task is
+    "refused"."""
     body = _THINKING.sub("", text).strip()
     fenced = _FENCE.match(body)
     body = fenced[1].strip() if fenced else body

@@ -1,7 +1,8 @@
 """Who answers: a pool of endpoints and local models, and which of them draws which response of an item.
 
 members:
-  - {name: large, base_url: "http://localhost:8000/v1", model: org/large-vl, temperatures: [0.7, 1.0], key_variable: LARGE_KEY}
+  - {name: large, base_url: "http://localhost:8000/v1", model: org/large-vl, temperatures: [0.7, 1.0], key_variable:
+      LARGE_KEY}
   - {name: mine, local: out/adapter, temperatures: [1.0], weight: 2}
 """
 
@@ -24,11 +25,13 @@ class PoolError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One model of a pool: behind an endpoint (`base_url` and `model`) or in this process (`local`, a model or adapter directory).
+    """One model of a pool: behind an endpoint (`base_url` and `model`) or in this process (`local`, a model or adapter
+    directory).
 
-    temperatures: the n-th draw of one item from this member uses the n-th of them, and round again. weight: how often it is chosen,
-    relative to the others. base_model: where an adapter's base is, if not where the adapter says. price_*: per million tokens.
-    """
+    temperatures: the n-th draw of one item from this member uses the n-th of them, and round again. weight: how often
+        it is chosen,
+    relative to the others. base_model: where an adapter's base is, if not where the adapter says. price_*: per million
+    tokens."""
 
     name: str
     base_url: str | None = None
@@ -50,10 +53,16 @@ class Member:
             raise PoolError(f"pool member {self.name!r}: expected either `base_url` (and `model`) or `local`")
         if self.base_url is not None and not self.model:
             raise PoolError(f"pool member {self.name!r}: `base_url` needs `model`, the name the server knows")
-        if not self.temperatures or min(self.temperatures) < 0 or self.weight <= 0 or min(self.max_tokens, self.batch_size) < 1:
+        if (
+            not self.temperatures
+            or min(self.temperatures) < 0
+            or self.weight <= 0
+            or min(self.max_tokens, self.batch_size) < 1
+        ):
             raise PoolError(
-                f"pool member {self.name!r}: expected temperatures >= 0, weight > 0, max_tokens and batch_size >= 1; found "
-                f"temperatures {list(self.temperatures)}, weight {self.weight}, max_tokens {self.max_tokens}, batch_size {self.batch_size}"
+                f"pool member {self.name!r}: expected temperatures >= 0, weight > 0, max_tokens and batch_size >= 1;"
+                f" found temperatures {list(self.temperatures)}, weight {self.weight}, max_tokens {self.max_tokens},"
+                f" batch_size {self.batch_size}"
             )
         if self.concurrency is not None and self.concurrency < 1:
             raise PoolError(f"pool member {self.name!r}: expected a concurrency of 1 or more, found {self.concurrency}")
@@ -71,9 +80,12 @@ class Pool:
             raise PoolError(f"expected one or more pool members with distinct names, found {names}")
 
     def fingerprint(self) -> str:
-        """12 hex digits over everything that shapes the answers: not over where a server listens, concurrency, batch size or prices."""
+        """12 hex digits over everything that shapes the answers: not over where a server listens, concurrency, batch
+        size or prices."""
         ignored = {"base_url", "concurrency", "batch_size", "price_prompt", "price_completion", "key_variable"}
-        shaping = [{key: value for key, value in asdict(member).items() if key not in ignored} for member in self.members]
+        shaping = [
+            {key: value for key, value in asdict(member).items() if key not in ignored} for member in self.members
+        ]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -116,16 +128,22 @@ class Voice:
 
 
 def voices(pool: Pool, item_id: str, seed: int) -> list[Voice]:
-    """The voices of an item in the order in which its slots use them: every member once, in a seeded weighted order, at its first
-    temperature; then every member that has a second temperature; and so on. So k draws come from k members where the pool has as many."""
+    """The voices of an item in the order in which its slots use them: every member once, in a seeded weighted order, at
+    its first temperature; then every member that has a second temperature; and so on. So k draws come from k members
+    where the pool has as many."""
     rng = random.Random(f"{seed}|{item_id}|members")
-    order = sorted(pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight)))  # weighted sampling without replacement
+    order = sorted(
+        pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight))
+    )  # weighted sampling without replacement
     rounds = max(len(member.temperatures) for member in order)
-    return [Voice(member, member.temperatures[i]) for i in range(rounds) for member in order if i < len(member.temperatures)]
+    return [
+        Voice(member, member.temperatures[i]) for i in range(rounds) for member in order if i < len(member.temperatures)
+    ]
 
 
 def voice_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Voice:
-    """The voice that draws response `slot` of an item; a repeated draw (`attempt` > 0) goes on to the voices that no slot has used."""
+    """The voice that draws response `slot` of an item; a repeated draw (`attempt` > 0) goes on to the voices that no
+    slot has used."""
     order = voices(pool, item_id, seed)
     return order[(slot + attempt * k) % len(order)]
 

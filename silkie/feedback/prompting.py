@@ -1,4 +1,5 @@
-"""What goes to a model: the judge's question and the form of its answer (Markdown, or a JSON schema), and a prompt to be answered."""
+"""What goes to a model: the judge's question and the form of its answer (Markdown, or a JSON schema), and a prompt to
+be answered."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Form = Literal["json", "markdown"]
 
 
 def answer_schema(rubric: Rubric, count: int) -> dict[str, Any]:
-    """`response_format` for structured output. Fixed keys (text_1 .. text_K) rather than a list, so that the number of texts is part of the
-    schema; the rationale comes first, so that the rating follows from it."""
+    """`response_format` for structured output. Fixed keys (text_1 .. text_K) rather than a list, so that the number of
+    texts is part of the schema; the rationale comes first, so that the rating follows from it."""
     allowed = [int(value) if value == int(value) else value for value in rubric.allowed]
     entry = {
         "type": "object",
@@ -27,7 +28,12 @@ def answer_schema(rubric: Rubric, count: int) -> dict[str, Any]:
     }
 
     def fixed(keys: list[str], value: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "object", "properties": dict.fromkeys(keys, value), "required": keys, "additionalProperties": False}
+        return {
+            "type": "object",
+            "properties": dict.fromkeys(keys, value),
+            "required": keys,
+            "additionalProperties": False,
+        }
 
     texts = fixed([f"text_{i}" for i in range(1, count + 1)], entry)
     schema = fixed(list(rubric.aspect_names), texts)
@@ -41,7 +47,8 @@ def rubric_text(rubric: Rubric) -> str:
     step = "" if rubric.step == 1 else f" in steps of {number_text(rubric.step)}"
     names = ", ".join(rubric.aspect_names)
     parts.append(
-        f"Rate every text from {bottom} (worst) to {top} (best){step} on each of: {names}. Give a short rationale with every rating."
+        f"Rate every text from {bottom} (worst) to {top} (best){step} on each of: {names}. Give a short rationale with"
+        " every rating."
     )
     for aspect in rubric.aspects:
         levels = "\n".join(f"{number_text(rating)}: {meaning}" for rating, meaning in aspect.levels)
@@ -65,19 +72,26 @@ def form_text(rubric: Rubric, count: int, form: Form) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without control tokens such as <|im_end|> or <|image_pad|>: servers read them as what they stand for, wherever they are."""
+    """`text` without control tokens such as <|im_end|> or <|image_pad|>: servers read them as what they stand for,
+    wherever they are."""
     return _CONTROL_TOKEN.sub(r"\1", text)
 
 
 def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
     """The user turn that follows the images: instruction, the K texts in order, and the form of the answer."""
-    texts = "\n\n".join(f"### Text {i}\n<text>\n{plain(response)}\n</text>" for i, response in enumerate(item.responses, 1))
+    texts = "\n\n".join(
+        f"### Text {i}\n<text>\n{plain(response)}\n</text>" for i, response in enumerate(item.responses, 1)
+    )
     question = plain(prompt_text(item.prompt))
-    return f"# Instruction\n{question}\n\n# Texts\n{texts}\n\n# Your answer\n{form_text(rubric, len(item.responses), form)}"
+    return (
+        f"# Instruction\n{question}\n\n# Texts\n{texts}\n\n# Your"
+        f" answer\n{form_text(rubric, len(item.responses), form)}"
+    )
 
 
 def conversation(item: JudgeItem) -> list[dict[str, Any]]:
-    """The prompt as a conversation of typed parts with one image part per image. Raises ItemError("prompt") where their numbers differ."""
+    """The prompt as a conversation of typed parts with one image part per image. Raises ItemError("prompt") where their
+    numbers differ."""
     if isinstance(item.prompt, str):
         try:
             return [user_turn(item.prompt, len(item.images))]
@@ -86,7 +100,9 @@ def conversation(item: JudgeItem) -> list[dict[str, Any]]:
     turns = [
         {
             "role": turn["role"],
-            "content": [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"],
+            "content": (
+                [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
+            ),
         }
         for turn in item.prompt
     ]

@@ -1,6 +1,8 @@
-"""How good is a judge? Agreement with a reference sample, position and length bias, rating distributions, averages per model.
+"""How good is a judge? Agreement with a reference sample, position and length bias, rating distributions, averages per
+model.
 
-Pure functions over `Judged` items. Intervals are 95 % bootstrap intervals that resample whole items, since the ratings of one item depend
+Pure functions over `Judged` items. Intervals are 95 % bootstrap intervals that resample whole items, since the ratings
+of one item depend
 on each other. Legend: K responses of an item, V votes.
 """
 
@@ -13,8 +15,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from silkie.evaluation.stats import bootstrap_mean
 from silkie.feedback.rubric import number_text
+from silkie.stats import bootstrap_mean
 
 Row = Mapping[str, float | None]
 _EQUAL = 1e-9  # means of equal ratings may differ in the last bits
@@ -22,7 +24,8 @@ _EQUAL = 1e-9  # means of equal ratings may differ in the last bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One rated item, without its texts. ratings: [K]; orders: [V][K], the response shown at each position; vote_ratings: [V][K]."""
+    """One rated item, without its texts. ratings: [K]; orders: [V][K], the response shown at each position;
+    vote_ratings: [V][K]."""
 
     id: str
     models: tuple[str, ...]
@@ -42,7 +45,8 @@ def overall(row: Row) -> float | None:
 
 
 def estimate(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any] | None:
-    """Mean with its interval, as plain numbers; None without values. Many items need few resamples: their interval is narrow anyway."""
+    """Mean with its interval, as plain numbers; None without values. Many items need few resamples: their interval is
+    narrow anyway."""
     if not values:
         return None
     resamples = max(200, min(2000, 2_000_000 // len(set(clusters))))
@@ -51,14 +55,18 @@ def estimate(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]
 
 
 def distributions(items: Iterable[Judged]) -> dict[str, dict[str, float]]:
-    """Per aspect the share of every rating that was given, lowest first, and of "N/A". Every vote counts: means are not on the scale."""
+    """Per aspect the share of every rating that was given, lowest first, and of "N/A". Every vote counts: means are not
+    on the scale."""
     counts: dict[str, Counter[float | None]] = defaultdict(Counter)
     for item in items:
         for row in (row for rows in item.vote_ratings for row in rows):
             for aspect, value in row.items():
                 counts[aspect][value] += 1
     return {
-        aspect: {"N/A" if value is None else number_text(value): counter[value] / counter.total() for value in sorted(counter, key=_scale)}
+        aspect: {
+            "N/A" if value is None else number_text(value): counter[value] / counter.total()
+            for value in sorted(counter, key=_scale)
+        }
         for aspect, counter in counts.items()
     }
 
@@ -96,7 +104,8 @@ def per_model(items: Sequence[Judged]) -> dict[str, dict[str, Any]]:
 
 
 def position_bias(items: Sequence[Judged]) -> dict[str, Any]:
-    """By position shown: the mean of (rating - mean rating of that vote). Orders are random, so every entry is 0 for a fair judge.
+    """By position shown: the mean of (rating - mean rating of that vote). Orders are random, so every entry is 0 for a
+    fair judge.
 
     "first_minus_last" is the gap between the first and the last position within a vote.
     """
@@ -123,8 +132,8 @@ def position_bias(items: Sequence[Judged]) -> dict[str, Any]:
 
 
 def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
-    """Of the comparisons with a winner and unequal lengths, the share in which the longer response wins (0.5: length plays no part, or
-    does not show), and the share of ties."""
+    """Of the comparisons with a winner and unequal lengths, the share in which the longer response wins (0.5: length
+    plays no part, or does not show), and the share of ties."""
     longer: list[float] = []
     owners: list[str] = []
     ties = total = 0
@@ -142,16 +151,18 @@ def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
 def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The judge against a reference (people or an oracle) on the items that both have rated.
 
-    Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the reference's
-    comparisons with a winner that the judge decides the same way (a tie of the judge counts half, so a judge that knows nothing is at
-    0.5); "within_one", the share of ratings at most 1 apart; "bias", judge minus reference. Raises ValueError where an item has another
-    number of responses in the reference.
+    Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the
+    reference's comparisons with a winner that the judge decides the same way (a tie of the judge counts half, so a
+    judge that knows nothing is at 0.5); "within_one", the share of ratings at most 1 apart; "bias", judge minus
+    reference. Raises ValueError where an item has another number of responses in the reference.
     """
     shared = [item for item in items if item.id in reference]
     aspects: dict[str, None] = {}
     for item in shared:
         if len(reference[item.id]) != len(item.ratings):
-            raise ValueError(f"reference, item {item.id!r}: found {len(reference[item.id])} ratings; expected {len(item.ratings)}")
+            raise ValueError(
+                f"reference, item {item.id!r}: found {len(reference[item.id])} ratings; expected {len(item.ratings)}"
+            )
         aspects |= {aspect: None for row in reference[item.id] for aspect in row if aspect in item.ratings[0]}
     result: dict[str, Any] = {"items": len(shared)}
     for name in (*aspects, "overall"):
@@ -220,16 +231,29 @@ def quality_markdown(report: Mapping[str, Any]) -> str:
     for aspect, shares in report["distributions"].items():
         lines.append(f"| {aspect} | " + " | ".join(f"{100 * shares.get(key, 0):.1f} %" for key in keys) + " |")
     aspects = list(report["distributions"])
-    lines += ["", "## Models", "", f"| model | responses | {' | '.join(aspects)} | win rate |", "|---" * (len(aspects) + 3) + "|"]
+    lines += [
+        "",
+        "## Models",
+        "",
+        f"| model | responses | {' | '.join(aspects)} | win rate |",
+        "|---" * (len(aspects) + 3) + "|",
+    ]
     for model, row in report["models"].items():
         means = " | ".join(f"{row['means'][aspect]:.2f}" if aspect in row["means"] else "-" for aspect in aspects)
         lines.append(f"| {model} | {row['responses']:,} | {means} | {_shown(row['win_rate'], percent=True)} |")
     lines += ["", "## Biases of the judge", ""]
     lines.append(
-        f"- first minus last position: {_shown(report['position_bias']['first_minus_last'])} (0 for a judge without position bias)"
+        f"- first minus last position: {_shown(report['position_bias']['first_minus_last'])} (0 for a judge without"
+        " position bias)"
     )
-    lines += [f"- position {p}: {_shown(value)} against the mean" for p, value in report["position_bias"]["by_position"].items()]
-    lines.append(f"- the longer response wins: {_shown(report['length_bias']['longer_wins'], percent=True)} of decided comparisons")
+    lines += [
+        f"- position {p}: {_shown(value)} against the mean"
+        for p, value in report["position_bias"]["by_position"].items()
+    ]
+    lines.append(
+        f"- the longer response wins: {_shown(report['length_bias']['longer_wins'], percent=True)} of decided"
+        " comparisons"
+    )
     if report["length_bias"]["tie_share"] is not None:
         lines.append(f"- ties: {100 * report['length_bias']['tie_share']:.1f} % of comparisons")
     if report["vote_spread"]:
@@ -241,7 +265,11 @@ def quality_markdown(report: Mapping[str, Any]) -> str:
         lines += ["| aspect | same winner | within 1 | judge minus reference |", "|---|---|---|---|"]
         for name, row in found.items():
             if name != "items":
-                cells = [_shown(row["pairwise"], percent=True), _shown(row["within_one"], percent=True), _shown(row["bias"])]
+                cells = [
+                    _shown(row["pairwise"], percent=True),
+                    _shown(row["within_one"], percent=True),
+                    _shown(row["bias"]),
+                ]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """Rate items: order shuffled and undone, several votes, unusable answers asked again.
 
-`rate_item` is the core and works with any judge; `rate_items` is the plain loop for judges that cost nothing (the oracle of the demo);
+`rate_item` is the core and works with any judge; `rate_items` is the plain loop for judges that cost nothing (the
+oracle of the demo);
 `silkie.feedback.rate_run` adds what an endpoint needs: concurrency, journal, budget.
 """
 
@@ -15,14 +16,16 @@ from dataclasses import dataclass, replace
 from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, RatedItem, Usage, Verdict
 from silkie.feedback.judges import Judge
 
-# "Text 3", "text_3", "Texts 1, 2 and 4": the names under which a judge was shown the responses. "Answer 3" may be an answer that is 3.
+# "Text 3", "text_3", "Texts 1, 2 and 4": the names under which a judge was shown the responses. "Answer 3" may be an
+# answer that is 3.
 _TEXT_NAMES = re.compile(r"\btext[ _]\d+\b|\btexts \d+(?:(?:, (?:and )?| and | or )\d+)*\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """One usable answer: `order[p]` is the response shown at position p; `ratings[i]` belongs to response i (shuffle undone)."""
+    """One usable answer: `order[p]` is the response shown at position p; `ratings[i]` belongs to response i (shuffle
+    undone)."""
 
     order: tuple[int, ...]
     ratings: tuple[Mapping[str, AspectRating], ...]
@@ -45,7 +48,8 @@ class UnusableAnswers(Exception):
 def shown_order(item_id: str, count: int, *, seed: int = 0, vote: int = 0, attempt: int = 0) -> tuple[int, ...]:
     """A permutation of range(count) that depends on nothing but its arguments.
 
-    Votes of one item rotate one shuffled order, so that over `count` votes every response stands at every position once. A repeated
+    Votes of one item rotate one shuffled order, so that over `count` votes every response stands at every position
+    once. A repeated
     question gets a fresh shuffle: an answer that was unusable once may well be so again for the very same text.
     """
     order = list(range(count))
@@ -55,9 +59,12 @@ def shown_order(item_id: str, count: int, *, seed: int = 0, vote: int = 0, attem
 
 
 def unshuffle(verdict: Verdict, order: Sequence[int]) -> tuple[Mapping[str, AspectRating], ...]:
-    """Ratings by response instead of by position shown; a "Text 3" in a rationale becomes the number that this response has in the item."""
+    """Ratings by response instead of by position shown; a "Text 3" in a rationale becomes the number that this response
+    has in the item."""
     if len(verdict.ratings) != len(order):
-        raise AnswerError("wrong_count", f"expected {len(order)} ratings, found {len(verdict.ratings)}", usage=verdict.usage)
+        raise AnswerError(
+            "wrong_count", f"expected {len(order)} ratings, found {len(verdict.ratings)}", usage=verdict.usage
+        )
 
     def number(match: re.Match[str]) -> str:
         shown = int(match[0])
@@ -80,10 +87,11 @@ async def cast_vote(
     earlier: Sequence[AnswerError] = (),
     on_unusable: Callable[[AnswerError], Awaitable[None]] | None = None,
 ) -> Vote:
-    """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass through.
+    """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass
+    through.
 
-    earlier: unusable answers to this vote that an interrupted run got; they count as attempts. on_unusable: told of every further one.
-    """
+    earlier: unusable answers to this vote that an interrupted run got; they count as attempts. on_unusable: told of
+    every further one."""
     errors = list(earlier)
     for attempt in range(len(errors), attempts):
         order = shown_order(item.id, len(item.responses), seed=seed, vote=vote, attempt=attempt)
@@ -113,7 +121,8 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, floa
 
 
 def combine_votes(item: JudgeItem, votes: Sequence[Vote], aspects: Sequence[str]) -> RatedItem:
-    """Mean and spread over the votes of an item. The rationale kept is that of the vote nearest to the mean (the first of equals)."""
+    """Mean and spread over the votes of an item. The rationale kept is that of the vote nearest to the mean (the first
+    of equals)."""
     ratings: list[dict[str, float | None]] = []
     spread: list[dict[str, float | None]] = []
     rationales: list[dict[str, str]] = []
@@ -145,8 +154,11 @@ async def rate_item(item: JudgeItem, judge: Judge, *, votes: int = 1, seed: int 
     return combine_votes(item, cast, judge.rubric.aspect_names)
 
 
-def rate_items(items: Iterable[JudgeItem], judge: Judge, *, votes: int = 1, seed: int = 0, attempts: int = 3) -> list[RatedItem]:
-    """Rate items one after the other in this process; the first error ends it. For the oracle and small local judges."""
+def rate_items(
+    items: Iterable[JudgeItem], judge: Judge, *, votes: int = 1, seed: int = 0, attempts: int = 3
+) -> list[RatedItem]:
+    """Rate items one after the other in this process; the first error ends it. For the oracle and small local
+    judges."""
     import asyncio
 
     async def run() -> list[RatedItem]:

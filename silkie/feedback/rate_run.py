@@ -5,7 +5,8 @@ A line of the journal, one per item:
     {"id", "status": "ok", "judge": {"model", "rubric"}, "item": fingerprint, "ratings": [K x {aspect: number | null}],
      "rationales": [K x {aspect: text}], "orders": [votes x [response at position p]], "form", "usage", "seconds"}
      and with several votes "spread" (K x {aspect: number}) and "vote_ratings" (votes x K x {aspect: number})
-    {"id", "status": "failed", "judge", "item", "error": {"kind", "message"}, "attempts": [{"kind", "message", "raw"}], "usage", "seconds"}
+    {"id", "status": "failed", "judge", "item", "error": {"kind", "message"}, "attempts": [{"kind", "message", "raw"}],
+    "usage", "seconds"}
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from silkie.feedback.budget import Budget
-from silkie.feedback.endpoint import TRANSPORT_KINDS
+from silkie.endpoint.budget import Budget
+from silkie.endpoint.client import TRANSPORT_KINDS
 from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Usage
 from silkie.feedback.journal import Journal, JournalError, Record, read_records
 from silkie.feedback.judges import Judge, OpenAIJudge
@@ -34,9 +35,10 @@ from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounde
 class RateOptions:
     """How a run of `rate` works.
 
-    votes: answers per item; more than half of them must be usable. attempts: answers per vote until one is usable. max_tokens, max_cost:
-    budget over the whole journal. retry_failed: do items again that an earlier run recorded as failed (their new line follows the old one).
-    """
+    votes: answers per item; more than half of them must be usable. attempts: answers per vote until one is usable.
+        max_tokens, max_cost:
+    budget over the whole journal. retry_failed: do items again that an earlier run recorded as failed (their new line
+    follows the old one)."""
 
     image_root: str | None = None
     concurrency: int = 16
@@ -76,8 +78,9 @@ class JournalState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateSummary:
-    """Where the items of the input stand after a run: `rated`, `failures` (kind -> items), `open` still to do. `spent` is what the whole
-    journal has cost. `stopped` says why the run ended early; None where every item is accounted for."""
+    """Where the items of the input stand after a run: `rated`, `failures` (kind -> items), `open` still to do. `spent`
+    is what the whole journal has cost. `stopped` says why the run ended early; None where every item is accounted
+    for."""
 
     items: int
     rated: int
@@ -93,20 +96,28 @@ class RateSummary:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
         cost = f", cost {self.spent.cost:.4f}" if self.spent.cost else ""
         lines = [
-            f"{self.items} items: {self.rated} rated, {failed} failed{f' ({kinds})' if kinds else ''}, {self.open} open",
-            f"{self.spent.calls} answers, {self.spent.tokens:,} tokens{cost} in all; {self.done_now} items in {self.seconds:.1f} s now",
+            (
+                f"{self.items} items: {self.rated} rated, {failed} failed{f' ({kinds})' if kinds else ''}, {self.open}"
+                " open"
+            ),
+            (
+                f"{self.spent.calls} answers, {self.spent.tokens:,} tokens{cost} in all; {self.done_now} items in"
+                f" {self.seconds:.1f} s now"
+            ),
         ]
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join(lines)
 
 
-def rate_file(responses: str | Path, judge: Judge, journal: str | Path, options: RateOptions | None = None) -> RateSummary:
+def rate_file(
+    responses: str | Path, judge: Judge, journal: str | Path, options: RateOptions | None = None
+) -> RateSummary:
     """Rate every item of `responses` that the journal does not hold yet.
 
-    Raises RecordError for a line of `responses` that cannot be used, JournalError for a journal in use, damaged, of another judge or
-    rubric, or whose ratings belong to other texts than `responses` now holds. All of that is checked before the first call.
-    """
+    Raises RecordError for a line of `responses` that cannot be used, JournalError for a journal in use, damaged, of
+    another judge or rubric, or whose ratings belong to other texts than `responses` now holds. All of that is checked
+    before the first call."""
     return asyncio.run(_rate_file(Path(responses), judge, Path(journal), options or RateOptions()))
 
 
@@ -125,7 +136,9 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
             judge.endpoint.sleep = stop.sleep
         try:
             with stop_on_signals(stop):
-                pending = (item for item in read_items(responses) if not state.done(item.id, retry_failed=options.retry_failed))
+                pending = (
+                    item for item in read_items(responses) if not state.done(item.id, retry_failed=options.retry_failed)
+                )
                 await run_bounded(pending, run.work, concurrency=options.concurrency, stop=stop)
                 if stop.reason is None:
                     await run.write_held()
@@ -147,14 +160,17 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
     )
 
 
-def _check(responses: Path, judge: Judge, path: Path, state: JournalState, options: RateOptions) -> tuple[set[str], int]:
-    """Read the whole input once before anything is paid for; returns the ids of its items, and how many are still to do."""
+def _check(
+    responses: Path, judge: Judge, path: Path, state: JournalState, options: RateOptions
+) -> tuple[set[str], int]:
+    """Read the whole input once before anything is paid for; returns the ids of its items, and how many are still to
+    do."""
     current = (judge.name, judge.rubric.fingerprint())
     others = sorted(state.judges - {current})
     if others:
         raise JournalError(
-            f"{path} holds ratings of {others} (model, rubric) and this run would add {current}. Ratings of two judges do not mix: "
-            "pass another journal"
+            f"{path} holds ratings of {others} (model, rubric) and this run would add {current}. Ratings of two judges"
+            " do not mix: pass another journal"
         )
     ids: set[str] = set()
     waiting = 0
@@ -164,7 +180,8 @@ def _check(responses: Path, judge: Judge, path: Path, state: JournalState, optio
         known = state.fingerprints.get(item.id)
         if known is not None and known != item.fingerprint():
             raise JournalError(
-                f"{path}: item {item.id!r} was rated with another prompt, image or texts than {responses} holds; pass another journal"
+                f"{path}: item {item.id!r} was rated with another prompt, image or texts than {responses} holds; pass"
+                " another journal"
             )
     return ids, waiting
 
@@ -185,7 +202,9 @@ class _Run:
     ) -> None:
         self.judge, self.options, self.base = judge, options, base
         self.journal, self.parts, self.state, self.stop, self.progress = journal, parts, state, stop, progress
-        self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=len(state.fingerprints))
+        self.budget = Budget(
+            max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=len(state.fingerprints)
+        )
         self.outage = OutageGuard(limit=2 * options.concurrency + 8)
         self.label = {"model": judge.name, "rubric": judge.rubric.fingerprint()}
         self.written = 0
@@ -224,7 +243,8 @@ class _Run:
         self.progress.update(failed=record["status"] == "failed", spent=self.state.spent)
 
     async def _rate(self, item: JudgeItem) -> Record:
-        """The item's line. Whatever is wrong with the item or its answers is part of the line; StopRun passes through."""
+        """The item's line. Whatever is wrong with the item or its answers is part of the line; StopRun passes
+        through."""
         began = time.monotonic()
         record: Record = {"id": item.written_id, "status": "failed", "judge": self.label, "item": item.fingerprint()}
         votes: list[Vote] = []
@@ -251,7 +271,8 @@ class _Run:
         return record | {"usage": usage.to_json(), "seconds": round(time.monotonic() - began, 3)}
 
     async def _collect(self, shown: JudgeItem, item: JudgeItem, votes: list[Vote], problems: list[AnswerError]) -> None:
-        """Cast the votes of an item into `votes`; end once too many of them failed. `shown` is `item` with its images found."""
+        """Cast the votes of an item into `votes`; end once too many of them failed. `shown` is `item` with its images
+        found."""
         for number in range(self.options.votes):
             vote, unusable = self.parts.get(item, number)
             if vote is None:
@@ -276,9 +297,9 @@ class _Run:
 
 
 class _PartStore:
-    """What was paid for of items that are not finished yet: votes, and unusable answers, which count as attempts. They go to a journal of
-    their own beside the main one, so that a kill between two calls of an item loses neither. It is made when it is first needed and goes
-    away when the run is complete."""
+    """What was paid for of items that are not finished yet: votes, and unusable answers, which count as attempts. They
+    go to a journal of their own beside the main one, so that a kill between two calls of an item loses neither. It is
+    made when it is first needed and goes away when the run is complete."""
 
     def __init__(self, stack: ExitStack, path: Path, state: JournalState) -> None:
         self._stack, self._state = stack, state
@@ -297,13 +318,17 @@ class _PartStore:
 
     async def put_unusable(self, item: JudgeItem, number: int, error: AnswerError) -> None:
         await self._put(
-            item, number, {"unusable": {"kind": error.kind, "message": str(error), "raw": error.raw, "usage": error.usage.to_json()}}
+            item,
+            number,
+            {"unusable": {"kind": error.kind, "message": str(error), "raw": error.raw, "usage": error.usage.to_json()}},
         )
 
     def remove(self) -> None:
         if self._journal is not None:
             self.path.unlink(missing_ok=True)
-            self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)  # nobody waits for it: the main journal's lock is held
+            self.path.with_name(self.path.name + ".lock").unlink(
+                missing_ok=True
+            )  # nobody waits for it: the main journal's lock is held
 
     async def _put(self, item: JudgeItem, number: int, part: Record) -> None:
         self._journal = self._journal or self._open()
@@ -317,7 +342,10 @@ class _PartStore:
         return {"id": item.id, "item": item.fingerprint(), "failures": self._state.failures[item.id], "number": number}
 
     def _add(self, record: Record) -> None:
-        if self._state.done(record["id"], retry_failed=True) or record["failures"] != self._state.failures[record["id"]]:
+        if (
+            self._state.done(record["id"], retry_failed=True)
+            or record["failures"] != self._state.failures[record["id"]]
+        ):
             return
         key = (record["id"], record["item"], record["failures"], record["number"])
         if "unusable" in record:
@@ -327,7 +355,9 @@ class _PartStore:
             return
         vote = record["vote"]
         ratings = tuple({name: AspectRating(**entry) for name, entry in row.items()} for row in vote["ratings"])
-        self._votes[key] = Vote(order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"])
+        self._votes[key] = Vote(
+            order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"]
+        )
 
 
 def rated_records(path: str | Path) -> Iterator[Record]:

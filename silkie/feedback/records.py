@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from silkie.endpoint.media import resolve_image
 from silkie.feedback.items import JudgeItem, whole_text
-from silkie.feedback.media import resolve_image
 
 
 class RecordError(ValueError):
@@ -52,13 +52,20 @@ def _is_conversation(value: Any) -> bool:
 def parse_item(record: Any, where: str, *, need_responses: bool = True, default_id: str | None = None) -> JudgeItem:
     """The item in one decoded JSON line; images stay paths. Raises RecordError."""
     if not isinstance(record, Mapping):
-        raise RecordError(f"{where}: found {type(record).__name__}; expected an object with id, image, prompt, responses")
+        raise RecordError(
+            f"{where}: found {type(record).__name__}; expected an object with id, image, prompt, responses"
+        )
     item_id = record.get("id", default_id)
     if not isinstance(item_id, (str, int)) or isinstance(item_id, bool) or item_id == "":
         raise _fail(where, "id", item_id, "a text that is unique in the file")
     prompt: Any = record.get("prompt")
     if not ((isinstance(prompt, str) and prompt.strip()) or _is_conversation(prompt)):
-        raise _fail(where, "prompt", prompt, "a text, or a conversation of {role, content} whose parts are of type text or image")
+        raise _fail(
+            where,
+            "prompt",
+            prompt,
+            "a text, or a conversation of {role, content} whose parts are of type text or image",
+        )
     responses, models = _responses(record.get("responses"), where) if need_responses else ((), ())
     known = {"id", "prompt", "image", "responses"}
     return JudgeItem(
@@ -73,14 +80,17 @@ def parse_item(record: Any, where: str, *, need_responses: bool = True, default_
 
 
 def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[JudgeItem]:
-    """Items of a JSONL file, one at a time. Raises RecordError at the first line that cannot be used, and for an id that comes twice.
+    """Items of a JSONL file, one at a time. Raises RecordError at the first line that cannot be used, and for an id
+    that comes twice.
 
     Without responses (prompts to sample from) an `id` may be missing: it is then the line number.
     """
     path = Path(path)
     seen: dict[str, int] = {}
     try:
-        file = path.open("rb")  # `json` reads bytes with a byte order mark as well, and a broken byte is an error of its line
+        file = path.open(
+            "rb"
+        )  # `json` reads bytes with a byte order mark as well, and a broken byte is an error of its line
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     with file:
@@ -94,7 +104,9 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
                     record = json.loads(whole_text(json.dumps(record, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
                 raise RecordError(f"{where}: not valid JSON: {error}") from error
-            item = parse_item(record, where, need_responses=need_responses, default_id=None if need_responses else str(number))
+            item = parse_item(
+                record, where, need_responses=need_responses, default_id=None if need_responses else str(number)
+            )
             if item.id in seen:
                 raise _fail(where, "id", item.id, f"an id that is unique in the file (line {seen[item.id]} has it too)")
             seen[item.id] = number

@@ -1,4 +1,5 @@
-"""What a judge rates and on which scale, read from a YAML file (`rubrics/vlfeedback.yaml` is the default and shows every key)."""
+"""What a judge rates and on which scale, read from a YAML file (`rubrics/vlfeedback.yaml` is the default and shows
+every key)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class RubricError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aspect:
-    """One thing that is rated. `levels` maps a rating to its meaning; `aliases` are further headings the parser accepts."""
+    """One thing that is rated. `levels` maps a rating to its meaning; `aliases` are further headings the parser
+    accepts."""
 
     name: str
     description: str = ""
@@ -42,10 +44,13 @@ class Rubric:
     def __post_init__(self) -> None:
         names = [aspect.name.casefold() for aspect in self.aspects]
         if not names or len(set(names)) != len(names) or not all(name.strip() for name in names):
-            raise RubricError(f"rubric {self.name!r}: expected one or more aspects with distinct, non-empty names, found {names}")
+            raise RubricError(
+                f"rubric {self.name!r}: expected one or more aspects with distinct, non-empty names, found {names}"
+            )
         if not (self.minimum < self.maximum and self.step > 0):
             raise RubricError(
-                f"rubric {self.name!r}: expected minimum < maximum and step > 0, found {self.minimum}, {self.maximum}, {self.step}"
+                f"rubric {self.name!r}: expected minimum < maximum and step > 0, found {self.minimum}, {self.maximum},"
+                f" {self.step}"
             )
 
     @property
@@ -64,7 +69,8 @@ class Rubric:
 
 
 def number_text(value: float) -> str:
-    """4.0 -> "4", 3.5 -> "3.5", 11/3 -> "3.6667": how ratings are written in prompts and in VLFeedback's string columns."""
+    """4.0 -> "4", 3.5 -> "3.5", 11/3 -> "3.6667": how ratings are written in prompts and in VLFeedback's string
+    columns."""
     return f"{round(float(value), 4):g}"
 
 
@@ -75,11 +81,15 @@ def _aspect(entry: Any, where: str) -> Aspect:
         raise RubricError(f"{where}: expected a name or a mapping with `name`, found {entry!r}")
     unknown = set(entry) - {"name", "description", "aliases", "levels"}
     if unknown:
-        raise RubricError(f"{where} ({entry['name']}): unknown keys {sorted(unknown)}; known are name, description, aliases, levels")
+        raise RubricError(
+            f"{where} ({entry['name']}): unknown keys {sorted(unknown)}; known are name, description, aliases, levels"
+        )
     try:
         levels = tuple(sorted((float(rating), str(meaning)) for rating, meaning in (entry.get("levels") or {}).items()))
     except (TypeError, ValueError, AttributeError) as error:
-        raise RubricError(f"{where} ({entry['name']}): levels must map a number to a text, found {entry.get('levels')!r}") from error
+        raise RubricError(
+            f"{where} ({entry['name']}): levels must map a number to a text, found {entry.get('levels')!r}"
+        ) from error
     return Aspect(
         name=entry["name"].strip(),
         description=str(entry.get("description") or "").strip(),
@@ -95,7 +105,9 @@ def parse_rubric(text: str, where: str) -> Rubric:
     except yaml.YAMLError as error:
         raise RubricError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(data, Mapping) or not isinstance(data.get("aspects"), list):
-        raise RubricError(f"{where}: expected a mapping with a list `aspects` (see silkie/feedback/rubrics/vlfeedback.yaml)")
+        raise RubricError(
+            f"{where}: expected a mapping with a list `aspects` (see silkie/feedback/rubrics/vlfeedback.yaml)"
+        )
     unknown = set(data) - {"name", "scale", "introduction", "aspects"}
     if unknown:
         raise RubricError(f"{where}: unknown keys {sorted(unknown)}; known are name, scale, introduction, aspects")
@@ -122,7 +134,8 @@ def default_rubric() -> Rubric:
 
 
 def load_rubric(path: str | Path | None = None) -> Rubric:
-    """The rubric of a YAML file, or the default one. Raises RubricError with the file, the key and what was expected."""
+    """The rubric of a YAML file, or the default one. Raises RubricError with the file, the key and what was
+    expected."""
     if path is None:
         return default_rubric()
     try:

@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 class StopSignal:
-    """Asked for by a signal, a spent budget or a lost endpoint: no further item starts, waiting retries end, answers under way are kept."""
+    """Asked for by a signal, a spent budget or a lost endpoint: no further item starts, waiting retries end, answers
+    under way are kept."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -37,11 +38,13 @@ class StopSignal:
             raise StopRun(self.reason)
 
 
-async def run_bounded(items: Iterator[T], work: Callable[[T], Awaitable[None]], *, concurrency: int, stop: StopSignal) -> None:
+async def run_bounded(
+    items: Iterator[T], work: Callable[[T], Awaitable[None]], *, concurrency: int, stop: StopSignal
+) -> None:
     """`await work(item)` for every item, at most `concurrency` at a time.
 
-    StopRun from any of them stops the run. So does any other error, which is raised once the calls in flight, which may have been paid for,
-    have ended.
+    StopRun from any of them stops the run. So does any other error, which is raised once the calls in flight, which may
+    have been paid for, have ended.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency {concurrency}: expected 1 or more")
@@ -78,7 +81,9 @@ def stop_on_signals(stop: StopSignal) -> Iterator[None]:
 
     installed = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not on Windows, and not outside the main thread
+        with contextlib.suppress(
+            NotImplementedError, RuntimeError, ValueError
+        ):  # not on Windows, and not outside the main thread
             loop.add_signal_handler(number, ask, number.name, number)
             installed.append(number)
     try:
@@ -91,8 +96,8 @@ def stop_on_signals(stop: StopSignal) -> Iterator[None]:
 class OutageGuard:
     """Keeps an outage from turning the rest of a run into failures.
 
-    An item that got no answer at all is held back until another item gets one, which proves the endpoint alive. After `limit` such items in
-    a row the run stops, and the held items stay undone for the next run.
+    An item that got no answer at all is held back until another item gets one, which proves the endpoint alive. After
+    `limit` such items in a row the run stops, and the held items stay undone for the next run.
     """
 
     def __init__(self, limit: int) -> None:
@@ -103,7 +108,10 @@ class OutageGuard:
         """An item without an answer. Raises StopRun for the `limit`-th in a row."""
         self._held.append(record)
         if len(self._held) >= self.limit:
-            raise StopRun(f"no answer for {len(self._held)} items in a row, the last: {why}. They stay undone; run the command again later")
+            raise StopRun(
+                f"no answer for {len(self._held)} items in a row, the last: {why}. They stay undone; run the command"
+                " again later"
+            )
 
     def release(self) -> list[Any]:
         """The held items, which are failures of their own after all."""

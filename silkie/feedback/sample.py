@@ -1,9 +1,9 @@
 """`python -m silkie.feedback sample`: draw k responses per prompt from a pool, resumable at any point.
 
-Every single draw is one line of a journal (OUT.journal), so that a kill loses only the draws in flight. Draws go in rounds: round 0 fills
-every slot; a slot whose draw failed or repeats an earlier slot's text is drawn again in the next round, up to `redraws` times. What a round
-has to do follows from the journal alone. At the end the items with enough distinct responses go to OUT, in the order of the input.
-"""
+Every single draw is one line of a journal (OUT.journal), so that a kill loses only the draws in flight. Draws go in
+rounds: round 0 fills every slot; a slot whose draw failed or repeats an earlier slot's text is drawn again in the next
+round, up to `redraws` times. What a round has to do follows from the journal alone. At the end the items with enough
+distinct responses go to OUT, in the order of the input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silkie.feedback.budget import Budget, Prices
-from silkie.feedback.endpoint import Endpoint, TransportError
+from silkie.endpoint.budget import Budget, Prices
+from silkie.endpoint.client import Endpoint, TransportError
+from silkie.endpoint.media import data_url, load_image
 from silkie.feedback.items import AnswerError, ItemError, JudgeItem, Usage
 from silkie.feedback.journal import Journal, JournalError, Record
-from silkie.feedback.media import data_url, load_image
 from silkie.feedback.pool import Member, Pool, Voice, accepted_slots, draw_seed, voice_of
 from silkie.feedback.prompting import conversation, endpoint_messages
 from silkie.feedback.records import read_items, with_images
@@ -33,8 +33,8 @@ from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounde
 class SampleOptions:
     """How a run of `sample` works.
 
-    k: responses per prompt. minimum: items with fewer distinct ones are left out of the result. redraws: how often a failed or repeated
-    draw is tried again.
+    k: responses per prompt. minimum: items with fewer distinct ones are left out of the result. redraws: how often a
+    failed or repeated draw is tried again.
     """
 
     k: int = 4
@@ -98,18 +98,27 @@ class SampleSummary:
     def text(self) -> str:
         cost = f", cost {self.spent.cost:.4f}" if self.spent.cost else ""
         lines = [
-            f"{self.items} items: {self.complete} complete, {self.short} with fewer responses, {len(self.dropped)} left out",
+            (
+                f"{self.items} items: {self.complete} complete, {self.short} with fewer responses, {len(self.dropped)}"
+                " left out"
+            ),
             f"{self.draws} draws in all, {self.spent.tokens:,} tokens{cost}; {self.seconds:.1f} s now",
         ]
         if self.dropped and not self.stopped:
-            lines.append(f"left out (too few distinct responses): {', '.join(self.dropped[:10])}{' ...' if len(self.dropped) > 10 else ''}")
+            lines.append(
+                "left out (too few distinct responses):"
+                f" {', '.join(self.dropped[:10])}{' ...' if len(self.dropped) > 10 else ''}"
+            )
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join(lines)
 
 
-def sample_file(prompts: str | Path, pool: Pool, out: str | Path, options: SampleOptions | None = None) -> SampleSummary:
-    """Draw responses for every item of `prompts` (JSONL of {"image", "prompt"}, `id` optional) and write the responses file `out`.
+def sample_file(
+    prompts: str | Path, pool: Pool, out: str | Path, options: SampleOptions | None = None
+) -> SampleSummary:
+    """Draw responses for every item of `prompts` (JSONL of {"image", "prompt"}, `id` optional) and write the responses
+    file `out`.
 
     Raises ValueError where `out` is `prompts`, RecordError for a line that cannot be used, JournalError for a journal
     (`out` + ".journal") in use, damaged, or begun with another pool, seed, k or other prompts.
@@ -159,7 +168,8 @@ def _check(items: list[JudgeItem], pool: Pool, path: Path, state: DrawState, opt
     for item in items:
         if state.fingerprints.get(item.id, item.fingerprint()) != item.fingerprint():
             raise JournalError(
-                f"{path}: item {item.id!r} was drawn for another prompt or image than the input now holds; pass another output file"
+                f"{path}: item {item.id!r} was drawn for another prompt or image than the input now holds; pass another"
+                " output file"
             )
 
 
@@ -167,11 +177,20 @@ class _Run:
     """One run: the endpoints, the local model that is loaded, and where a draw's line goes."""
 
     def __init__(
-        self, pool: Pool, options: SampleOptions, base: Path, journal: Journal, state: DrawState, stop: StopSignal, progress: Progress
+        self,
+        pool: Pool,
+        options: SampleOptions,
+        base: Path,
+        journal: Journal,
+        state: DrawState,
+        stop: StopSignal,
+        progress: Progress,
     ) -> None:
         self.pool, self.options, self.base = pool, options, base
         self.journal, self.state, self.stop, self.progress = journal, state, stop, progress
-        self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=state.draws)
+        self.budget = Budget(
+            max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=state.draws
+        )
         self.endpoints = {member.name: self._endpoint(member) for member in pool.members if member.base_url is not None}
         self.outages = {name: OutageGuard(limit=2 * options.concurrency + 8) for name in self.endpoints}
         self.local: tuple[str, Any, Any] | None = None  # (member name, model, processor): one at a time, they are large
@@ -200,8 +219,14 @@ class _Run:
         for member in self.pool.members:
             if member.local is not None and self.stop.reason is None:
                 await self._draw_locally(member, by_member[member.name])
-        remote = (self._draw_remotely(member, by_member[member.name]) for member in self.pool.members if member.base_url is not None)
-        for outcome in await asyncio.gather(*remote, return_exceptions=True):  # an error of one member must not cost the calls of another
+        remote = (
+            self._draw_remotely(member, by_member[member.name])
+            for member in self.pool.members
+            if member.base_url is not None
+        )
+        for outcome in await asyncio.gather(
+            *remote, return_exceptions=True
+        ):  # an error of one member must not cost the calls of another
             if isinstance(outcome, BaseException):
                 raise outcome
 
@@ -218,7 +243,9 @@ class _Run:
 
     async def _draw_remotely(self, member: Member, draws: list[Draw]) -> None:
         guard = self.outages[member.name]
-        await run_bounded(iter(draws), self._draw_one, concurrency=member.concurrency or self.options.concurrency, stop=self.stop)
+        await run_bounded(
+            iter(draws), self._draw_one, concurrency=member.concurrency or self.options.concurrency, stop=self.stop
+        )
         if self.stop.reason is None:
             for record in guard.release():
                 await self._write(record)
@@ -250,7 +277,10 @@ class _Run:
     async def _ask(self, draw: Draw) -> Any:
         def messages() -> list[dict[str, Any]]:
             item = with_images(draw.item, self.options.image_root, self.base)
-            urls = (data_url(image, where=f"item {item.id!r}", max_side=self.options.max_image_side) for image in item.images)
+            urls = (
+                data_url(image, where=f"item {item.id!r}", max_side=self.options.max_image_side)
+                for image in item.images
+            )
             return endpoint_messages(conversation(item), urls)
 
         member = draw.voice.member
@@ -302,10 +332,15 @@ class _Run:
                 seed=draw_seed(self.options.seed, ready[0][0].item.id, ready[0][0].slot, ready[0][0].attempt),
                 batch_size=member.batch_size,
             )
-            records += [self._record(draw, Usage(calls=1), response=texts[0]) for (draw, _, _), texts in zip(ready, answers, strict=True)]
+            records += [
+                self._record(draw, Usage(calls=1), response=texts[0])
+                for (draw, _, _), texts in zip(ready, answers, strict=True)
+            ]
         return records
 
-    def _record(self, draw: Draw, usage: Usage, *, response: str | None = None, error: AnswerError | ItemError | None = None) -> Record:
+    def _record(
+        self, draw: Draw, usage: Usage, *, response: str | None = None, error: AnswerError | ItemError | None = None
+    ) -> Record:
         record: Record = {
             "id": draw.item.id,
             "slot": draw.slot,
@@ -354,7 +389,10 @@ def _write_responses(
             images = [_image_for(image, prompts, out, options.image_root) for image in item.images]
             image = images[0] if len(images) == 1 else images or None
             file.write(
-                json.dumps({**item.meta, "id": item.written_id, "image": image, "prompt": item.prompt, "responses": responses}, default=str)
+                json.dumps(
+                    {**item.meta, "id": item.written_id, "image": image, "prompt": item.prompt, "responses": responses},
+                    default=str,
+                )
                 + "\n"
             )
     temporary.replace(out)
@@ -362,8 +400,14 @@ def _write_responses(
 
 
 def _image_for(image: str, prompts: Path, out: Path, image_root: str | None) -> str:
-    """The image's path as seen from `out`: a path that was meant from the prompts file must still work from the responses file."""
+    """The image's path as seen from `out`: a path that was meant from the prompts file must still work from the
+    responses file."""
     beside = prompts.parent / image
-    if image_root is not None or os.path.isabs(image) or not beside.exists() or prompts.parent.resolve() == out.parent.resolve():
+    if (
+        image_root is not None
+        or os.path.isabs(image)
+        or not beside.exists()
+        or prompts.parent.resolve() == out.parent.resolve()
+    ):
         return image
     return os.path.relpath(beside, out.parent)

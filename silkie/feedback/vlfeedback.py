@@ -1,4 +1,5 @@
-"""Write ratings in the schema of VLFeedback: parquet shards with embedded images, which `datasets` and `silkie.data` load as they are.
+"""Write ratings in the schema of VLFeedback: parquet shards with embedded images, which `datasets` and `silkie.data`
+load as they are.
 
     id, prompt, image, models [K],
     completions: {"annotations": [K x {aspect: {"Rating": "4", "Rationale": "..."}}], "model": [K], "response": [K]}
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from silkie.feedback.media import image_bytes
+from silkie.endpoint.media import image_bytes
 from silkie.feedback.rubric import default_rubric, number_text
 
 
@@ -30,7 +31,11 @@ def vlfeedback_features(aspects: Sequence[str]) -> Features:
             "prompt": Value("string"),
             "image": Image(),
             "models": List(Value("string")),
-            "completions": {"annotations": List(annotation), "model": List(Value("string")), "response": List(Value("string"))},
+            "completions": {
+                "annotations": List(annotation),
+                "model": List(Value("string")),
+                "response": List(Value("string")),
+            },
         }
     )
 
@@ -45,17 +50,26 @@ def vlfeedback_row(
     ratings: Sequence[Mapping[str, float | None]],
     rationales: Sequence[Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """One record. `image` is a path, bytes, {"bytes", "path"}, a PIL image or None; the three sequences hold one entry per response.
+    """One record. `image` is a path, bytes, {"bytes", "path"}, a PIL image or None; the three sequences hold one entry
+    per response.
 
     Raises ValueError where their lengths differ, ItemError("image") where the image cannot be read.
     """
     rationales = rationales if rationales is not None else [{} for _ in responses]
-    counts = {"models": len(models), "responses": len(responses), "ratings": len(ratings), "rationales": len(rationales)}
+    counts = {
+        "models": len(models),
+        "responses": len(responses),
+        "ratings": len(ratings),
+        "rationales": len(rationales),
+    }
     if len(set(counts.values())) != 1:
         raise ValueError(f"record {id!r}: expected one entry per response in each of {list(counts)}, found {counts}")
     annotations = [
         {
-            aspect: {"Rating": "N/A" if value is None or math.isnan(value) else number_text(value), "Rationale": why.get(aspect, "")}
+            aspect: {
+                "Rating": "N/A" if value is None or math.isnan(value) else number_text(value),
+                "Rationale": why.get(aspect, ""),
+            }
             for aspect, value in row.items()
         }
         for row, why in zip(ratings, rationales, strict=True)
@@ -78,11 +92,12 @@ def write_vlfeedback(
     shard_bytes: int = 500_000_000,
     rows_per_group: int = 100,
 ) -> list[Path]:
-    """Write records (the keyword arguments of `vlfeedback_row`) as `directory/data/SPLIT-00000.parquet`, ... and return the paths.
+    """Write records (the keyword arguments of `vlfeedback_row`) as `directory/data/SPLIT-00000.parquet`, ... and return
+    the paths.
 
-    Rows are consumed one by one and written in groups of `rows_per_group`, so memory does not grow with their number. A new shard begins
-    once one holds `shard_bytes` of encoded images. Every file is complete when it gets its name. Raises FileExistsError rather than mix
-    with shards that are already there.
+    Rows are consumed one by one and written in groups of `rows_per_group`, so memory does not grow with their number. A
+    new shard begins once one holds `shard_bytes` of encoded images. Every file is complete when it gets its name.
+    Raises FileExistsError rather than mix with shards that are already there.
     """
     folder = Path(directory) / "data"
     folder.mkdir(parents=True, exist_ok=True)

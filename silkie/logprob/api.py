@@ -20,7 +20,9 @@ from silkie.logprob.types import Impl, LogitTransform, LogprobStats
 
 logger = logging.getLogger(__name__)
 
-_Implementation = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, LogitTransform, bool], tuple[Tensor, LogprobStats | None]]
+_Implementation = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, LogitTransform, bool], tuple[Tensor, LogprobStats | None]
+]
 
 
 @overload
@@ -80,20 +82,21 @@ def linear_logprob(
         target: [N] int64 token ids in [0, V), or `ignore_index`.
         bias: [V] or None.
         ignore_index: tokens with this target get log-prob 0 and no gradient.
-        impl: "reference" (full logits, twice differentiable), "tiled" (pure torch, any device), "triton" (CUDA), or "auto": triton on
-            CUDA where it can run, tiled everywhere else.
+        impl: "reference" (full logits, twice differentiable), "tiled" (pure torch, any device), "triton" (CUDA), or
+            "auto": triton on CUDA where it can run, tiled everywhere else.
         softcap: the model's final logit soft-cap, or None.
         logit_scale: the model's logit multiplier.
         return_stats: also return `LogprobStats` (no gradient).
 
     Returns:
-        fp32 [N] (fp64 for fp64 inputs), differentiable in `hidden`, and in `weight` and `bias` where they require a gradient. With a frozen
-        head the gradient is computed in the forward pass (4NVD operations; 2NVD under `no_grad`, nothing stored); with a trainable head the
-        logits are recomputed in backward. Under autocast the operands are cast to its dtype, as `F.linear` would.
+        fp32 [N] (fp64 for fp64 inputs), differentiable in `hidden`, and in `weight` and `bias` where they require a
+        gradient. With a frozen head the gradient is computed in the forward pass (4NVD operations; 2NVD under
+        `no_grad`, nothing stored); with a trainable head the logits are recomputed in backward. Under autocast the
+        operands are cast to its dtype, as `F.linear` would.
 
     Raises:
-        ValueError: shapes, devices, dtypes or options that do not fit; on CPU also a target outside [0, V). On CUDA a bad target fails a
-            device-side assertion (no host synchronisation), reported by the next synchronising call.
+        ValueError: shapes, devices, dtypes or options that do not fit; on CPU also a target outside [0, V). On CUDA a
+            bad target fails a device-side assertion (no host synchronisation), reported by the next synchronising call.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check(hidden, weight, target, bias, softcap, logit_scale)
@@ -120,12 +123,17 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> None:
     def fail(what: str) -> None:
         raise ValueError(f"linear_logprob: {what}")
 
     if weight.numel() == 0:  # what ZeRO-3 leaves of a partitioned weight has the shape (0,)
-        fail(f"weight of shape {tuple(weight.shape)} is empty; a sharded head must be gathered first (silkie.logprob.head_operands)")
+        fail(
+            f"weight of shape {tuple(weight.shape)} is empty; a sharded head must be gathered first"
+            " (silkie.logprob.head_operands)"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         fail(f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if target.shape != hidden.shape[:1]:
@@ -155,7 +163,10 @@ def _check_targets(target: Tensor, ignored: Tensor, vocab: int) -> None:
         torch._assert_async(inside.all(), f"linear_logprob: a target token lies outside [0, {vocab})")
     elif not bool(inside.all()):
         bad = target[~inside][0].item()
-        raise ValueError(f"linear_logprob: target token {bad} lies outside [0, {vocab}); is the tokenizer larger than the output head?")
+        raise ValueError(
+            f"linear_logprob: target token {bad} lies outside [0, {vocab}); is the tokenizer larger than the output"
+            " head?"
+        )
 
 
 def _implementation(impl: str, device: str, dtype: torch.dtype) -> _Implementation:

@@ -1,4 +1,5 @@
-"""How a pass over the vocabulary becomes differentiable: gradient in the forward pass (frozen head) or recompute (trainable head)."""
+"""How a pass over the vocabulary becomes differentiable: gradient in the forward pass (frozen head) or recompute
+(trainable head)."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def fused_logprob(
 ) -> tuple[Tensor, LogprobStats | None]:
     """Log-probs [N] and statistics by `backend`; target inside [0, V) everywhere, ignored [N] bool.
 
-    Nothing tracked: 2NVD operations, nothing stored. Frozen head: 4NVD, [N, D] stored. Trainable head: recompute, up to 8NVD.
-    """
+    Nothing tracked: 2NVD operations, nothing stored. Frozen head: 4NVD, [N, D] stored. Trainable head: recompute, up to
+    8NVD."""
     tracks = torch.is_grad_enabled()
     head_trains = tracks and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if not head_trains and not (tracks and hidden.requires_grad):
@@ -89,7 +90,8 @@ class _FrozenHead(torch.autograd.Function):
 class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, hidden, weight, target, bias, ignored, transform, want_stats, stats):
-        # Backward multiplies hidden states by 0 where ignored, and 0 times a NaN of theirs would be NaN in every row of the head
+        # Backward multiplies hidden states by 0 where ignored, and 0 times a NaN of theirs would be NaN in every row of
+        # the head
         hidden = hidden.masked_fill(ignored[:, None], 0.0)
         done = backend.forward(hidden, weight, target, bias, ignored, transform, False, want_stats)
         ctx.save_for_backward(hidden, weight, target, bias, ignored, done.rows.z_y, done.rows.peak, done.rows.total)
@@ -104,8 +106,9 @@ class _TrainableHead(torch.autograd.Function):
         if weight.shape != ctx.shape:
             was, now = tuple(ctx.shape), tuple(weight.shape)
             raise RuntimeError(
-                f"linear_logprob: the output head was {was} in the forward pass and is {now} in backward: it was partitioned again. "
-                "Call linear_logprob inside the head module's own forward, whose hooks gather it for both passes"
+                f"linear_logprob: the output head was {was} in the forward pass and is {now} in backward: it was"
+                " partitioned again. Call linear_logprob inside the head module's own forward, whose hooks gather it"
+                " for both passes"
             )
         want = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         rows = grad_logps.masked_fill(ignored, 0.0)

@@ -1,4 +1,5 @@
-"""The truth: log-probs from the full [N, V] logits by autograd. Any device, any dtype; float64 operands give float64 results."""
+"""The truth: log-probs from the full [N, V] logits by autograd. Any device, any dtype; float64 operands give float64
+results."""
 
 from __future__ import annotations
 
@@ -9,15 +10,23 @@ from silkie.logprob.types import LogitTransform, LogprobStats, accumulate_dtype
 
 
 def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """Final logits [N, V] in the accumulation dtype; the product is rounded to the operands' dtype, as `nn.Linear` does."""
+    """Final logits [N, V] in the accumulation dtype; the product is rounded to the operands' dtype, as `nn.Linear`
+    does."""
     raw = torch.nn.functional.linear(hidden, weight, bias)
     return transform(raw.to(accumulate_dtype(hidden.dtype)))
 
 
 def reference_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignored: Tensor, transform: LogitTransform, want_stats: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignored: Tensor,
+    transform: LogitTransform,
+    want_stats: bool,
 ) -> tuple[Tensor, LogprobStats | None]:
-    """`log_softmax(logits)[n, target[n]]`: hidden [N, D], weight [V, D], target [N] inside [0, V), ignored [N] bool -> [N].
+    """`log_softmax(logits)[n, target[n]]`: hidden [N, D], weight [V, D], target [N] inside [0, V), ignored [N] bool ->
+    [N].
 
     The one implementation that can be differentiated twice; it holds several [N, V] arrays.
     """

@@ -1,4 +1,5 @@
-"""From the sums one pass over the vocabulary leaves to log-probs and statistics; shared by the tiled and the Triton pass.
+"""From the sums one pass over the vocabulary leaves to log-probs and statistics; shared by the tiled and the Triton
+pass.
 
 Legend: N scored tokens, D hidden size; n rows of one chunk; y the target of a row; c ("peak") the row's anchor.
 """
@@ -15,7 +16,8 @@ from silkie.logprob.types import LogprobStats
 
 @dataclass(frozen=True, slots=True)
 class RowSums:
-    """z_y [n], c [n] and total = sum_{v != y} exp(z_v - c) [n]: all that log-probs, and a backward pass that recomputes logits, need."""
+    """z_y [n], c [n] and total = sum_{v != y} exp(z_v - c) [n]: all that log-probs, and a backward pass that recomputes
+    logits, need."""
 
     z_y: Tensor
     peak: Tensor
@@ -36,7 +38,8 @@ class RowSums:
         return torch.where(self.z_y == self.peak, self.total.log1p(), self.norm.log())
 
     def logps(self) -> Tensor:
-        """-log1p(total / exp(z_y - c)); where that quotient cannot be represented, the difference of logarithms is accurate."""
+        """-log1p(total / exp(z_y - c)); where that quotient cannot be represented, the difference of logarithms is
+        accurate."""
         gap = self.z_y - self.peak
         ratio = self.total / self.own
         return torch.where(ratio.isfinite() & (gap > -80), -ratio.log1p(), gap - self.log_norm())
@@ -44,7 +47,8 @@ class RowSums:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass over the vocabulary yields: logps [N], the rows' sums, grad [N, D] in hidden's dtype or None, stats or None.
+    """What a pass over the vocabulary yields: logps [N], the rows' sums, grad [N, D] in hidden's dtype or None, stats
+    or None.
 
     logps, grad and stats are 0 where ignored.
     """
@@ -71,7 +75,9 @@ class StatSums:
     @staticmethod
     def empty(like: Tensor) -> StatSums:
         zeros = [torch.zeros_like(like) for _ in range(3)]
-        return StatSums(zeros[0], zeros[1], zeros[2], torch.full_like(like, -torch.inf), torch.full_like(like, -torch.inf))
+        return StatSums(
+            zeros[0], zeros[1], zeros[2], torch.full_like(like, -torch.inf), torch.full_like(like, -torch.inf)
+        )
 
     def finish(self, rows: RowSums, vocab: int) -> LogprobStats:
         """entropy = log norm - mean of (z - c) under p; exponents of -inf weigh nothing."""
@@ -91,7 +97,8 @@ def join_rows(parts: list[RowSums], like: Tensor) -> RowSums:
 
 
 def row_factor(grad_logps: Tensor, rows: RowSums) -> Tensor:
-    """What turns exp(z_v - c) into a logit's gradient: -grad_logp / norm [n]; 0 for rows without a gradient, whatever their sums hold.
+    """What turns exp(z_v - c) into a logit's gradient: -grad_logp / norm [n]; 0 for rows without a gradient, whatever
+    their sums hold.
 
     With -total in the target's place, the product there is grad_logp * (1 - p_y) without a cancellation.
     """

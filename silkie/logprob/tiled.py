@@ -1,6 +1,7 @@
 """Log-probs tile by tile in pure torch: exact, any device, a few tens of MB whatever N and V. The CPU path.
 
-Legend: N scored tokens, D hidden size, V vocabulary; n rows of one chunk, v columns of one vocabulary tile, y the target of a row.
+Legend: N scored tokens, D hidden size, V vocabulary; n rows of one chunk, v columns of one vocabulary tile, y the
+    target of a row.
 
 Everything is measured from the target's own logit z_y, which is computed by a separate fp32 dot product:
 
@@ -8,12 +9,13 @@ Everything is measured from the target's own logit z_y, which is computed by a s
     logp = -log1p(S)
     d logp / d h = (S * W_y - sum_{v != y} exp(z_v - z_y) W_v) / (1 + S)
 
-so a confident token (S -> 0) keeps its relative accuracy: neither 1 - p nor one-hot minus p is ever formed by subtraction. Between
-tiles the sums are carried relative to c = max(z_y, largest logit so far), so nothing overflows at any logit.
+so a confident token (S -> 0) keeps its relative accuracy: neither 1 - p nor one-hot minus p is ever formed by
+subtraction. Between tiles the sums are carried relative to c = max(z_y, largest logit so far), so nothing overflows at
+any logit.
 
-With a frozen head the gradient of each log-prob with respect to its hidden state is accumulated in the same pass (it does not depend on
-the loss): two matrix products per tile, 4NVD operations in all, and the backward pass scales rows. With a trainable head the backward
-pass recomputes the logits (8NVD) and yields gradients for hidden, weight and bias.
+With a frozen head the gradient of each log-prob with respect to its hidden state is accumulated in the same pass (it
+does not depend on the loss): two matrix products per tile, 4NVD operations in all, and the backward pass scales rows.
+With a trainable head the backward pass recomputes the logits (8NVD) and yields gradients for hidden, weight and bias.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def _matmul_operand(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`, never rounded on the way on CUDA. CPUs have no mixed-output product: theirs is rounded to the operands' dtype."""
+    """a @ b in `dtype`, never rounded on the way on CUDA. CPUs have no mixed-output product: theirs is rounded to the
+    operands' dtype."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:
@@ -47,7 +50,9 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def target_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> Tensor:
     """z_y [n] by a dot product in the accumulation dtype."""
     dtype = accumulate_dtype(hidden.dtype)
     raw = (hidden.to(dtype) * weight[target].to(dtype)).sum(-1)
@@ -65,9 +70,9 @@ def _tile_logits(
 ) -> Tensor:
     """Final logits [n, v] of one vocabulary tile, in the accumulation dtype.
 
-    Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32 accumulation: the
-    rounding is then relative to the distance from the anchor [n] (z_y), so it vanishes for the tokens that carry the mass.
-    """
+    Where the library rounds a bf16 product to bf16 (CPUs), the product is taken as `h @ W.T - anchor` in one fp32
+    accumulation: the rounding is then relative to the distance from the anchor [n] (z_y), so it vanishes for the tokens
+    that carry the mass."""
     if hidden.dtype == dtype or hidden.is_cuda:
         raw = _product(hidden, weight.t(), dtype)
     else:
@@ -93,9 +98,16 @@ def _set_target(tile: Tensor, column: Tensor, value: Tensor | float) -> None:
 
 
 def _scan(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform, want_grad: bool, want_stats: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    want_grad: bool,
+    want_stats: bool,
 ) -> tuple[RowSums, Tensor | None, LogprobStats | None]:
-    """One pass over the vocabulary for the rows of one chunk (hidden [n, D]): sums, gradient [n, D] of each log-prob, statistics."""
+    """One pass over the vocabulary for the rows of one chunk (hidden [n, D]): sums, gradient [n, D] of each log-prob,
+    statistics."""
     dtype = accumulate_dtype(hidden.dtype)
     z_y = target_logits(hidden, weight, target, bias, transform)
     peak = torch.where(z_y.isfinite(), z_y, torch.full_like(z_y, torch.finfo(dtype).min / 4))
@@ -133,9 +145,17 @@ def _scan(
 
 
 def _add_stats(
-    stats: StatSums, tile: Tensor, best: Tensor, local: Tensor, peak: Tensor, new_peak: Tensor, rescale: Tensor, total: Tensor
+    stats: StatSums,
+    tile: Tensor,
+    best: Tensor,
+    local: Tensor,
+    peak: Tensor,
+    new_peak: Tensor,
+    rescale: Tensor,
+    total: Tensor,
 ) -> None:
-    """Folds a tile of logits [n, v] (the target's own at -inf) into the statistics; total is still relative to the old peak."""
+    """Folds a tile of logits [n, v] (the target's own at -inf) into the statistics; total is still relative to the old
+    peak."""
     earlier = torch.arange(tile.shape[1], device=tile.device) < local[:, None]
     stats.before = torch.maximum(stats.before, tile.masked_fill(~earlier, -torch.inf).amax(-1))
     stats.best = torch.maximum(stats.best, best)
@@ -182,7 +202,8 @@ def backward(
     transform: LogitTransform,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of sum(grad_logps * logps): tiles outside, chunks inside, so that each weight tile is summed in fp32 and written once."""
+    """Gradients of sum(grad_logps * logps): tiles outside, chunks inside, so that each weight tile is summed in fp32
+    and written once."""
     want_hidden, want_weight, want_bias = want
     dtype = accumulate_dtype(hidden.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if want_hidden else None

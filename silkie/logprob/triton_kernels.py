@@ -1,6 +1,7 @@
 """Triton kernels of the CUDA pass. Logits arrive in fp32 from the library's matrix product; each is read once.
 
-Legend: n rows of one chunk, D hidden size; one slab is COLS columns of the vocabulary; y the target of a row; c ("peak") its anchor.
+Legend: n rows of one chunk, D hidden size; one slab is COLS columns of the vocabulary; y the target of a row; c
+    ("peak") its anchor.
 Row offsets are 64-bit: n * COLS may pass 2^31. Sizes that bound loops are compile-time constants.
 """
 
@@ -12,7 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def _transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Final logits: cap(scale * raw). tanh(x) = 1 - 2 / (exp(2x) + 1), which holds where the exponential is 0 or infinite too."""
+    """Final logits: cap(scale * raw). tanh(x) = 1 - 2 / (exp(2x) + 1), which holds where the exponential is 0 or
+    infinite too."""
     z = raw * scale
     if HAS_SOFTCAP:
         z = softcap - 2 * softcap / (tl.exp(2 * z / softcap) + 1)
@@ -21,7 +23,8 @@ def _transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _cap_slope(z, softcap, HAS_SOFTCAP: tl.constexpr):
-    """d final / d (scale * raw) at a final logit z: at most 1. The factor `scale` is applied at the end, where nothing can overflow."""
+    """d final / d (scale * raw) at a final logit z: at most 1. The factor `scale` is applied at the end, where nothing
+    can overflow."""
     slope = 1.0
     if HAS_SOFTCAP:
         slope = 1 - (z / softcap) * (z / softcap)
@@ -44,7 +47,8 @@ def target_logit_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n] = final logit of the target, an fp32 dot product. One program per row; hidden and weight rows contiguous."""
+    """out[n] = final logit of the target, an fp32 dot product. One program per row; hidden and weight rows
+    contiguous."""
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     row = tl.program_id(0).to(tl.int64)
@@ -79,11 +83,12 @@ def _sweep(
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One read of a row of the slab, relative to `peak`; the target (column `local`) is left out of all but the sum of logits.
+    """One read of a row of the slab, relative to `peak`; the target (column `local`) is left out of all but the sum of
+    logits.
 
-    Returns the sum of exponentials, the largest logit, and for statistics the sums of logits, of e * (z - peak) and of e^2 and the largest
-    logit left of the target. Writes the exponentials (times the soft-cap's slope) where the gradient is wanted.
-    """
+    Returns the sum of exponentials, the largest logit, and for statistics the sums of logits, of e * (z - peak) and of
+    e^2 and the largest logit left of the target. Writes the exponentials (times the soft-cap's slope) where the
+    gradient is wanted."""
     total = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     logits_sum = tl.zeros((BLOCK,), tl.float32)
@@ -152,9 +157,9 @@ def slab_kernel(
 ):
     """Folds one slab of logits [n, COLS] into the rows' sums and turns it into exponentials. One program per row.
 
-    A row whose largest logit exceeds its anchor by more than `headroom` is read again from a new anchor, that logit, and what it summed so
-    far (its gradient too) is rescaled: decided on the device, and normal rows are read once and never rescaled.
-    """
+    A row whose largest logit exceeds its anchor by more than `headroom` is read again from a new anchor, that logit,
+    and what it summed so far (its gradient too) is rescaled: decided on the device, and normal rows are read once and
+    never rescaled."""
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     headroom = tl.cast(headroom, tl.float32)
@@ -165,9 +170,21 @@ def slab_kernel(
     peak = tl.load(peak_ptr + row)
     local = tl.load(target_ptr + row) - first_column
     total, best, logits_sum, weighted, squares, before = _sweep(
-        logits_ptr, exps_ptr, bias_ptr, peak, local, scale, softcap, exps_scale,
-        HAS_BIAS, HAS_SOFTCAP, WANT_GRAD, WANT_STATS, COLS, BLOCK,
-    )  # fmt: skip
+        logits_ptr,
+        exps_ptr,
+        bias_ptr,
+        peak,
+        local,
+        scale,
+        softcap,
+        exps_scale,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WANT_GRAD,
+        WANT_STATS,
+        COLS,
+        BLOCK,
+    )
     old_total = tl.load(total_ptr + row)
     rescale = 1.0
     moved = 0.0
@@ -176,9 +193,21 @@ def slab_kernel(
         rescale = tl.exp(moved)
         tl.store(peak_ptr + row, best)
         total, best, logits_sum, weighted, squares, before = _sweep(
-            logits_ptr, exps_ptr, bias_ptr, best, local, scale, softcap, exps_scale,
-            HAS_BIAS, HAS_SOFTCAP, WANT_GRAD, WANT_STATS, COLS, BLOCK,
-        )  # fmt: skip
+            logits_ptr,
+            exps_ptr,
+            bias_ptr,
+            best,
+            local,
+            scale,
+            softcap,
+            exps_scale,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            WANT_GRAD,
+            WANT_STATS,
+            COLS,
+            BLOCK,
+        )
         if WANT_GRAD:
             for start in range(0, D, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
@@ -213,7 +242,8 @@ def gradient_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = scale * (total * slope_y * W_y - sum_{v != y} e_v slope_v W_v) / norm; 0 where ignored. One program per row."""
+    """out = scale * (total * slope_y * W_y - sum_{v != y} e_v slope_v W_v) / norm; 0 where ignored. One program per
+    row."""
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     exps_scale = tl.cast(exps_scale, tl.float32)

@@ -1,15 +1,18 @@
-"""The CUDA pass: library matrix products with fp32 output, one Triton kernel per slab of logits, library product for the gradient.
+"""The CUDA pass: library matrix products with fp32 output, one Triton kernel per slab of logits, library product for
+the gradient.
 
-Legend: N scored tokens, D hidden size, V vocabulary; a chunk is up to ROWS rows, a slab COLUMNS columns of the vocabulary.
+Legend: N scored tokens, D hidden size, V vocabulary; a chunk is up to ROWS rows, a slab COLUMNS columns of the
+    vocabulary.
 
     z = hidden_chunk @ W_slab.T          library product, bf16 operands, fp32 logits (never rounded to bf16)
     e = exp(z - c), sums of e            slab_kernel: z read once, e written once in the operands' dtype
     G += e @ W_slab                      library product, accumulated in fp32 in place
     grad = (S W_y - G) / (S + e_y)       gradient_kernel, once per chunk
 
-c is z_y until a logit exceeds it by `_HEADROOM`; then it moves, on the device. No host synchronisation anywhere, no atomics: equal
-inputs give equal bits. Workspace: logits and exponentials of one slab (604 MB at 8192 x 12288) and the chunk's fp32 gradient.
-"""
+c is z_y until a logit exceeds it by `_HEADROOM`; then it moves, on the device. No host synchronisation anywhere, no
+atomics: equal
+inputs give equal bits. Workspace: logits and exponentials of one slab (604 MB at 8192 x 12288) and the chunk's fp32
+gradient."""
 
 from __future__ import annotations
 
@@ -22,13 +25,14 @@ from silkie.logprob.triton_kernels import coefficient_kernel, gradient_kernel, s
 from silkie.logprob.types import LogitTransform, LogprobStats
 
 ROWS = 8192
-"""Rows of one chunk: at D = 3584, 896 output tiles of 128 x 256 fill 132 processors in 6.8 waves (1152 rows: 0.95 of one)."""
+"""Rows of one chunk: at D = 3584, 896 output tiles of 128 x 256 fill 132 processors in 6.8 waves (1152 rows: 0.95 of
+one)."""
 COLUMNS = 12288
 """Columns of one slab. Constant, so that a new N compiles nothing; 3072 logit tiles of 128 x 256 are 23.3 waves."""
 _BLOCK = 2048
 _HEADROOM = 30.0
-"""bf16 and fp32 hold exp(60), the square of the largest exponential, times any vocabulary. fp16 operands get headroom 0 and
-exponentials scaled by 2^15."""
+"""bf16 and fp32 hold exp(60), the square of the largest exponential, times any vocabulary. fp16 operands get headroom 0
+and exponentials scaled by 2^15."""
 
 
 def _kernel_range(dtype: torch.dtype) -> tuple[float, float]:
@@ -62,13 +66,25 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _target_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def _target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> Tensor:
     n, d = hidden.shape
     out = torch.empty(n, dtype=torch.float32, device=hidden.device)
     target_logit_kernel[(n,)](
-        hidden, hidden.stride(0), weight, weight.stride(0), weight if bias is None else bias, target, out, **_options(transform),
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, D=d, BLOCK=min(_BLOCK, triton.next_power_of_2(d)),
-    )  # fmt: skip
+        hidden,
+        hidden.stride(0),
+        weight,
+        weight.stride(0),
+        weight if bias is None else bias,
+        target,
+        out,
+        **_options(transform),
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=transform.softcap is not None,
+        D=d,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(d)),
+    )
     return out
 
 
@@ -95,23 +111,56 @@ def _scan(
         logits = _product(hidden, slab.t())
         exps = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device) if grad is not None else logits
         slab_kernel[(n,)](
-            logits, logits.stride(0), exps, exps.stride(0), logits if bias is None else bias[start:], target, peak, total,
-            total if grad is None else grad, d,
-            *((total,) * 5 if stats is None else (stats.logits, stats.weighted, stats.squares, stats.best, stats.before)),
-            start, **_options(transform), headroom=headroom, exps_scale=factor,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, WANT_GRAD=grad is not None, WANT_STATS=want_stats,
-            COLS=slab.shape[0], D=d, BLOCK=min(_BLOCK, triton.next_power_of_2(slab.shape[0])),
-        )  # fmt: skip
+            logits,
+            logits.stride(0),
+            exps,
+            exps.stride(0),
+            logits if bias is None else bias[start:],
+            target,
+            peak,
+            total,
+            total if grad is None else grad,
+            d,
+            *(
+                (total,) * 5
+                if stats is None
+                else (stats.logits, stats.weighted, stats.squares, stats.best, stats.before)
+            ),
+            start,
+            **_options(transform),
+            headroom=headroom,
+            exps_scale=factor,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=transform.softcap is not None,
+            WANT_GRAD=grad is not None,
+            WANT_STATS=want_stats,
+            COLS=slab.shape[0],
+            D=d,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(slab.shape[0])),
+        )
         if grad is not None:
             _accumulate(grad, exps, slab)
         del logits, exps  # the next slab's arrays take their place
     rows = RowSums(z_y, peak, total)
     if grad is not None and out is not None:
         gradient_kernel[(n,)](
-            grad, d, out, out.stride(0), weight, weight.stride(0), target, ignored.to(torch.int8), z_y, total, rows.norm,
-            **_options(transform), exps_scale=factor, HAS_SOFTCAP=transform.softcap is not None,
-            D=d, BLOCK=min(_BLOCK, triton.next_power_of_2(d)),
-        )  # fmt: skip
+            grad,
+            d,
+            out,
+            out.stride(0),
+            weight,
+            weight.stride(0),
+            target,
+            ignored.to(torch.int8),
+            z_y,
+            total,
+            rows.norm,
+            **_options(transform),
+            exps_scale=factor,
+            HAS_SOFTCAP=transform.softcap is not None,
+            D=d,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(d)),
+        )
     return rows, None if stats is None else stats.finish(rows, vocab)
 
 
@@ -127,7 +176,11 @@ def forward(
 ) -> PassResult:
     """All rows, chunk by chunk: see `silkie.logprob.autograd.Backend`."""
     count, d = hidden.shape
-    hidden, weight, bias = _rows_contiguous(hidden), _rows_contiguous(weight), None if bias is None else _rows_contiguous(bias)
+    hidden, weight, bias = (
+        _rows_contiguous(hidden),
+        _rows_contiguous(weight),
+        None if bias is None else _rows_contiguous(bias),
+    )
     grad = torch.empty(count, d, dtype=hidden.dtype, device=hidden.device) if want_grad else None
     sums: list[RowSums] = []
     parts: list[LogprobStats] = []
@@ -153,9 +206,14 @@ def backward(
     transform: LogitTransform,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Recomputes the logits: slabs outside, chunks inside, so that each weight slab's gradient is summed in fp32 and written once."""
+    """Recomputes the logits: slabs outside, chunks inside, so that each weight slab's gradient is summed in fp32 and
+    written once."""
     want_hidden, want_weight, want_bias = want
-    hidden, weight, bias = _rows_contiguous(hidden), _rows_contiguous(weight), None if bias is None else _rows_contiguous(bias)
+    hidden, weight, bias = (
+        _rows_contiguous(hidden),
+        _rows_contiguous(weight),
+        None if bias is None else _rows_contiguous(bias),
+    )
     (count, d), vocab = hidden.shape, weight.shape[0]
     grad_hidden = torch.zeros(count, d, dtype=torch.float32, device=hidden.device) if want_hidden else None
     grad_weight = torch.empty_like(weight) if want_weight else None
@@ -173,10 +231,22 @@ def backward(
             coefficients = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
             block = min(_BLOCK, triton.next_power_of_2(width))
             coefficient_kernel[(logits.shape[0], triton.cdiv(width, block))](
-                logits, logits.stride(0), coefficients, coefficients.stride(0), logits if bias is None else bias[start:], target[rows],
-                sums.peak[rows], sums.total[rows], factor[rows], start, **_options(transform),
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, COLS=width, BLOCK=block,
-            )  # fmt: skip
+                logits,
+                logits.stride(0),
+                coefficients,
+                coefficients.stride(0),
+                logits if bias is None else bias[start:],
+                target[rows],
+                sums.peak[rows],
+                sums.total[rows],
+                factor[rows],
+                start,
+                **_options(transform),
+                HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=transform.softcap is not None,
+                COLS=width,
+                BLOCK=block,
+            )
             if grad_hidden is not None:
                 _accumulate(grad_hidden[rows], coefficients, slab)
             if sum_weight is not None:

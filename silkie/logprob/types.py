@@ -32,10 +32,11 @@ class LogprobStats:
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a model does to `hidden @ weight.T + bias` before the softmax: `z = cap(scale * raw)`, `cap(x) = softcap * tanh(x / softcap)`.
+    """What a model does to `hidden @ weight.T + bias` before the softmax: `z = cap(scale * raw)`, `cap(x) = softcap *
+    tanh(x / softcap)`.
 
-    Gemma 2 and 3 set `final_logit_softcapping`, Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`.
-    """
+    Gemma 2 and 3 set `final_logit_softcapping`, Cohere multiplies by `logit_scale`, Granite divides by
+    `logits_scaling`."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -1,5 +1,5 @@
-"""What a loss sees of one micro-batch: log-probabilities of responses and the pairs over them. Legend: G groups, K responses per group,
-R responses of the batch (flat over groups), P pairs, N scored tokens, A aspects of a rating."""
+"""What a loss sees of one micro-batch: log-probabilities of responses and the pairs over them. Legend: G groups, K
+responses per group, R responses of the batch (flat over groups), P pairs, N scored tokens, A aspects of a rating."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class GroupLogps:
     Scored tokens are ordered by response: `owner` never decreases, and response r owns `lengths[r]` tokens.
 
     Attributes:
-        logps: [R] log-probability of each response under the policy, summed over its scored tokens (nats). None only where the batch is
-            used for `Objective.units`, which are known before the model runs.
+        logps: [R] log-probability of each response under the policy, summed over its scored tokens (nats). None only
+            where the batch is used for `Objective.units`, which are known before the model runs.
         lengths: [R] number of scored tokens of each response.
         pairs: [P, 2] indices (chosen, rejected) into R.
         pair_weights: [P] weight of each pair in the mean over pairs, >= 0. None is 1 for every pair.
@@ -31,7 +31,8 @@ class GroupLogps:
         owner: [N] response of each scored token.
         token_ids: [N] id of each scored token.
         log_sum_sq_probs: [N] log sum_v p(v)^2 of the policy at each scored token.
-        corrupted_logps / ref_corrupted_logps: [R] as `logps`, with the group's images corrupted. Read for chosen responses only.
+        corrupted_logps / ref_corrupted_logps: [R] as `logps`, with the group's images corrupted. Read for chosen
+            responses only.
     """
 
     lengths: Tensor
@@ -60,7 +61,9 @@ class GroupLogps:
         """
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"{why} needs `{name}`, and the batch has none. `Objective.needs` lists what a batch must carry.")
+            raise ValueError(
+                f"{why} needs `{name}`, and the batch has none. `Objective.needs` lists what a batch must carry."
+            )
         return value
 
     @property

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 
-def plackett_luce(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1, active: Tensor | None = None) -> Tensor:
+def plackett_luce(
+    logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1, active: Tensor | None = None
+) -> Tensor:
     """DPO under the Plackett-Luce model (Rafailov et al., arXiv 2305.18290, appendix A.3), one term per response.
 
-    For a full ranking the term of a response is -log( exp(beta r_i) / (exp(beta r_i) + sum over worse j of exp(beta r_j)) ), r the
-    log-ratio, and the sum of a group's terms is the negative log-likelihood of its ranking. "Worse" is read from the pairs, so tied
-    responses do not compete with each other and a partial order is allowed. With k = 2 it is `sigmoid`.
+    For a full ranking the term of a response is -log( exp(beta r_i) / (exp(beta r_i) + sum over worse j of exp(beta
+    r_j)) ), r the log-ratio, and the sum of a group's terms is the negative log-likelihood of its ranking. "Worse" is
+    read from the pairs, so tied responses do not compete with each other and a partial order is allowed. With k = 2 it
+    is `sigmoid`.
 
     Args:
         logps / ref_logps: [R] summed log-probabilities (nats).
@@ -32,7 +35,8 @@ def plackett_luce(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: floa
 
 
 def listed_weights(pair_weights: Tensor, pairs: Tensor, responses: int) -> Tensor:
-    """[R] weight of each response's term: the mean weight of the pairs of positive weight that it wins, 0 where it wins none."""
+    """[R] weight of each response's term: the mean weight of the pairs of positive weight that it wins, 0 where it wins
+    none."""
     zeros = pair_weights.new_zeros(responses)
     total = zeros.index_add(0, pairs[:, 0], pair_weights)
     count = zeros.index_add(0, pairs[:, 0], (pair_weights > 0).to(pair_weights.dtype))
@@ -40,7 +44,8 @@ def listed_weights(pair_weights: Tensor, pairs: Tensor, responses: int) -> Tenso
 
 
 def ranked_groups(term_weights: Tensor, group: Tensor) -> Tensor:
-    """Scalar: the number of groups that rank anything, each weighed by the mean weight of its terms. `term_weights`, `group`: [R].
+    """Scalar: the number of groups that rank anything, each weighed by the mean weight of its terms. `term_weights`,
+    `group`: [R].
 
     With all weights 1 it counts the groups that have at least one pair.
     """

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def rating_margins(ratings: Tensor, pairs: Tensor) -> Tensor:
-    """[P] rating of the chosen minus rating of the rejected response; NaN where either has none. `ratings` [R], `pairs` [P, 2]."""
+    """[P] rating of the chosen minus rating of the rejected response; NaN where either has none. `ratings` [R], `pairs`
+    [P, 2]."""
     return ratings[pairs[:, 0]] - ratings[pairs[:, 1]]
 
 
@@ -25,7 +26,8 @@ def margin_weight(margins: Tensor, scale: float) -> Tensor:
 
 
 def mix_aspects(aspect_ratings: Tensor, weights: Tensor) -> Tensor:
-    """[R] weighted mean of the aspects of each response, over the aspects that are rated; NaN where none of positive weight is.
+    """[R] weighted mean of the aspects of each response, over the aspects that are rated; NaN where none of positive
+    weight is.
 
     `aspect_ratings` [R, A] with NaN for "not rated"; `weights` [A], >= 0.
     """

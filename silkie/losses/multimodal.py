@@ -1,4 +1,5 @@
-"""The terms that mDPO adds to DPO (Wang et al., arXiv 2406.11839). mDPO is their sum: sigmoid + mdpo_image + mdpo_anchor."""
+"""The terms that mDPO adds to DPO (Wang et al., arXiv 2406.11839). mDPO is their sum: sigmoid + mdpo_image +
+mdpo_anchor."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def mdpo_image(
 ) -> Tensor:
     """Image-conditional preference: the chosen response should be likelier with its image than with the corrupted one.
 
-    -log s(beta (r - r')), where r is the log-ratio of the chosen response with the image and r' with the corrupted image, both [P] in nats.
-    """
+    -log s(beta (r - r')), where r is the log-ratio of the chosen response with the image and r' with the corrupted
+    image, both [P] in nats."""
     return sigmoid(chosen_logps, corrupted_logps, ref_chosen_logps, ref_corrupted_logps, beta=beta)
 
 

@@ -1,8 +1,8 @@
 """The training objective: a weighted sum of losses, each the weighted mean over the pairs of a whole optimizer step.
 
-A micro-batch cannot know the size of the step it belongs to, so the sums of its terms are divided by totals that the trainer has summed
-over all micro-batches and ranks beforehand (`Objective.units`). The losses of the micro-batches then add up to the loss of the step,
-however the step was split.
+A micro-batch cannot know the size of the step it belongs to, so the sums of its terms are divided by totals that the
+trainer has summed over all micro-batches and ranks beforehand (`Objective.units`). The losses of the micro-batches then
+add up to the loss of the step, however the step was split.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class _PairView:
         dtype = _full(batch.require("per_token_logps", "a token-weighted loss")).dtype
         if options.ddpo_gamma is not None:
             ids = batch.require("token_ids", "ddpo_gamma")
-            return ddpo_token_weights(batch.pairs, owner, batch.lengths, ids, options.ddpo_gamma, options.ddpo_normalize, dtype)
+            return ddpo_token_weights(
+                batch.pairs, owner, batch.lengths, ids, options.ddpo_gamma, options.ddpo_normalize, dtype
+            )
         assert options.ld_alpha is not None  # `token_weighted` says one of the two is set
         chosen, rejected = self.chosen_index, self.rejected_index
         return (
@@ -97,7 +99,9 @@ class _PairView:
         batch, weights = self.batch, self.options.aspect_weights
         if weights is not None:
             ratings = batch.require("aspect_ratings", "aspect_weights")
-            return rating_margins(mix_aspects(ratings, ratings.new_tensor([weights.get(a, 0.0) for a in batch.aspects])), batch.pairs)
+            return rating_margins(
+                mix_aspects(ratings, ratings.new_tensor([weights.get(a, 0.0) for a in batch.aspects])), batch.pairs
+            )
         if batch.margins is not None:
             return batch.margins
         return rating_margins(batch.require("ratings", f"margin={self.options.margin!r}"), batch.pairs)
@@ -126,10 +130,11 @@ class Objective:
     """A weighted sum of losses over groups. Build it with `build_objective`.
 
     Attributes:
-        needs: what a batch must carry beyond `logps`, `lengths` and `pairs`: "reference" (ref_logps), "tokens" (per_token_logps, owner),
-            "reference_tokens" (ref_per_token_logps), "token_ids", "stats" (log_sum_sq_probs), "corrupted" (corrupted_logps and
-            ref_corrupted_logps), "ratings" (margins or ratings), "aspects" (aspect_ratings), "groups" (group). Where it lacks "reference"
-            no loss reads a reference, and none need be run.
+        needs: what a batch must carry beyond `logps`, `lengths` and `pairs`: "reference" (ref_logps), "tokens"
+            (per_token_logps, owner), "reference_tokens" (ref_per_token_logps), "token_ids", "stats" (log_sum_sq_probs),
+            "corrupted" (corrupted_logps and ref_corrupted_logps), "ratings" (margins or ratings), "aspects"
+            (aspect_ratings), "groups" (group). Where it lacks "reference" no loss reads a reference, and none need be
+            run.
     """
 
     def __init__(self, loss_type: Sequence[str], loss_weights: Sequence[float] | None, options: LossOptions) -> None:
@@ -156,14 +161,18 @@ class Objective:
         """
         if not aspects and self.needs & {"ratings", "aspects"}:
             option = "aspect_weights" if "aspects" in self.needs else f"margin={self.options.margin!r}"
-            raise ValueError(f"`{option}` reads ratings, and the data has none. Remove the option, or load data with a `ratings` column.")
+            raise ValueError(
+                f"`{option}` reads ratings, and the data has none. Remove the option, or load data with a `ratings`"
+                " column."
+            )
         unknown = set(self.options.aspect_weights or ()) - set(aspects)
         if unknown:
             raise ValueError(f"`aspect_weights` names {sorted(unknown)}; the data is rated on {list(aspects)}.")
 
     def units(self, batch: GroupLogps) -> dict[str, Tensor]:
-        """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights, "token" chosen tokens
-        weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches and ranks of an optimizer step."""
+        """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights,
+        "token" chosen tokens weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches
+        and ranks of an optimizer step."""
         view = _PairView(batch, self.options)
         units: dict[str, Tensor] = {}
         for unit in {SPECS[name].unit for name in self.terms}:
@@ -176,15 +185,18 @@ class Objective:
                 units[unit] = ranked_groups(rows, batch.require("group", "a listwise loss"))
         return units
 
-    def __call__(self, batch: GroupLogps, totals: Totals | None = None, *, training: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, batch: GroupLogps, totals: Totals | None = None, *, training: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch and its metrics.
 
         Args:
             totals: unit -> total over the optimizer step. None: the batch is the whole step.
             training: whether rewards enter the running mean of bco_pair.
         Returns:
-            0-d loss = sum over the terms of weight * sum(term) / totals[unit], and detached metrics [P]: rewards/{chosen, rejected,
-            margins, accuracies}, logps/{chosen, rejected}, and loss/{name} for losses with a row per pair (sft: per token).
+            0-d loss = sum over the terms of weight * sum(term) / totals[unit], and detached metrics [P]:
+            rewards/{chosen, rejected, margins, accuracies}, logps/{chosen, rejected}, and loss/{name} for losses with a
+            row per pair (sft: per token).
         """
         if self.options.aspect_weights is not None:
             self.check_aspects(batch.aspects)
@@ -199,7 +211,9 @@ class Objective:
             total = totals[spec.unit].to(rows.device)
             loss = loss + weight * (rows * row_weights.to(rows.dtype)).sum() / torch.where(total > 0, total, 1.0)
             if spec.unit != "group":
-                metrics[f"loss/{name}"] = (rows / view.chosen_lengths.clamp(min=1) if spec.unit == "token" else rows).detach()
+                metrics[f"loss/{name}"] = (
+                    rows / view.chosen_lengths.clamp(min=1) if spec.unit == "token" else rows
+                ).detach()
         if self._reward_mean is not None and training:
             self._reward_mean.collect((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2, view.weights)
         return loss, metrics
@@ -213,7 +227,10 @@ class Objective:
         if spec.inputs == "sft":
             return spec.fn(view.plain("logps", view.chosen_index)), view.weights
         if spec.inputs == "anchor":
-            return spec.fn(view.plain("logps", view.chosen_index), view.plain("ref_logps", view.chosen_index), **kwargs), view.weights
+            return (
+                spec.fn(view.plain("logps", view.chosen_index), view.plain("ref_logps", view.chosen_index), **kwargs),
+                view.weights,
+            )
         if spec.inputs == "image":
             names = ("logps", "corrupted_logps", "ref_logps", "ref_corrupted_logps")
             return spec.fn(*(view.plain(logps, view.chosen_index) for logps in names), **kwargs), view.weights
@@ -249,7 +266,8 @@ class Objective:
         return rows * view.wpo_weights if options.use_weighting else rows
 
     def _metrics(self, view: _PairView) -> dict[str, Tensor]:
-        # Detached one by one, not under no_grad: the view caches these tensors, and the losses differentiate through them.
+        # Detached one by one, not under no_grad: the view caches these tensors, and the losses differentiate through
+        # them.
         referenced = "reference" in self.needs
         chosen, rejected = (logps.detach() for logps in (view.policy if referenced else self._plain_policy(view)))
         metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
@@ -257,7 +275,10 @@ class Objective:
             chosen, rejected = chosen - view.reference[0].detach(), rejected - view.reference[1].detach()
         elif "simpo" in self.terms:
             chosen, rejected = chosen / view.chosen_lengths.clamp(min=1), rejected / view.rejected_lengths.clamp(min=1)
-        metrics["rewards/chosen"], metrics["rewards/rejected"] = self.options.beta * chosen, self.options.beta * rejected
+        metrics["rewards/chosen"], metrics["rewards/rejected"] = (
+            self.options.beta * chosen,
+            self.options.beta * rejected,
+        )
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics["rewards/accuracies"] = (metrics["rewards/margins"] > 0).to(chosen.dtype)
         return metrics
@@ -267,29 +288,38 @@ class Objective:
         return view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None, device: torch.device | str = "cpu") -> None:
-        """Call once after every optimizer step, on every rank: moves the step's rewards into the running mean of bco_pair.
+        """Call once after every optimizer step, on every rank: moves the step's rewards into the running mean of
+        bco_pair.
 
         Args:
-            reduce: sums a tensor over all ranks, for example `functools.partial(accelerator.reduce, reduction="sum")`. None: one rank.
+            reduce: sums a tensor over all ranks, for example `functools.partial(accelerator.reduce, reduction="sum")`.
+                None: one rank.
             device: where `reduce` expects tensors, for a rank that saw no pair.
         """
         if self._reward_mean is not None:
             self._reward_mean.commit(reduce, device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart: the running mean of bco_pair, {} where there is none. Call it between optimizer steps."""
+        """What must survive a restart: the running mean of bco_pair, {} where there is none. Call it between optimizer
+        steps."""
         return {} if self._reward_mean is None else {"reward_mean": self._reward_mean.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._reward_mean is not None:
             if "reward_mean" not in state:
-                raise ValueError("the state holds no `reward_mean`: the checkpoint was written without `bco_reward_shift='running_mean'`.")
+                raise ValueError(
+                    "the state holds no `reward_mean`: the checkpoint was written without"
+                    " `bco_reward_shift='running_mean'`."
+                )
             self._reward_mean.load_state_dict(state["reward_mean"])
 
 
 def _check_equal_weights(name: str, weights: Tensor) -> None:
     if weights.numel() and not bool((weights == weights[0]).all()):
-        raise ValueError(f"{name} sorts the margins of a batch, so a pair weight has no row to weigh. Give all pairs the same weight.")
+        raise ValueError(
+            f"{name} sorts the margins of a batch, so a pair weight has no row to weigh. Give all pairs the same"
+            " weight."
+        )
 
 
 def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
@@ -317,7 +347,8 @@ def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
 def build_objective(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None, options: LossOptions | None = None
 ) -> Objective:
-    """The objective of `loss_type` (one name or several), weighted by `loss_weights` (default: 1 each), with validated options.
+    """The objective of `loss_type` (one name or several), weighted by `loss_weights` (default: 1 each), with validated
+    options.
 
     Raises:
         ValueError: see `silkie.losses.options.validate`.

@@ -21,20 +21,23 @@ class LossOptions:
     """Options of all losses; each is read by some of them only (`option_users`).
 
     Attributes:
-        beta: strength of the pull towards the reference; IPO's tau, ORPO's lambda, the reward scale of SimPO (2.0 there).
+        beta: strength of the pull towards the reference; IPO's tau, ORPO's lambda, the reward scale of SimPO (2.0
+            there).
         label_smoothing: probability that a label is flipped (robust: < 0.5; exo_pair: its epsilon, > 0).
         discopop_tau: temperature of discopop.
         f_divergence_type / f_alpha_divergence_coef: regulariser of the losses of a score difference.
         ld_alpha: LD-DPO's weight of the tokens beyond the shared length, in [0, 1]; None is off.
         use_weighting: WPO weights.
         simpo_gamma: target margin of SimPO.
-        bco_reward_shift: "running_mean" subtracts the mean reward of the past optimizer steps from bco_pair's rewards; "none" is TRL's.
-        margin / margin_scale: use of the rating gap of a pair: an offset that its logit must exceed (scale * gap) or a factor of its weight
-            (1 + scale * gap).
+        bco_reward_shift: "running_mean" subtracts the mean reward of the past optimizer steps from bco_pair's rewards;
+            "none" is TRL's.
+        margin / margin_scale: use of the rating gap of a pair: an offset that its logit must exceed (scale * gap) or a
+            factor of its weight (1 + scale * gap).
         mdpo_anchor: reward that mdpo_anchor holds the chosen response above.
-        ddpo_gamma / ddpo_normalize: weight of the tokens that differ between the two responses of a pair (RLHF-V: 5), None is off; whether
-            the weighted sum is divided by the sum of weights.
-        aspect_weights: aspect -> weight, >= 0. Ratings are mixed anew with these weights; pairs that tie or contradict get weight 0.
+        ddpo_gamma / ddpo_normalize: weight of the tokens that differ between the two responses of a pair (RLHF-V: 5),
+            None is off; whether the weighted sum is divided by the sum of weights.
+        aspect_weights: aspect -> weight, >= 0. Ratings are mixed anew with these weights; pairs that tie or contradict
+            get weight 0.
     """
 
     beta: float = 0.1
@@ -96,7 +99,10 @@ def _check_selection(loss_type: Sequence[str], loss_weights: Sequence[float] | N
     if loss_weights is None:
         return
     if len(loss_weights) != len(loss_type):
-        raise ValueError(f"`loss_weights` has {len(loss_weights)} values for {len(loss_type)} losses; give one weight per `loss_type`.")
+        raise ValueError(
+            f"`loss_weights` has {len(loss_weights)} values for {len(loss_type)} losses; give one weight per"
+            " `loss_type`."
+        )
     if not all(_is_number(weight) and math.isfinite(weight) for weight in loss_weights):
         raise ValueError(f"`loss_weights` must be finite numbers, got {list(loss_weights)}.")
 
@@ -106,18 +112,25 @@ def _is_number(value: object) -> bool:
 
 
 def _check_types(options: LossOptions) -> None:
-    """A string where a number or a bool belongs (YAML reads `1e-3` as one) is named, before a comparison trips over it."""
+    """A string where a number or a bool belongs (YAML reads `1e-3` as one) is named, before a comparison trips over
+    it."""
     for field in fields(options):
         value, kind = getattr(options, field.name), str(field.type)
         if value is None and kind.endswith("None"):
             continue
         if kind.startswith("float") and not _is_number(value):
-            raise ValueError(f"`{field.name}` must be a number, got {value!r}. (In YAML write 1.0e-3: it reads 1e-3 as text.)")
+            raise ValueError(
+                f"`{field.name}` must be a number, got {value!r}. (In YAML write 1.0e-3: it reads 1e-3 as text.)"
+            )
         if kind == "bool" and not isinstance(value, bool):
             raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
     weights = options.aspect_weights
-    if weights is not None and not (isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values())):
-        raise ValueError(f"`aspect_weights` must map aspects to numbers, for example {{'Helpfulness': 1.0}}, got {weights!r}.")
+    if weights is not None and not (
+        isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values())
+    ):
+        raise ValueError(
+            f"`aspect_weights` must map aspects to numbers, for example {{'Helpfulness': 1.0}}, got {weights!r}."
+        )
 
 
 def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
@@ -143,7 +156,10 @@ def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
         "margin_scale": (options.margin_scale >= 0, ">= 0"),
         "aspect_weights": (
             options.aspect_weights is None
-            or (all(weight >= 0 for weight in options.aspect_weights.values()) and sum(options.aspect_weights.values()) > 0),
+            or (
+                all(weight >= 0 for weight in options.aspect_weights.values())
+                and sum(options.aspect_weights.values()) > 0
+            ),
             "weights >= 0, at least one of them > 0, or None",
         ),
     }
@@ -176,7 +192,8 @@ def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
         _check_joint(options, selected, "margin", OFFSET_USERS | {"sft", "mdpo_image", "mdpo_anchor"})
         if not selected & OFFSET_USERS:
             raise ValueError(
-                f"`margin='offset'` is used by none of {list(loss_type)}; losses that use it: {', '.join(sorted(OFFSET_USERS))}."
+                f"`margin='offset'` is used by none of {list(loss_type)}; losses that use it:"
+                f" {', '.join(sorted(OFFSET_USERS))}."
             )
     if "f_alpha_divergence_coef" in options.changed() and options.f_divergence_type != "alpha_divergence":
         raise ValueError(
@@ -184,7 +201,9 @@ def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
             f"and that is {options.f_divergence_type!r}."
         )
     if "margin_scale" in options.changed() and options.margin == "none":
-        raise ValueError("`margin_scale` is used with `margin='offset'` or `margin='weight'` only, and `margin` is 'none'.")
+        raise ValueError(
+            "`margin_scale` is used with `margin='offset'` or `margin='weight'` only, and `margin` is 'none'."
+        )
     if "ddpo_normalize" in options.changed() and options.ddpo_gamma is None:
         raise ValueError("`ddpo_normalize` is used with `ddpo_gamma` only, and that is None.")
     if options.ld_alpha is not None and options.ddpo_gamma is not None:
@@ -195,8 +214,8 @@ def _check_joint(options: LossOptions, selected: set[str], name: str, allowed: f
     others = selected - allowed
     if name in options.changed() and others:
         raise ValueError(
-            f"`{name}={getattr(options, name)!r}` cannot be combined with {', '.join(sorted(others))}: it has no meaning there. "
-            f"It can be used with: {', '.join(sorted(allowed))}."
+            f"`{name}={getattr(options, name)!r}` cannot be combined with {', '.join(sorted(others))}: it has no"
+            f" meaning there. It can be used with: {', '.join(sorted(allowed))}."
         )
 
 
@@ -204,7 +223,8 @@ def validate(loss_type: Sequence[str], loss_weights: Sequence[float] | None, opt
     """Check a selection of losses and its options.
 
     Raises:
-        ValueError: an unknown or repeated loss, weights that do not match, a value out of range, or an option that no selected loss reads.
+        ValueError: an unknown or repeated loss, weights that do not match, a value out of range, or an option that no
+            selected loss reads.
     """
     _check_selection(loss_type, loss_weights)
     _check_values(options, loss_type)

@@ -13,8 +13,8 @@ from . import listwise, multimodal, pairwise, reference_free
 Inputs = Literal["reference", "lengths", "sft", "image", "anchor", "listwise"]
 Unit = Literal["pair", "token", "group"]
 
-# The losses of a difference of two scores: the others have no offset and no f-divergence generalisation, because the partition function
-# of the implicit reward cancels only in the difference.
+# The losses of a difference of two scores: the others have no offset and no f-divergence generalisation, because the
+# partition function of the implicit reward cancels only in the difference.
 DIFFERENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"})
 
 
@@ -24,11 +24,13 @@ class LossSpec:
 
     Attributes:
         fn: the pure function.
-        inputs: what it is called with. reference: chosen, rejected, ref_chosen, ref_rejected. lengths: chosen, rejected and their lengths.
-            sft: chosen. image: chosen, corrupted and their references. anchor: chosen, ref_chosen. listwise: all responses and the pairs.
+        inputs: what it is called with. reference: chosen, rejected, ref_chosen, ref_rejected. lengths: chosen, rejected
+            and their lengths. sft: chosen. image: chosen, corrupted and their references. anchor: chosen, ref_chosen.
+            listwise: all responses and the pairs.
         options: keyword of the function -> field of `LossOptions`.
         normalized: it also takes the lengths of a pair, as keywords.
-        unit: what its sum is divided by. pair: sum of pair weights. token: chosen tokens, weighted. group: groups with a ranking.
+        unit: what its sum is divided by. pair: sum of pair weights. token: chosen tokens, weighted. group: groups with
+            a ranking.
         permutes: its rows are quantiles of the batch and not pairs, so that a pair weight has no row.
     """
 
@@ -63,7 +65,9 @@ SPECS: dict[str, LossSpec] = {
     "orpo": LossSpec(fn=reference_free.orpo, inputs="lengths", options=_BETA),
     "sft": LossSpec(fn=reference_free.sft, inputs="sft", options={}, unit="token"),
     "mdpo_image": LossSpec(fn=multimodal.mdpo_image, inputs="image", options=_BETA),
-    "mdpo_anchor": LossSpec(fn=multimodal.mdpo_anchor, inputs="anchor", options={"beta": "beta", "anchor": "mdpo_anchor"}),
+    "mdpo_anchor": LossSpec(
+        fn=multimodal.mdpo_anchor, inputs="anchor", options={"beta": "beta", "anchor": "mdpo_anchor"}
+    ),
     "plackett_luce": LossSpec(fn=listwise.plackett_luce, inputs="listwise", options=_BETA, unit="group"),
 }
 

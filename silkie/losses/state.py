@@ -11,9 +11,9 @@ from torch import Tensor
 class RunningMean:
     """Weighted mean over all rewards of the past optimizer steps; the estimate d of binary classifier optimisation.
 
-    `value` is constant within an optimizer step: rewards are collected with `collect` and enter the mean with `commit`. So the losses of a
-    step depend neither on the order of its micro-batches nor on how it is split over them and over ranks, and the first step has d = 0.
-    """
+    `value` is constant within an optimizer step: rewards are collected with `collect` and enter the mean with `commit`.
+    So the losses of a step depend neither on the order of its micro-batches nor on how it is split over them and over
+    ranks, and the first step has d = 0."""
 
     def __init__(self) -> None:
         # [2]: sum of weighted rewards, sum of weights. float64, since the sums grow over the whole run.
@@ -32,7 +32,8 @@ class RunningMean:
         self._pending = part if self._pending is None else self._pending + part
 
     def commit(self, reduce: Callable[[Tensor], Tensor] | None = None, device: torch.device | str = "cpu") -> None:
-        """End an optimizer step. `reduce` sums a tensor over all ranks (every rank must call); None is a single rank."""
+        """End an optimizer step. `reduce` sums a tensor over all ranks (every rank must call); None is a single
+        rank."""
         pending = torch.zeros(2, device=device) if self._pending is None else self._pending
         self._pending = None
         self._past += (pending if reduce is None else reduce(pending)).to("cpu", torch.float64)

@@ -1,5 +1,5 @@
-"""One self-contained HTML page for a run: configuration, data, curves, benchmarks with intervals, and a gallery of answers before and
-after.
+"""One self-contained HTML page for a run: configuration, data, curves, benchmarks with intervals, and a gallery of
+answers before and after.
 
     python -m silkie.report RUN_DIR
 """
@@ -46,7 +46,11 @@ def build_report(run: str | Path | Report, out: str | Path | None = None) -> Pat
 
 
 def write_comparison(
-    comparison: Comparison, out: str | Path, *, image_root: str | Path | None = None, names: tuple[str, str] = ("base", "trained")
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    names: tuple[str, str] = ("base", "trained"),
 ) -> Path:
     """Write the page of a comparison: differences with intervals, and the flipped questions with their images."""
     from silkie.report.collect import comparison_report

@@ -10,7 +10,9 @@ from silkie.report import build_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m silkie.report", description="One self-contained HTML page for a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m silkie.report", description="One self-contained HTML page for a run."
+    )
     parser.add_argument("run_dir", help="the run's output directory: report.json and / or trainer_state.json")
     parser.add_argument("--out", help="the page (default: RUN_DIR/report.html)")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""Inline SVG: line charts and interval plots. Colours are CSS variables, so that the page's light and dark themes apply."""
+"""Inline SVG: line charts and interval plots. Colours are CSS variables, so that the page's light and dark themes
+apply."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 
 
 def line_chart(curve: Curve) -> str:
-    """The SVG of a panel. Every point is in the data attributes; the page's script shows the nearest one under the pointer."""
+    """The SVG of a panel. Every point is in the data attributes; the page's script shows the nearest one under the
+    pointer."""
     points = [p for series in curve.series.values() for p in series if math.isfinite(p[1])]
     if not points:
         return ""
@@ -50,7 +52,8 @@ def line_chart(curve: Curve) -> str:
 
 
 def shown_interval(system: System, base: float | None) -> tuple[float, float] | None:
-    """The interval of a system's bar: its own, or that of its change set at the base's value; None where neither is known."""
+    """The interval of a system's bar: its own, or that of its change set at the base's value; None where neither is
+    known."""
     if system.low is not None and system.high is not None:
         return system.low, system.high
     if base is None or system.difference_low is None or system.difference_high is None:
@@ -62,7 +65,9 @@ def interval_plot(systems: Sequence[System]) -> list[str]:
     """Per system an SVG strip: its interval as a bar, its value as a dot, on one scale for all."""
     base = systems[0].value if systems else None
     intervals = [shown_interval(system, base) for system in systems]
-    edges = [v for s, interval in zip(systems, intervals, strict=True) for v in (s.value, *(interval or ())) if v is not None]
+    edges = [
+        v for s, interval in zip(systems, intervals, strict=True) for v in (s.value, *(interval or ())) if v is not None
+    ]
     low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
 
     def px(value: float) -> float:
@@ -76,7 +81,10 @@ def interval_plot(systems: Sequence[System]) -> list[str]:
         if system.value is not None:
             if interval is not None:
                 width = max(px(interval[1]) - px(interval[0]), 1)
-                parts.append(f'<rect class="c{min(number, 4)}" x="{px(interval[0]):.1f}" y="5.5" width="{width:.1f}" height="5" rx="2.5"/>')
+                parts.append(
+                    f'<rect class="c{min(number, 4)}" x="{px(interval[0]):.1f}" y="5.5" width="{width:.1f}" height="5"'
+                    ' rx="2.5"/>'
+                )
             parts.append(f'<circle class="c{min(number, 4)}" cx="{px(system.value):.1f}" cy="8" r="4"/>')
         strips.append("".join([*parts, "</svg>"]))
     return strips

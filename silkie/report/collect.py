@@ -21,27 +21,37 @@ __all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
 
 MAX_CARDS = 160
 
-RUN_FILE = "silkie_run.json"  # of `silkie.card`, which is not imported: it loads torch
+RUN_FILE = "silkie_run.json"  # of `silkie.training.model_card`, which is not imported: it loads torch
 
 # Panels of the log: title -> (name of the series, keys in the log history by preference).
 PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
     ("Loss", "", {"train": ("loss",), "evaluation": ("eval_loss",)}),
-    ("Reward margin", "chosen minus rejected reward", {"train": ("rewards/margins",), "evaluation": ("eval_rewards/margins",)}),
+    (
+        "Reward margin",
+        "chosen minus rejected reward",
+        {"train": ("rewards/margins",), "evaluation": ("eval_rewards/margins",)},
+    ),
     (
         "Preference accuracy",
         "chosen answer has the higher reward",
         {"train": ("rewards/accuracies",), "evaluation": ("eval_rewards/accuracies",)},
     ),
     ("Rewards", "", {"chosen": ("rewards/chosen",), "rejected": ("rewards/rejected",)}),
-    ("Log-probability of answers", "summed over tokens", {"chosen": ("logps/chosen",), "rejected": ("logps/rejected",)}),
+    (
+        "Log-probability of answers",
+        "summed over tokens",
+        {"chosen": ("logps/chosen",), "rejected": ("logps/rejected",)},
+    ),
     ("Gradient norm", "", {"norm": ("grad_norm",)}),
 )
 
 
 def collect(run_dir: str | Path) -> Report:
-    """Read `report.json` (see `silkie.report.schema`) and the trainer's state from a run directory; either may be missing, not both.
+    """Read `report.json` (see `silkie.report.schema`) and the trainer's state from a run directory; either may be
+    missing, not both.
 
-    Configuration and data that `report.json` does not give are those that the trainer saved (`silkie_run.json`, `adapter_config.json`).
+    Configuration and data that `report.json` does not give are those that the trainer saved (`silkie_run.json`,
+    `adapter_config.json`).
 
     Raises:
         FileNotFoundError: neither is there, or a file that `report.json` names is missing.
@@ -52,7 +62,8 @@ def collect(run_dir: str | Path) -> Report:
     state_file = root / described["trainer_state"] if described.get("trainer_state") else _trainer_state(root)
     if not described and state_file is None:
         raise FileNotFoundError(
-            f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output directory?"
+            f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output"
+            " directory?"
         )
     _check_fields(root / "report.json", described)
     history = described.get("log_history") or (_json(state_file).get("log_history", []) if state_file else [])
@@ -77,7 +88,9 @@ def collect(run_dir: str | Path) -> Report:
         given = [card_of(card) for card in described.get("gallery", [])]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{root / 'report.json'}: {error}") from None
-    report.gallery += [replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card for card in given]
+    report.gallery += [
+        replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card for card in given
+    ]
     report.gallery_counts = Counter(card.flip for card in report.gallery)
     report.gallery = pick_cards(report.gallery, MAX_CARDS)
     return report
@@ -86,9 +99,17 @@ def collect(run_dir: str | Path) -> Report:
 # Fields of report.json: what they are, and of what the lists are.
 _TEXT, _LIST, _SECTIONS = (str, None), (list, dict), (dict, None)
 _FIELDS: dict[str, tuple[type, type | None]] = {
-    "title": _TEXT, "summary": _TEXT, "trainer_state": _TEXT, "configuration": _SECTIONS, "data": _SECTIONS,
-    "log_history": _LIST, "evaluations": _LIST, "benchmarks": _LIST, "gallery": _LIST, "notes": (list, str),
-}  # fmt: skip
+    "title": _TEXT,
+    "summary": _TEXT,
+    "trainer_state": _TEXT,
+    "configuration": _SECTIONS,
+    "data": _SECTIONS,
+    "log_history": _LIST,
+    "evaluations": _LIST,
+    "benchmarks": _LIST,
+    "gallery": _LIST,
+    "notes": (list, str),
+}
 _KINDS: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
 
 
@@ -108,9 +129,14 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
     root, names = Path(image_root or "."), _short_names(*map(Path, names))
     pairs = [*comparison.fixed, *comparison.broken]
     cards, notes = _cards(pairs, root, comparison.benchmark)
-    rows = [_row(m, comparison.benchmark, names, comparison.questions, headline=i == 0) for i, m in enumerate(comparison.metrics)]
+    rows = [
+        _row(m, comparison.benchmark, names, comparison.questions, headline=i == 0)
+        for i, m in enumerate(comparison.metrics)
+    ]
     rows += [
-        replace(_row(m, f"{comparison.benchmark}: {name}", names, None), group="categories (p-values corrected by Holm)")
+        replace(
+            _row(m, f"{comparison.benchmark}: {name}", names, None), group="categories (p-values corrected by Holm)"
+        )
         for name, m in comparison.categories.items()
     ]
     flips = f"{len(comparison.fixed)} questions went from wrong to right, {len(comparison.broken)} from right to wrong"
@@ -126,14 +152,16 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
 
 
 def _short_names(a: Path, b: Path) -> tuple[str, str]:
-    """The files' names without endings; with their folders where the names are the same (`base/pope.jsonl`, `trained/pope.jsonl`)."""
+    """The files' names without endings; with their folders where the names are the same (`base/pope.jsonl`,
+    `trained/pope.jsonl`)."""
     if a.stem != b.stem:
         return a.stem, b.stem
     return f"{a.parent.name}/{a.stem}", f"{b.parent.name}/{b.stem}"
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """The panels for which the log history has at least two points; benchmark scores of the training callback get panels of their own."""
+    """The panels for which the log history has at least two points; benchmark scores of the training callback get
+    panels of their own."""
     curves = []
     for title, note, keys in PANELS:
         series = {name: points for name, names in keys.items() if len(points := _points(history, names)) > 1}
@@ -148,13 +176,19 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
         "eval_model_preparation_time",
     }
     taken = plain | {key for _, _, keys in PANELS for names in keys.values() for key in names}
-    scores = list(dict.fromkeys(k for row in history for k in row if k.startswith("eval_") and k not in taken and "/" not in k))
+    scores = list(
+        dict.fromkeys(k for row in history for k in row if k.startswith("eval_") and k not in taken and "/" not in k)
+    )
     for key in scores:
         points = _points(history, (key,))
         if len(points) > 1 and key.count("_") >= 2 and not key.endswith(("_unreadable", "_yes_rate")):
             benchmark, _, metric = key.removeprefix("eval_").partition("_")
             curves.append(
-                Curve(title=f"{benchmark.upper()}: {metric_name(metric)}", note="during training", series={metric_name(metric): points})
+                Curve(
+                    title=f"{benchmark.upper()}: {metric_name(metric)}",
+                    note="during training",
+                    series={metric_name(metric): points},
+                )
             )
     return curves
 
@@ -175,7 +209,8 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
 
 
 def _compared(root: Path, described: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The two systems whose answers the gallery shows: the first, and `compare_with` or the second. None where there is one alone.
+    """The two systems whose answers the gallery shows: the first, and `compare_with` or the second. None where there is
+    one alone.
 
     Raises:
         ValueError: no benchmark or systems, or a system to compare with that is not among them.
@@ -184,12 +219,16 @@ def _compared(root: Path, described: Mapping[str, Any]) -> tuple[str, str] | Non
     named = isinstance(systems, dict) and systems and all(isinstance(file, str) for file in systems.values())
     if not isinstance(described.get("benchmark"), str) or not isinstance(systems, dict) or not named:
         raise ValueError(
-            f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found {described!r:.160}."
+            f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found"
+            f" {described!r:.160}."
         )
     base, *others = systems
     other = described.get("compare_with") or (others[0] if others else None)
     if other is not None and other not in others:
-        raise ValueError(f"{root / 'report.json'}: `compare_with` must be one of {', '.join(others) or 'two systems'}, found {other!r}.")
+        raise ValueError(
+            f"{root / 'report.json'}: `compare_with` must be one of {', '.join(others) or 'two systems'}, found"
+            f" {other!r}."
+        )
     return (base, other) if other is not None else None
 
 
@@ -202,7 +241,11 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
     scores = {name: benchmark.score_results(file, annotations) for name, file in files.items()}
     base_name, base = next(iter(scores.items()))
     intervals = {name: metric_intervals(score) for name, score in scores.items()}
-    differences = {name: {m.name: m for m in compare_scores(base, score).metrics} for name, score in scores.items() if name != base_name}
+    differences = {
+        name: {m.name: m for m in compare_scores(base, score).metrics}
+        for name, score in scores.items()
+        if name != base_name
+    }
     title = described.get("name") or benchmark.title
     rows = [
         BenchmarkRow(
@@ -210,7 +253,8 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
             metric=metric,
             lower_is_better=metric in base.lower_is_better,
             systems=tuple(
-                _system(name, score, metric, intervals[name], differences.get(name, {}).get(metric)) for name, score in scores.items()
+                _system(name, score, metric, intervals[name], differences.get(name, {}).get(metric))
+                for name, score in scores.items()
             ),
             headline=metric == base.primary,
             questions=len(base.items) if metric == base.primary else None,
@@ -220,13 +264,19 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
     ]
     if not described.get("gallery", True) or compared is None:
         return rows, [], []
-    images = root / described["images"] if described.get("images") else Path(read_meta(files[base_name]).get("data", root))
+    images = (
+        root / described["images"] if described.get("images") else Path(read_meta(files[base_name]).get("data", root))
+    )
     other = {item.id: item for item in scores[compared[1]].items}
     return rows, *_cards([(item, other[item.id]) for item in base.items if item.id in other], images, title)
 
 
 def _system(
-    name: str, score: Score, metric: str, intervals: Mapping[str, tuple[float, float]], difference: MetricDifference | None
+    name: str,
+    score: Score,
+    metric: str,
+    intervals: Mapping[str, tuple[float, float]],
+    difference: MetricDifference | None,
 ) -> System:
     low, high = intervals.get(metric, (None, None))
     changed = (
@@ -235,13 +285,27 @@ def _system(
         else {"difference": difference.difference, "difference_low": difference.low, "difference_high": difference.high}
     )
     return System(
-        name=name, value=score.metrics.get(metric), low=low, high=high, **changed, p_value=difference.p_value if difference else None
+        name=name,
+        value=score.metrics.get(metric),
+        low=low,
+        high=high,
+        **changed,
+        p_value=difference.p_value if difference else None,
     )
 
 
-def _row(m: MetricDifference, name: str, names: tuple[str, str], questions: int | None, headline: bool = False) -> BenchmarkRow:
+def _row(
+    m: MetricDifference, name: str, names: tuple[str, str], questions: int | None, headline: bool = False
+) -> BenchmarkRow:
     lower = bool(m.difference and m.better is not None and (m.difference < 0) == m.better)
-    b = System(name=names[1], value=m.b, difference=m.difference, difference_low=m.low, difference_high=m.high, p_value=m.p_value)
+    b = System(
+        name=names[1],
+        value=m.b,
+        difference=m.difference,
+        difference_low=m.low,
+        difference_high=m.high,
+        p_value=m.p_value,
+    )
     return BenchmarkRow(
         name=name,
         metric=m.name,
@@ -255,9 +319,18 @@ def _row(m: MetricDifference, name: str, names: tuple[str, str], questions: int 
 def _cards(pairs: Sequence[tuple[Item, Item]], images: Path, benchmark: str) -> tuple[list[Card], list[str]]:
     """A card per question, and a note where images that the results name are not found."""
     cards = [_card(a, b, images, benchmark) for a, b in pairs]
-    lost = [a.image or b.image for (a, b), card in zip(pairs, cards, strict=True) if (a.image or b.image) and card.image is None]
+    lost = [
+        a.image or b.image
+        for (a, b), card in zip(pairs, cards, strict=True)
+        if (a.image or b.image) and card.image is None
+    ]
     notes = (
-        [f"{benchmark}: the images of {len(lost)} of {len(cards)} questions were not found in {images} (first: {lost[0]})."] if lost else []
+        [
+            f"{benchmark}: the images of {len(lost)} of {len(cards)} questions were not found in {images} (first:"
+            f" {lost[0]})."
+        ]
+        if lost
+        else []
     )
     return cards, notes
 
@@ -300,7 +373,11 @@ def _rating(item: Item) -> dict[str, float]:
 def _points(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[float, float]]:
     """(step, value) of the first of the keys that occurs; one point per step."""
     for key in keys:
-        found = {float(row["step"]): float(row[key]) for row in history if isinstance(row.get(key), int | float) and "step" in row}
+        found = {
+            float(row["step"]): float(row[key])
+            for row in history
+            if isinstance(row.get(key), int | float) and "step" in row
+        }
         if found:
             return sorted(found.items())
     return []
@@ -308,12 +385,19 @@ def _points(history: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[t
 
 def _trainer_state(root: Path) -> Path | None:
     """The state in the directory itself, else that of the latest checkpoint."""
-    return next((folder / "trainer_state.json" for folder in _saved_folders(root) if (folder / "trainer_state.json").is_file()), None)
+    return next(
+        (folder / "trainer_state.json" for folder in _saved_folders(root) if (folder / "trainer_state.json").is_file()),
+        None,
+    )
 
 
 def _saved_folders(root: Path) -> list[Path]:
     """Where a run saves: its directory, then its checkpoints, the latest first."""
-    steps = [(int(number), folder) for folder in root.glob("checkpoint-*") if (number := folder.name.partition("-")[2]).isdigit()]
+    steps = [
+        (int(number), folder)
+        for folder in root.glob("checkpoint-*")
+        if (number := folder.name.partition("-")[2]).isdigit()
+    ]
     return [root, *(folder for _, folder in sorted(steps, reverse=True))]
 
 

@@ -20,7 +20,8 @@ class PictureBook:
         self.uris: dict[str, str] = {}
 
     def add(self, image: Any) -> str:
-        """The key of an image (path, bytes or PIL image) in `uris`. Small flat pictures stay PNG; photographs become JPEG."""
+        """The key of an image (path, bytes or PIL image) in `uris`. Small flat pictures stay PNG; photographs become
+        JPEG."""
         from silkie.data.images import open_image
 
         picture = open_image(image)

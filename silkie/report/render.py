@@ -20,7 +20,13 @@ from silkie.report.schema import Answer, BenchmarkRow, Card, Flip, Report, Syste
 __all__ = ["render"]
 
 NEUTRAL = ("yes_rate", "objects_per_answer")
-FLIP_NAMES: dict[Flip, str] = {"fixed": "Fixed", "broken": "Broken", "right": "Both right", "wrong": "Both wrong", "unjudged": "Not judged"}
+FLIP_NAMES: dict[Flip, str] = {
+    "fixed": "Fixed",
+    "broken": "Broken",
+    "right": "Both right",
+    "wrong": "Both wrong",
+    "unjudged": "Not judged",
+}
 
 
 def render(report: Report) -> str:
@@ -40,7 +46,11 @@ def render(report: Report) -> str:
         report=report,
         style=Markup(_resource("style.css")),
         script=Markup(_resource("script.js")),
-        tiles=[_tile(row) for row in report.benchmarks if row.headline and len(row.systems) > 1 and row.systems[1].value is not None][:4],
+        tiles=[
+            _tile(row)
+            for row in report.benchmarks
+            if row.headline and len(row.systems) > 1 and row.systems[1].value is not None
+        ][:4],
         curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves],
         tables=_tables(report.benchmarks),
         cards=cards,
@@ -61,7 +71,10 @@ def _left_out(report: Report) -> str:
     if total <= len(report.gallery):
         return ""
     every = ", ".join(f"{counts[flip]:,} {name.lower()}" for flip, name in FLIP_NAMES.items() if counts.get(flip))
-    return f"A selection of {len(report.gallery)} from {total:,} questions ({every}); the counts below are of the selection."
+    return (
+        f"A selection of {len(report.gallery)} from {total:,} questions ({every}); the counts below are of the"
+        " selection."
+    )
 
 
 def mixed(cards: Sequence[Card]) -> list[Card]:
@@ -142,7 +155,11 @@ def _tables(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
 def _row(row: BenchmarkRow) -> dict[str, Any]:
     strips = [Markup(strip) for strip in interval_plot(row.systems)]
     values = [s.value for s in row.systems if s.value is not None]
-    best = (min(values) if row.lower_is_better else max(values)) if values and not row.neutral and row.metric not in NEUTRAL else None
+    best = (
+        (min(values) if row.lower_is_better else max(values))
+        if values and not row.neutral and row.metric not in NEUTRAL
+        else None
+    )
     systems = [
         {
             "system": s,
@@ -162,7 +179,8 @@ def _row(row: BenchmarkRow) -> dict[str, Any]:
 
 
 def _row_title(row: BenchmarkRow) -> str:
-    """Under a group's heading the row's own name, with its metric where there is one; under a benchmark's heading the metric."""
+    """Under a group's heading the row's own name, with its metric where there is one; under a benchmark's heading the
+    metric."""
     metric = metric_name(row.metric)
     if not row.group:
         return metric or row.name
@@ -211,7 +229,10 @@ def _marked(text: str, phrases: Sequence[str]) -> Markup:
     if not phrases:
         return Markup(escape(text))
     pattern = re.compile(
-        r"\b(?:" + "|".join(re.escape(escape(p)) + r"(?:e?s)?" for p in sorted(phrases, key=len, reverse=True)) + r")\b", re.IGNORECASE
+        r"\b(?:"
+        + "|".join(re.escape(escape(p)) + r"(?:e?s)?" for p in sorted(phrases, key=len, reverse=True))
+        + r")\b",
+        re.IGNORECASE,
     )
     return Markup(pattern.sub(lambda m: f"<mark>{m.group()}</mark>", escape(text)))
 

@@ -1,4 +1,5 @@
-"""What a report shows. `report.json` in a run directory holds these fields; everything in it is optional, and paths are relative to it.
+"""What a report shows. `report.json` in a run directory holds these fields; everything in it is optional, and paths are
+relative to it.
 
     {
       "title": "...", "summary": "one or two sentences",
@@ -6,8 +7,8 @@
       "data": {"train": {"groups": 600, "pairs": 2210}, ...},
       "trainer_state": "trainer_state.json",
       "evaluations": [
-        {"benchmark": "pope", "name": "POPE (held-out scenes)", "annotations": null, "images": "eval/images", "gallery": true,
-         "systems": {"base": "eval/base.jsonl", "trained": "eval/trained.jsonl", "SFT on best": "eval/sft.jsonl"},
+        {"benchmark": "pope", "name": "POPE (held-out scenes)", "annotations": null, "images": "eval/images", "gallery":
+         true, "systems": {"base": "eval/base.jsonl", "trained": "eval/trained.jsonl", "SFT on best": "eval/sft.jsonl"},
          "compare_with": "trained"}
       ],
       "benchmarks": [
@@ -15,16 +16,16 @@
          "systems": [{"name": "base", "value": 0.69, "low": 0.61, "high": 0.76}, ...]}
       ],
       "gallery": [
-        {"id": "...", "image": "images/1.png", "prompt": "...", "category": "...", "reference": "...",
-         "base": {"answer": "...", "correct": false, "ratings": {"Helpfulness": 3}, "invented": ["blue star"], "note": "..."},
+        {"id": "...", "image": "images/1.png", "prompt": "...", "category": "...", "reference": "...", "base":
+         {"answer": "...", "correct": false, "ratings": {"Helpfulness": 3}, "invented": ["blue star"], "note": "..."},
          "trained": {...}}
       ],
       "notes": ["..."]
     }
 
-`evaluations` are scored here, from results files of `silkie.evaluation run`; `benchmarks` and `gallery` are shown as given. The gallery
-of an evaluation sets the first system's answers beside those of `compare_with` (default: the second). Configuration, data and curves that
-are not given are those that the trainer saved in the directory.
+`evaluations` are scored here, from results files of `silkie.evaluation run`; `benchmarks` and `gallery` are shown as
+given. The gallery of an evaluation sets the first system's answers beside those of `compare_with` (default: the
+second). Configuration, data and curves that are not given are those that the trainer saved in the directory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ Flip = Literal["fixed", "broken", "right", "wrong", "unjudged"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """One system's value in a benchmark row. `difference` is its value minus the base's, with its interval and p-value, where known."""
+    """One system's value in a benchmark row. `difference` is its value minus the base's, with its interval and p-value,
+    where known."""
 
     name: str
     value: float | None
@@ -55,8 +57,8 @@ class System:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkRow:
-    """A metric for every system, the base first. `headline` rows also stand in the tiles at the top; rows of one `group` share a table;
-    `neutral` metrics have no better direction."""
+    """A metric for every system, the base first. `headline` rows also stand in the tiles at the top; rows of one
+    `group` share a table; `neutral` metrics have no better direction."""
 
     name: str
     metric: str = ""
@@ -131,8 +133,12 @@ def row_of(data: Mapping[str, Any]) -> BenchmarkRow:
     for field_name in (f.name for f in fields(System) if f.name != "name"):
         for system in rows:
             value = getattr(system, field_name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)):
-                raise ValueError(f"benchmark {data['name']!r}: `{field_name}` of {system.name!r} must be a number, found {value!r}.")
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
+            ):
+                raise ValueError(
+                    f"benchmark {data['name']!r}: `{field_name}` of {system.name!r} must be a number, found {value!r}."
+                )
     return BenchmarkRow(**{**data, "systems": rows})
 
 
@@ -144,8 +150,16 @@ def card_of(data: Mapping[str, Any]) -> Card:
             return Answer(answer=value)
         if not isinstance(value, Mapping) or "answer" not in value:
             raise ValueError(
-                f"gallery card {data.get('id')!r}: `base` and `trained` are texts or objects with `answer`, found {value!r:.120}."
+                f"gallery card {data.get('id')!r}: `base` and `trained` are texts or objects with `answer`, found"
+                f" {value!r:.120}."
             )
         return Answer(**{**value, "invented": tuple(value.get("invented", ()))})
 
-    return Card(**{**data, "id": str(data.get("id", "")), "base": answer(data.get("base")), "trained": answer(data.get("trained"))})
+    return Card(
+        **{
+            **data,
+            "id": str(data.get("id", "")),
+            "base": answer(data.get("base")),
+            "trained": answer(data.get("trained")),
+        }
+    )

@@ -1,9 +1,10 @@
-"""Attention of packed rows on a CPU: sdpa with the dense mask against sdpa segment by segment (silkie.attention.segments), in one run.
+"""Attention of packed rows on a CPU: sdpa with the dense mask against sdpa segment by segment
+(silkie.model.attention.segments), in one run.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_attention.py
 
-Prints a table and writes `attention_cpu.json` into --out. Times are processor seconds of forward + backward, best of --repeats; the two take turns.
-"""
+Prints a table and writes `attention_cpu.json` into --out. Times are processor seconds of forward + backward, best of
+--repeats; the two take turns."""
 
 from __future__ import annotations
 
@@ -24,11 +25,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_step import device_name
 
-from silkie.attention import segments
-from silkie.packing import Segment, visible
+from silkie.batch.packing import Segment, visible
+from silkie.model.attention import segments
 
 HEADS = ((8, 2, 32), (16, 2, 128))  # query heads, key-value heads, head size
-ROWS = ((4, 40, 10, 4), (4, 80, 40, 4), (4, 150, 50, 4), (1, 316, 120, 4), (1, 636, 120, 2), (1, 636, 120, 4), (1, 1340, 120, 4))
+ROWS = (
+    (4, 40, 10, 4),
+    (4, 80, 40, 4),
+    (4, 150, 50, 4),
+    (1, 316, 120, 4),
+    (1, 636, 120, 2),
+    (1, 636, 120, 4),
+    (1, 1340, 120, 4),
+)
 
 
 def one_row(prompt: int, response: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,15 +70,31 @@ def measure(shape: tuple[int, int, int], rows: tuple[int, int, int, int], repeat
 
     def dense() -> Tensor:
         mask = visible(group, segment, position)
-        return torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True).transpose(
+            1, 2
+        )
 
     def by_segment() -> Tensor:
         return segments.attention(torch.nn.Identity(), *tensors, segments.segment_mask(spans, segment.device))[0]
 
     difference = float((dense() - by_segment()).detach().abs().max())
     found = {"dense_s": seconds(dense, repeats), "segments_s": seconds(by_segment, repeats)}
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_size": size, "rows": batch, "prompt": prompt, "response": response, "k": k}
-    return {**sizes, "tokens": segment.shape[1], **found, "speed_up": found["dense_s"] / found["segments_s"], "difference": difference}
+    sizes = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_size": size,
+        "rows": batch,
+        "prompt": prompt,
+        "response": response,
+        "k": k,
+    }
+    return {
+        **sizes,
+        "tokens": segment.shape[1],
+        **found,
+        "speed_up": found["dense_s"] / found["segments_s"],
+        "difference": difference,
+    }
 
 
 def main() -> None:
@@ -78,7 +103,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     results = [measure(shape, rows, args.repeats) for shape in HEADS for rows in ROWS]
-    print("| heads x size | rows | tokens of a row (prompt + k x response) | dense, ms | by segment, ms | speed-up |\n" + "|---" * 6 + "|")
+    print(
+        "| heads x size | rows | tokens of a row (prompt + k x response) | dense, ms | by segment, ms | speed-up |\n"
+        + "|---" * 6
+        + "|"
+    )
     for r in results:
         row = f"{r['tokens']} ({r['prompt']} + {r['k']} x {r['response']})"
         print(
@@ -86,9 +115,12 @@ def main() -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        "command": " ".join(["python", "tests/benchmarks/bench_attention.py", *sys.argv[1:]]), "date": date.today().isoformat(),
-        "device": device_name("cpu"), "torch": torch.__version__, "results": results,
-    }  # fmt: skip
+        "command": " ".join(["python", "tests/benchmarks/bench_attention.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": device_name("cpu"),
+        "torch": torch.__version__,
+        "results": results,
+    }
     (args.out / "attention_cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

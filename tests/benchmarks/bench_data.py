@@ -1,14 +1,15 @@
-"""Preference data at the size of VLFeedback and beyond: load and inspect a synthetic VLFeedback directory, with peak memory and throughput.
+"""Preference data at the size of VLFeedback and beyond: load and inspect a synthetic VLFeedback directory, with peak
+memory and throughput.
 
     python tests/benchmarks/bench_data.py                                   # 100,000 groups of 4 responses, JSONL and an image directory
     python tests/benchmarks/bench_data.py --groups 10000 100000             # two sizes beside each other: is memory flat?
     python tests/benchmarks/bench_data.py --groups 10000 --layout zip parquet
 
-Writes `data.json` into --out and prints a table. Each step runs in a process of its own. "heap" is the peak of private memory
-(anonymous pages) over what the imports took, sampled 20 times a second and summed over worker processes: the Arrow cache files are
-memory-mapped, and the pages of them that happen to be in memory are the kernel's to take back. "rss" is the largest resident set of a
-process, imports and mapped pages included; "cache" is what the step has left in Arrow files on the disk.
-"""
+Writes `data.json` into --out and prints a table. Each step runs in a process of its own. "heap" is the peak of private
+memory (anonymous pages) over what the imports took, sampled 20 times a second and summed over worker processes: the
+Arrow cache files are memory-mapped, and the pages of them that happen to be in memory are the kernel's to take back.
+"rss" is the largest resident set of a process, imports and mapped pages included; "cache" is what the step has left in
+Arrow files on the disk."""
 
 from __future__ import annotations
 
@@ -58,7 +59,13 @@ def record(rng: random.Random, index: int) -> dict[str, Any]:
             annotations[aspect] = {"Rating": rating, "Rationale": text(rng, 15, 40)}
         completions.append({"annotations": annotations, "model": model, "response": text(rng, 10, 120)})
     prompt = f"{text(rng, 6, 25)} {index}?"
-    return {"id": f"x-{index}", "prompt": prompt, "models": models, "completions": completions, "img_path": f"/data/images/{index}.jpg"}
+    return {
+        "id": f"x-{index}",
+        "prompt": prompt,
+        "models": models,
+        "completions": completions,
+        "img_path": f"/data/images/{index}.jpg",
+    }
 
 
 def pictures(count: int = 64) -> list[bytes]:
@@ -69,7 +76,9 @@ def pictures(count: int = 64) -> list[bytes]:
     found = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        noise = Image.fromarray(rng.integers(0, 255, (36, 48, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 255, (36, 48, 3), dtype=np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         buffer = io.BytesIO()
         noise.save(buffer, format="JPEG", quality=75)
         found.append(buffer.getvalue())
@@ -77,7 +86,8 @@ def pictures(count: int = 64) -> list[bytes]:
 
 
 def write(folder: Path, groups: int, layout: str) -> None:
-    """A synthetic VLFeedback: rows.jsonl with images in a directory or a zip, or parquet shards with embedded images."""
+    """A synthetic VLFeedback: rows.jsonl with images in a directory or a zip, or parquet shards with embedded
+    images."""
     rng, images = random.Random(0), pictures()
     unique = lambda index: images[index % len(images)] + index.to_bytes(4, "big")  # noqa: E731  (bytes after the end of a JPEG are ignored)
     if layout == "parquet":
@@ -145,7 +155,8 @@ class HeapPeak:
 
 
 def processor_seconds() -> float:
-    """Processor time of this process and its finished children, in seconds; unlike wall time it leaves out what other jobs take."""
+    """Processor time of this process and its finished children, in seconds; unlike wall time it leaves out what other
+    jobs take."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -207,11 +218,27 @@ def measure(groups: int, layout: str, num_proc: int | None, work: Path) -> list[
     size = disk_mib(folder)
     rows = []
     for name in STEPS:
-        command = [sys.executable, __file__, "--step", name, "--folder", str(folder), "--layout", layout, "--num-proc", str(num_proc or 0)]
+        command = [
+            sys.executable,
+            __file__,
+            "--step",
+            name,
+            "--folder",
+            str(folder),
+            "--layout",
+            layout,
+            "--num-proc",
+            str(num_proc or 0),
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures = json.loads(output.splitlines()[-1])
         done = DECODED if name.startswith("decode") else groups
-        figures.update(groups=groups, layout=layout, data_mib=size, groups_per_cpu_second=round(done / max(figures["cpu_seconds"], 0.1)))
+        figures.update(
+            groups=groups,
+            layout=layout,
+            data_mib=size,
+            groups_per_cpu_second=round(done / max(figures["cpu_seconds"], 0.1)),
+        )
         rows.append(figures)
         print(
             f"{layout:8} {groups:>7,} groups, {figures['data_mib']:>6,} MiB  {name:26} {figures['seconds']:>7} s, "
@@ -236,7 +263,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bench-data-") as work:
         rows = [
-            row for layout in args.layout for groups in args.groups for row in measure(groups, layout, args.num_proc or None, Path(work))
+            row
+            for layout in args.layout
+            for groups in args.groups
+            for row in measure(groups, layout, args.num_proc or None, Path(work))
         ]
     args.out.mkdir(parents=True, exist_ok=True)
     result = {

@@ -4,11 +4,11 @@
     python tests/benchmarks/bench_logprob.py --n 8192 --dims 3584 2048 --dtypes bfloat16 --device cuda
     python tests/benchmarks/bench_logprob.py --n 256 --vocab 4096 --dims 64 --repeats 1 --no-memory      # a quick look
 
-Prints a table and writes `logprob_<device>.json` and `.png` into --out. The head is frozen, as under LoRA. Contenders take turns within
-each repeat and the best repeat counts, so that a busy machine disturbs all of them alike. CPU times are processor seconds of the process
-(all threads), CUDA times are device events. Extra memory is the peak over the inputs: on a CPU the resident-set peak of a fresh process
-per contender (after a small warm-up call loaded the libraries), on CUDA the allocator's peak.
-"""
+Prints a table and writes `logprob_<device>.json` and `.png` into --out. The head is frozen, as under LoRA. Contenders
+take turns within each repeat and the best repeat counts, so that a busy machine disturbs all of them alike. CPU times
+are processor seconds of the process (all threads), CUDA times are device events. Extra memory is the peak over the
+inputs: on a CPU the resident-set peak of a fresh process per contender (after a small warm-up call loaded the
+libraries), on CUDA the allocator's peak."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ FLOOR = "matrix products alone"
 
 
 def inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden, weight, target with logits like a language model's: noise of deviation 2, target logits from 5 to 27 (p 1e-4 to 1 - 1e-5)."""
+    """Hidden, weight, target with logits like a language model's: noise of deviation 2, target logits from 5 to 27 (p
+    1e-4 to 1 - 1e-5)."""
     gen = torch.Generator().manual_seed(0)
     weight = torch.randn(v, d, generator=gen) / math.sqrt(d)
     target = torch.randint(0, v, (n,), generator=gen)
@@ -97,7 +98,18 @@ def child_memory(args: argparse.Namespace) -> None:
 
 
 def peak_memory_cpu(name: str, args: argparse.Namespace, d: int, dtype: str, backward: bool) -> float:
-    shape = ["--n", str(args.n), "--vocab", str(args.vocab), "--dims", str(d), "--dtypes", dtype, "--threads", str(args.threads)]
+    shape = [
+        "--n",
+        str(args.n),
+        "--vocab",
+        str(args.vocab),
+        "--dims",
+        str(d),
+        "--dtypes",
+        dtype,
+        "--threads",
+        str(args.threads),
+    ]
     command = [sys.executable, __file__, "--child", name, *shape, *(["--backward"] if backward else [])]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(found.rsplit("extra_mb=", 1)[1])
@@ -115,12 +127,16 @@ def errors(score: Any, tensors: tuple[torch.Tensor, ...], rows: int = 256) -> di
     gap = found.detach().double() - truth.detach()
     assert leaf.grad is not None and truth_leaf.grad is not None
     relative = (leaf.grad.double() - truth_leaf.grad).norm() / truth_leaf.grad.norm()
-    return {"logp_rms": gap.square().mean().sqrt().item(), "logp_max": gap.abs().max().item(), "grad_relative": relative.item()}
+    return {
+        "logp_rms": gap.square().mean().sqrt().item(),
+        "logp_max": gap.abs().max().item(),
+        "grad_relative": relative.item(),
+    }
 
 
 def peers(args: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders that run here, and the reason for each one that does not. A peer that fails on a small problem is left out: it must
-    not end a run of many minutes. silkie's own failures do end it."""
+    """The contenders that run here, and the reason for each one that does not. A peer that fails on a small problem is
+    left out: it must not end a run of many minutes. silkie's own failures do end it."""
     found, absent = contenders(args.device)
     for contender in list(found):
         for dtype in args.dtypes:
@@ -183,10 +199,17 @@ COLUMNS = {
 def render(title: str, table: dict[str, dict[str, float]]) -> str:
     """A markdown table; 'x silkie' is the time of forward + backward over the first silkie row's."""
     base = next(row for name, row in table.items() if name.startswith("silkie"))["forward_backward_s"]
-    lines = [f"### {title}", "", "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        f"### {title}",
+        "",
+        "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     for name, row in table.items():
         row = {**row, "ratio": row["forward_backward_s"] / base}
-        lines.append(f"| {name} | " + " | ".join(f.format(row[k]) if k in row else "" for k, (_, f) in COLUMNS.items()) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f.format(row[k]) if k in row else "" for k, (_, f) in COLUMNS.items()) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -204,7 +227,9 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path, device: st
             names = [name for name in reversed(table) if field in table[name]]
             values = [table[name][field] for name in names]
             axis = axes[row][column]
-            colours = ["#1f6f8b" if name.startswith("silkie") else "#d9a441" if name == FLOOR else "#b8b8b8" for name in names]
+            colours = [
+                "#1f6f8b" if name.startswith("silkie") else "#d9a441" if name == FLOOR else "#b8b8b8" for name in names
+            ]
             bars = axis.barh(names, values, color=colours)
             axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
             axis.set_xlabel(label)

@@ -4,12 +4,13 @@
     python tests/benchmarks/bench_step.py --device cuda --shape 3b --groups 2            # CUDA: 3B parameters, random weights, bf16
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
 
-Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors, reference pass, policy
-pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen. Every contender runs in a process of its own;
-they take turns within each repeat and the best step counts. Time is processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it
-is the time of one undisturbed core), the clock on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of the steps over what the process held before them, on CUDA the
-allocator's peak. The precomputed reference is made before the first step and not part of it: it is paid once, for all epochs.
-"""
+Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors,
+reference pass, policy pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen.
+Every contender runs in a process of its own; they take turns within each repeat and the best step counts. Time is
+processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it is the time of one undisturbed core), the clock
+on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of
+the steps over what the process held before them, on CUDA the allocator's peak. The precomputed reference is made before
+the first step and not part of it: it is paid once, for all epochs."""
 
 from __future__ import annotations
 
@@ -37,7 +38,13 @@ _RESULT = "result: "
 
 def in_own_process(contender: str, image_tokens: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
     """One contender in a fresh process: no memory, caches or compiled code of another."""
-    one = {"contender": contender, "image_tokens": image_tokens, "k": k, "groups_per_step": args.groups, "timed": args.timed}
+    one = {
+        "contender": contender,
+        "image_tokens": image_tokens,
+        "k": k,
+        "groups_per_step": args.groups,
+        "timed": args.timed,
+    }
     one |= {"shape": args.shape, "device": args.device, "backend": args.backend}
     done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
@@ -53,7 +60,11 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if not old or not new:
         return old or new
     best, other = (old, new) if old["seconds"] <= new["seconds"] else (new, old)
-    return {**best, "all_seconds": old["all_seconds"] + new["all_seconds"], "extra_bytes": max(best["extra_bytes"], other["extra_bytes"])}
+    return {
+        **best,
+        "all_seconds": old["all_seconds"] + new["all_seconds"],
+        "extra_bytes": max(best["extra_bytes"], other["extra_bytes"]),
+    }
 
 
 def measure(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
@@ -82,7 +93,9 @@ def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     head = (
-        "| image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n" + "|---" * 10 + "|"
+        "| image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n"
+        + "|---" * 10
+        + "|"
     )
     stock = {(r["image_tokens"], r["k"]): r for r in results if r["contender"] == CONTENDERS[0]}
     return "\n".join([head, *(row(r, stock.get((r["image_tokens"], r["k"]), {})) for r in results)])
@@ -145,11 +158,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.name or 'step_' + args.device}.json"
     facts = {
-        "command": " ".join(["python", "tests/benchmarks/bench_step.py", *sys.argv[1:]]), "date": date.today().isoformat(), "device": device_name(args.device),
-        "python": platform.python_version(), "packages": {p: metadata.version(p) for p in PACKAGES}, "shape": SHAPES[args.shape],
-    }  # fmt: skip
+        "command": " ".join(["python", "tests/benchmarks/bench_step.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": device_name(args.device),
+        "python": platform.python_version(),
+        "packages": {p: metadata.version(p) for p in PACKAGES},
+        "shape": SHAPES[args.shape],
+    }
     # after every run: a long measurement that is cut off keeps what it has
-    results = measure(args, lambda found: file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n") and None)
+    results = measure(
+        args, lambda found: file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n") and None
+    )
     print("\n" + table(results))
     plot(results, file.with_suffix(".png"))
 

@@ -1,8 +1,8 @@
 """The implementations `bench_logprob.py` compares, all behind one signature.
 
-Every entry maps (hidden [N, D], weight [V, D], target [N]) to per-token log-probs [N], except Liger's DPO loss, which only gives a scalar.
-Peers are called as their own trainers call them; one that cannot run here is absent, with the reason.
-"""
+Every entry maps (hidden [N, D], weight [V, D], target [N]) to per-token log-probs [N], except Liger's DPO loss, which
+only gives a scalar. Peers are called as their own trainers call them; one that cannot run here is absent, with the
+reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def trl_chunked() -> Score:
 def torch_linear_cross_entropy(rows: int | None) -> Score:
     from torch.nn import LinearCrossEntropyOptions
 
-    options = LinearCrossEntropyOptions() if rows is None else LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    options = (
+        LinearCrossEntropyOptions()
+        if rows is None
+        else LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    )
 
     def score(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return -torch.nn.functional.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
@@ -113,7 +117,8 @@ def contenders(device: str, only: str | None = None) -> tuple[list[Contender], d
 
 
 def matrix_products(backward: bool) -> Score:
-    """The floor: the library's matrix products and nothing else, 2NVD (forward) or 4NVD operations, on the tile shapes that suit it best.
+    """The floor: the library's matrix products and nothing else, 2NVD (forward) or 4NVD operations, on the tile shapes
+    that suit it best.
 
     On CUDA the logits are written in fp32, as the task needs; the second product takes operands of the weight's dtype.
     """

@@ -1,4 +1,5 @@
-"""The setting of `bench_step.py`: a model of Qwen2.5-VL's shape, preference data of a given size, and one run of a contender."""
+"""The setting of `bench_step.py`: a model of Qwen2.5-VL's shape, preference data of a given size, and one run of a
+contender."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data.schema import group_features
-from silkie.models import default_lora_targets
+from silkie.model.families import default_lora_targets
 from tests.support.data import group
 from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_tokenizer
 
@@ -27,26 +28,50 @@ CONTENDERS = ("TRL", "rows", "packed", "packed + precomputed reference")
 IMAGE_GRIDS = {16: (4, 4), 256: (16, 16), 576: (24, 24), 1280: (32, 40)}  # image tokens -> rows, columns of 28 pixels
 PROMPT_WORDS, RESPONSE_WORDS = 50, 118  # with the template's own tokens: 60 of prompt text, 120 of a response
 
-# Widths of the language model; "tiny" keeps the share of the head in the parameters (about a tenth) and the GQA of the 3B model.
+# Widths of the language model; "tiny" keeps the share of the head in the parameters (about a tenth) and the GQA of the
+# 3B model.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "text": dict(hidden_size=128, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=1024),
+        "text": dict(
+            hidden_size=128,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=1024,
+        ),
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [2, 3, 3],
     },
-    "small": {  # four times the arithmetic of "tiny": less of a step is overhead, and the ratios come nearer to those of a real model
-        "text": dict(hidden_size=256, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, vocab_size=2048),
+    # four times the arithmetic of "tiny": less of a step is overhead, and the ratios come nearer to those of a real
+    # model
+    "small": {
+        "text": dict(
+            hidden_size=256,
+            intermediate_size=1376,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=2048,
+        ),
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [4, 6, 6],
     },
     "3b": {
         "text": dict(
-            hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
         ),
-        "vision": dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]),
+        "vision": dict(
+            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]
+        ),
         "mrope": [16, 24, 24],
     },
-}  # fmt: skip
+}
 
 
 def build_model(shape: str, device: str) -> Any:
@@ -54,15 +79,23 @@ def build_model(shape: str, device: str) -> Any:
     spec, tok = SHAPES[shape], tiny_tokenizer()
     ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     text = {
-        **spec["text"], "max_position_embeddings": 32768, "tie_word_embeddings": shape == "3b", "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|pad|>"],
+        **spec["text"],
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": shape == "3b",
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|pad|>"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": spec["mrope"]},
-    }  # fmt: skip
+    }
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config={**spec["vision"], "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=shape == "3b",
-    )  # fmt: skip
+        text_config=text,
+        vision_config={**spec["vision"], "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape == "3b",
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
@@ -83,7 +116,12 @@ def build_groups(image_tokens: int, k: int, count: int) -> list[dict[str, Any]]:
 
     pairs = [[i, j] for i in range(k) for j in range(i + 1, k)]
     return [
-        group([image(n, columns * 28, rows_of_28 * 28)], words(PROMPT_WORDS), [words(RESPONSE_WORDS) for _ in range(k)], pairs)
+        group(
+            [image(n, columns * 28, rows_of_28 * 28)],
+            words(PROMPT_WORDS),
+            [words(RESPONSE_WORDS) for _ in range(k)],
+            pairs,
+        )
         for n in range(count)
     ]
 
@@ -104,10 +142,12 @@ def pair_rows(groups: list[dict[str, Any]]) -> Dataset:
 
 
 class StepMeter(TrainerCallback):
-    """Whole steps: collation, both passes, backward, optimizer. The first, a warm-up, runs under the FLOP counter and is not timed.
+    """Whole steps: collation, both passes, backward, optimizer. The first, a warm-up, runs under the FLOP counter and
+    is not timed.
 
     Attributes:
-        seconds: per timed step; on a CPU processor seconds of the process, which other jobs on the machine disturb little.
+        seconds: per timed step; on a CPU processor seconds of the process, which other jobs on the machine disturb
+            little.
         flops: of the counted step.
         extra_bytes: peak memory of the timed steps over what the process held before them (CUDA: the allocator's peak).
     """
@@ -124,7 +164,10 @@ class StepMeter(TrainerCallback):
             cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows CUDA's attention only
             self._counter = FlopCounterMode(
                 display=False,
-                custom_mapping={cpu: _forward_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops},
+                custom_mapping={
+                    cpu: _forward_flops,
+                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+                },
             )
             self._counter.__enter__()
 
@@ -151,7 +194,9 @@ def _forward_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any 
     return sdpa_flop_count(query, key, value)
 
 
-def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
@@ -195,26 +240,51 @@ def run(
     meter = StepMeter(device)
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = dict(
-            output_dir=folder, use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-            max_steps=timed + 1, learning_rate=learning_rate, lr_scheduler_type="constant", gradient_checkpointing=True, max_length=None,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=device == "cpu",
+            bf16=device == "cuda",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            max_steps=timed + 1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=True,
+            max_length=None,
+        )
         processor, common = tiny_processor(image_side=28 * 40), dict(callbacks=[meter], peft_config=lora)
         trainer: Any
         if contender == "TRL":
             args = DPOConfig(per_device_train_batch_size=pairs, **options)
-            trainer = DPOTrainer(model, args=args, train_dataset=pair_rows(groups), processing_class=processor, **common)
+            trainer = DPOTrainer(
+                model, args=args, train_dataset=pair_rows(groups), processing_class=processor, **common
+            )
         else:
             mine = SilkieDPOConfig(
-                per_device_train_batch_size=groups_per_step, layout=contender.split()[0], precompute_ref_log_probs="precomputed" in contender,
-                self_test=False, attention_backend=backend if "packed" in contender else "auto", **options,
-            )  # fmt: skip
+                per_device_train_batch_size=groups_per_step,
+                layout=contender.split()[0],
+                precompute_ref_log_probs="precomputed" in contender,
+                self_test=False,
+                attention_backend=backend if "packed" in contender else "auto",
+                **options,
+            )
             data = Dataset.from_list(groups, features=group_features(()))
             trainer = SilkieDPOTrainer(model, args=mine, train_dataset=data, processing_class=processor, **common)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     best = min(meter.seconds)
     return {
-        "contender": contender, "image_tokens": image_tokens, "k": k, "pairs": pairs, "groups_per_step": groups_per_step, "seconds": best,
-        "all_seconds": meter.seconds, "pairs_per_second": pairs / best, "flops": meter.flops, "extra_bytes": meter.extra_bytes, "losses": losses,
+        "contender": contender,
+        "image_tokens": image_tokens,
+        "k": k,
+        "pairs": pairs,
+        "groups_per_step": groups_per_step,
+        "seconds": best,
+        "all_seconds": meter.seconds,
+        "pairs_per_second": pairs / best,
+        "flops": meter.flops,
+        "extra_bytes": meter.extra_bytes,
+        "losses": losses,
         "backend": backend,
-    }  # fmt: skip
+    }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from silkie.attention import why_not_available
+from silkie.model.attention import why_not_available
 from tests.support.scoring import collate, gradients, groups, score, with_lora
 from tests.support.tiny import tiny_model, tiny_processor
 
@@ -12,7 +12,11 @@ FAMILY = "qwen2_5_vl"
 
 
 def build(dtype):
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}  # heads of 32: the kernels want 16 or more
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [4, 6, 6],
+    }  # heads of 32: the kernels want 16 or more
     model = tiny_model(FAMILY, hidden=128, layers=3, rope_parameters=rope)
     with torch.no_grad():
         for parameter in model.parameters():  # undo the spread of the tiny model; it would drown bf16 in noise
@@ -72,7 +76,9 @@ def test_a_wrong_block_mask_shows(truth):
     batch = on_cuda(collate(model, processor, rows, "packed", None))
     same = batch["segment_ids"] >= 1
     batch["segment_ids"] = batch["segment_ids"].clamp(max=1)
-    batch["logical_positions"] = torch.where(same, torch.arange(same.shape[1], device="cuda")[None], batch["logical_positions"])
+    batch["logical_positions"] = torch.where(
+        same, torch.arange(same.shape[1], device="cuda")[None], batch["logical_positions"]
+    )
     with torch.no_grad():
         wrong = score(model, processor, rows, "packed", "flex", batch=batch).logps.double()
     assert (wrong - truth[0]).abs().max() > 0.1

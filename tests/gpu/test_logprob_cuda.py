@@ -79,7 +79,9 @@ def test_real_vocabulary_past_two_to_the_31():
 def test_workspace_stays_under_one_gigabyte(n, train_head):
     hidden, weight, target, _ = cases.problem(n, 1024, 151_936, torch.bfloat16, bias=False, device="cuda")
     leaf, head = hidden.requires_grad_(), weight.requires_grad_(train_head)
-    results = 2 * hidden.nbytes + train_head * (hidden.nbytes + head.nbytes)  # gradients; hidden's is stored, or summed in fp32
+    results = 2 * hidden.nbytes + train_head * (
+        hidden.nbytes + head.nbytes
+    )  # gradients; hidden's is stored, or summed in fp32
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_logprob(leaf, head, target, impl="triton").sum().backward()

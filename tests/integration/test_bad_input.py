@@ -15,9 +15,18 @@ from tests.support.tiny import image, tiny_model, tiny_processor
 def make(rows_or_dataset, tmp_path, **options):
     data = rows_or_dataset if isinstance(rows_or_dataset, Dataset) else dataset(rows_or_dataset)
     args = SilkieDPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no", disable_tqdm=True, **options
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
     )
-    return SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor(), peft_config=LoraConfig(r=2))
+    return SilkieDPOTrainer(
+        tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor(), peft_config=LoraConfig(r=2)
+    )
 
 
 def broken(**change):
@@ -44,7 +53,10 @@ TRUNCATED = png(image(3))["bytes"][:-60]
         (broken(responses=None, pairs=[]), "row 1.*no responses"),
         (broken(prompt=[], images=[]), "row 1.*prompt has no turns"),
         (broken(responses=["a <|image_pad|>", "one"]), r"row 1.*response 0 holds.*<\|image_pad\|>"),
-        (broken(prompt=group([], "is <|video_pad|> a cat", [], [])["prompt"], images=[]), r"row 1.*the prompt holds.*<\|video_pad\|>"),
+        (
+            broken(prompt=group([], "is <|video_pad|> a cat", [], [])["prompt"], images=[]),
+            r"row 1.*the prompt holds.*<\|video_pad\|>",
+        ),
         (broken(images=[png(image(1, 2000, 4)), png(image(2))]), "row 1.*aspect ratio"),
     ],
     ids=[
@@ -75,7 +87,9 @@ def test_a_broken_row_is_named_or_skipped(rows, message, tmp_path):
 
 
 def test_ratings_that_do_not_match_the_responses_are_named(tmp_path):
-    rows = [{**row, "ratings": [{"Helpfulness": 1.0}] * len(row["responses"]), "rationales": None} for row in mixed_groups()]
+    rows = [
+        {**row, "ratings": [{"Helpfulness": 1.0}] * len(row["responses"]), "rationales": None} for row in mixed_groups()
+    ]
     rows[1]["ratings"] = rows[1]["ratings"] * 2
     with pytest.raises(DataError, match="row 1.*4 ratings for 2 responses"):
         make(dataset(rows, aspects=("Helpfulness",)), tmp_path)
@@ -94,15 +108,23 @@ def test_an_image_that_breaks_between_two_runs_is_found(tmp_path):
 def test_pairs_that_a_cut_makes_equal_are_counted(tmp_path):
     rows = mixed_groups()
     rows[0] = {**rows[0], "responses": ["a red cat", "a red dog", "no", "is it ?"]}
-    assert "1 pairs have equal responses after the cut" in "".join(make(rows, tmp_path, max_response_length=2).plan_lines())
+    assert "1 pairs have equal responses after the cut" in "".join(
+        make(rows, tmp_path, max_response_length=2).plan_lines()
+    )
     assert make(rows, tmp_path).reports["train"].equal_pairs == 0
 
 
 def test_data_of_another_trainer_is_measured_again(tmp_path):
     first = make([*mixed_groups(), {**mixed_groups()[1], "pairs": [], "pair_weights": []}][::-1], tmp_path)
     again = make(first.train_dataset, tmp_path, max_response_length=2)
-    assert max(map(max, first.train_dataset["response_lengths"])) > 2 == max(map(max, again.train_dataset["response_lengths"]))
-    assert again.train_dataset["row"] == first.train_dataset["row"] == [1, 2, 3, 4], "rows keep their number in the input"
+    assert (
+        max(map(max, first.train_dataset["response_lengths"]))
+        > 2
+        == max(map(max, again.train_dataset["response_lengths"]))
+    )
+    assert again.train_dataset["row"] == first.train_dataset["row"] == [1, 2, 3, 4], (
+        "rows keep their number in the input"
+    )
 
 
 def test_a_prompt_that_does_not_fit_is_dropped_and_the_rest_trains(tmp_path, caplog):
@@ -142,7 +164,9 @@ def test_wrong_arguments(tmp_path):
             SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor())
     with pytest.raises(ValueError, match="PromptTuningConfig puts virtual tokens"):
         prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-        SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor(), peft_config=prompt)
+        SilkieDPOTrainer(
+            tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor(), peft_config=prompt
+        )
     with pytest.raises(ValueError, match="names no directory.*`ref_model`.*`peft_config`"):
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):

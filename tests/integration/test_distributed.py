@@ -1,8 +1,8 @@
-"""Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 do what one does: losses, gradient norms and saved weights on the same global batches. SGD makes the
-saved weights a sum of gradients, so their agreement is that of the gradients.
+"""Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 do what one does: losses, gradient norms and saved weights on the
+same global batches. SGD makes the saved weights a sum of gradients, so their agreement is that of the gradients.
 
-The data (12 groups of 1 to 3 pairs, a third without an image, one group per process and step) gives processes different numbers of pairs and steps in
-which one process has no image."""
+The data (12 groups of 1 to 3 pairs, a third without an image, one group per process and step) gives processes different
+numbers of pairs and steps in which one process has no image."""
 
 import json
 import os
@@ -19,16 +19,32 @@ from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 CASES = {
-    "lora": {"from_disk": True, "eval": 7, "args": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}},
+    "lora": {
+        "from_disk": True,
+        "eval": 7,
+        "args": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1},
+    },
     "full": {"from_disk": True, "lora": False, "lr": 0.002},
     "full_tied": {"from_disk": True, "tie": True, "lora": False, "lr": 0.002},
     "trained_vision": {"from_disk": True, "lora": False, "lr": 0.002, "args": {"freeze_vision": False}},
-    "rows_cached_checkpointed": {"args": {"layout": "rows", "precompute_ref_log_probs": True, "gradient_checkpointing": True}},
+    "rows_cached_checkpointed": {
+        "args": {"layout": "rows", "precompute_ref_log_probs": True, "gradient_checkpointing": True}
+    },
     "plain_head": {"args": {"use_fused_logprob": False}},
-    "accumulated": {"data": "odd", "args": {"gradient_accumulation_steps": 3, "num_train_epochs": 3, "log_token_stats": True}},
+    "accumulated": {
+        "data": "odd",
+        "args": {"gradient_accumulation_steps": 3, "num_train_epochs": 3, "log_token_stats": True},
+    },
 }
 KINDS = {"ddp": ("MULTI_CPU", None), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", None)}
-CI = [("ddp", "lora"), ("ddp", "trained_vision"), ("zero2", "full"), ("zero3", "lora"), ("zero3", "full"), ("zero3", "trained_vision")]
+CI = [
+    ("ddp", "lora"),
+    ("ddp", "trained_vision"),
+    ("zero2", "full"),
+    ("zero3", "lora"),
+    ("zero3", "full"),
+    ("zero3", "trained_vision"),
+]
 CI += [("zero3", "rows_cached_checkpointed"), ("zero2", "lora"), ("zero3", "accumulated")]
 CI += [("fsdp2", "lora"), ("fsdp2", "full"), ("fsdp2", "rows_cached_checkpointed")]
 REST = [(mode, case) for mode in KINDS for case in CASES if (mode, case) not in CI]
@@ -50,7 +66,12 @@ def run_jobs(jobs, directory, timeout):
     path.write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fork_run", str(path)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "tests.support.fork_run", str(path)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for job, result in zip(jobs, json.loads(path.with_suffix(".out").read_text()), strict=True):
@@ -96,13 +117,19 @@ def test_two_processes_train_as_one(ci_runs, mode, case):
     saved = compare(ci_runs, mode, case)
     if case == "full":  # what ZeRO saves is a plain transformers checkpoint
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(saved, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and all(torch.isfinite(p).all() for p in model.parameters())
+        assert (
+            not info["missing_keys"]
+            and not info["unexpected_keys"]
+            and all(torch.isfinite(p).all() for p in model.parameters())
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_mode_trains_as_one_process(tmp_path):
-    jobs = [{"mode": mode, "spec": spec(case, mode, tmp_path)} for mode, case in [*(("single", c) for c in CASES), *REST]]
+    jobs = [
+        {"mode": mode, "spec": spec(case, mode, tmp_path)} for mode, case in [*(("single", c) for c in CASES), *REST]
+    ]
     run_jobs(jobs, tmp_path, 1100)
     for mode, case in REST:
         compare(tmp_path, mode, case)
@@ -111,12 +138,20 @@ def test_every_mode_trains_as_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_log_probs_under_fsdp2_and_bf16_are_not_rounded(tmp_path):
-    """accelerate's policy for bf16 would cast what every module returns to bf16, log-probs of about -20 to steps of 0.125."""
+    """accelerate's policy for bf16 would cast what every module returns to bf16, log-probs of about -20 to steps of
+    0.125."""
     options = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}, "max_steps": 2}
     jobs = [
-        {"mode": mode, "spec": {"out": str(tmp_path / mode), "model": str(tmp_path / "untied"), "args": {**options, "gradient_accumulation_steps": steps}}}
+        {
+            "mode": mode,
+            "spec": {
+                "out": str(tmp_path / mode),
+                "model": str(tmp_path / "untied"),
+                "args": {**options, "gradient_accumulation_steps": steps},
+            },
+        }
         for mode, steps in (("single", 2), ("fsdp2", 1))
-    ]  # fmt: skip
+    ]
     run_jobs(jobs, tmp_path, 500)
     one, two = (json.loads((tmp_path / mode / "result.json").read_text()) for mode in ("single", "fsdp2"))
     assert "param_dtype=torch.bfloat16" in two["fsdp_precision"] and "output_dtype=None" in two["fsdp_precision"]
@@ -146,8 +181,18 @@ def test_the_recipes_configs_launch(tmp_path, config):
         "0",
     ]
     done = subprocess.run(
-        [*command, "-m", "tests.support.train_run", str(tmp_path / "spec.json"), "--use_cpu"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500
-    )  # fmt: skip
+        [*command, "-m", "tests.support.train_run", str(tmp_path / "spec.json"), "--use_cpu"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert (result["world"], result["stage"]) == {"single": (1, None), "ddp": (2, None), "zero2": (2, 2), "zero3": (2, 3)}[config]
+    assert (result["world"], result["stage"]) == {
+        "single": (1, None),
+        "ddp": (2, None),
+        "zero2": (2, 2),
+        "zero3": (2, 3),
+    }[config]

@@ -1,4 +1,5 @@
-"""The ablation recipe in a few prompts per seed: every row trains, a stopped run goes on, the table shows the numbers."""
+"""The ablation recipe in a few prompts per seed: every row trains, a stopped run goes on, the table shows the
+numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from silkie.demo import ablation
 from silkie.demo.ablation import COLUMNS, POOL, RECIPES, cells, markdown, random_directions, run_ablation, t_interval
 from silkie.demo.loop import Sizes, Summary
 from silkie.demo.page import demo_report
-from silkie.evaluation.stats import Estimate
 from silkie.report.render import render
+from silkie.stats import Estimate
 
 ROOT = Path(__file__).parents[2]
 TINY = Sizes(images=3, card_images=3, questions=1, mme_images=1, pope_images=1, captions=2, red_team_images=4)
@@ -44,9 +45,13 @@ def test_the_pool_writes_a_response_of_every_sampler(run):
     records = [json.loads(line) for line in (out / "seed0" / "data" / "vlfeedback.jsonl").read_text().splitlines()]
     assert all(record["models"] == list(POOL) for record in records)
     mean = sum(
-        sum(float(a[k]["Rating"]) for k in a) / len(a) for record in records for a in record["completions"]["annotations"][:1]
+        sum(float(a[k]["Rating"]) for k in a) / len(a)
+        for record in records
+        for a in record["completions"]["annotations"][:1]
     ) / len(records)
-    assert result["pool"]["0"]["t0.5"] == pytest.approx(mean), "the first member's mean rating, from the records themselves"
+    assert result["pool"]["0"]["t0.5"] == pytest.approx(mean), (
+        "the first member's mean rating, from the records themselves"
+    )
 
 
 @pytest.mark.slow
@@ -55,7 +60,9 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(run, monkeypatch):
     (out / "seed1" / "random.json").unlink()
     trained = []
     train = ablation._train
-    monkeypatch.setattr(ablation, "_train", lambda row, seed, *rest: trained.append((row.recipe.name, seed)) or train(row, seed, *rest))
+    monkeypatch.setattr(
+        ablation, "_train", lambda row, seed, *rest: trained.append((row.recipe.name, seed)) or train(row, seed, *rest)
+    )
     monkeypatch.setattr(ablation, "sample_pool", None)
     again = run_ablation(out, (0, 1), SOME, sizes=TINY)
     assert trained == [("random", 1)]
@@ -66,11 +73,17 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(run, monkeypatch):
 def test_strongest_and_single_aspects_make_other_pairs(run):
     _, result = run
     pairs = {name: tuple(by_seed.values()) for name, by_seed in result["pairs"].items()}
-    assert pairs["strongest"] != pairs["silkie"] and pairs["only-ethics"] != pairs["silkie"] and all(all(p) for p in pairs.values())
+    assert (
+        pairs["strongest"] != pairs["silkie"]
+        and pairs["only-ethics"] != pairs["silkie"]
+        and all(all(p) for p in pairs.values())
+    )
 
 
 def test_the_table():
-    result = {"scores": {"base": {"0": _scores(0.5)}, "silkie": {"0": _scores(0.6), "1": _scores(0.8), "2": _scores(0.7)}}}
+    result = {
+        "scores": {"base": {"0": _scores(0.5)}, "silkie": {"0": _scores(0.6), "1": _scores(0.8), "2": _scores(0.7)}}
+    }
     cell = cells(result, "greedy")["silkie"]["exact"]
     half = 4.303 * 0.1 / math.sqrt(3)
     assert (cell.mean, cell.low, cell.high) == pytest.approx((0.7, 0.7 - half, 0.7 + half))
@@ -97,7 +110,10 @@ def test_random_directions_keep_the_pairs(tmp_path):
     pairs = [tuple(pair) for row in tossed["pairs"] for pair in row]
     assert [set(pair) for pair in pairs] == [{0, 1}, {2, 3}, {1, 3}] * 40
     turned = sum(pair[0] > pair[1] for pair in pairs)
-    assert 40 < turned < 80 and random_directions(data, 0)["pairs"] == tossed["pairs"] != random_directions(data, 1)["pairs"]
+    assert (
+        40 < turned < 80
+        and random_directions(data, 0)["pairs"] == tossed["pairs"] != random_directions(data, 1)["pairs"]
+    )
 
 
 def test_bad_requests_are_named(tmp_path):
@@ -114,7 +130,8 @@ def test_the_demo_as_a_report_page():
 
     test = evaluation_items(7, mme_images=1, pope_images=1, captions=2, red_team_images=2)
     scores = {
-        p: {m: {x.key: Estimate(v, v - 0.1, v + 0.1) for x in METRICS} for m in ("greedy", "T=1")} for p, v in (("base", 0.4), ("dpo", 0.6))
+        p: {m: {x.key: Estimate(v, v - 0.1, v + 0.1) for x in METRICS} for m in ("greedy", "T=1")}
+        for p, v in (("base", 0.4), ("dpo", 0.6))
     }
     summary = Summary("base", 0, 10, 30, scores=scores, titles={"base": "Base", "dpo": "DPO"}, seconds={"train": 3.0})
     caption = next(k for k, item in enumerate(test) if item.benchmark == "chair")

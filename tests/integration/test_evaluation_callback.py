@@ -23,7 +23,14 @@ def data(tmp_path):
     rows = []
     for i in range(5):
         Image.new("RGB", (56, 56), (i * 40, 90, 30)).save(folder / "images" / f"{i}.png")
-        rows.append({"question_id": i, "image": f"{i}.png", "text": "is there a dog in the image", "label": ("yes", "no")[i % 2]})
+        rows.append(
+            {
+                "question_id": i,
+                "image": f"{i}.png",
+                "text": "is there a dog in the image",
+                "label": ("yes", "no")[i % 2],
+            }
+        )
     (folder / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -36,7 +43,9 @@ def test_scores_are_logged_every_n_steps_and_training_is_not_disturbed(tmp_path,
     scored = [entry for entry in watched.state.log_history if "eval_pope_accuracy" in entry]
     assert [entry["step"] for entry in scored] == [0, 2, 4, 5]
     assert all(0 <= entry["eval_pope_accuracy"] <= 1 and "eval_pope_random_accuracy" in entry for entry in scored)
-    assert not any("loss" in entry or "rewards/margins" in entry for entry in scored), "a score's entry holds scores alone"
+    assert not any("loss" in entry or "rewards/margins" in entry for entry in scored), (
+        "a score's entry holds scores alone"
+    )
     plain = make(tmp_path / "b", max_steps=5)
     plain.train()
     assert losses(watched) == losses(plain), "dropout and the order of the data must not depend on evaluations"
@@ -54,7 +63,9 @@ def test_the_logged_score_is_that_of_the_policy_at_that_step(tmp_path, data):
     answers = [json.loads(line) for line in file.read_text().splitlines()]
     benchmark = get_benchmark("pope")
     tasks = question_tasks(benchmark, benchmark.load_questions(data), data)
-    prompts = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.prompt}]}] for task in tasks]
+    prompts = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.prompt}]}] for task in tasks
+    ]
     images = [[Image.open(task.images[0])] for task in tasks]
     model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     expected = [text for (text,) in generate(model, processor, prompts, images, max_new_tokens=16, batch_size=2)]
@@ -73,9 +84,13 @@ def test_it_works_with_the_plain_trainer_too(tmp_path, data):
         def __getitem__(self, i):
             return {"input_ids": torch.tensor([9, 10, 11]), "labels": torch.tensor([9, 10, 11])}
 
-    args = TrainingArguments(str(tmp_path / "o"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
+    args = TrainingArguments(
+        str(tmp_path / "o"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
     callback = BenchmarkCallback([f"pope={data}"], 1, limit=2)
-    trainer = Trainer(tiny_model(), args, train_dataset=Constant(), processing_class=tiny_processor(), callbacks=[callback])
+    trainer = Trainer(
+        tiny_model(), args, train_dataset=Constant(), processing_class=tiny_processor(), callbacks=[callback]
+    )
     callback.trainer = trainer
     trainer.train()
     assert any("eval_pope_f1" in entry for entry in trainer.state.log_history)

@@ -1,4 +1,5 @@
-"""`run`, `judge` and `compare` end to end: a tiny random Qwen2.5-VL with an adapter, and a local OpenAI-compatible server."""
+"""`run`, `judge` and `compare` end to end: a tiny random Qwen2.5-VL with an adapter, and a local OpenAI-compatible
+server."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def policy(tmp_path_factory) -> tuple[Path, Path]:
     model.save_pretrained(base)
     processor.save_pretrained(base)
     torch.manual_seed(1)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    )
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -63,8 +66,22 @@ def policy(tmp_path_factory) -> tuple[Path, Path]:
 
 def run(data, policy, out: Path, *more: str) -> int:
     base, adapter = policy
-    fixed = ["--data", str(data), "--model", str(base), "--adapter", str(adapter), "--batch-size", "4", "--max-new-tokens", "4", "--quiet"]
-    return main(["run", "pope", *fixed, "--out", str(out / "trained.jsonl"), "--base-out", str(out / "base.jsonl"), *more])
+    fixed = [
+        "--data",
+        str(data),
+        "--model",
+        str(base),
+        "--adapter",
+        str(adapter),
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--quiet",
+    ]
+    return main(
+        ["run", "pope", *fixed, "--out", str(out / "trained.jsonl"), "--base-out", str(out / "base.jsonl"), *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +92,10 @@ def finished(data, policy, tmp_path_factory) -> Path:
 
 
 def test_one_load_answers_with_the_adapter_on_and_off(finished, policy, data):
-    trained, base = ([json.loads(line) for line in (finished / name).read_text().splitlines()] for name in ("trained.jsonl", "base.jsonl"))
+    trained, base = (
+        [json.loads(line) for line in (finished / name).read_text().splitlines()]
+        for name in ("trained.jsonl", "base.jsonl")
+    )
     assert [row["id"] for row in trained] == [f"random/{i}" for i in range(11)]
     assert [row["answer"] for row in trained] != [row["answer"] for row in base]
     assert trained[3]["image"] == "images/3.png" and trained[3]["prompt"].endswith("Please answer yes or no.")
@@ -98,7 +118,8 @@ def test_one_load_answers_with_the_adapter_on_and_off(finished, policy, data):
 
 @pytest.mark.parametrize("keep", ["one batch", "torn line", "uneven", "nothing"])
 def test_a_resumed_run_gives_the_same_bytes(finished, data, policy, tmp_path, keep):
-    """Cut off after whole batches, inside a line, inside a batch with the two files at different places, or before the first answer."""
+    """Cut off after whole batches, inside a line, inside a batch with the two files at different places, or before the
+    first answer."""
     for name in ("trained.jsonl", "base.jsonl"):
         rows = (finished / name).read_bytes().splitlines(keepends=True)
         kept = {
@@ -148,7 +169,11 @@ def running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     # a zombie that nobody waits for has ended too
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path(f"/proc/{pid}").exists() else False
+    return (
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        if Path(f"/proc/{pid}").exists()
+        else False
+    )
 
 
 def test_a_run_with_other_settings_or_questions_is_not_continued(finished, data, policy, tmp_path, capsys):
@@ -175,15 +200,23 @@ def test_sampling_is_seeded(data, policy, tmp_path):
 
 
 def test_score_and_compare_read_what_run_wrote(finished, tmp_path, capsys):
-    assert main(["score", "pope", str(finished / "trained.jsonl"), "--json", "--items", str(tmp_path / "items.jsonl")]) == 0
+    assert (
+        main(["score", "pope", str(finished / "trained.jsonl"), "--json", "--items", str(tmp_path / "items.jsonl")])
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed["questions"] == 11 and set(printed["intervals"]) <= set(printed["metrics"])
     assert len((tmp_path / "items.jsonl").read_text().splitlines()) == 11
     page = tmp_path / "page.html"
-    assert main(["compare", str(finished / "base.jsonl"), str(finished / "trained.jsonl"), "--json", "--html", str(page)]) == 0
+    assert (
+        main(["compare", str(finished / "base.jsonl"), str(finished / "trained.jsonl"), "--json", "--html", str(page)])
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     flips = result["flips"]["fixed"] + result["flips"]["broken"]
-    assert result["benchmark"] == "pope" and flips == len(result["flips"]["fixed_questions"] + result["flips"]["broken_questions"])
+    assert result["benchmark"] == "pope" and flips == len(
+        result["flips"]["fixed_questions"] + result["flips"]["broken_questions"]
+    )
     assert page.read_text().count("data:image/") >= min(flips, 1)
     assert main(["compare", str(finished / "base.jsonl"), str(finished / "trained.jsonl"), "--benchmark", "mme"]) == 2
     assert "trained.jsonl:1:" in (error := capsys.readouterr().err) or "base.jsonl:1:" in error
@@ -203,7 +236,20 @@ def test_score_and_compare_read_what_run_wrote(finished, tmp_path, capsys):
 )
 def test_options_out_of_range_are_refused(data, tmp_path, capsys, option, value):
     with pytest.raises(SystemExit):
-        main(["run", "pope", "--data", str(data), "--model", "m", "--out", str(tmp_path / "a.jsonl"), f"--{option}", value])
+        main(
+            [
+                "run",
+                "pope",
+                "--data",
+                str(data),
+                "--model",
+                "m",
+                "--out",
+                str(tmp_path / "a.jsonl"),
+                f"--{option}",
+                value,
+            ]
+        )
     assert f"argument --{option}: " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -227,7 +273,8 @@ def test_an_image_that_cannot_be_read_is_one_line(data, policy, tmp_path, capsys
 
 
 def test_a_run_that_is_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch):
-    """Between the settings and the first answer there is no moment at which the next start is refused, or continues other answers."""
+    """Between the settings and the first answer there is no moment at which the next start is refused, or continues
+    other answers."""
     tasks, out = [Task({"id": str(i)}, f"q{i}") for i in range(3)], tmp_path / "a.jsonl"
     answer_tasks(tasks, {out: _Echo()}, settings={"seed of the model": 1}, progress=False)
 
@@ -275,7 +322,9 @@ class _Chat(BaseHTTPRequestHandler):
             return
         reply = "Sound.\nRating: 5" if "Rating:" in text else ("Yes" if "dog" in text else "No")
         choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-        body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}).encode()
+        body = json.dumps(
+            {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -301,7 +350,21 @@ def endpoint():
 def test_an_endpoint_answers_and_a_broken_run_is_continued(data, endpoint, tmp_path, capsys):
     server, url = endpoint
     out = tmp_path / "a.jsonl"
-    arguments = ["run", "pope", "--data", str(data), "--base-url", url, "--model", "m", "--batch-size", "4", "--quiet", "--out", str(out)]
+    arguments = [
+        "run",
+        "pope",
+        "--data",
+        str(data),
+        "--base-url",
+        url,
+        "--model",
+        "m",
+        "--batch-size",
+        "4",
+        "--quiet",
+        "--out",
+        str(out),
+    ]
     server.broken = True
     assert main(arguments) == 2
     assert "knows no such model or path" in capsys.readouterr().err and out.read_text() == ""
@@ -319,17 +382,41 @@ def test_an_endpoint_answers_and_a_broken_run_is_continued(data, endpoint, tmp_p
 def test_a_judge_behind_an_endpoint_rates_answers(endpoint, tmp_path, capsys):
     _, url = endpoint
     rows = [
-        {"benchmark": "mmhal", "id": str(i), "category": "counting", "prompt": "How many?", "gt_answer": "Two.", "answer": "Two."}
+        {
+            "benchmark": "mmhal",
+            "id": str(i),
+            "category": "counting",
+            "prompt": "How many?",
+            "gt_answer": "Two.",
+            "answer": "Two.",
+        }
         for i in range(3)
     ]
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (
-        main(["judge", "mmhal", str(answers), "--out", str(tmp_path / "judged.jsonl"), "--base-url", url, "--model", "m", "--quiet"]) == 0
+        main(
+            [
+                "judge",
+                "mmhal",
+                str(answers),
+                "--out",
+                str(tmp_path / "judged.jsonl"),
+                "--base-url",
+                url,
+                "--model",
+                "m",
+                "--quiet",
+            ]
+        )
+        == 0
     )
     assert "score" in capsys.readouterr().out
     assert get_benchmark("mmhal").score_results(str(tmp_path / "judged.jsonl")).metrics["score"] == 5
-    assert main(["judge", "pope", str(answers), "--out", str(tmp_path / "j.jsonl"), "--base-url", url, "--model", "m"]) == 2
+    assert (
+        main(["judge", "pope", str(answers), "--out", str(tmp_path / "j.jsonl"), "--base-url", url, "--model", "m"])
+        == 2
+    )
     assert "needs no judge" in capsys.readouterr().err
 
 

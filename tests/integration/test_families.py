@@ -1,12 +1,13 @@
-"""Every family: packed = rows = one response at a time through the stock model, in float64, log-probs and LoRA gradients; and what must not pass."""
+"""Every family: packed = rows = one response at a time through the stock model, in float64, log-probs and LoRA
+gradients; and what must not pass."""
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from silkie.attention import segments
-from silkie.models import FAMILIES as SUPPORTED
-from silkie.models import why_not_packable
+from silkie.model.attention import segments
+from silkie.model.families import FAMILIES as SUPPORTED
+from silkie.model.families import why_not_packable
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
 from tests.support.scoring import collate, gradients, groups, score, stock_logps, with_lora
 
@@ -36,7 +37,9 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
-@pytest.mark.parametrize("layout, backend", [("rows", "sdpa"), ("packed", "sdpa"), ("packed", "segments"), ("packed", "varlen")])
+@pytest.mark.parametrize(
+    "layout, backend", [("rows", "sdpa"), ("packed", "sdpa"), ("packed", "segments"), ("packed", "varlen")]
+)
 def test_layouts_equal_the_stock_model(setting, truth, layout, backend, monkeypatch):
     family, model, processor, rows = setting
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
@@ -75,7 +78,8 @@ def test_checkpointing_changes_no_gradient(setting, truth, checkpointing):
         assert difference(found[name], truth[1][name]) < GRADIENT * max(1.0, truth[1][name].abs().max().item()), name
 
 
-# -- negative controls: each of these errors must show in the numbers that the tests above compare ------------------------------------------------
+# -- negative controls: each of these errors must show in the numbers that the tests above compare
+# ------------------------------------------------
 
 
 def wrong(setting, truth, change):
@@ -114,13 +118,16 @@ def test_another_image_shows(setting, truth):
 
 
 def test_a_window_in_row_distance_shows():
-    """Gemma3's sliding layers count logical positions; counting places in the row would cut later responses off from the prompt."""
+    """Gemma3's sliding layers count logical positions; counting places in the row would cut later responses off from
+    the prompt."""
     family = "gemma3"
     model, processor, rows = with_lora(family_model(family).double()), family_processor(family), groups(family)
     truth = stock_logps(family, model, processor, rows).detach(), None
 
     def by_place(batch):
-        batch["logical_positions"] = torch.arange(batch["input_ids"].shape[1])[None].expand_as(batch["logical_positions"])
+        batch["logical_positions"] = torch.arange(batch["input_ids"].shape[1])[None].expand_as(
+            batch["logical_positions"]
+        )
 
     assert wrong((family, model, processor, rows), truth, by_place) > 1e-2
 
@@ -132,7 +139,12 @@ def test_an_image_longer_than_the_window(backend):
     model, processor, rows = family_model(family).double(), family_processor(family), groups(family)
     model.config.text_config.sliding_window = 2  # an image has 4 tokens
     with torch.no_grad():
-        assert difference(score(model, processor, rows, "packed", backend).logps, stock_logps(family, model, processor, rows)) < EXACT
+        assert (
+            difference(
+                score(model, processor, rows, "packed", backend).logps, stock_logps(family, model, processor, rows)
+            )
+            < EXACT
+        )
 
 
 def test_paligemma_counts_from_one():

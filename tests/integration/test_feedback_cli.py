@@ -11,7 +11,17 @@ import time
 import pytest
 
 from silkie.feedback.__main__ import main
-from tests.support.feedback import ROOT, ScriptedServer, command, completion, error, judge_server, read_jsonl, true_ratings, write_responses
+from tests.support.feedback import (
+    ROOT,
+    ScriptedServer,
+    command,
+    completion,
+    error,
+    judge_server,
+    read_jsonl,
+    true_ratings,
+    write_responses,
+)
 from tests.support.judge_server import markdown
 
 
@@ -30,7 +40,16 @@ def reply(n, body):
 
 
 def rate(folder, server, *options) -> int:
-    base = ["rate", str(folder / "responses.jsonl"), "--base-url", server.url, "--model", "judge", "--journal", str(folder / "j.jsonl")]
+    base = [
+        "rate",
+        str(folder / "responses.jsonl"),
+        "--base-url",
+        server.url,
+        "--model",
+        "judge",
+        "--journal",
+        str(folder / "j.jsonl"),
+    ]
     return main([*base, "--quiet", *map(str, options)])
 
 
@@ -77,7 +96,11 @@ def test_the_key_is_sent_but_never_written(tmp_path, monkeypatch, capsys):
     write_responses(tmp_path, 3)
 
     def leaky(n, body):
-        return error(400, "denied for sk-secret-in-no-file") if n == 0 else completion("I cannot help, sk-secret-in-no-file")
+        return (
+            error(400, "denied for sk-secret-in-no-file")
+            if n == 0
+            else completion("I cannot help, sk-secret-in-no-file")
+        )
 
     with ScriptedServer(leaky) as server:
         assert rate(tmp_path, server, "--structured", "markdown", "--concurrency", 1) == 1, "every item failed"
@@ -119,7 +142,10 @@ def test_sample_needs_one_source(tmp_path, capsys):
 @pytest.mark.parametrize("option", [["--temperatures", "0.5"], ["--max-answer-tokens", "9"], ["--price-prompt", "1"]])
 def test_options_that_a_pool_decides_are_refused_beside_it(tmp_path, capsys, option):
     (tmp_path / "pool.yaml").write_text("members: [{name: a, local: d}]")
-    assert main(["sample", "p.jsonl", "--out", str(tmp_path / "r.jsonl"), "--pool", str(tmp_path / "pool.yaml"), *option]) == 2
+    assert (
+        main(["sample", "p.jsonl", "--out", str(tmp_path / "r.jsonl"), "--pool", str(tmp_path / "pool.yaml"), *option])
+        == 2
+    )
     assert f"{option[0]} is an option of one member" in capsys.readouterr().err
 
 
@@ -142,8 +168,21 @@ def test_sample_from_one_endpoint(tmp_path, capsys):
 def test_sigterm_ends_cleanly_and_a_second_process_is_kept_out(tmp_path):
     responses, journal = write_responses(tmp_path, 60), tmp_path / "j.jsonl"
     with judge_server(tmp_path, "--slots", "4", "--latency", "0.2") as server:
-        arguments = ["rate", responses, "--base-url", server.url, "--model", "judge", "--journal", journal, "--concurrency", "4"]
-        with subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        arguments = [
+            "rate",
+            responses,
+            "--base-url",
+            server.url,
+            "--model",
+            "judge",
+            "--journal",
+            journal,
+            "--concurrency",
+            "4",
+        ]
+        with subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
             while not (journal.exists() and journal.stat().st_size):
                 assert process.poll() is None
                 time.sleep(0.02)
@@ -163,7 +202,8 @@ def test_sigterm_ends_cleanly_and_a_second_process_is_kept_out(tmp_path):
 
 
 def test_a_repeated_question_gets_more_room_where_the_server_has_it(tmp_path):
-    """The first answer is cut. A server whose context holds no more than the room of the first question is asked with that room again."""
+    """The first answer is cut. A server whose context holds no more than the room of the first question is asked with
+    that room again."""
     write_responses(tmp_path, 1)
 
     def small_context(n, body):

@@ -1,4 +1,5 @@
-"""`rate` against a misbehaving endpoint over real sockets, killed with SIGKILL on the way: nothing lost, nothing paid twice."""
+"""`rate` against a misbehaving endpoint over real sockets, killed with SIGKILL on the way: nothing lost, nothing paid
+twice."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def run_with_kills(tmp_path: Path, count: int, *, kills: int, concurrency: int, 
         arguments += ["--concurrency", concurrency, "--timeout", timeout, "--quiet"]
         for kill in range(kills):
             target = (kill + 1) * count // (kills + 1)
-            with subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            with subprocess.Popen(
+                command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as process:
                 while len(finished(journal)) < target:
                     assert process.poll() is None, "the run ended before it could be killed"
                     time.sleep(0.01)
@@ -58,11 +61,14 @@ def run_with_kills(tmp_path: Path, count: int, *, kills: int, concurrency: int, 
             assert record["attempts"] and all(attempt["raw"] for attempt in record["attempts"])
         else:
             assert record["status"] == "ok", record
-            assert [row["Visual Faithfulness"] for row in record["ratings"]] == truth[record["id"]], "the shuffle is undone"
+            assert [row["Visual Faithfulness"] for row in record["ratings"]] == truth[record["id"]], (
+                "the shuffle is undone"
+            )
     # Nothing is asked again about an item whose line was on disk when the process was killed.
     for moment, ids in snapshots:
         assert not [event for event in events if event["time"] > moment and event["item"] in ids]
-    # An item that was never in flight at a kill got exactly one good answer; the others at most one per life of the process.
+    # An item that was never in flight at a kill got exactly one good answer; the others at most one per life of the
+    # process.
     good = Counter(event["item"] for event in events if event["outcome"] == "good")
     repeated = {item: number for item, number in good.items() if number > 1}
     assert len(repeated) <= kills * concurrency
@@ -72,7 +78,13 @@ def run_with_kills(tmp_path: Path, count: int, *, kills: int, concurrency: int, 
     outcomes = Counter(event["outcome"] for event in events)
     assert set(outcomes) >= {fault for fault, _ in FAULTS.values()} | {"good"}, "every fault was met"
     paid = sum(outcomes[name] for name in PAID)
-    return {"paid": paid, "good": sum(good.values()), "repeated": len(repeated), "seconds": seconds, "outcomes": dict(outcomes)}
+    return {
+        "paid": paid,
+        "good": sum(good.values()),
+        "repeated": len(repeated),
+        "seconds": seconds,
+        "outcomes": dict(outcomes),
+    }
 
 
 def test_a_hundred_items_with_every_fault_and_three_kills(tmp_path):
@@ -95,7 +107,16 @@ def measure_throughput(tmp_path: Path, count: int, slots: int, latency: float) -
     """(answers per second from the first to the last, the most the server can give)."""
     responses = write_responses(tmp_path, count)
     with judge_server(tmp_path, "--slots", str(slots), "--latency", str(latency)) as server:
-        arguments = ["rate", responses, "--base-url", server.url, "--model", "judge", "--journal", tmp_path / "journal.jsonl"]
+        arguments = [
+            "rate",
+            responses,
+            "--base-url",
+            server.url,
+            "--model",
+            "judge",
+            "--journal",
+            tmp_path / "journal.jsonl",
+        ]
         result = run_command(*arguments, "--concurrency", 2 * slots, "--structured", "markdown", "--quiet")
         assert result.returncode == 0, result.stderr
         times = [event["time"] for event in server.events() if event["outcome"] == "good"]

@@ -1,4 +1,5 @@
-"""From images and questions to preference groups, with real (tiny) VLMs behind `transformers serve` on loopback and in this process."""
+"""From images and questions to preference groups, with real (tiny) VLMs behind `transformers serve` on loopback and in
+this process."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def base_url(tmp_path_factory):
 
 
 def write_rubric(path: Path) -> Path:
-    path.write_text(yaml.safe_dump({"name": RUBRIC.name, "introduction": RUBRIC.introduction, "aspects": list(RUBRIC.aspect_names)}))
+    path.write_text(
+        yaml.safe_dump({"name": RUBRIC.name, "introduction": RUBRIC.introduction, "aspects": list(RUBRIC.aspect_names)})
+    )
     return path
 
 
@@ -68,10 +71,18 @@ def test_images_and_questions_become_preference_groups(tmp_path, models, base_ur
     with (tmp_path / "questions.jsonl").open("w") as file:
         for colour in COLOURS:
             Image.new("RGB", (56, 56), colour).save(tmp_path / "images" / f"{colour}.png")
-            file.write(json.dumps({"id": colour, "image": f"images/{colour}.png", "prompt": "what is in the image ?"}) + "\n")
+            file.write(
+                json.dumps({"id": colour, "image": f"images/{colour}.png", "prompt": "what is in the image ?"}) + "\n"
+            )
     pool = {
         "members": [
-            {"name": "served", "base_url": base_url, "model": str(models / "policy"), "temperatures": [1.0], "max_tokens": 10},
+            {
+                "name": "served",
+                "base_url": base_url,
+                "model": str(models / "policy"),
+                "temperatures": [1.0],
+                "max_tokens": 10,
+            },
             {"name": "local", "local": str(models / "policy"), "temperatures": [1.5], "max_tokens": 10},
         ]
     }
@@ -79,7 +90,10 @@ def test_images_and_questions_become_preference_groups(tmp_path, models, base_ur
 
     responses = tmp_path / "responses.jsonl"
     sampled = sample_file(
-        tmp_path / "questions.jsonl", load_pool(tmp_path / "pool.yaml"), responses, SampleOptions(k=2, concurrency=2, progress=False)
+        tmp_path / "questions.jsonl",
+        load_pool(tmp_path / "pool.yaml"),
+        responses,
+        SampleOptions(k=2, concurrency=2, progress=False),
     )
     assert (sampled.complete, sampled.dropped, sampled.stopped) == (4, [], None)
     for record in read_jsonl(responses):
@@ -88,12 +102,24 @@ def test_images_and_questions_become_preference_groups(tmp_path, models, base_ur
 
     journal = tmp_path / "journal.jsonl"
     arguments = ["rate", responses, "--base-url", base_url, "--model", models / "judge", "--journal", journal]
-    arguments += ["--rubric", write_rubric(tmp_path / "rubric.yaml"), "--concurrency", "2", "--max-answer-tokens", "150", "--quiet"]
+    arguments += [
+        "--rubric",
+        write_rubric(tmp_path / "rubric.yaml"),
+        "--concurrency",
+        "2",
+        "--max-answer-tokens",
+        "150",
+        "--quiet",
+    ]
     result = run_command(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     records = list(read_records(journal))
-    assert {record["status"] for record in records} == {"ok"}, [record for record in records if record["status"] != "ok"]
-    for record in records:  # this judge looks at the place of a text only, so its ratings tell the order in which it saw them
+    assert {record["status"] for record in records} == {"ok"}, [
+        record for record in records if record["status"] != "ok"
+    ]
+    for (
+        record
+    ) in records:  # this judge looks at the place of a text only, so its ratings tell the order in which it saw them
         by_place = [record["ratings"][response]["Helpfulness"] for response in record["orders"][0]]
         assert by_place == list(RATINGS)
         assert record["usage"]["prompt_tokens"] > 0
@@ -117,7 +143,10 @@ def test_two_votes_cancel_the_position_bias_of_a_local_judge(tmp_path, models):
 
     judge = LocalJudge(*load_policy(models / "judge"), rubric=RUBRIC, max_new_tokens=150)
     item = JudgeItem(
-        id="a", prompt="what is it ?", responses=("a red circle", "a green square"), images=(Image.new("RGB", (56, 56), "red"),)
+        id="a",
+        prompt="what is it ?",
+        responses=("a red circle", "a green square"),
+        images=(Image.new("RGB", (56, 56), "red"),),
     )
     one, two = rate_items([item], judge)[0], rate_items([item], judge, votes=2)[0]
     assert sorted(row["Helpfulness"] for row in one.ratings) == [2, 4]

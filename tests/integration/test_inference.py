@@ -31,7 +31,14 @@ def run(tmp_path_factory):
     tiny_model().save_pretrained(base)
     tiny_processor().save_pretrained(base)
     args = SilkieDPOConfig(
-        str(out), use_cpu=True, bf16=False, report_to="none", learning_rate=3e-2, num_train_epochs=6, save_strategy="no", disable_tqdm=True
+        str(out),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        learning_rate=3e-2,
+        num_train_epochs=6,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     trainer = SilkieDPOTrainer(str(base), args=args, train_dataset=dataset(), peft_config=LoraConfig(r=8))
     trainer.train()

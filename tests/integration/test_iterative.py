@@ -39,7 +39,10 @@ def test_two_rounds_and_their_resumption(tmp_path):
     start = weights(second / "ref")  # the frozen copy that round 2 refers to is what round 1 ended with
     assert all((start[name] == value).all() for name, value in weights(first).items())
     assert any((start[name] != value).any() for name, value in weights(second).items())
-    ids = [{json.loads(line)["prompt"] for line in (tmp_path / f"round-{n}" / "data" / "vlfeedback.jsonl").open()} for n in (1, 2)]
+    ids = [
+        {json.loads(line)["prompt"] for line in (tmp_path / f"round-{n}" / "data" / "vlfeedback.jsonl").open()}
+        for n in (1, 2)
+    ]
     assert ids[0] != ids[1], "fresh prompts"
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("round-*/adapter/*")}
@@ -53,10 +56,15 @@ def test_two_rounds_and_their_resumption(tmp_path):
     with pytest.raises(ValueError, match="was begun with .*'seed': 0"):
         iterative.run(tmp_path, rounds=2, seed=1, sizes=TINY, single=False)
 
-    source = {"source": str(tmp_path / "round-2/data/vlfeedback.jsonl"), "image_root": str(tmp_path / "round-2/data/images")}
+    source = {
+        "source": str(tmp_path / "round-2/data/vlfeedback.jsonl"),
+        "image_root": str(tmp_path / "round-2/data/images"),
+    }
     trainer = make_trainer(DPO, preferences(DPO, source, 0), BASE_DIR, tmp_path / "check", 0, adapter=first)
     assert trainer.reference.kind == "copy of the initial adapter"
     trainer.args.max_steps = 1
     trainer.train()
     losses = [entry["loss/sigmoid"] for entry in trainer.state.log_history if "loss/sigmoid" in entry]
-    assert float(losses[0]) == pytest.approx(math.log(2), abs=1e-3), "policy and reference are equal at the start of a round"
+    assert float(losses[0]) == pytest.approx(math.log(2), abs=1e-3), (
+        "policy and reference are equal at the start of a round"
+    )

@@ -10,11 +10,11 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.attention import api, segments
-from silkie.layout import LayoutMismatch, choose_layout
-from silkie.models import FAMILIES as SUPPORTED
-from silkie.models import backbone, vision_parameters
-from silkie.packing import visible
+from silkie.batch.packing import visible
+from silkie.model.attention import api, segments
+from silkie.model.families import FAMILIES as SUPPORTED
+from silkie.model.families import backbone, vision_parameters
+from silkie.model.layout import LayoutMismatch, choose_layout
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
 from tests.support.scoring import gradients, groups, score, stock_logps
@@ -33,9 +33,12 @@ def make(tmp_path, model=None, data=None, peft=True, **options):
         logging_steps=1,
     )
     return SilkieDPOTrainer(
-        model if model is not None else tiny_model(), args=SilkieDPOConfig(**{**arguments, "per_device_train_batch_size": 4, **options}),
-        train_dataset=data if data is not None else dataset(), processing_class=tiny_processor(), peft_config=LoraConfig(r=4) if peft else None,
-    )  # fmt: skip
+        model if model is not None else tiny_model(),
+        args=SilkieDPOConfig(**{**arguments, "per_device_train_batch_size": 4, **options}),
+        train_dataset=data if data is not None else dataset(),
+        processing_class=tiny_processor(),
+        peft_config=LoraConfig(r=4) if peft else None,
+    )
 
 
 def linear_attention_model():
@@ -43,17 +46,43 @@ def linear_attention_model():
     tok = tiny_tokenizer()
     ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     text = dict(
-        vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, eos_token_id=ids["<|im_end|>"],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
-    )  # fmt: skip
+        vocab_size=len(tok),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        eos_token_id=ids["<|im_end|>"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+    )
     vision = dict(
-        depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=14, num_position_embeddings=256
+        depth=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=32,
+        patch_size=14,
+        num_position_embeddings=256,
     )
     config = transformers.Qwen3_5Config(
-        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
 
@@ -65,13 +94,18 @@ def test_linear_attention_is_refused_by_name_and_trains_in_rows(tmp_path, caplog
         trainer.train()
     assert trainer.choice.layout == "rows"
     assert "layout: rows (qwen3_5 has linear_attention layers" in caplog.text
-    assert any("one row per response" in r.message for r in caplog.records if r.levelname == "WARNING"), "seen where no log is configured"
+    assert any("one row per response" in r.message for r in caplog.records if r.levelname == "WARNING"), (
+        "seen where no log is configured"
+    )
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def choose(config, **options):
     return choose_layout(
-        config, types.SimpleNamespace(**{"layout": "auto", "attention_backend": "auto", "device": torch.device("cpu"), **options})
+        config,
+        types.SimpleNamespace(
+            **{"layout": "auto", "attention_backend": "auto", "device": torch.device("cpu"), **options}
+        ),
     )
 
 
@@ -153,7 +187,9 @@ def test_every_image_is_encoded_once_per_step(tmp_path, layout, checkpointing):
     trainer = make(tmp_path, layout=layout, gradient_checkpointing=checkpointing, self_test=False, max_steps=3)
     calls = count_encodings(trainer)
     trainer.train()
-    patches = sum(len(trainer.encoder.encode(trainer.train_dataset[i]).vision.get("pixel_values", [])) for i in range(4))
+    patches = sum(
+        len(trainer.encoder.encode(trainer.train_dataset[i]).vision.get("pixel_values", [])) for i in range(4)
+    )
     assert calls == [patches] * 3
 
 
@@ -174,7 +210,9 @@ def test_an_adapted_vision_tower_gets_exact_gradients_in_both_layouts(tmp_path):
     for layout in ("packed", "rows"):
         torch.manual_seed(0)
         model = get_peft_model(
-            tiny_model().double(), LoraConfig(r=4, target_modules=r".*visual.*\.(qkv|proj)"), autocast_adapter_dtype=False
+            tiny_model().double(),
+            LoraConfig(r=4, target_modules=r".*visual.*\.(qkv|proj)"),
+            autocast_adapter_dtype=False,
         ).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -186,9 +224,16 @@ def test_an_adapted_vision_tower_gets_exact_gradients_in_both_layouts(tmp_path):
 
 
 def test_pair_rows_are_regrouped_and_the_log_says_what_it_saves(tmp_path, caplog):
-    pairs = [group([image(0)], "what is in image ?", ["a cat", other], [[0, 1]]) for other in ("a dog", "yes", "no")] + mixed_groups()[1:2]
+    pairs = [
+        group([image(0)], "what is in image ?", ["a cat", other], [[0, 1]]) for other in ("a dog", "yes", "no")
+    ] + mixed_groups()[1:2]
     rows = [
-        {"images": g["images"], "prompt": g["prompt"], "chosen": _turn(g["responses"][0]), "rejected": _turn(g["responses"][1])}
+        {
+            "images": g["images"],
+            "prompt": g["prompt"],
+            "chosen": _turn(g["responses"][0]),
+            "rejected": _turn(g["responses"][1]),
+        }
         for g in pairs
     ]
     data = Dataset.from_list(rows).cast_column("images", List(Image()))
@@ -206,9 +251,18 @@ def test_a_second_reference_model_runs_the_same_attention(tmp_path, monkeypatch)
     """Masks are made for one backend; a reference model left on its own would misread them."""
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
     args = SilkieDPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1, logging_steps=1,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+        logging_steps=1,
         attention_backend="segments",
-    )  # fmt: skip
-    trainer = SilkieDPOTrainer(tiny_model(), ref_model=tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
+    )
+    trainer = SilkieDPOTrainer(
+        tiny_model(), ref_model=tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor()
+    )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)

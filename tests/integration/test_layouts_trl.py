@@ -12,8 +12,8 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.attention import segments
-from silkie.models import default_lora_targets
+from silkie.model.attention import segments
+from silkie.model.families import default_lora_targets
 from tests.support.data import dataset, group
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -33,9 +33,17 @@ GROUPS = {
         group([image(0)], "what is in image ?", ANSWERS[:3], all_pairs(3)),
         group([image(4, 84, 56)], "how many cat", ANSWERS[1:], all_pairs(3)),
     ],
-    4: [group([image(0)], "what is in image ?", ANSWERS, all_pairs(4)), group([image(6)], "is it red ?", ANSWERS[2:], all_pairs(2))],
-    "several images": [group([image(1, 84, 56), image(2)], "how many cat are there", ANSWERS, [[0, 1], [2, 3], [1, 3]])],
-    "text only": [group([], "is there a dog", ANSWERS[:3], all_pairs(3)), group([], "what is it ?", ANSWERS[1:3], all_pairs(2))],
+    4: [
+        group([image(0)], "what is in image ?", ANSWERS, all_pairs(4)),
+        group([image(6)], "is it red ?", ANSWERS[2:], all_pairs(2)),
+    ],
+    "several images": [
+        group([image(1, 84, 56), image(2)], "how many cat are there", ANSWERS, [[0, 1], [2, 3], [1, 3]])
+    ],
+    "text only": [
+        group([], "is there a dog", ANSWERS[:3], all_pairs(3)),
+        group([], "what is it ?", ANSWERS[1:3], all_pairs(2)),
+    ],
 }
 
 
@@ -50,7 +58,12 @@ def pair_rows(groups):
         return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
     rows = [
-        {"images": g["images"], "prompt": g["prompt"], "chosen": answer(g["responses"][c]), "rejected": answer(g["responses"][r])}
+        {
+            "images": g["images"],
+            "prompt": g["prompt"],
+            "chosen": answer(g["responses"][c]),
+            "rejected": answer(g["responses"][r]),
+        }
         for g in groups
         for c, r in g["pairs"]
     ]
@@ -75,16 +88,21 @@ def loss_and_gradients(trainer, batch, **more):
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), **more)
     loss.backward()
-    return loss.detach().double(), {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach().double(), {
+        n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 def stock(tmp_path, groups, dtype, **more):
     model = tiny_model("qwen2_5_vl")
     rows = pair_rows(groups)
     trainer = DPOTrainer(
-        model, args=DPOConfig(per_device_train_batch_size=len(rows), **options(tmp_path, **more)), train_dataset=rows,
-        processing_class=tiny_processor("qwen2_5_vl"), peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model.config)),
-    )  # fmt: skip
+        model,
+        args=DPOConfig(per_device_train_batch_size=len(rows), **options(tmp_path, **more)),
+        train_dataset=rows,
+        processing_class=tiny_processor("qwen2_5_vl"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model.config)),
+    )
     alive(trainer, dtype)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     if dtype is torch.float64:
@@ -94,9 +112,12 @@ def stock(tmp_path, groups, dtype, **more):
 
 def ours(tmp_path, groups, layout, **more):
     trainer = SilkieDPOTrainer(
-        tiny_model("qwen2_5_vl"), args=SilkieDPOConfig(per_device_train_batch_size=len(groups), layout=layout, **options(tmp_path, **more)),
-        train_dataset=dataset(groups), processing_class=tiny_processor("qwen2_5_vl"), peft_config=LoraConfig(r=4, lora_alpha=8),
-    )  # fmt: skip
+        tiny_model("qwen2_5_vl"),
+        args=SilkieDPOConfig(per_device_train_batch_size=len(groups), layout=layout, **options(tmp_path, **more)),
+        train_dataset=dataset(groups),
+        processing_class=tiny_processor("qwen2_5_vl"),
+        peft_config=LoraConfig(r=4, lora_alpha=8),
+    )
     alive(trainer, torch.float32)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(groups))])
     return loss_and_gradients(trainer, batch)

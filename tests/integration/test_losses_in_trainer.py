@@ -1,4 +1,5 @@
-"""Every loss through the trainer: packed equals rows, with a live and with a precomputed reference, however the step is split."""
+"""Every loss through the trainer: packed equals rows, with a live and with a precomputed reference, however the step is
+split."""
 
 import pytest
 
@@ -6,7 +7,12 @@ from silkie.losses.registry import SPECS
 from tests.integration.test_trainer import losses, make
 from tests.support.data import ASPECTS, dataset, mixed_groups
 
-OPTIONS = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "simpo": {"beta": 2.0}, "orpo": {"beta": 0.1}}
+OPTIONS = {
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1},
+    "simpo": {"beta": 2.0},
+    "orpo": {"beta": 0.1},
+}
 COMBINATIONS = {
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "mdpo": {"loss_type": ["sigmoid", "mdpo_image", "mdpo_anchor"], "corruption": "noise"},
@@ -25,17 +31,26 @@ CASES = {**{name: {"loss_type": [name], **OPTIONS.get(name, {})} for name in SPE
 def rated():
     return dataset(
         [
-            {**row, "ratings": [{ASPECTS[0]: 5.0 - i, ASPECTS[1]: 4.0 - i} for i in range(len(row["responses"]))],
-             "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]]}
+            {
+                **row,
+                "ratings": [{ASPECTS[0]: 5.0 - i, ASPECTS[1]: 4.0 - i} for i in range(len(row["responses"]))],
+                "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]],
+            }
             for row in mixed_groups()
         ],
         ASPECTS,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_layouts_and_precomputed_reference_agree(tmp_path, name):
-    options = {**CASES[name], "data": rated(), "num_train_epochs": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    options = {
+        **CASES[name],
+        "data": rated(),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+    }
     packed, rows = (make(tmp_path, layout=layout, **options) for layout in ("packed", "rows"))
     packed.train(), rows.train()
     assert len(losses(packed)) == 2 and all(abs(v) < 1e3 for v in losses(packed))

@@ -1,4 +1,5 @@
-"""The planner against training runs of a small model: bytes of weights, gradients, optimizer states and kept activations."""
+"""The planner against training runs of a small model: bytes of weights, gradients, optimizer states and kept
+activations."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.workload import plan_of
+from silkie.plan.workload import plan_of
 from tests.support.data import dataset, group
 from tests.support.tiny import WORDS, image, tiny_model, tiny_processor
 
@@ -16,7 +17,13 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 
 def rows():
     texts = [" ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(100)) for i in range(4)]
     return [
-        group([image(i, 112, 112)], "what is in image ?", [f"{w} {text}" for w in ("a", "the", "is", "are")], [[0, 1], [2, 3]], id=str(i))
+        group(
+            [image(i, 112, 112)],
+            "what is in image ?",
+            [f"{w} {text}" for w in ("a", "the", "is", "are")],
+            [[0, 1], [2, 3]],
+            id=str(i),
+        )
         for i, text in enumerate(texts)
     ]
 
@@ -36,19 +43,39 @@ class Gradients(TrainerCallback):
 def measured(tmp_path, *, lora, half, layout="packed", checkpointing=False, optim="adamw_torch"):
     """The plan of a run of one step, and the bytes it really had."""
     dtype = torch.bfloat16 if half else torch.float32
-    models = [tiny_model(hidden=256, layers=6, vocab_size=4096, rope_parameters=ROPE).to(dtype) for _ in range(1 if lora else 2)]
+    models = [
+        tiny_model(hidden=256, layers=6, vocab_size=4096, rope_parameters=ROPE).to(dtype)
+        for _ in range(1 if lora else 2)
+    ]
     args = SilkieDPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=half, report_to="none", save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
-        max_steps=1, gradient_checkpointing=checkpointing, layout=layout, optim=optim, self_test=False, attention_backend="sdpa",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=half,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        max_steps=1,
+        gradient_checkpointing=checkpointing,
+        layout=layout,
+        optim=optim,
+        self_test=False,
+        attention_backend="sdpa",
+    )
     trainer = SilkieDPOTrainer(
-        models[0], ref_model=None if lora else models[1], args=args, train_dataset=dataset(rows()), processing_class=tiny_processor(image_side=112),
+        models[0],
+        ref_model=None if lora else models[1],
+        args=args,
+        train_dataset=dataset(rows()),
+        processing_class=tiny_processor(image_side=112),
         peft_config=LoraConfig(r=16) if lora else None,
-    )  # fmt: skip
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     plan, source = plan_of(trainer, batch)
     assert "80 GB" in source and plan.workload.tokens == pytest.approx(int((batch["segment_ids"] >= 0).sum()))
-    weights = {p.data_ptr(): p.nbytes for m in (trainer.model, trainer.ref_model) if m is not None for p in m.parameters()}
+    weights = {
+        p.data_ptr(): p.nbytes for m in (trainer.model, trainer.ref_model) if m is not None for p in m.parameters()
+    }
     kept, gradients, loss = {}, Gradients(trainer.model), trainer.compute_loss
 
     def keep(tensor):
@@ -81,7 +108,9 @@ def test_parts_are_as_measured(tmp_path, case):
     plan, real = measured(tmp_path, **case)
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(plan, part) == pytest.approx(real[part], rel=1e-3), part
-    fused_head = plan.workload.scored * 256 * plan.workload.bytes  # the stored gradient of the log-probs, planned under `logits`
+    fused_head = (
+        plan.workload.scored * 256 * plan.workload.bytes
+    )  # the stored gradient of the log-probs, planned under `logits`
     print(case, f"kept {real['kept'] / 2**20:.1f} MiB, planned {(plan.activations + fused_head) / 2**20:.1f} MiB")
     assert plan.activations + fused_head == pytest.approx(real["kept"], rel=0.25)
 

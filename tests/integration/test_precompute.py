@@ -1,4 +1,5 @@
-"""Reference log-probs computed once: reused whenever nothing they depend on changed, never when something did; kills and full disks."""
+"""Reference log-probs computed once: reused whenever nothing they depend on changed, never when something did; kills
+and full disks."""
 
 import os
 import platform
@@ -14,9 +15,9 @@ from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.checkpoints import CheckpointError
-from silkie.encoding import GroupEncoder
-from silkie.reference import ReferenceStore
+from silkie.batch.encoding import GroupEncoder
+from silkie.training.checkpoints import CheckpointError
+from silkie.training.reference import ReferenceStore
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -25,13 +26,26 @@ GROUPS = 4
 
 def make(folder, *, data=None, seed=0, processor=None, **options):
     arguments = dict(
-        output_dir=str(folder / "out"), reference_cache_dir=str(folder / "cache"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        disable_tqdm=True, logging_steps=1, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, precompute_ref_log_probs=True,
-    )  # fmt: skip
+        output_dir=str(folder / "out"),
+        reference_cache_dir=str(folder / "cache"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        precompute_ref_log_probs=True,
+    )
     return SilkieDPOTrainer(
-        tiny_model(seed=seed), args=SilkieDPOConfig(**{**arguments, **options}), train_dataset=data if data is not None else dataset(),
-        processing_class=processor or tiny_processor(), peft_config=LoraConfig(r=4, lora_alpha=8),
-    )  # fmt: skip
+        tiny_model(seed=seed),
+        args=SilkieDPOConfig(**{**arguments, **options}),
+        train_dataset=data if data is not None else dataset(),
+        processing_class=processor or tiny_processor(),
+        peft_config=LoraConfig(r=4, lora_alpha=8),
+    )
 
 
 @pytest.mark.parametrize("second_model", [False, True])
@@ -43,11 +57,17 @@ def test_the_scale_of_a_reference_adapter_is_part_of_the_key(tmp_path, computed,
     def again(alpha):
         config = LoraConfig.from_pretrained(str(tmp_path / "adapter"))
         config.lora_alpha = alpha
-        adapted = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"), config=config, is_trainable=not second_model)
+        adapted = PeftModel.from_pretrained(
+            tiny_model(), str(tmp_path / "adapter"), config=config, is_trainable=not second_model
+        )
         args = make(tmp_path).args
         peft = {"ref_model": adapted, "peft_config": LoraConfig(r=4)} if second_model else {}
         return SilkieDPOTrainer(
-            tiny_model() if second_model else adapted, args=args, train_dataset=dataset(), processing_class=tiny_processor(), **peft
+            tiny_model() if second_model else adapted,
+            args=args,
+            train_dataset=dataset(),
+            processing_class=tiny_processor(),
+            **peft,
         )
 
     computed.clear()
@@ -203,7 +223,7 @@ def test_a_loss_on_tokens_keeps_numbers_of_its_own(tmp_path, computed):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from silkie.reference import ReferenceStore
+from silkie.training.reference import ReferenceStore
 from tests.integration.test_precompute import make
 done, add = [], ReferenceStore.add
 def add_and_die(self, key, values):
@@ -221,12 +241,17 @@ make(Path(sys.argv[1]), per_device_train_batch_size=1).train()
 def test_a_killed_pass_goes_on_where_it_was(tmp_path, computed):
     root = Path(__file__).parents[2]
     died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, capture_output=True, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
     found = losses(make(tmp_path, per_device_train_batch_size=1))
     assert len(computed) == GROUPS - 2
-    assert found == pytest.approx(losses(make(tmp_path, per_device_train_batch_size=1, precompute_ref_log_probs=False)), abs=1e-6)
+    assert found == pytest.approx(
+        losses(make(tmp_path, per_device_train_batch_size=1, precompute_ref_log_probs=False)), abs=1e-6
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -1,4 +1,5 @@
-"""QLoRA on a CPU: NF4 and 8-bit base weights, the vision tower and the head left alone, 8-bit AdamW; in one process, and in two under DDP and ZeRO."""
+"""QLoRA on a CPU: NF4 and 8-bit base weights, the vision tower and the head left alone, 8-bit AdamW; in one process,
+and in two under DDP and ZeRO."""
 
 import json
 
@@ -6,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from silkie.models import vision_parameters
+from silkie.model.families import vision_parameters
 from tests.integration.test_distributed import KINDS, run_jobs
 from tests.support import train_run
 from tests.support.tiny import tiny_model
 
 ARGS = {"optim": "adamw_8bit", "num_train_epochs": 2, "logging_steps": 1}
 LR = 0.01
-# bitsandbytes computes an 8-bit product on a CPU in two ways: with rounded activations in eval mode (the reference), with plain ones in training mode
-# (the policy). On CUDA both round. So the first loss is ln 2 but for the rounding.
+# bitsandbytes computes an 8-bit product on a CPU in two ways: with rounded activations in eval mode (the reference),
+# with plain ones in training mode (the policy). On CUDA both round. So the first loss is ln 2 but for the rounding.
 FIRST_LOSS = {4: 1e-6, 8: 2e-3}
 
 
@@ -29,7 +30,11 @@ def test_a_quantised_base_trains(tmp_path, bits):
         "args": {**ARGS, "gradient_accumulation_steps": 2},
     }
     trainer = train_run.make(spec, {"use_cpu": True})
-    layers = {n: type(m).__name__ for n, m in trainer.model.named_modules() if n.endswith(("q_proj.base_layer", "down_proj.base_layer"))}
+    layers = {
+        n: type(m).__name__
+        for n, m in trainer.model.named_modules()
+        if n.endswith(("q_proj.base_layer", "down_proj.base_layer"))
+    }
     assert len(layers) == 4 and set(layers.values()) == {f"Linear{bits}bit{'Lt' if bits == 8 else ''}"}
     assert all(p.dtype == torch.float32 for p in vision_parameters(trainer.model))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -46,7 +51,8 @@ def test_a_quantised_base_trains(tmp_path, bits):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_two_processes_train_a_quantised_base_as_one(tmp_path, bits):
-    """The adapters are bf16 (TRL, after the QLoRA paper), so that ZeRO's sums of gradients differ from DDP's by their rounding."""
+    """The adapters are bf16 (TRL, after the QLoRA paper), so that ZeRO's sums of gradients differ from DDP's by their
+    rounding."""
     modes = ["single", "ddp", "zero2", *(["zero3"] if bits == 4 else [])]
     jobs = []
     for mode in modes:

@@ -12,7 +12,8 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from recipes import dpo_silkie
-from silkie import SilkieDPOConfig, recipe
+from silkie import SilkieDPOConfig
+from silkie import run as recipe
 from silkie.data import DataError
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -52,17 +53,55 @@ def inputs(tmp_path_factory):
 
 def launch(inputs, out, *extra, check=True):
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        str(ROOT / "recipes" / "dpo_silkie.py"), "--model_name_or_path", str(inputs / "model"), "--dataset_name", str(inputs / "data" / "vlfeedback.jsonl"),
-        "--image_root", str(inputs / "data"), "--output_dir", str(out), "--use_peft", "--use_cpu", "--bf16", "false", "--report_to", "none",
-        "--per_device_train_batch_size", "2", "--num_train_epochs", "1", "--logging_steps", "1", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(ROOT / "recipes" / "dpo_silkie.py"),
+        "--model_name_or_path",
+        str(inputs / "model"),
+        "--dataset_name",
+        str(inputs / "data" / "vlfeedback.jsonl"),
+        "--image_root",
+        str(inputs / "data"),
+        "--output_dir",
+        str(out),
+        "--use_peft",
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        "2",
+        "--num_train_epochs",
+        "1",
+        "--logging_steps",
+        "1",
+        *extra,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
 def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
     result = launch(inputs, tmp_path / "dry", "--dry_run", "--eval_size", "0.3", "--precompute_ref_log_probs", "true")
-    for text in ("Plan", "groups", "pairs", "layout: packed", "attention: segments", "silkie.logprob", "adapter off", "peak"):
+    for text in (
+        "Plan",
+        "groups",
+        "pairs",
+        "layout: packed",
+        "attention: segments",
+        "silkie.logprob",
+        "adapter off",
+        "peak",
+    ):
         assert text in result.stdout, text
     assert re.search(r"ddp on 1 GPU\(s\): \S+ GiB per GPU, fits in 74.5 GiB \(estimate\)", result.stdout)
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead"):
@@ -75,7 +114,16 @@ def test_dry_run_prints_the_plan_and_saves_nothing(inputs, tmp_path):
 def test_the_demos_dry_run_prints_the_plan(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "dpo_silkie.py"), "--dry_run", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    for text in ("Plan", "layout: packed", "GiB per GPU, fits in", "weights", "TFLOP per GPU", "first step", "peak", "Dry run:"):
+    for text in (
+        "Plan",
+        "layout: packed",
+        "GiB per GPU, fits in",
+        "weights",
+        "TFLOP per GPU",
+        "first step",
+        "peak",
+        "Dry run:",
+    ):
         assert text in result.stdout, text
     assert not (tmp_path / "table.md").exists()
 
@@ -88,11 +136,14 @@ def test_it_trains_and_saves_an_adapter(inputs, tmp_path):
     assert len(logged) == 4 and logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert (out / "adapter_model.safetensors").exists() and "svit" not in (out / "README.md").read_text()
     again = launch(inputs, out, "--save_steps", "2", "--precompute_ref_log_probs", "true")
-    assert "8 groups known, 0 of 8 to compute" in again.stderr  # the second run reads the reference and goes on from the last checkpoint
+    assert (
+        "8 groups known, 0 of 8 to compute" in again.stderr
+    )  # the second run reads the reference and goes on from the last checkpoint
 
 
 @pytest.mark.parametrize(
-    ("named", "resume", "given"), [("out/checkpoint-5", True, "out/checkpoint-5"), (None, True, True), (None, False, False)]
+    ("named", "resume", "given"),
+    [("out/checkpoint-5", True, "out/checkpoint-5"), (None, True, True), (None, False, False)],
 )
 def test_which_checkpoint_is_gone_on_from(monkeypatch, tmp_path, named, resume, given):
     seen = []
@@ -101,17 +152,23 @@ def test_which_checkpoint_is_gone_on_from(monkeypatch, tmp_path, named, resume, 
     monkeypatch.setattr(recipe, "make_trainer", lambda *args: trainer)
     args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, resume_from_checkpoint=named)
     with pytest.raises(SystemExit, match="75"):
-        recipe.run(recipe.RunArguments(dataset_name="data", resume=resume), args, ModelConfig(model_name_or_path="model"))
+        recipe.run(
+            recipe.RunArguments(dataset_name="data", resume=resume), args, ModelConfig(model_name_or_path="model")
+        )
     assert seen == [{"resume_from_checkpoint": given}]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"max_groups": 0}, "`max_groups` must be positive, not 0"), ({"max_pixels": -5}, "`max_pixels` must be positive, not -5"),
-     ({"min_pixels": 100, "max_pixels": 10}, "`min_pixels=100` is above `max_pixels=10`"), ({"eval_size": 2.0}, r"in \[0, 1\), not 2.0"),
-     ({"eval_split_by": "images"}, "eval_split_by='images' is not known; choose from both, image, prompt"),
-     ({"eval_size": 0.1, "eval_dataset_name": "x"}, "pass one of them")],
-)  # fmt: skip
+    [
+        ({"max_groups": 0}, "`max_groups` must be positive, not 0"),
+        ({"max_pixels": -5}, "`max_pixels` must be positive, not -5"),
+        ({"min_pixels": 100, "max_pixels": 10}, "`min_pixels=100` is above `max_pixels=10`"),
+        ({"eval_size": 2.0}, r"in \[0, 1\), not 2.0"),
+        ({"eval_split_by": "images"}, "eval_split_by='images' is not known; choose from both, image, prompt"),
+        ({"eval_size": 0.1, "eval_dataset_name": "x"}, "pass one of them"),
+    ],
+)
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         recipe.RunArguments(dataset_name="data", **options)
@@ -121,7 +178,11 @@ def test_a_stock_prompt_can_be_on_both_sides(tmp_path):
     lines = []
     for n in range(6):
         image(n).save(tmp_path / f"{n}.png")
-        lines.append(json.dumps({"images": [f"{n}.png"], "prompt": "Describe the image.", "responses": ["a", "b"], "pairs": [[0, 1]]}))
+        lines.append(
+            json.dumps(
+                {"images": [f"{n}.png"], "prompt": "Describe the image.", "responses": ["a", "b"], "pairs": [[0, 1]]}
+            )
+        )
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:4]))
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines[4:]))
     args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -135,16 +196,25 @@ def test_a_stock_prompt_can_be_on_both_sides(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "demo"),
-    [("", True), ("--dry_run --output_dir out", True), ("--no_controls --seed 3", True), ("--output_dir out --use_peft", False), ("--dataset_name x --seed 1", False),
-     ("--config c.yaml", False), ("--help", False)],
-)  # fmt: skip
+    [
+        ("", True),
+        ("--dry_run --output_dir out", True),
+        ("--no_controls --seed 3", True),
+        ("--output_dir out --use_peft", False),
+        ("--dataset_name x --seed 1", False),
+        ("--config c.yaml", False),
+        ("--help", False),
+    ],
+)
 def test_the_demo_runs_where_nothing_but_its_own_options_is_named(line, demo):
     assert (dpo_silkie.demo_arguments(line.split()) is not None) is demo
 
 
 @pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]])
 def test_a_misspelt_key_of_a_config_file_is_an_error(tmp_path, monkeypatch, flag):
-    (tmp_path / "typo.yaml").write_text("dataset_name: x\noutput_dir: y\nuse_cpu: true\nbf16: false\nlerning_rate: 1.0e-5\n")
+    (tmp_path / "typo.yaml").write_text(
+        "dataset_name: x\noutput_dir: y\nuse_cpu: true\nbf16: false\nlerning_rate: 1.0e-5\n"
+    )
     monkeypatch.setattr(sys, "argv", ["dpo_silkie.py", *(part.format(tmp_path / "typo.yaml") for part in flag)])
     with pytest.raises(ValueError, match="Unknown arguments from config file.*lerning_rate"):
         dpo_silkie.main()
@@ -159,12 +229,21 @@ def test_wrong_data_is_an_error_before_the_model_is_loaded(inputs, tmp_path):
 def test_the_paper_recipe_parses_and_holds_the_paper_hyper_parameters():
     from trl import ModelConfig
 
-    from silkie import SilkieDPOConfig, recipe
+    from silkie import SilkieDPOConfig
+    from silkie import run as recipe
 
     path = ROOT / "recipes" / "silkie_qwen2_5_vl_7b.yaml"
     parser = TrlParser((recipe.RunArguments, SilkieDPOConfig, ModelConfig))
-    run, args, model = parser.parse_args_and_config(args=["--config", str(path), "--use_cpu", "--bf16", "false", "--tf32", "false"])
+    run, args, model = parser.parse_args_and_config(
+        args=["--config", str(path), "--use_cpu", "--bf16", "false", "--tf32", "false"]
+    )
     assert run.dataset_name == "MMInstruction/VLFeedback"
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 16, 0.05)
-    assert (args.beta, args.learning_rate, args.weight_decay, args.adam_beta2, args.num_train_epochs) == (0.1, 1e-5, 0.05, 0.98, 3)
+    assert (args.beta, args.learning_rate, args.weight_decay, args.adam_beta2, args.num_train_epochs) == (
+        0.1,
+        1e-5,
+        0.05,
+        0.98,
+        3,
+    )
     assert set(yaml.safe_load(path.read_text())) <= {f for c in (run, args, model) for f in vars(c)}

@@ -13,7 +13,9 @@ from PIL import Image
 from silkie.report import build_report
 from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
 
 # Runs in the report's own page and tells the page around it what it saw.
@@ -61,14 +63,24 @@ def page(folder) -> None:
             for text, right in zip(texts, (i % 3 == 0, i % 2 == 0), strict=True)
         ]
         image = Image.new("RGB", (60, 40), ("red", "green")[i % 2])
-        return Card(id=str(i), prompt="What is this?", base=answers[0], trained=answers[1], image=image, category=("even", "odd")[i % 2])
+        return Card(
+            id=str(i),
+            prompt="What is this?",
+            base=answers[0],
+            trained=answers[1],
+            image=image,
+            category=("even", "odd")[i % 2],
+        )
 
     systems = tuple(
         System(name=n, value=v, low=v - 0.1, high=v + 0.1, difference=v - 0.3)
         for n, v in (("base", 0.3), ("a long name of a baseline", 0.5))
     )
     large = tuple(System(name=s.name, value=1000 + 500 * (s.value or 0), difference=-380.5) for s in systems)
-    rows = [BenchmarkRow(name="A benchmark", metric=m, systems=s, headline=True) for m, s in (("accuracy", systems), ("score", large))]
+    rows = [
+        BenchmarkRow(name="A benchmark", metric=m, systems=s, headline=True)
+        for m, s in (("accuracy", systems), ("score", large))
+    ]
     curves = [Curve(title="Loss", series={"train": [(1, 0.7), (2, 0.25)]})]
     report = Report(
         title="T",
@@ -86,9 +98,17 @@ def page(folder) -> None:
 def test_filters_width_and_silence(tmp_path, width):
     page(tmp_path)
     (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     options += [f"--window-size={max(width, 600)},1000", "--virtual-time-budget=5000", "--dump-dom"]
-    result = subprocess.run([CHROMIUM, *options, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [CHROMIUM, *options, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120
+    )
     found = re.search(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
     assert found and found.group(1), result.stderr[-2000:]
     seen = json.loads(found.group(1).replace("&amp;", "&"))

@@ -1,4 +1,5 @@
-"""Runs that are killed, preempted, starved of disk or fed NaN: they go on exactly, or stop with their last good checkpoint."""
+"""Runs that are killed, preempted, starved of disk or fed NaN: they go on exactly, or stop with their last good
+checkpoint."""
 
 import json
 import os
@@ -12,14 +13,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from silkie import checkpoints
-from silkie.guards import NonFiniteError
+from silkie.training import checkpoints
+from silkie.training.guards import NonFiniteError
 from tests.integration.test_distributed import ROOT
 from tests.support import train_run
 
 # bco_pair with a running mean: state outside the model that must survive; AdamW: state of the optimizer
-LONG = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "optim": "adamw_torch", "learning_rate": 0.01,
-        "loss_type": ["sigmoid", "bco_pair"], "bco_reward_shift": "running_mean"}  # fmt: skip
+LONG = {
+    "num_train_epochs": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "optim": "adamw_torch",
+    "learning_rate": 0.01,
+    "loss_type": ["sigmoid", "bco_pair"],
+    "bco_reward_shift": "running_mean",
+}
 
 
 def make(tmp_path, **args):
@@ -33,12 +42,19 @@ def log_of(path):
 
 
 def kill_matrix(tmp_path, mode, kills, timeout, epochs=4, lora=True):
-    """Kills a run at random moments, a checkpoint every step, and compares its log and weights bit for bit with those of an undisturbed run."""
+    """Kills a run at random moments, a checkpoint every step, and compares its log and weights bit for bit with those
+    of an undisturbed run."""
     spec = {"lora": lora, "args": {**LONG, "num_train_epochs": epochs, "learning_rate": 0.01 if lora else 0.001}}
     jobs = [
         {"mode": mode, "spec": {**spec, "out": str(tmp_path / "calm")}, "timeout": 300},
-        {"mode": mode, "spec": {**spec, "out": str(tmp_path / "killed"), "resume": True}, "kills": kills, "paced_by": str(tmp_path / "calm"), "timeout": 300},
-    ]  # fmt: skip
+        {
+            "mode": mode,
+            "spec": {**spec, "out": str(tmp_path / "killed"), "resume": True},
+            "kills": kills,
+            "paced_by": str(tmp_path / "calm"),
+            "timeout": 300,
+        },
+    ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.support.fork_run", str(tmp_path / "jobs.json")]
@@ -48,7 +64,8 @@ def kill_matrix(tmp_path, mode, kills, timeout, epochs=4, lora=True):
     assert not any(calm["codes"] + killed["codes"]), (tmp_path / "killed" / "log.0").read_text()[-3000:]
     assert log_of(tmp_path / "calm") == log_of(tmp_path / "killed")
     a, b = (
-        load_file(tmp_path / name / "final" / ("adapter_model.safetensors" if lora else "model.safetensors")) for name in ("calm", "killed")
+        load_file(tmp_path / name / "final" / ("adapter_model.safetensors" if lora else "model.safetensors"))
+        for name in ("calm", "killed")
     )
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     return killed
@@ -71,8 +88,8 @@ def test_a_killed_run_of_the_whole_model_goes_on_exactly(tmp_path, mode):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", ["single", "ddp", "zero2", "zero3", "fsdp2"])
 def test_twenty_random_kills_lose_nothing(tmp_path, mode):
-    """The kills come from the first step to the third checkpoint of a start, many while one is being written; 40 steps are more than 20 killed starts get
-    through."""
+    """The kills come from the first step to the third checkpoint of a start, many while one is being written; 40 steps
+    are more than 20 killed starts get through."""
     killed = kill_matrix(tmp_path, mode, 20, 3500, epochs=20)
     print(mode, killed)
     assert killed["kills"] == 20
@@ -93,24 +110,34 @@ def test_a_checkpoint_cut_off_while_it_is_written_does_not_count(tmp_path, monke
 
     trainer = make(tmp_path / "cut", **LONG)
     owner, name = {
-        "weights": (trainer, "_save_optimizer_and_scheduler"), "optimizer": (trainer, "_save_rng_state"), "marker": (checkpoints, "mark_complete")
-    }[moment]  # fmt: skip
+        "weights": (trainer, "_save_optimizer_and_scheduler"),
+        "optimizer": (trainer, "_save_rng_state"),
+        "marker": (checkpoints, "mark_complete"),
+    }[moment]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, cut)
     with pytest.raises(Cut):
         trainer.train()
-    assert (tmp_path / "cut" / "checkpoint-5").exists() and checkpoints.last_complete_checkpoint(tmp_path / "cut").endswith("checkpoint-4")
+    assert (tmp_path / "cut" / "checkpoint-5").exists() and checkpoints.last_complete_checkpoint(
+        tmp_path / "cut"
+    ).endswith("checkpoint-4")
     monkeypatch.undo()
     again = make(tmp_path / "cut", **LONG)
     again.train(resume_from_checkpoint=True)
-    assert [e["loss"] for e in calm.state.log_history if "loss" in e] == [e["loss"] for e in again.state.log_history if "loss" in e]
-    assert calm.objective.state_dict() == again.objective.state_dict() and calm._total_train_tokens == again._total_train_tokens
+    assert [e["loss"] for e in calm.state.log_history if "loss" in e] == [
+        e["loss"] for e in again.state.log_history if "loss" in e
+    ]
+    assert (
+        calm.objective.state_dict() == again.objective.state_dict()
+        and calm._total_train_tokens == again._total_train_tokens
+    )
     for (n, p), (_, q) in zip(calm.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), n
 
 
 def test_a_run_of_the_whole_model_goes_on_with_its_weights(tmp_path):
-    """Its files name weights otherwise than its modules do; transformers' own trainer would go on with the untrained ones."""
+    """Its files name weights otherwise than its modules do; transformers' own trainer would go on with the untrained
+    ones."""
     spec = {
         "out": str(tmp_path),
         "data": "mixed",
@@ -120,7 +147,9 @@ def test_a_run_of_the_whole_model_goes_on_with_its_weights(tmp_path):
     calm, again = train_run.make(spec, {}), train_run.make(spec, {})
     calm.train()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert [e["loss"] for e in calm.state.log_history if "loss" in e] == [e["loss"] for e in again.state.log_history if "loss" in e]
+    assert [e["loss"] for e in calm.state.log_history if "loss" in e] == [
+        e["loss"] for e in again.state.log_history if "loss" in e
+    ]
     for (name, p), (_, q) in zip(calm.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
     again.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
@@ -147,7 +176,8 @@ def test_a_preempted_run_saves_and_stops(tmp_path, how):
     trainer.train()
     assert trainer.preempted and trainer.state.global_step == 3
     assert (
-        checkpoints.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3") and not (tmp_path / checkpoints.STOP_FILE).exists()
+        checkpoints.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+        and not (tmp_path / checkpoints.STOP_FILE).exists()
     )
     again = make(tmp_path, num_train_epochs=3, save_strategy="no")
     again.train(resume_from_checkpoint=True)
@@ -160,7 +190,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer.add_callback(AtStep(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))))
     try:
-        with pytest.raises(checkpoints.CheckpointError, match=r"disk is full.*checkpoint-2.*start the same command again"):
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"disk is full.*checkpoint-2.*start the same command again"
+        ):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -181,7 +213,9 @@ def test_a_non_finite_number_stops_before_it_is_saved(tmp_path, what):
         if trainer.state.global_step == 5 and what == "loss":
             trainer.watch._seen[-1] = (torch.tensor(float("nan")), inputs["names"])
         if trainer.state.global_step == 5 and what == "gradient":
-            loss = loss + (next(p for p in model.parameters() if p.requires_grad) * 0).sum().sqrt()  # value 0, gradient NaN
+            loss = (
+                loss + (next(p for p in model.parameters() if p.requires_grad) * 0).sum().sqrt()
+            )  # value 0, gradient NaN
         return loss
 
     trainer.compute_loss = poisoned
@@ -193,7 +227,9 @@ def test_a_non_finite_number_stops_before_it_is_saved(tmp_path, what):
 def test_a_checkpoint_named_by_the_user_must_be_whole(tmp_path):
     make(tmp_path, **{**LONG, "max_steps": 2}).train()
     (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
-    with pytest.raises(checkpoints.CheckpointError, match=r"checkpoint-1 is damaged: its file optimizer\.pt is missing"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"checkpoint-1 is damaged: its file optimizer\.pt is missing"
+    ):
         make(tmp_path, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

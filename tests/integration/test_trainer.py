@@ -1,5 +1,5 @@
-"""The trainer as a whole: layouts agree, the split of a step does not matter, runs repeat and resume bit for bit, references and
-adapters are what they claim."""
+"""The trainer as a whole: layouts agree, the split of a step does not matter, runs repeat and resume bit for bit,
+references and adapters are what they claim."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.guards import NonFiniteError
-from silkie.models import vision_parameters
+from silkie.model.families import vision_parameters
 from silkie.report.collect import collect
+from silkie.training.guards import NonFiniteError
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
 from tests.support.families import family_model, family_processor
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -20,9 +20,18 @@ from tests.support.tiny import image, tiny_model, tiny_processor
 
 def make(tmp_path, *, model=None, family="qwen2_5_vl", data=None, peft=True, callbacks=None, ref_model=None, **options):
     defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=1e-2,
-        per_device_train_batch_size=2, num_train_epochs=2, lr_scheduler_type="constant",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        num_train_epochs=2,
+        lr_scheduler_type="constant",
+    )
     return SilkieDPOTrainer(
         model if model is not None else tiny_model(family),
         ref_model=ref_model,
@@ -37,10 +46,13 @@ def make(tmp_path, *, model=None, family="qwen2_5_vl", data=None, peft=True, cal
 def rated():
     """The mixed groups, earlier responses rated better."""
     rows = [
-        {**row, "ratings": [dict.fromkeys(ASPECTS, float(5 - i)) for i in range(len(row["responses"]))],
-         "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]]}
+        {
+            **row,
+            "ratings": [dict.fromkeys(ASPECTS, float(5 - i)) for i in range(len(row["responses"]))],
+            "rationales": [dict.fromkeys(ASPECTS, "") for _ in row["responses"]],
+        }
         for row in mixed_groups()
-    ]  # fmt: skip
+    ]
     return dataset(rows, ASPECTS)
 
 
@@ -64,7 +76,9 @@ def test_layouts_train_alike(tmp_path, family):
     packed.train(), rows.train()
     assert losses(packed) == pytest.approx(losses(rows), abs=1e-5)
     assert losses(packed)[0] == pytest.approx(0.693147, abs=1e-5) and losses(packed)[-1] < 0.6
-    assert_same(adapter(packed), adapter(rows), 2e-4)  # Adam divides tiny gradients by themselves; float32 noise grows there
+    assert_same(
+        adapter(packed), adapter(rows), 2e-4
+    )  # Adam divides tiny gradients by themselves; float32 noise grows there
 
 
 def test_fused_and_plain_log_probs_train_alike(tmp_path):
@@ -108,7 +122,12 @@ def test_reruns_are_bitwise_equal(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"max_tokens_per_batch": 128}], ids=["fixed", "budget"])
 def test_resuming_equals_never_stopping(tmp_path, options):
-    data = dataset([group([image(i)], "what is in image ?", ["a cat", "a dog", "yes"], [[0, 1], [0, 2]], id=str(i)) for i in range(7)])
+    data = dataset(
+        [
+            group([image(i)], "what is in image ?", ["a cat", "a dog", "yes"], [[0, 1], [0, 2]], id=str(i))
+            for i in range(7)
+        ]
+    )
     whole = make(tmp_path / "whole", data=data, num_train_epochs=3, **options)
     whole.train()
     stopped = make(tmp_path / "part", data=data, num_train_epochs=3, save_strategy="steps", save_steps=1, **options)
@@ -174,7 +193,9 @@ def test_full_fine_tuning_freezes_the_vision_tower(tmp_path):
 def test_a_trained_vision_tower_learns(tmp_path):
     model = tiny_model()
     before = [p.detach().clone() for p in vision_parameters(model)]
-    trainer = make(tmp_path, model=model, ref_model=tiny_model(), peft=False, freeze_vision=False, learning_rate=1e-3, max_steps=1)
+    trainer = make(
+        tmp_path, model=model, ref_model=tiny_model(), peft=False, freeze_vision=False, learning_rate=1e-3, max_steps=1
+    )
     trainer.train()
     assert not trainer.frozen_vision
     assert any(not torch.equal(a, b) for a, b in zip(before, vision_parameters(trainer.model), strict=True))
@@ -191,7 +212,9 @@ def test_lora_goes_on_the_language_model_only(tmp_path):
 def test_checkpointing_puts_no_hook_on_a_frozen_vision_tower_and_hooks_do_not_pile_up(tmp_path):
     def hooks(trainer):
         base = trainer.model.get_base_model()
-        return sum(len(m._forward_hooks) for m in base.modules()), sum(len(m._forward_hooks) for m in base.model.visual.modules())
+        return sum(len(m._forward_hooks) for m in base.modules()), sum(
+            len(m._forward_hooks) for m in base.model.visual.modules()
+        )
 
     trainer = make(tmp_path, gradient_checkpointing=True, num_train_epochs=1)
     trainer.train()
@@ -207,8 +230,12 @@ def test_a_lora_config_serves_models_of_several_families(tmp_path):
     config = LoraConfig(r=4)
     for family in ("qwen2_5_vl", "llava_onevision"):
         trainer = SilkieDPOTrainer(
-            family_model(family), args=make(tmp_path).args, train_dataset=dataset(), processing_class=family_processor(family), peft_config=config
-        )  # fmt: skip
+            family_model(family),
+            args=make(tmp_path).args,
+            train_dataset=dataset(),
+            processing_class=family_processor(family),
+            peft_config=config,
+        )
         assert trainer.frozen_vision and config.target_modules is None
 
 
@@ -245,7 +272,9 @@ def test_a_loss_without_reference_runs_none(tmp_path):
 def test_a_loss_without_reference_keeps_no_second_model(tmp_path):
     """TRL loads one for full fine-tuning, whatever the loss."""
     tiny_model().save_pretrained(tmp_path / "base")
-    read, unread = (make(tmp_path, model=str(tmp_path / "base"), peft=False, loss_type=[loss]) for loss in ("sigmoid", "orpo"))
+    read, unread = (
+        make(tmp_path, model=str(tmp_path / "base"), peft=False, loss_type=[loss]) for loss in ("sigmoid", "orpo")
+    )
     assert read.ref_model is not None and read.reference.kind == "second model"
     assert unread.ref_model is None and unread.reference is None
 
@@ -262,7 +291,9 @@ def test_a_broken_checkpoint_is_not_blamed_on_packing(tmp_path):
 def test_options_that_read_ratings_need_them(tmp_path):
     with pytest.raises(ValueError, match="`margin='weight'` reads ratings, and the data has none"):
         make(tmp_path, margin="weight")
-    with pytest.raises(ValueError, match=r"names \['Wit'\]; the data is rated on \['Helpfulness', 'Visual Faithfulness'\]"):
+    with pytest.raises(
+        ValueError, match=r"names \['Wit'\]; the data is rated on \['Helpfulness', 'Visual Faithfulness'\]"
+    ):
         make(tmp_path, data=rated(), aspect_weights={"Wit": 1.0})
 
 
@@ -299,15 +330,28 @@ def test_trl_metric_names_and_evaluation(tmp_path):
     trainer.train()
     metrics = trainer.evaluate()
     logged = next(e for e in trainer.state.log_history if "loss" in e)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen",
-                 "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens"):  # fmt: skip
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+        "num_tokens",
+    ):
         assert name in logged, name
         assert name == "num_tokens" or f"eval_{name}" in metrics, name
     assert 0 < metrics["eval_loss"] < 1
 
 
 def test_margin_weights_come_from_the_ratings(tmp_path):
-    plain, weighted = (make(tmp_path, data=rated(), margin=m, per_device_train_batch_size=4) for m in ("none", "weight"))
+    plain, weighted = (
+        make(tmp_path, data=rated(), margin=m, per_device_train_batch_size=4) for m in ("none", "weight")
+    )
     plain.train(), weighted.train()
     assert losses(plain)[0] == pytest.approx(losses(weighted)[0], abs=1e-6)  # both are log 2 at the start
     assert losses(plain)[1] != pytest.approx(losses(weighted)[1], abs=1e-6)
@@ -338,7 +382,10 @@ def test_the_report_of_a_run_shows_its_configuration_and_data(tmp_path):
     trainer.save_model()
     trainer.save_state()
     shown = collect(tmp_path / "run")
-    assert shown.configuration["Training"] | {"beta": 0.3, "loss_type": ["sigmoid"], "seed": 42} == shown.configuration["Training"]
+    assert (
+        shown.configuration["Training"] | {"beta": 0.3, "loss_type": ["sigmoid"], "seed": 42}
+        == shown.configuration["Training"]
+    )
     assert shown.configuration["Run"]["layout"].startswith("packed")
     assert shown.configuration["Adapter"]["rank"] == trainer.model.peft_config["default"].r
     report = trainer.reports["train"]
@@ -359,7 +406,12 @@ def test_benchmarks_while_training_are_logged_and_disturb_nothing(tmp_path):
     with (folder / "pope_random.jsonl").open("w") as file:
         for n in range(4):
             image(n).save(folder / "images" / f"{n}.png")
-            question = {"question_id": n, "image": f"{n}.png", "text": "Is there a cat in the image?", "label": "yes" if n % 2 else "no"}
+            question = {
+                "question_id": n,
+                "image": f"{n}.png",
+                "text": "Is there a cat in the image?",
+                "label": "yes" if n % 2 else "no",
+            }
             file.write(json.dumps(question) + "\n")
     plain = make(tmp_path / "a")
     watched = make(tmp_path / "b", eval_benchmarks=[f"pope={folder}"], eval_benchmark_steps=2)

@@ -1,4 +1,5 @@
-"""Cases every fused implementation of `linear_logprob` must pass, on any device. Truth: the reference in float64 on the same (rounded) inputs."""
+"""Cases every fused implementation of `linear_logprob` must pass, on any device. Truth: the reference in float64 on the
+same (rounded) inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def problem(n=17, d=24, v=57, dtype=torch.float64, seed=0, bias=True, device="cp
 
 
 def run(hidden, weight, target, bias, *, impl, train_head=False, **options) -> Found:
-    """Log-probs, statistics and the gradients of sum(rows * logps) in hidden and, when it trains, in weight and bias."""
+    """Log-probs, statistics and the gradients of sum(rows * logps) in hidden and, when it trains, in weight and
+    bias."""
     leaf = hidden.detach().requires_grad_()
     head = [x.detach().clone().requires_grad_(train_head) for x in (weight, bias) if x is not None]
     logps, stats = linear_logprob(leaf, head[0], target, *head[1:], impl=impl, return_stats=True, **options)
@@ -50,12 +52,15 @@ def assert_no_worse(found: Tensor, naive: Tensor, truth: Tensor, eps: float, wha
     if not finite.any():
         return
     error = (found - truth)[finite].abs().max().item()
-    allowed = 2 * (naive - truth)[finite].abs().nan_to_num(0.0, posinf=0.0).max().item() + eps * max(1.0, truth[finite].abs().max().item())
+    allowed = 2 * (naive - truth)[finite].abs().nan_to_num(0.0, posinf=0.0).max().item() + eps * max(
+        1.0, truth[finite].abs().max().item()
+    )
     assert error <= allowed, f"{what}: error {error:.3g} > {allowed:.3g}"
 
 
 def check(hidden, weight, target, bias, *, impl, train_head=False, stats=True, **options) -> Found:
-    """Every output no worse than the same-dtype reference, against the float64 reference. Returns what the implementation found."""
+    """Every output no worse than the same-dtype reference, against the float64 reference. Returns what the
+    implementation found."""
     wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
     truth = run(wide[0], wide[1], target, wide[2], impl="reference", train_head=train_head, **options)
     naive = run(hidden, weight, target, bias, impl="reference", train_head=train_head, **options)
@@ -68,12 +73,15 @@ def check(hidden, weight, target, bias, *, impl, train_head=False, stats=True, *
         assert ours.dtype == hidden.dtype
         assert_no_worse(ours, theirs, true, eps, f"grad {name}")
     for name in ("mean_logit", "entropy", "log_sum_sq_probs") if stats else ():
-        assert_no_worse(getattr(found.stats, name), getattr(naive.stats, name), getattr(truth.stats, name), eps * 4, name)
+        assert_no_worse(
+            getattr(found.stats, name), getattr(naive.stats, name), getattr(truth.stats, name), eps * 4, name
+        )
     return found
 
 
 def confident(dtype=torch.float32, device="cpu", misses=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), d=64, v=500):
-    """Rows with p_y = 1 - miss: the target's direction is lifted until the logit exceeds the others' log-sum-exp by logit(p_y)."""
+    """Rows with p_y = 1 - miss: the target's direction is lifted until the logit exceeds the others' log-sum-exp by
+    logit(p_y)."""
     hidden, weight, _, _ = problem(len(misses), d, v, seed=3, bias=False)
     target = torch.arange(len(misses)) * 7
     for i, miss in enumerate(misses):
@@ -114,11 +122,15 @@ def extreme_rows(dtype, device="cpu", d=8, v=300):
 
 
 def log_ratio_error(impl: str, dtype, device="cpu") -> tuple[float, float]:
-    """Largest error of logp(policy) - logp(reference) where the two nearly agree and logits reach 27; ours and the naive path's."""
+    """Largest error of logp(policy) - logp(reference) where the two nearly agree and logits reach 27; ours and the
+    naive path's."""
     hidden, weight, target = confident(torch.float64, misses=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05))
     hidden, weight = (hidden * 1.5).to(device, dtype), weight.to(device, dtype)
     gen = torch.Generator().manual_seed(5)
-    other = (hidden.double() + 4e-3 * hidden.double() * torch.randn(hidden.shape, generator=gen, dtype=torch.float64).to(device)).to(dtype)
+    other = (
+        hidden.double()
+        + 4e-3 * hidden.double() * torch.randn(hidden.shape, generator=gen, dtype=torch.float64).to(device)
+    ).to(dtype)
     target = target.to(device)
 
     def gap(impl: str, kind=None) -> Tensor:
@@ -131,7 +143,8 @@ def log_ratio_error(impl: str, dtype, device="cpu") -> tuple[float, float]:
 
 
 def check_infinities(impl: str, dtype, device="cpu") -> None:
-    """Columns at -inf (a masked vocabulary) carry no probability; a target there has log-prob -inf; the mean logit is -inf, as in torch."""
+    """Columns at -inf (a masked vocabulary) carry no probability; a target there has log-prob -inf; the mean logit is
+    -inf, as in torch."""
     hidden, weight, target, bias = problem(6, 12, 40, dtype, device=device)
     bias[10:20] = -torch.inf
     target = torch.tensor([0, 5, 9, 20, 39, 12], device=device)
@@ -146,13 +159,16 @@ def check_infinities(impl: str, dtype, device="cpu") -> None:
     assert_no_worse(logps[:5], naive, truth, EPS[dtype], "logps beside -inf columns")
     assert logps[5] == -torch.inf
     assert (stats.mean_logit == -torch.inf).all()
-    torch.testing.assert_close(stats.entropy[:5].double(), truth_stats.entropy, rtol=0, atol=0.05 if dtype.itemsize == 2 else 1e-5)
+    torch.testing.assert_close(
+        stats.entropy[:5].double(), truth_stats.entropy, rtol=0, atol=0.05 if dtype.itemsize == 2 else 1e-5
+    )
     (grad,) = torch.autograd.grad(logps.sum(), leaf)
     assert grad.isfinite().all()
 
 
 def check_duplicates(impl: str, dtype, device="cpu") -> None:
-    """k equal maxima far above the rest: logp = -log k, gradient W_y - mean of the k rows; only the first of them is top-1."""
+    """k equal maxima far above the rest: logp = -log k, gradient W_y - mean of the k rows; only the first of them is
+    top-1."""
     weight = torch.zeros(50, 8, device=device, dtype=dtype)
     weight[[3, 17, 44], 0] = 1
     weight[:, 1] = torch.arange(50, device=device) % 3
@@ -165,7 +181,9 @@ def check_duplicates(impl: str, dtype, device="cpu") -> None:
     torch.testing.assert_close(logps.detach().float(), expected, rtol=1e-6, atol=1e-6)
     (grad,) = torch.autograd.grad(logps.sum(), leaf)
     mean = weight[[3, 17, 44]].double().mean(0)
-    torch.testing.assert_close(grad.double(), weight[target].double() - mean, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(
+        grad.double(), weight[target].double() - mean, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2
+    )
     assert stats.is_top1.tolist() == [True, False, False, False]
 
 
@@ -191,7 +209,9 @@ def check_ignored(impl: str, dtype, device="cpu") -> None:
     leaf = hidden.clone().requires_grad_()
     upstream = torch.linspace(-1, 2, 9, dtype=found.logps.dtype, device=device)
     upstream[[2, 8]] = torch.inf  # of a mean over no token, or a logarithm of the 0 that stands there
-    (grad,) = torch.autograd.grad(linear_logprob(leaf, weight, masked, bias, impl=impl, ignore_index=-7), leaf, upstream)
+    (grad,) = torch.autograd.grad(
+        linear_logprob(leaf, weight, masked, bias, impl=impl, ignore_index=-7), leaf, upstream
+    )
     assert (grad[[2, 8]] == 0).all() and torch.equal(grad[keep], found.grads[0][keep])
     # Of a head that trains every row sums over the tokens, the ignored ones too
     poisoned = run(hidden, weight, masked, bias, impl=impl, train_head=True, ignore_index=-7)
@@ -243,7 +263,11 @@ def check_poisoned_and_equal_bits(impl: str, dtype, device="cpu", train_head=Fal
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
     assert second.logps.isfinite().all()
-    for a, b in zip([first.logps, *first.grads, first.stats.entropy], [second.logps, *second.grads, second.stats.entropy], strict=True):
+    for a, b in zip(
+        [first.logps, *first.grads, first.stats.entropy],
+        [second.logps, *second.grads, second.stats.entropy],
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 

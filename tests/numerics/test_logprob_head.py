@@ -1,4 +1,5 @@
-"""`head_operands` against the head module's own output: values and gradients of everything that trains, for every wrapper peft makes."""
+"""`head_operands` against the head module's own output: values and gradients of everything that trains, for every
+wrapper peft makes."""
 
 from types import SimpleNamespace
 
@@ -36,7 +37,9 @@ def wrapped(bias=True, dtype=torch.float64, **lora):
 
 def hidden_and_target(dtype=torch.float64):
     gen = torch.Generator().manual_seed(1)
-    return torch.randn(9, 12, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(), torch.randint(0, 40, (9,), generator=gen)
+    return torch.randn(9, 12, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(), torch.randint(
+        0, 40, (9,), generator=gen
+    )
 
 
 def assert_same_as_module(head, impl="tiled"):
@@ -138,7 +141,9 @@ def test_a_sharded_parameter_is_gathered_and_keeps_its_gradient():
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         head = nn.Linear(12, 40, dtype=torch.float64)
         plain = head.weight.detach().clone()
-        head.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(plain, mesh, [torch.distributed.tensor.Shard(0)]))
+        head.weight = nn.Parameter(
+            torch.distributed.tensor.distribute_tensor(plain, mesh, [torch.distributed.tensor.Shard(0)])
+        )
         hidden, target = hidden_and_target()
         states, weight, bias = head_operands(head, hidden)
         assert type(weight) is torch.Tensor and torch.equal(weight, plain)
@@ -176,5 +181,7 @@ def test_options_of_a_config():
     assert head_options(config(logit_scale=0.0625)) == (None, 0.0625)
     assert head_options(config(logits_scaling=8.0, model_type="granite")) == (None, 0.125)
     assert head_options(config(logits_scaling=8.0, model_type="hyperclovax")) == (None, 8.0)
-    nested = config(logit_scale=9.0, get_text_config=lambda: config(final_logit_softcapping=20.0, lm_head_multiplier=0.5))
+    nested = config(
+        logit_scale=9.0, get_text_config=lambda: config(final_logit_softcapping=20.0, lm_head_multiplier=0.5)
+    )
     assert head_options(nested) == (20.0, 0.5)

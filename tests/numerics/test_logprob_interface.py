@@ -59,7 +59,9 @@ def test_dispatch_logs_its_choice_once(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="silkie.logprob.api"):
         for _ in range(3):
             linear_logprob(hidden, weight, target)
-    assert [r.message for r in caplog.records] == ["linear_logprob: impl=auto -> tiled on cpu (the tensors are on cpu, it needs CUDA)"]
+    assert [r.message for r in caplog.records] == [
+        "linear_logprob: impl=auto -> tiled on cpu (the tensors are on cpu, it needs CUDA)"
+    ]
     assert linear_logprob(hidden, weight, target).equal(linear_logprob(hidden, weight, target, impl="tiled"))
 
 
@@ -72,7 +74,9 @@ def test_nothing_tracked_stores_nothing():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         linear_logprob(hidden, weight, target, impl="tiled")
-    assert [tuple(x.shape) for x in saved if x.is_floating_point()] == [tuple(hidden.shape)]  # and the mask of ignored rows
+    assert [tuple(x.shape) for x in saved if x.is_floating_point()] == [
+        tuple(hidden.shape)
+    ]  # and the mask of ignored rows
 
 
 def test_only_the_bias_trains():
@@ -88,10 +92,14 @@ def test_only_the_bias_trains():
 def test_second_derivative_needs_the_reference():
     hidden, weight, target, _ = cases.problem(bias=False)
     hidden.requires_grad_()
-    (grad,) = torch.autograd.grad(linear_logprob(hidden, weight, target, impl="tiled").square().sum(), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        linear_logprob(hidden, weight, target, impl="tiled").square().sum(), hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-    (grad,) = torch.autograd.grad(linear_logprob(hidden, weight, target, impl="reference").square().sum(), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        linear_logprob(hidden, weight, target, impl="reference").square().sum(), hidden, create_graph=True
+    )
     grad.sum().backward()
 
 

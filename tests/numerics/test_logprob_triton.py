@@ -106,7 +106,8 @@ OPERANDS = {"hidden_ptr", "weight_ptr", "bias_ptr", "exps_ptr", "out_ptr"}
 
 
 def cross_compile(kernel, constants: dict, operand: str, fp32_out: bool = False):
-    """Compiles for an H100 without one. Signature: operands in `operand`, strides and offsets i32, other pointers and scalars fp32.
+    """Compiles for an H100 without one. Signature: operands in `operand`, strides and offsets i32, other pointers and
+    scalars fp32.
 
     Pointers, strides and offsets are multiples of 16, as the launcher finds them at D = 3584 and V = 151,936.
     """
@@ -146,7 +147,8 @@ def resources(binary, folder: Path) -> dict[str, int]:
 FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
 SLAB = {"COLS": 12288, "D": 3584, "BLOCK": 2048}
 PLAIN = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
-# Every kernel with all it can do, and the slab kernel as the passes of a run launch it: policy, with statistics, reference.
+# Every kernel with all it can do, and the slab kernel as the passes of a run launch it: policy, with statistics,
+# reference.
 KERNELS = {
     "target_logit_kernel": ({**FLAGS, "D": 3584, "BLOCK": 2048}, True),
     "slab_kernel": ({**FLAGS, **SLAB, "WANT_GRAD": True, "WANT_STATS": True}, False),

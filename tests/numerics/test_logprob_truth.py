@@ -1,4 +1,5 @@
-"""The tiled log-prob pass against autograd on full float64 logits: values, gradients and statistics, on every awkward input."""
+"""The tiled log-prob pass against autograd on full float64 logits: values, gradients and statistics, on every awkward
+input."""
 
 import logprob_cases as cases
 import pytest
@@ -22,7 +23,9 @@ def small_tiles(monkeypatch):
 def test_reference_is_log_softmax():
     hidden, weight, target, _ = cases.problem(bias=False)
     expected = -torch.nn.functional.cross_entropy(hidden @ weight.t(), target, reduction="none")
-    torch.testing.assert_close(linear_logprob(hidden, weight, target, impl="reference"), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        linear_logprob(hidden, weight, target, impl="reference"), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -53,7 +56,9 @@ def test_confident_rows_keep_their_gradient(small_tiles):
 def test_extreme_logprobs(small_tiles, dtype, train_head):
     tensors = cases.extreme_rows(dtype)
     found = cases.check(*tensors, impl="tiled", train_head=train_head)
-    truth = linear_logprob(*(None if x is None else x.double() if x.is_floating_point() else x for x in tensors), impl="reference")
+    truth = linear_logprob(
+        *(None if x is None else x.double() if x.is_floating_point() else x for x in tensors), impl="reference"
+    )
     # The nearly certain row is -1e-9, which 1 - p in fp32 could not tell from 0.
     torch.testing.assert_close(found.logps.double(), truth, rtol=5e-3 if dtype == torch.bfloat16 else 1e-4, atol=0)
 
@@ -130,7 +135,8 @@ def test_backward_twice_gives_the_same_gradient(small_tiles, train_head):
 
 
 def test_any_loss_of_the_logprobs(small_tiles):
-    # The stored gradient does not know the loss: a pairwise sigmoid loss over two responses must come out as by autograd.
+    # The stored gradient does not know the loss: a pairwise sigmoid loss over two responses must come out as by
+    # autograd.
     hidden, weight, target, _ = cases.problem(16, bias=False)
     grads = []
     for impl in ("tiled", "reference"):

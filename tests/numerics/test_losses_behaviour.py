@@ -66,13 +66,17 @@ def test_a_shift_of_both_log_ratios_changes_nothing(name):
 
 
 def test_swapping_the_responses():
-    """Swapping chosen and rejected turns the label around: probabilities of both labels add up to 1, and margins change sign."""
+    """Swapping chosen and rejected turns the label around: probabilities of both labels add up to 1, and margins change
+    sign."""
     chosen, rejected, ref_chosen, ref_rejected = logps = random_logps()
     swapped = [rejected, chosen, ref_rejected, ref_chosen]
     one = torch.ones(4, dtype=torch.float64)
     torch.testing.assert_close(torch.exp(-LOSSES["sigmoid"](*logps)) + torch.exp(-LOSSES["sigmoid"](*swapped)), one)
     torch.testing.assert_close(
-        LOSSES["sigmoid"](*logps, label_smoothing=0.2), LOSSES["sigmoid"](*swapped, label_smoothing=0.8), rtol=1e-12, atol=0
+        LOSSES["sigmoid"](*logps, label_smoothing=0.2),
+        LOSSES["sigmoid"](*swapped, label_smoothing=0.8),
+        rtol=1e-12,
+        atol=0,
     )
     torch.testing.assert_close(LOSSES["apo_zero"](*logps) + LOSSES["apo_zero"](*swapped), 2 * one)
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -130,7 +134,8 @@ EXTREMES = [0.0, 1.0, 1e2, 1e3, 1e4]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", sorted(set(SPECS) - {"simpo", "cpo", "orpo", "sft"}))
 def test_extreme_log_ratios(name, dtype):
-    """|beta ratio| up to 1e4, every sign and size of the chosen against every sign and size of the rejected log-ratio."""
+    """|beta ratio| up to 1e4, every sign and size of the chosen against every sign and size of the rejected
+    log-ratio."""
     beta = 0.1
     values = torch.tensor([sign * x / beta for x in EXTREMES for sign in (1, -1)], dtype=dtype)
     chosen, rejected = (x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij"))
@@ -197,10 +202,14 @@ def test_ipo_refuses_one_length():
 
 
 def test_defaults_of_functions_and_options_agree():
-    """What a loss does alone by default is what it does in the objective by default, but for the values that differ on purpose."""
+    """What a loss does alone by default is what it does in the objective by default, but for the values that differ on
+    purpose."""
     import inspect
 
-    on_purpose = {("simpo", "beta"), ("exo_pair", "label_smoothing")}  # papers' values; the options hold TRL's for all losses
+    on_purpose = {
+        ("simpo", "beta"),
+        ("exo_pair", "label_smoothing"),
+    }  # papers' values; the options hold TRL's for all losses
     for name, spec in SPECS.items():
         parameters = inspect.signature(spec.fn).parameters
         for keyword, field in spec.options.items():

@@ -1,4 +1,5 @@
-"""Each loss in float64 against its equation, written per pair on probabilities with mpmath (50 digits), not on log-ratios in torch."""
+"""Each loss in float64 against its equation, written per pair on probabilities with mpmath (50 digits), not on
+log-ratios in torch."""
 
 import mpmath
 import pytest
@@ -67,12 +68,16 @@ def nca(pair):
 
 def bco(pair):
     shift = mpf("0.4")
-    return -log(logistic(BETA * log(pair.pw / pair.qw) - shift)) - log(1 - logistic(BETA * log(pair.pl / pair.ql) - shift))
+    return -log(logistic(BETA * log(pair.pw / pair.qw) - shift)) - log(
+        1 - logistic(BETA * log(pair.pl / pair.ql) - shift)
+    )
 
 
 def sppo(pair):
     # Eq. 4.7 asks log(p / q) = (P(y beats the policy) - 1/2) / beta, with P = 1 for the winner and 0 for the loser.
-    return sum((log(p / q) - (win - mpf(1) / 2) / BETA) ** 2 for p, q, win in ((pair.pw, pair.qw, 1), (pair.pl, pair.ql, 0)))
+    return sum(
+        (log(p / q) - (win - mpf(1) / 2) / BETA) ** 2 for p, q, win in ((pair.pw, pair.qw, 1), (pair.pl, pair.ql, 0))
+    )
 
 
 def apo_zero(pair):
@@ -135,7 +140,9 @@ def lengths():
 
 def truth(equation, logps, lengths=None):
     sizes = lengths.T.tolist() if lengths is not None else [(1, 1)] * PAIRS
-    values = [equation(Pair(*row, lengths=size)) for row, size in zip(torch.stack(logps).T.tolist(), sizes, strict=True)]
+    values = [
+        equation(Pair(*row, lengths=size)) for row, size in zip(torch.stack(logps).T.tolist(), sizes, strict=True)
+    ]
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
@@ -148,7 +155,9 @@ def test_equation(name, logps):
 
 def test_length_normalised(logps, lengths):
     sizes = {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
-    torch.testing.assert_close(LOSSES["sigmoid_norm"](*logps, beta=BETA, **sizes), truth(normalised, logps, lengths), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        LOSSES["sigmoid_norm"](*logps, beta=BETA, **sizes), truth(normalised, logps, lengths), rtol=1e-12, atol=0
+    )
     means = tuple(x / n for x, n in zip(logps, (lengths[0], lengths[1]) * 2, strict=True))
     torch.testing.assert_close(LOSSES["ipo"](*logps, beta=BETA, **sizes), truth(ipo, means), rtol=1e-12, atol=0)
 
@@ -162,7 +171,9 @@ def test_reference_free(name, logps, lengths):
 
 def test_mdpo_anchor(logps):
     expected = truth(lambda pair: -log(logistic(BETA * log(pair.pw / pair.qw) - mpf("0.25"))), logps)
-    torch.testing.assert_close(LOSSES["mdpo_anchor"](logps[0], logps[2], beta=BETA, anchor=0.25), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        LOSSES["mdpo_anchor"](logps[0], logps[2], beta=BETA, anchor=0.25), expected, rtol=1e-12, atol=0
+    )
 
 
 def test_sft(logps, lengths):
@@ -175,12 +186,16 @@ def test_sft(logps, lengths):
 def test_aot_is_the_cost_of_the_sorted_coupling(logps, smoothing):
     def cost(upper, lower):
         gaps = [mpf(a) - mpf(b) for a, b in zip(sorted(upper.tolist()), sorted(lower.tolist()), strict=True)]
-        values = [-(1 - smoothing) * log(logistic(BETA * gap)) - smoothing * log(1 - logistic(BETA * gap)) for gap in gaps]
+        values = [
+            -(1 - smoothing) * log(logistic(BETA * gap)) - smoothing * log(1 - logistic(BETA * gap)) for gap in gaps
+        ]
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
     chosen, rejected, ref_chosen, ref_rejected = logps
     options = {"beta": BETA, "label_smoothing": smoothing}
-    torch.testing.assert_close(LOSSES["aot"](*logps, **options), cost(chosen - rejected, ref_chosen - ref_rejected), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        LOSSES["aot"](*logps, **options), cost(chosen - rejected, ref_chosen - ref_rejected), rtol=1e-12, atol=0
+    )
     unpaired = cost(chosen - ref_chosen, rejected - ref_rejected)
     torch.testing.assert_close(LOSSES["aot_unpaired"](*logps, **options), unpaired, rtol=1e-12, atol=0)
 
@@ -195,7 +210,8 @@ def test_aot_is_the_cost_of_the_sorted_coupling(logps, smoothing):
     ],
 )
 def test_scores_are_the_derivative_of_f(divergence, f):
-    """f is a divergence's generator up to a linear term c t + d, whose derivative is a constant that cancels in a difference of scores."""
+    """f is a divergence's generator up to a linear term c t + d, whose derivative is a constant that cancels in a
+    difference of scores."""
     ratios = [mpf("0.01"), mpf("0.4"), mpf(1), mpf("2.5"), mpf(70)]
     logratios = torch.tensor([float(log(t)) for t in ratios], dtype=torch.float64)
     expected = torch.tensor([float(mpmath.diff(f, t)) for t in ratios], dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Values and gradients equal those of the installed TRL, whose own loss code runs here on a model that returns given log-probs."""
+"""Values and gradients equal those of the installed TRL, whose own loss code runs here on a model that returns given
+log-probs."""
 
 import warnings
 from collections import defaultdict
@@ -13,9 +14,22 @@ from trl.experimental.orpo import ORPOTrainer
 from silkie.losses import LOSSES, GroupLogps, LossOptions, build_objective
 
 TRL_LOSSES = [
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 SMOOTHED = {"exo_pair": 1e-3, "robust": 0.1, "aot": 0.2, "aot_unpaired": 0.2}
 PROMPT = 3
 
@@ -69,13 +83,24 @@ class Case:
     def trl(self, names, weights, options: LossOptions):
         accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
         trainer = SimpleNamespace(
-            model=self.policy, ref_model=self.reference, accelerator=accelerator, aux_loss_enabled=False, precompute_ref_logps=False,
-            ld_alpha=options.ld_alpha, f_divergence_type=options.f_divergence_type, f_alpha_divergence_coef=options.f_alpha_divergence_coef,
-            beta=options.beta, label_smoothing=options.label_smoothing, use_weighting=options.use_weighting,
-            loss_types=names, loss_weights=weights or [1.0] * len(names),
+            model=self.policy,
+            ref_model=self.reference,
+            accelerator=accelerator,
+            aux_loss_enabled=False,
+            precompute_ref_logps=False,
+            ld_alpha=options.ld_alpha,
+            f_divergence_type=options.f_divergence_type,
+            f_alpha_divergence_coef=options.f_alpha_divergence_coef,
+            beta=options.beta,
+            label_smoothing=options.label_smoothing,
+            use_weighting=options.use_weighting,
+            loss_types=names,
+            loss_weights=weights or [1.0] * len(names),
             args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=options.discopop_tau),
-            _metrics={"train": defaultdict(list), "eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-        )  # fmt: skip
+            _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+            _total_train_tokens=0,
+            _tp_size=1,
+        )
         self.policy.zero_grad()
         loss = DPOTrainer._compute_loss(trainer, self.policy, self.inputs, False)
         loss.backward()
@@ -91,10 +116,15 @@ class Case:
             return values.new_zeros(2 * self.pairs).index_add(0, owner, values)
 
         return GroupLogps(
-            logps=total(policy), ref_logps=total(reference), lengths=self.lengths, owner=owner,
+            logps=total(policy),
+            ref_logps=total(reference),
+            lengths=self.lengths,
+            owner=owner,
             pairs=torch.stack([torch.arange(self.pairs), torch.arange(self.pairs) + self.pairs], dim=1),
-            per_token_logps=policy, ref_per_token_logps=reference, log_sum_sq_probs=self.policy.log_sum_sq_probs[scored],
-        )  # fmt: skip
+            per_token_logps=policy,
+            ref_per_token_logps=reference,
+            log_sum_sq_probs=self.policy.log_sum_sq_probs[scored],
+        )
 
     def silkie(self, names, weights, options):
         self.policy.zero_grad()
@@ -160,12 +190,21 @@ def test_metrics():
     case = Case()
     case.trl(["sigmoid"], None, LossOptions())
     case.silkie(["sigmoid"], None, LossOptions())
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
         assert case.metrics[name].mean().item() == pytest.approx(case.trl_metrics[name]), name
 
 
 def cpo_losses(loss_type, chosen, rejected, **fields):
-    trainer = SimpleNamespace(loss_type=loss_type, alpha=0.0, accelerator=SimpleNamespace(device=torch.device("cpu")), **fields)
+    trainer = SimpleNamespace(
+        loss_type=loss_type, alpha=0.0, accelerator=SimpleNamespace(device=torch.device("cpu")), **fields
+    )
     return CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
 
 
@@ -180,7 +219,12 @@ def test_simpo_and_cpo(responses):
     chosen, rejected, chosen_lengths, rejected_lengths = responses
     for smoothing in (0.0, 0.1):
         simpo = cpo_losses(
-            "simpo", chosen / chosen_lengths, rejected / rejected_lengths, beta=2.0, simpo_gamma=0.7, label_smoothing=smoothing
+            "simpo",
+            chosen / chosen_lengths,
+            rejected / rejected_lengths,
+            beta=2.0,
+            simpo_gamma=0.7,
+            label_smoothing=smoothing,
         )
         ours = LOSSES["simpo"](*responses, beta=2.0, gamma=0.7, label_smoothing=smoothing)
         torch.testing.assert_close(ours, simpo)
@@ -188,7 +232,9 @@ def test_simpo_and_cpo(responses):
         torch.testing.assert_close(LOSSES["cpo"](*responses, beta=0.2, label_smoothing=smoothing), cpo)
         # Conservative DPO is what CPO's smoothing is, with a reference: TRL's DPO trainer ignores the option.
         zeros = torch.zeros_like(chosen)
-        torch.testing.assert_close(LOSSES["sigmoid"](chosen, rejected, zeros, zeros, beta=0.2, label_smoothing=smoothing), cpo)
+        torch.testing.assert_close(
+            LOSSES["sigmoid"](chosen, rejected, zeros, zeros, beta=0.2, label_smoothing=smoothing), cpo
+        )
 
 
 def test_orpo(responses):

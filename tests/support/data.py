@@ -20,9 +20,14 @@ def png(picture: Image.Image) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def group(images: list[Image.Image], question: str, responses: list[str], pairs: list[list[int]], **extra: Any) -> dict[str, Any]:
+def group(
+    images: list[Image.Image], question: str, responses: list[str], pairs: list[list[int]], **extra: Any
+) -> dict[str, Any]:
     prompt = [
-        {"role": turn["role"], "content": [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]}
+        {
+            "role": turn["role"],
+            "content": [{"type": part["type"], "text": part.get("text")} for part in turn["content"]],
+        }
         for turn in conversation(question, len(images))
     ]
     row = {"images": [png(i) for i in images], "prompt": prompt, "responses": responses, "pairs": pairs}
@@ -32,8 +37,20 @@ def group(images: list[Image.Image], question: str, responses: list[str], pairs:
 def mixed_groups() -> list[dict[str, Any]]:
     """Groups of 4, 2, 3 and 4 responses: one image, two images of different sizes, none, one."""
     return [
-        group([image(0)], "what is in image ?", ["a red cat", "yes", "no not a dog on the table", "is it ?"], [[0, 1], [2, 3]], id="one"),
-        group([image(1, 84, 56), image(2)], "how many cat are there in the image ?", ["two cat", "one"], [[0, 1]], id="two"),
+        group(
+            [image(0)],
+            "what is in image ?",
+            ["a red cat", "yes", "no not a dog on the table", "is it ?"],
+            [[0, 1], [2, 3]],
+            id="one",
+        ),
+        group(
+            [image(1, 84, 56), image(2)],
+            "how many cat are there in the image ?",
+            ["two cat", "one"],
+            [[0, 1]],
+            id="two",
+        ),
         group([], "is there a dog", ["no", "yes yes", "one two three"], [[0, 1]], id="none"),
         group(
             [image(5)],

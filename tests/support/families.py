@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from silkie.processors import _image_only_class
+from silkie.model.processor import _image_only_class
 from tests.support.tiny import WORDS, tiny_model, tiny_processor
 
 FAMILIES = ["llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"]
@@ -19,34 +19,55 @@ _BASE = ["<pad>", "<bos>", "<turn>", "<end>", "<unk>"]
 _NAMED = {
     "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
     "internvl": {
-        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
     },
     "smolvlm": {
-        "image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
-        "end_of_utterance_token": "<end_of_utterance>", "video_token": "<video>",
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+        "video_token": "<video>",
     },
-    "idefics3": {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "end_of_utterance_token": "<end_of_utterance>"},
+    "idefics3": {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    },
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
     "paligemma": {"image_token": "<image>"},
-}  # fmt: skip
+}
 # What the chat template writes for an image; the processor expands it.
 _PLACEHOLDER = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
 
 
 def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
     named = _NAMED[family]
-    grid = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)] + ["<global-img>"] if family in ("smolvlm", "idefics3") else []
+    grid = (
+        [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)] + ["<global-img>"]
+        if family in ("smolvlm", "idefics3")
+        else []
+    )
     special = list(dict.fromkeys([*_BASE, *named.values(), *grid]))
     words = [*WORDS, "user", "assistant", "system", "\n", ".", "?", ","]
     tok = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *words])}, unk_token="<unk>"))
     parts = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
     tok.pre_tokenizer = pre_tokenizers.Sequence(parts)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<bos>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>", extra_special_tokens=named
-    )  # fmt: skip
+        tokenizer_object=tok,
+        bos_token="<bos>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=named,
+    )
     fast.add_tokens(["<turn>", *grid], special_tokens=True)
     image = _PLACEHOLDER.get(family, "<image>")
-    if family == "paligemma":  # images come first, the text follows, and the processor writes the line break that ends the prompt
+    if (
+        family == "paligemma"
+    ):  # images come first, the text follows, and the processor writes the line break that ends the prompt
         fast.chat_template = (
             "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}<end>"
             "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
@@ -56,7 +77,9 @@ def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
         )
     else:
         fast.chat_template = (
-            "{% for m in messages %}<turn>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}" + image + "{% else %}"
+            "{% for m in messages %}<turn>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"
+            + image
+            + "{% else %}"
             "{{ p['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
         )
     return fast
@@ -69,11 +92,16 @@ def family_processor(family: str) -> Any:
     tok = family_tokenizer(family)
     keep = {"tokenizer": tok, "chat_template": tok.chat_template}
     if family == "llava_onevision":
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
 
         grid = [[28, 28], [28, 56], [56, 28], [56, 56]]
         images = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grid)
-        cls, more = transformers.LlavaOnevisionProcessor, {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        cls, more = (
+            transformers.LlavaOnevisionProcessor,
+            {"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
+        )
     elif family == "internvl":
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -110,25 +138,44 @@ def family_model(family: str, *, seed: int = 0, **text_kwargs: Any) -> Any:
         return tiny_model(family, seed=seed, **text_kwargs)
     tok = family_processor(family).tokenizer
     text = dict(
-        vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=2048, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **text_kwargs,
-    )  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56)
+        vocab_size=len(tok),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        **text_kwargs,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56
+    )
     siglip = {**vision, "model_type": "siglip_vision_model", "vision_use_head": False}
     ids = {name: tok.convert_tokens_to_ids(token) for name, token in _NAMED[family].items()}
     common = {"tie_word_embeddings": False}
     if family == "llava_onevision":
         config = transformers.LlavaOnevisionConfig(
-            text_config={"model_type": "qwen2", **text}, vision_config={**siglip, "image_size": 28}, image_token_index=ids["image_token"],
-            video_token_index=ids["video_token"], image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]], **common,
-        )  # fmt: skip
+            text_config={"model_type": "qwen2", **text},
+            vision_config={**siglip, "image_size": 28},
+            image_token_index=ids["image_token"],
+            video_token_index=ids["video_token"],
+            image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]],
+            **common,
+        )
         cls = transformers.LlavaOnevisionForConditionalGeneration
     elif family == "internvl":
         square = {"patch_size": [14, 14], "image_size": [56, 56]}
         config = transformers.InternVLConfig(
-            text_config={"model_type": "qwen2", **text}, vision_config={**vision, **square}, image_token_id=ids["context_image_token"],
-            image_seq_length=4, **common,
-        )  # fmt: skip
+            text_config={"model_type": "qwen2", **text},
+            vision_config={**vision, **square},
+            image_token_id=ids["context_image_token"],
+            image_seq_length=4,
+            **common,
+        )
         cls = transformers.InternVLForConditionalGeneration
     elif family in ("smolvlm", "idefics3"):
         make, cls = {
@@ -136,29 +183,46 @@ def family_model(family: str, *, seed: int = 0, **text_kwargs: Any) -> Any:
             "idefics3": (transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
         }[family]
         config = make(
-            text_config={"model_type": "llama", **text}, vision_config=vision, image_token_id=ids["image_token"], scale_factor=2,
-            pad_token_id=tok.pad_token_id, **common,
-        )  # fmt: skip
+            text_config={"model_type": "llama", **text},
+            vision_config=vision,
+            image_token_id=ids["image_token"],
+            scale_factor=2,
+            pad_token_id=tok.pad_token_id,
+            **common,
+        )
     elif family == "gemma3":
         # a window shorter than the prompt, so that a wrong one shows
         layers = {
-            "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 6,
             "query_pre_attn_scalar": 8,
-        }  # fmt: skip
+        }
         config = transformers.Gemma3Config(
-            text_config={**text, **layers}, vision_config=siglip, mm_tokens_per_image=4, image_token_index=ids["image_token"],
-            boi_token_index=ids["boi_token"], eoi_token_index=ids["eoi_token"], **common,
-        )  # fmt: skip
+            text_config={**text, **layers},
+            vision_config=siglip,
+            mm_tokens_per_image=4,
+            image_token_index=ids["image_token"],
+            boi_token_index=ids["boi_token"],
+            eoi_token_index=ids["eoi_token"],
+            **common,
+        )
         cls = transformers.Gemma3ForConditionalGeneration
     else:
         config = transformers.PaliGemmaConfig(
-            text_config={"model_type": "gemma", **text}, vision_config=siglip, image_token_index=ids["image_token"], projection_dim=32,
-            hidden_size=32, **common,
-        )  # fmt: skip
+            text_config={"model_type": "gemma", **text},
+            vision_config=siglip,
+            image_token_index=ids["image_token"],
+            projection_dim=32,
+            hidden_size=32,
+            **common,
+        )
         cls = transformers.PaliGemmaForConditionalGeneration
     torch.manual_seed(seed)
     model = cls(config)
-    with torch.no_grad():  # random init leaves near-uniform outputs; spread the weights so that masks and positions show
+    with (
+        torch.no_grad()
+    ):  # random init leaves near-uniform outputs; spread the weights so that masks and positions show
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(6.0)

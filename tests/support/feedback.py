@@ -1,4 +1,5 @@
-"""What the feedback tests share: a responses file whose true ratings are known, and the misbehaving judge as a process."""
+"""What the feedback tests share: a responses file whose true ratings are known, and the misbehaving judge as a
+process."""
 
 from __future__ import annotations
 
@@ -28,8 +29,15 @@ def write_responses(folder: Path, count: int, k: int = 4) -> Path:
     with path.open("w") as file:
         for i in range(count):
             qualities = random.Random(i).sample(range(1, 6), k)
-            responses = [{"model": f"model-{m}", "response": f"quality={q} " + "word " * m} for m, q in enumerate(qualities)]
-            record = {"id": f"item-{i:04d}", "image": "red.png", "prompt": f"item-{i:04d}: what is it?", "responses": responses}
+            responses = [
+                {"model": f"model-{m}", "response": f"quality={q} " + "word " * m} for m, q in enumerate(qualities)
+            ]
+            record = {
+                "id": f"item-{i:04d}",
+                "image": "red.png",
+                "prompt": f"item-{i:04d}: what is it?",
+                "responses": responses,
+            }
             file.write(json.dumps(record) + "\n")
     return path
 
@@ -70,13 +78,16 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, "-m", "silkie.feedback", *map(str, arguments)]
 
 
-def run_command(*arguments: Any, environment: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: Any, environment: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     merged = {**os.environ, **(environment or {})}
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=merged, timeout=timeout)
 
 
 class ScriptedServer:
-    """An endpoint in a thread that answers by `reply(request number, body) -> (status, headers, body or text)`; `requests` keeps what came.
+    """An endpoint in a thread that answers by `reply(request number, body) -> (status, headers, body or text)`;
+    `requests` keeps what came.
 
     A reply of None closes the connection without an answer; a number sleeps that many seconds first and then closes it.
     """
@@ -105,7 +116,11 @@ class ScriptedServer:
                 status, headers, content = answer
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
                 self.send_response(status)
-                for key, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
+                for key, value in {
+                    "content-type": "application/json",
+                    "content-length": str(len(data)),
+                    **headers,
+                }.items():
                     self.send_header(key, value)
                 self.end_headers()
                 self.wfile.write(data)
@@ -127,15 +142,21 @@ class ScriptedServer:
         self._server.server_close()
 
 
-def completion(content: Any, *, finish: str = "stop", usage: tuple[int, int] | None = (100, 50), **message: Any) -> tuple[int, dict, dict]:
+def completion(
+    content: Any, *, finish: str = "stop", usage: tuple[int, int] | None = (100, 50), **message: Any
+) -> tuple[int, dict, dict]:
     """A 200 answer with a chat completion."""
     body: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge"}
-    body["choices"] = [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}]
+    body["choices"] = [
+        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+    ]
     if usage is not None:
         body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
     return 200, {}, body
 
 
-def error(status: int, message: str = "no", headers: dict[str, str] | None = None, code: str | None = None) -> tuple[int, dict, dict]:
+def error(
+    status: int, message: str = "no", headers: dict[str, str] | None = None, code: str | None = None
+) -> tuple[int, dict, dict]:
     """An answer with an error status."""
     return status, headers or {}, {"error": {"message": message, "code": code}}

@@ -1,9 +1,11 @@
-"""Runs jobs of `tests.support.train_run` in forked processes: libraries are imported once, so that a two-process run takes seconds.
+"""Runs jobs of `tests.support.train_run` in forked processes: libraries are imported once, so that a two-process run
+takes seconds.
 
-`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...}, "kills": n, "paced_by": directory, "seed": s}. With
-`kills`, a job is killed with SIGKILL that many times and started again; then it runs to its end. Each start is killed once up to two new checkpoints have begun, after a
-random part of the time that a step of the undisturbed run in `paced_by` took: moments that a slow or busy machine meets as well. The environment of a forked process is
-what `accelerate launch` sets for the config of that mode.
+`python -m tests.support.fork_run JOBS.json`: a list of {"mode": single | ddp | zero2 | zero3 | fsdp2, "spec": {...},
+"kills": n, "paced_by": directory, "seed": s}. With `kills`, a job is killed with SIGKILL that many times and started
+again; then it runs to its end. Each start is killed once up to two new checkpoints have begun, after a random part of
+the time that a step of the undisturbed run in `paced_by` took: moments that a slow or busy machine meets as well. The
+environment of a forked process is what `accelerate launch` sets for the config of that mode.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ def _child(mode: str, rank: int, port: int, spec: dict[str, Any], log: Path) -> 
 
 
 def finish(pids: list[int], deadline: float, due: Callable[[], bool] = lambda: False) -> list[int]:
-    """Waits for the processes, killing all once `due`, at the deadline, or once one of them has failed. Returns their exit codes."""
+    """Waits for the processes, killing all once `due`, at the deadline, or once one of them has failed. Returns their
+    exit codes."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         for pid in pids:
@@ -123,7 +126,8 @@ def random_moment(out: Path, calm: Path, rng: random.Random) -> Callable[[], boo
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs one job to its end; returns {"codes": exit codes of the last start, "kills": how many starts were killed, "steps": steps at the kills}."""
+    """Runs one job to its end; returns {"codes": exit codes of the last start, "kills": how many starts were killed,
+    "steps": steps at the kills}."""
     out = Path(job["spec"]["out"])
     out.mkdir(parents=True, exist_ok=True)
     rng, kills, points = random.Random(job.get("seed", 0)), 0, []

@@ -1,10 +1,10 @@
 """A judge behind a real socket, built to misbehave: `python -m tests.support.judge_server --log FILE --faults`.
 
-It answers `/v1/chat/completions` in the Markdown form (or in JSON, where a schema is asked for and `--json`), rating every text by the
-"quality=N" it contains; a request without texts to rate gets a short answer. Items are recognised by "item-NNNN" in the request. With
-`--faults` the item's number decides what goes wrong: see `FAULTS`. At most `--slots` requests are worked on at a time, `--latency` seconds
-each, so that the server's capacity is known: slots / latency requests per second. Every event is one line of the log, written before the
-answer goes out.
+It answers `/v1/chat/completions` in the Markdown form (or in JSON, where a schema is asked for and `--json`), rating
+every text by the "quality=N" it contains; a request without texts to rate gets a short answer. Items are recognised by
+"item-NNNN" in the request. With `--faults` the item's number decides what goes wrong: see `FAULTS`. At most `--slots`
+requests are worked on at a time, `--latency` seconds each, so that the server's capacity is known: slots / latency
+requests per second. Every event is one line of the log, written before the answer goes out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def as_json(qualities: list[int]) -> str:
 
 def request_text(body: dict[str, Any]) -> str:
     content = body["messages"][-1]["content"]
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] == "text")
+    return (
+        content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] == "text")
+    )
 
 
 class JudgeServer:
@@ -85,7 +87,9 @@ class JudgeServer:
         text = request_text(body)
         item = re.search(r"item-(\d+)", text)[0]  # type: ignore[index]
         if body.get("response_format") and not self.arguments.json:
-            return await self.send(writer, item, 400, {"error": {"message": "response_format is not supported"}}, "no_schema")
+            return await self.send(
+                writer, item, 400, {"error": {"message": "response_format is not supported"}}, "no_schema"
+            )
         self.seen[item] += 1
         async with self.slots:
             await asyncio.sleep(self.arguments.latency)
@@ -97,7 +101,9 @@ class JudgeServer:
             return False
         if fault == "half_body":
             self.note(item, fault)
-            writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{"choices": [')
+            writer.write(
+                b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{"choices": ['
+            )
             await writer.drain()
             return False
         if fault == "hang":
@@ -115,7 +121,9 @@ class JudgeServer:
         content, finish = markdown(qualities), "stop"
         if body.get("response_format"):
             content = as_json(qualities)
-        if "# Texts" not in text:  # a prompt to be answered, not texts to be rated; few different answers, so that draws repeat
+        if (
+            "# Texts" not in text
+        ):  # a prompt to be answered, not texts to be rated; few different answers, so that draws repeat
             content = f"answer {body.get('seed', 0) % 5} at {body.get('temperature')}"
         if fault == "missing_aspect":
             content = markdown(qualities, aspects=ASPECTS[:2])
@@ -130,7 +138,9 @@ class JudgeServer:
         usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
         message = {"role": "assistant", "content": content}
         answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "usage": usage}
-        return await self.send(writer, item, 200, answer | {"choices": [{"index": 0, "finish_reason": finish, "message": message}]}, fault)
+        return await self.send(
+            writer, item, 200, answer | {"choices": [{"index": 0, "finish_reason": finish, "message": message}]}, fault
+        )
 
     def fault(self, item: str) -> str:
         if not self.arguments.faults:

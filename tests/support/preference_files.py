@@ -37,15 +37,23 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 def write_lines(path: Path, records: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
 def annotations(*values: Any) -> dict[str, dict[str, Any]]:
-    return {name: {"Rating": str(value), "Rationale": f"{name} is {value}"} for name, value in zip(ASPECTS, values, strict=True)}
+    return {
+        name: {"Rating": str(value), "Rationale": f"{name} is {value}"}
+        for name, value in zip(ASPECTS, values, strict=True)
+    }
 
 
-def vlfeedback(index: int = 0, *, ratings=((4, 5, 3), (2, 5, 1), (3, 5, 2), (1, 5, 1)), dict_of_lists: bool = False) -> dict[str, Any]:
+def vlfeedback(
+    index: int = 0, *, ratings=((4, 5, 3), (2, 5, 1), (3, 5, 2), (1, 5, 1)), dict_of_lists: bool = False
+) -> dict[str, Any]:
     """One VLFeedback record; the JSONL has a list of objects, `datasets` an object of lists."""
     models = ["gpt4v", "fuyu-8b", "mmgpt", "otter"][: len(ratings)]
     answers = [
@@ -63,5 +71,11 @@ def vlfeedback(index: int = 0, *, ratings=((4, 5, 3), (2, 5, 1), (3, 5, 2), (1, 
 
 
 def group_record(**changes: Any) -> dict[str, Any]:
-    record = {"id": "g", "images": ["0.png"], "prompt": "What?", "responses": ["good", "bad"], "ratings": [{"Help": 5}, {"Help": 1}]}
+    record = {
+        "id": "g",
+        "images": ["0.png"],
+        "prompt": "What?",
+        "responses": ["good", "bad"],
+        "ratings": [{"Help": 5}, {"Help": 1}],
+    }
     return {key: value for key, value in {**record, **changes}.items() if value is not ...}

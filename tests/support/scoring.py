@@ -1,4 +1,5 @@
-"""Groups through a model in every layout, and the truth beside it: one response at a time through the model's stock forward."""
+"""Groups through a model in every layout, and the truth beside it: one response at a time through the model's stock
+forward."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from silkie.attention import IMPLEMENTATIONS, Attention
-from silkie.collator import GroupCollator
-from silkie.encoding import GroupEncoder
-from silkie.models import PromptPositions, causal_lm, default_lora_targets, family_of, vision_is_frozen
-from silkie.scoring import Scorer, Scores
-from silkie.vision import FeatureCache
+from silkie.batch.collator import GroupCollator
+from silkie.batch.encoding import GroupEncoder
+from silkie.model.attention import IMPLEMENTATIONS, Attention
+from silkie.model.families import PromptPositions, causal_lm, default_lora_targets, family_of, vision_is_frozen
+from silkie.model.forward import Scorer, Scores
+from silkie.model.vision import FeatureCache
 from tests.support.families import QWEN
 from tests.support.tiny import conversation, image
 
@@ -22,7 +23,12 @@ def groups(family: str) -> list[dict[str, Any]]:
     """4, 2 and 3 responses; one image, two images of different sizes, none (PaliGemma's processor wants an image)."""
 
     def row(images: list[Any], question: str, responses: list[str]) -> dict[str, Any]:
-        return {"images": images, "prompt": conversation(question, len(images)), "responses": responses, "pairs": [[0, 1]]}
+        return {
+            "images": images,
+            "prompt": conversation(question, len(images)),
+            "responses": responses,
+            "pairs": [[0, 1]],
+        }
 
     return [
         row([image(0)], "what is in image ?", ["a red cat", "yes", "no not a dog on the table", "is it ?"]),
@@ -35,7 +41,9 @@ def with_lora(model: Any, seed: int = 0) -> Any:
     """LoRA on the language model, both factors random, so that every gradient is alive."""
     torch.manual_seed(seed)
     peft = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model.config)), autocast_adapter_dtype=False
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model.config)),
+        autocast_adapter_dtype=False,
     )
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
@@ -43,11 +51,17 @@ def with_lora(model: Any, seed: int = 0) -> Any:
     return peft
 
 
-def collate(model: Any, processor: Any, rows: list[dict[str, Any]], layout: str, groups_per_row: int | None = 1) -> dict[str, Any]:
+def collate(
+    model: Any, processor: Any, rows: list[dict[str, Any]], layout: str, groups_per_row: int | None = 1
+) -> dict[str, Any]:
     return GroupCollator(
-        encoder=GroupEncoder(processor), positions=PromptPositions(model), layout=layout, groups_per_row=groups_per_row,
-        pad_id=processor.tokenizer.pad_token_id, image_token_id=causal_lm(model).config.image_token_id,
-    )(rows)  # fmt: skip
+        encoder=GroupEncoder(processor),
+        positions=PromptPositions(model),
+        layout=layout,
+        groups_per_row=groups_per_row,
+        pad_id=processor.tokenizer.pad_token_id,
+        image_token_id=causal_lm(model).config.image_token_id,
+    )(rows)
 
 
 def score(
@@ -70,7 +84,8 @@ def score(
 
 
 def stock_logps(family: str, model: Any, processor: Any, rows: list[dict[str, Any]]) -> Tensor:
-    """fp [R]: every response in a sequence of its own, through the model's stock forward, positions and mask left to the model."""
+    """fp [R]: every response in a sequence of its own, through the model's stock forward, positions and mask left to
+    the model."""
     encoder, sums = GroupEncoder(processor), []
     base = causal_lm(model)
     base.set_attn_implementation({"text_config": "sdpa"})
@@ -84,7 +99,9 @@ def stock_logps(family: str, model: Any, processor: Any, rows: list[dict[str, An
                 types = torch.cat([torch.zeros_like(group.prompt_ids), torch.ones_like(answer)])[None]
             name = "mm_token_type_ids" if family in QWEN else family_of(base.config).token_types
             vision = {k: v.to(base.dtype) if v.is_floating_point() else v for k, v in group.vision.items()}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **({name: types} if name else {}), **vision).logits[0]
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **({name: types} if name else {}), **vision
+            ).logits[0]
             n = len(answer)
             sums.append(logits[-n - 1 : -1].log_softmax(-1).gather(1, answer[:, None]).sum())
     return torch.stack(sums)

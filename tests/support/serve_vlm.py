@@ -1,7 +1,7 @@
 """`transformers serve` as it is: `python -m tests.support.serve_vlm DIR --port N`.
 
-Where torchvision is missing, transformers cannot build a Qwen-VL processor; then silkie's loader stands in for `AutoProcessor`, and nothing else changes.
-"""
+Where torchvision is missing, transformers cannot build a Qwen-VL processor; then silkie's loader stands in for
+`AutoProcessor`, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import transformers
 
-from silkie.processors import load_processor, torchvision_works
+from silkie.model.processor import load_processor, torchvision_works
 
 if __name__ == "__main__":
     if not torchvision_works():

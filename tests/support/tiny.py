@@ -1,4 +1,5 @@
-"""Tiny VLMs of every supported family, built from config with random weights, and processors with a word-level tokenizer."""
+"""Tiny VLMs of every supported family, built from config with random weights, and processors with a word-level
+tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +11,19 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from silkie.processors import _image_only_class
+from silkie.model.processor import _image_only_class
 
 WORDS = "a the is are there what how many red blue green circle square cat dog on left right of yes no in image i see one two three and not describe table".split()
-SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>"]
+SPECIAL = [
+    "<|pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+]
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -30,7 +40,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<unk>", additional_special_tokens=SPECIAL[1:7]
+        tokenizer_object=tok,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[1:7],
     )
     fast.chat_template = QWEN_TEMPLATE
     return fast
@@ -45,7 +59,9 @@ def tiny_processor(family: str = "qwen2_5_vl", image_side: int = 56) -> Any:
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=size)
     cls = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]
     tok = tiny_tokenizer()
-    return _image_only_class(getattr(transformers, cls))(image_processor=image_processor, tokenizer=tok, chat_template=tok.chat_template)
+    return _image_only_class(getattr(transformers, cls))(
+        image_processor=image_processor, tokenizer=tok, chat_template=tok.chat_template
+    )
 
 
 def tiny_model(
@@ -61,14 +77,26 @@ def tiny_model(
     tok = tiny_tokenizer()
     ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     text = dict(
-        vocab_size=vocab_size or len(tok), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=4096, tie_word_embeddings=tie, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|pad|>"],
-    )  # fmt: skip
+        vocab_size=vocab_size or len(tok),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|pad|>"],
+    )
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     top = dict(
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tie,
-    )  # fmt: skip
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie,
+    )
     if family == "qwen2_5_vl":
         vision = dict(
             depth=2,
@@ -90,8 +118,15 @@ def tiny_model(
         cls = transformers.Qwen2VLForConditionalGeneration
     elif family == "qwen3_vl":
         vision = dict(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=hidden, patch_size=16, deepstack_visual_indexes=[0, 1], num_position_embeddings=256
-        )  # fmt: skip
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=hidden,
+            patch_size=16,
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=256,
+        )
         text["head_dim"] = hidden // 4
         text["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
         config = transformers.Qwen3VLConfig(text_config={**text, **text_kwargs}, vision_config=vision, **top)
@@ -116,4 +151,6 @@ def image(seed: int = 0, width: int = 56, height: int = 56) -> Image.Image:
 
 
 def conversation(question: str, n_images: int = 1) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]}]
+    return [
+        {"role": "user", "content": [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]}
+    ]

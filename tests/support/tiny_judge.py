@@ -1,7 +1,8 @@
-"""A real, tiny VLM (Qwen2.5-VL architecture) that has learnt by heart to answer a judge's question in VLFeedback's Markdown form.
+"""A real, tiny VLM (Qwen2.5-VL architecture) that has learnt by heart to answer a judge's question in VLFeedback's
+Markdown form.
 
-It looks at nothing but the place of a text: text 1 always gets a 4 and text 2 a 2. So its ratings are worthless and its position bias is known.
-"""
+It looks at nothing but the place of a text: text 1 always gets a 4 and text 2 a 2. So its ratings are worthless and its
+position bias is known."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from tests.support.tiny import QWEN_TEMPLATE, SPECIAL, tiny_model, tiny_processo
 
 RATINGS = (4, 2)
 # VLFeedback's aspects without the explanations: a short question is quick to learn.
-RUBRIC = Rubric(name="short", introduction="rate .", aspects=tuple(Aspect(name=name) for name in default_rubric().aspect_names))
+RUBRIC = Rubric(
+    name="short", introduction="rate .", aspects=tuple(Aspect(name=name) for name in default_rubric().aspect_names)
+)
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -34,12 +37,33 @@ def answer() -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = dict.fromkeys([*answer().split(" "), *COLOURS, "circle", "square", "a", "is", "it", "what", "?", "user", "assistant", "system"])
+    words = dict.fromkeys(
+        [
+            *answer().split(" "),
+            *COLOURS,
+            "circle",
+            "square",
+            "a",
+            "is",
+            "it",
+            "what",
+            "?",
+            "user",
+            "assistant",
+            "system",
+        ]
+    )
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *words, "\n"]))}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<unk>", additional_special_tokens=SPECIAL[1:7]
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[1:7],
     )
     fast.chat_template = QWEN_TEMPLATE
     return fast
@@ -69,8 +93,14 @@ def save_judge(folder: Path, *, steps: int = 300, seed: int = 0) -> float:
     for _ in range(steps):
         # Texts of any length and of unknown words, and both forms of the question: the answer must not depend on them.
         texts = tuple(" ".join(rng.choices((*COLOURS, "a", "is", "other"), k=rng.randint(1, 14))) for _ in RATINGS)
-        item = JudgeItem(id="x", prompt=" ".join(rng.choices(("what", "is", "it", "?", "other"), k=rng.randint(2, 8))), responses=texts)
-        text = processor.apply_chat_template(question(item, rng.choice(("json", "markdown"))), tokenize=False, add_generation_prompt=True)
+        item = JudgeItem(
+            id="x",
+            prompt=" ".join(rng.choices(("what", "is", "it", "?", "other"), k=rng.randint(2, 8))),
+            responses=texts,
+        )
+        text = processor.apply_chat_template(
+            question(item, rng.choice(("json", "markdown"))), tokenize=False, add_generation_prompt=True
+        )
         batch = processor(text=[text], images=[[Image.new("RGB", (56, 56), rng.choice(COLOURS))]], return_tensors="pt")
         ids = torch.cat([batch["input_ids"], target], dim=1)
         labels = ids.clone()

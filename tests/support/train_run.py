@@ -1,7 +1,8 @@
-"""One small training run, described by a JSON file, for tests that launch processes: `python -m tests.support.train_run SPEC [--use_cpu]`.
+"""One small training run, described by a JSON file, for tests that launch processes: `python -m tests.support.train_run
+SPEC [--use_cpu]`.
 
-Writes `result.json` (the log, one entry per step, and what the process saw) beside the checkpoints, and the final weights to `final/`.
-"""
+Writes `result.json` (the log, one entry per step, and what the process saw) beside the checkpoints, and the final
+weights to `final/`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.models import unquantized_modules
+from silkie.model.families import unquantized_modules
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -29,13 +30,20 @@ def many_groups() -> list[dict[str, Any]]:
         images = [] if i % 3 == 0 else [image(10 + i)]
         responses = ["yes", "no", "a red cat on the table"][: 2 + i % 2]
         pairs = [[0, 1]] if i % 2 == 0 else [[0, 1], [2, 1], [0, 2]]
-        rows.append(group(images, "is there a cat" if i % 2 else "how many dog are there", responses, pairs, id=f"more {i}"))
+        rows.append(
+            group(images, "is there a cat" if i % 2 else "how many dog are there", responses, pairs, id=f"more {i}")
+        )
     return rows
 
 
 def text_and_images() -> list[dict[str, Any]]:
-    """4 groups, two of them without an image: in batches of one group and seed 0, a rank is without an image while the other has one."""
-    return [g for row in mixed_groups()[:2] for g in (row, group([], "is there a dog", ["no", "yes yes"], [[0, 1]], id="text"))]
+    """4 groups, two of them without an image: in batches of one group and seed 0, a rank is without an image while the
+    other has one."""
+    return [
+        g
+        for row in mixed_groups()[:2]
+        for g in (row, group([], "is there a dog", ["no", "yes yes"], [[0, 1]], id="text"))
+    ]
 
 
 def odd_groups() -> list[dict[str, Any]]:
@@ -51,10 +59,22 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
     data: Dataset = dataset(DATA[spec.get("data", "many")]())
     lora = spec.get("lora", True)
     options = dict(
-        output_dir=spec["out"], bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=spec.get("lr", 0.05),
-        optim="sgd", lr_scheduler_type="constant", per_device_train_batch_size=1, num_train_epochs=1, seed=0, gradient_checkpointing=False,
-        max_grad_norm=1e6, **extra,
-    )  # fmt: skip
+        output_dir=spec["out"],
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        learning_rate=spec.get("lr", 0.05),
+        optim="sgd",
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        seed=0,
+        gradient_checkpointing=False,
+        max_grad_norm=1e6,
+        **extra,
+    )
     options.update(spec.get("args", {}))
     family, directory = spec.get("family", "qwen2_5_vl"), spec.get("model")
     quantization = None
@@ -84,7 +104,8 @@ def without_compiled_collectives() -> None:
 
 
 def fsdp_on_cpu() -> None:
-    """Has accelerate run FSDP on gloo processes. FSDP2 itself works there, but accelerate asks for it only where it finds accelerators, and runs DDP elsewhere."""
+    """Has accelerate run FSDP on gloo processes. FSDP2 itself works there, but accelerate asks for it only where it
+    finds accelerators, and runs DDP elsewhere."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -123,7 +144,8 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
         plugin, fsdp = trainer.accelerator.deepspeed_plugin, getattr(trainer.accelerator.state, "fsdp_plugin", None)
         result = {
             "log": [
-                {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in trainer.state.log_history
+                {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
+                for entry in trainer.state.log_history
             ],
             "world": trainer.accelerator.num_processes,
             "kind": trainer.accelerator.distributed_type.value,

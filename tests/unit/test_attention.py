@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from silkie.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
-from silkie.packing import visible
+from silkie.batch.packing import visible
+from silkie.model.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model
 from tests.unit.test_packing import build, pack
@@ -15,7 +15,10 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def batch(per_row=None, sizes=((5, [3, 2, 4]), (3, [1, 2]), (4, [2, 2]))):
     packed = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
-    return {name: getattr(packed, name) for name in ("group_ids", "segment_ids", "logical_positions", "token_types", "segments")}
+    return {
+        name: getattr(packed, name)
+        for name in ("group_ids", "segment_ids", "logical_positions", "token_types", "segments")
+    }
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -24,9 +27,15 @@ def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
     one = batch(per_row)
     b, t = one["segment_ids"].shape
     torch.manual_seed(0)
-    query, key, value = torch.randn(b, 4, t, 8).double(), torch.randn(b, 2, t, 8).double(), torch.randn(b, 2, t, 8).double()
+    query, key, value = (
+        torch.randn(b, 4, t, 8).double(),
+        torch.randn(b, 2, t, 8).double(),
+        torch.randn(b, 2, t, 8).double(),
+    )
     mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
-    truth = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    truth = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
     plan = varlen.segment_plan(one["segments"], t, CPU, window=window)
     blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
     module = torch.nn.Identity()
@@ -50,7 +59,9 @@ def test_blocks_are_those_that_pytorch_makes_of_the_rule(window, monkeypatch):
     one = batch(2, ((300, [150, 30, 2]), (3, [1]), (130, [128, 128])))
     b, t = one["segment_ids"].shape
     two_way = torch.where(one["logical_positions"] < 140, 0, -1).masked_fill(one["segment_ids"] != 0, -1)
-    found = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window, bidirectional=two_way)
+    found = flex.block_mask(
+        one["group_ids"], one["segment_ids"], one["logical_positions"], window=window, bidirectional=two_way
+    )
     expected = create_block_mask(found.mask_mod, b, None, t, t, device="cpu")
     assert found.shape == expected.shape and (window is not None or expected.full_kv_num_blocks.sum() > 0)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
@@ -64,7 +75,9 @@ def test_plans_and_blocks_ask_the_device_for_nothing(monkeypatch):
     on_meta = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in one.items()}
     for backend in ("sdpa", "segments", "flex", "varlen"):
         for window in (False, True):
-            config = family_model("llava_onevision", **({"use_sliding_window": True, "sliding_window": 3} if window else {})).config
+            config = family_model(
+                "llava_onevision", **({"use_sliding_window": True, "sliding_window": 3} if window else {})
+            ).config
             Attention(backend=backend, layout="packed").inputs(config, dict(on_meta))
 
 
@@ -86,7 +99,9 @@ def test_gradients_by_segment_are_those_of_the_dense_mask():
     mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"])
     truth = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     found, _ = segments.attention(torch.nn.Identity(), *inputs, segments.segment_mask(one["segments"], CPU))
-    for expected, own in zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (truth, found)), strict=True):
+    for expected, own in zip(
+        *(torch.autograd.grad((out * weights).sum(), inputs) for out in (truth, found)), strict=True
+    ):
         assert (expected - own).abs().max() < 1e-12
 
 
@@ -111,7 +126,10 @@ def test_varlen_refuses_what_it_cannot_do(option):
 
 def test_eager_masks_are_float_and_sdpa_masks_boolean():
     config = tiny_model().config
-    dense = {name: Attention(backend=name, layout="packed").inputs(config, batch(1))["attention_mask"] for name in ("sdpa", "eager")}
+    dense = {
+        name: Attention(backend=name, layout="packed").inputs(config, batch(1))["attention_mask"]
+        for name in ("sdpa", "eager")
+    }
     assert dense["sdpa"].dtype is torch.bool and dense["eager"].dtype is torch.float32
     assert ((dense["eager"] == 0) == dense["sdpa"]).all() and dense["eager"].min() < -1e30
 
@@ -146,7 +164,9 @@ def test_why_not_available(monkeypatch):
     assert why_not_available("sdpa", qwen, CPU) is None
     assert "needs a CUDA device, this run is on cpu" in why_not_available("flex", qwen, CPU)
     assert why_not_available("flex", gemma, CUDA) is None
-    assert why_not_available("segments", qwen, CPU) is None and "both directions" in why_not_available("segments", gemma, CPU)
+    assert why_not_available("segments", qwen, CPU) is None and "both directions" in why_not_available(
+        "segments", gemma, CPU
+    )
     assert "both directions" in why_not_available("varlen", gemma, CUDA)
     monkeypatch.setattr(varlen, "_flash_attn_installed", lambda: False)
     monkeypatch.setattr(varlen, "_torch_has_varlen", lambda: False)

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from silkie import checkpoints as c
+from silkie.training import checkpoints as c
 from tests.support.families import FAMILIES, QWEN, family_model
 from tests.support.tiny import tiny_model
 
@@ -34,9 +34,13 @@ def test_the_last_complete_one_is_found_by_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("truncate", "model.safetensors has 9 bytes, not 10"), ("remove", "model.safetensors is missing"), ("marker", "silkie_complete.json is damaged"),
-     ("other", "silkie_complete.json is damaged")],
-)  # fmt: skip
+    [
+        ("truncate", "model.safetensors has 9 bytes, not 10"),
+        ("remove", "model.safetensors is missing"),
+        ("marker", "silkie_complete.json is damaged"),
+        ("other", "silkie_complete.json is damaged"),
+    ],
+)
 def test_a_damaged_checkpoint_does_not_count(tmp_path, caplog, damage, message):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     if damage == "truncate":
@@ -71,7 +75,9 @@ def test_a_checkpoint_stops_counting_before_it_is_written_anew(tmp_path):
 def test_old_checkpoints_go_after_the_new_one_is_complete(tmp_path, monkeypatch):
     write(tmp_path, 1), write(tmp_path, 2)
     new = write(tmp_path, 3, complete=False)
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError):
         c.finish_checkpoint(new, {}, keep=1, best=None)
     assert c.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -82,7 +88,8 @@ def test_old_checkpoints_go_after_the_new_one_is_complete(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("keep", [None, 2])
 def test_a_new_run_in_a_used_directory_keeps_its_own_checkpoints(tmp_path, caplog, keep):
-    """By step number alone those of the earlier, longer run would be kept, the new ones deleted, and the earlier run resumed from."""
+    """By step number alone those of the earlier, longer run would be kept, the new ones deleted, and the earlier run
+    resumed from."""
     write(tmp_path, 7), write(tmp_path, 8)
     for step in (1, 2, 3):
         c.finish_checkpoint(write(tmp_path, step, complete=False), {}, keep=keep, best=None)
@@ -118,11 +125,14 @@ def test_saved_weights_are_loaded_back(tmp_path, family, tie):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"), [({"layers": 1}, "missing_keys"), ({"layers": 3}, "unexpected_keys"), ({"hidden": 64}, "mismatched_keys")]
+    ("other", "message"),
+    [({"layers": 1}, "missing_keys"), ({"layers": 3}, "unexpected_keys"), ({"hidden": 64}, "mismatched_keys")],
 )
 def test_weights_of_another_model_are_refused(tmp_path, other, message):
     tiny_model(**other).save_pretrained(tmp_path)
-    with pytest.raises(c.CheckpointError, match=f"not those of this model.*{message}.*the model that the run began with"):
+    with pytest.raises(
+        c.CheckpointError, match=f"not those of this model.*{message}.*the model that the run began with"
+    ):
         c.load_weights(tiny_model(layers=2), tmp_path)
 
 
@@ -133,11 +143,19 @@ def test_ranks_that_see_different_checkpoints_are_stopped():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"), RuntimeError("unexpected pos 64 vs 0")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "quota"),
+        RuntimeError("unexpected pos 64 vs 0"),
+    ],
 )
 def test_a_full_disk_is_named_with_what_is_left(tmp_path, error):
     write(tmp_path, 4)
-    with pytest.raises(c.CheckpointError, match=r"disk is full.*checkpoint-4.*start the same command again"), c.clear_disk_errors(tmp_path):
+    with (
+        pytest.raises(c.CheckpointError, match=r"disk is full.*checkpoint-4.*start the same command again"),
+        c.clear_disk_errors(tmp_path),
+    ):
         raise error
 
 

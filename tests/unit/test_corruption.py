@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from silkie.corruption import CORRUPTIONS, corrupt
+from silkie.batch.corruption import CORRUPTIONS, corrupt
 from tests.support.tiny import image
 
 

@@ -1,4 +1,5 @@
-"""Every broken row has a message that names source, row, column, what was found and what was expected; `on_error="skip"` counts it instead."""
+"""Every broken row has a message that names source, row, column, what was found and what was expected;
+`on_error="skip"` counts it instead."""
 
 from __future__ import annotations
 
@@ -52,65 +53,243 @@ def with_annotations(annotations):
 BROKEN = {
     "not JSON": ("trl", '{"prompt": ', "(record)", "found Expecting value"),
     "not an object": ("trl", "[1, 2]", "(record)", r"found \[1, 2\]; expected a JSON object"),
-    "missing column": ("trl", without(PAIR, "rejected"), "rejected", r"no such column \(there are: 'prompt', 'chosen'\)"),
+    "missing column": (
+        "trl",
+        without(PAIR, "rejected"),
+        "rejected",
+        r"no such column \(there are: 'prompt', 'chosen'\)",
+    ),
     "null answer": ("trl", {**PAIR, "chosen": None}, "chosen", "found None; expected a non-empty response"),
     "empty answer": ("trl", {**PAIR, "chosen": "  "}, "chosen", "found '  '; expected a non-empty string"),
     "empty prompt": ("trl", {**PAIR, "prompt": ""}, "prompt", "found ''"),
     "prompt of a wrong type": ("trl", {**PAIR, "prompt": 3}, "prompt", "found 3; expected a string or a conversation"),
     "video": ("trl", {**PAIR, "videos": ["a.mp4"]}, "videos", "expected no videos"),
     "tools": ("trl", {**PAIR, "tools": [{"name": "f"}]}, "tools", "expected no template options per row"),
-    "template options": ("trl", {**PAIR, "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "`processor.chat_template`"),
-    "prompt ends with an answer": ("trl", {**PAIR, "prompt": [{"role": "assistant", "content": "x"}]}, "prompt", "ends with a user turn"),
+    "template options": (
+        "trl",
+        {**PAIR, "chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs",
+        "`processor.chat_template`",
+    ),
+    "prompt ends with an answer": (
+        "trl",
+        {**PAIR, "prompt": [{"role": "assistant", "content": "x"}]},
+        "prompt",
+        "ends with a user turn",
+    ),
     "unknown role": ("trl", {**PAIR, "prompt": [{"role": "robot", "content": "x"}]}, "prompt[0]", "found role 'robot'"),
-    "video part": ("trl", {**PAIR, "prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "prompt[0]", "Videos are not supported"),
-    "two answers": ("trl", {**PAIR, "prompt": TALK["conversations"], "chosen": [{"role": "assistant", "content": "x"}] * 2}, "chosen", "found 2 turns"),
-    "answer of a user": ("trl", {**PAIR, "chosen": [{"role": "user", "content": "x"}]}, "chosen", "found a turn of role 'user'"),
+    "video part": (
+        "trl",
+        {**PAIR, "prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+        "prompt[0]",
+        "Videos are not supported",
+    ),
+    "two answers": (
+        "trl",
+        {**PAIR, "prompt": TALK["conversations"], "chosen": [{"role": "assistant", "content": "x"}] * 2},
+        "chosen",
+        "found 2 turns",
+    ),
+    "answer of a user": (
+        "trl",
+        {**PAIR, "chosen": [{"role": "user", "content": "x"}]},
+        "chosen",
+        "found a turn of role 'user'",
+    ),
     "mark without image": ("trl", {**PAIR, "prompt": "<image>Q"}, "prompt", r"1 <image> marks for 0 image\(s\)"),
-    "images without marks": ("sharegpt", {**TALK, "images": ["0.png", "0.png"], "conversations": [{"from": "human", "value": "<image>Q"}]},
-                             "conversations", r"1 image mark\(s\) for 2 image\(s\)"),
-    "no conversation": ("sharegpt", without(TALK, "conversations"), "conversations", r"no such column .* expected a list of turns"),
+    "images without marks": (
+        "sharegpt",
+        {**TALK, "images": ["0.png", "0.png"], "conversations": [{"from": "human", "value": "<image>Q"}]},
+        "conversations",
+        r"1 image mark\(s\) for 2 image\(s\)",
+    ),
+    "no conversation": (
+        "sharegpt",
+        without(TALK, "conversations"),
+        "conversations",
+        r"no such column .* expected a list of turns",
+    ),
     "no image to compare on": ("llava-rlhf", without(LLAVA, "image"), "image", "found None; expected an image"),
     "no turns": ("sharegpt", {**TALK, "conversations": []}, "conversations", r"found \[\]; expected a list of turns"),
-    "missing image file": ("mmpr", {**QUESTION, "image": "9.png"}, "image", "found '9.png', and no file of that name beside the data"),
+    "missing image file": (
+        "mmpr",
+        {**QUESTION, "image": "9.png"},
+        "image",
+        "found '9.png', and no file of that name beside the data",
+    ),
     "no image": ("spa-vl", {**QUESTION, "image": None, "image_name": "x"}, "image", "found None; expected an image"),
     "image of a wrong type": ("mmpr", {**QUESTION, "image": 5}, "image", r"found no image \(5\)"),
-    "remote image": ("mmpr", {**QUESTION, "image": "https://example.org/a.png"}, "image", "refused; pass allow_remote_images=True"),
+    "remote image": (
+        "mmpr",
+        {**QUESTION, "image": "https://example.org/a.png"},
+        "image",
+        "refused; pass allow_remote_images=True",
+    ),
     "broken data URI": ("mmpr", {**QUESTION, "image": "data:image/png;base64,%%%"}, "image", "base64 is broken"),
-    "text is not JSON": ("rlhf-v", {"text": "{", "image": "0.png"}, "text", "expected a JSON object with question, chosen and rejected"),
-    "text lacks a key": ("rlhf-v", {"text": json.dumps({"question": "Q", "chosen": "a"}), "image": "0.png"}, "text", "expected a JSON object"),
+    "text is not JSON": (
+        "rlhf-v",
+        {"text": "{", "image": "0.png"},
+        "text",
+        "expected a JSON object with question, chosen and rejected",
+    ),
+    "text lacks a key": (
+        "rlhf-v",
+        {"text": json.dumps({"question": "Q", "chosen": "a"}), "image": "0.png"},
+        "text",
+        "expected a JSON object",
+    ),
     "preference 3": ("llava-rlhf", {**LLAVA, "preference": 3}, "preference", "found 3; expected 1 or 2"),
-    "history": ("alpaca", {"instruction": "Q", "chosen": "a", "rejected": "b", "history": [["x"]]}, "history[0]", r"expected \[instruction, response\]"),
+    "history": (
+        "alpaca",
+        {"instruction": "Q", "chosen": "a", "rejected": "b", "history": [["x"]]},
+        "history[0]",
+        r"expected \[instruction, response\]",
+    ),
     "empty response": ("vlfeedback", with_response(""), "completions[2].response", "found ''"),
     "no completions": ("vlfeedback", feedback(completions=None), "completions", "expected a list of completions"),
-    "unequal lists": ("vlfeedback", feedback(completions={"response": ["a", "b"], "model": ["m"]}), "completions", "lists of different lengths"),
-    "no image at all": ("vlfeedback", without(files.vlfeedback(0), "img_path"), "image", "an image in `image` or a file name in `img_path`"),
-    "other models": ("vlfeedback", feedback(models=["a", "b", "c", "d"]), "models", "The judge's texts may have been swapped"),
-    "completion of a wrong type": ("vlfeedback", feedback(completions=["x"]), "completions[0]", "found 'x'; expected a completion"),
-    "annotations of a wrong type": ("vlfeedback", with_annotations("x"), "completions[1].annotations", "expected an object {aspect"),
-    "aspect of a wrong type": ("vlfeedback", with_annotations({"Helpfulness": 4}), "completions[1].annotations.Helpfulness", 'found 4; expected an object {"Rating"'),
-    "rationale of a wrong type": ("vlfeedback", with_annotations({"Helpfulness": {"Rating": "4", "Rationale": ["x"]}}), "rationales[1].Helpfulness",
-                                  r"found \['x'\]; expected text"),
-    "models of a wrong type": ("vlfeedback", feedback(models="gpt4v"), "models", "found 'gpt4v'; expected a list of model names"),
-    "half of an emoji": ("trl", {**PAIR, "chosen": "well done \ud83d"}, "responses[0]", r"found 'well done \\ud83d'; .*half of a surrogate pair"),
-    "input of a wrong type": ("alpaca", {"instruction": "Q", "input": 3, "chosen": "a", "rejected": "b"}, "input", "found 3"),
-    "image bytes of a wrong type": ("mmpr", {**QUESTION, "image": {"bytes": "abc", "path": None}}, "image", "an image object of bytes 'str'"),
+    "unequal lists": (
+        "vlfeedback",
+        feedback(completions={"response": ["a", "b"], "model": ["m"]}),
+        "completions",
+        "lists of different lengths",
+    ),
+    "no image at all": (
+        "vlfeedback",
+        without(files.vlfeedback(0), "img_path"),
+        "image",
+        "an image in `image` or a file name in `img_path`",
+    ),
+    "other models": (
+        "vlfeedback",
+        feedback(models=["a", "b", "c", "d"]),
+        "models",
+        "The judge's texts may have been swapped",
+    ),
+    "completion of a wrong type": (
+        "vlfeedback",
+        feedback(completions=["x"]),
+        "completions[0]",
+        "found 'x'; expected a completion",
+    ),
+    "annotations of a wrong type": (
+        "vlfeedback",
+        with_annotations("x"),
+        "completions[1].annotations",
+        "expected an object {aspect",
+    ),
+    "aspect of a wrong type": (
+        "vlfeedback",
+        with_annotations({"Helpfulness": 4}),
+        "completions[1].annotations.Helpfulness",
+        'found 4; expected an object {"Rating"',
+    ),
+    "rationale of a wrong type": (
+        "vlfeedback",
+        with_annotations({"Helpfulness": {"Rating": "4", "Rationale": ["x"]}}),
+        "rationales[1].Helpfulness",
+        r"found \['x'\]; expected text",
+    ),
+    "models of a wrong type": (
+        "vlfeedback",
+        feedback(models="gpt4v"),
+        "models",
+        "found 'gpt4v'; expected a list of model names",
+    ),
+    "half of an emoji": (
+        "trl",
+        {**PAIR, "chosen": "well done \ud83d"},
+        "responses[0]",
+        r"found 'well done \\ud83d'; .*half of a surrogate pair",
+    ),
+    "input of a wrong type": (
+        "alpaca",
+        {"instruction": "Q", "input": 3, "chosen": "a", "rejected": "b"},
+        "input",
+        "found 3",
+    ),
+    "image bytes of a wrong type": (
+        "mmpr",
+        {**QUESTION, "image": {"bytes": "abc", "path": None}},
+        "image",
+        "an image object of bytes 'str'",
+    ),
     "pairs of a wrong type": ("groups", files.group_record(pairs=3), "pairs", "found 3; expected a list of"),
-    "pair of a wrong type": ("groups", files.group_record(pairs=[None]), "pairs", r"found None; expected \[chosen, rejected\]"),
-    "rationales of a wrong type": ("groups", files.group_record(rationales=["x", "y"]), "rationales", "expected one object {aspect: text} per response"),
+    "pair of a wrong type": (
+        "groups",
+        files.group_record(pairs=[None]),
+        "pairs",
+        r"found None; expected \[chosen, rejected\]",
+    ),
+    "rationales of a wrong type": (
+        "groups",
+        files.group_record(rationales=["x", "y"]),
+        "rationales",
+        "expected one object {aspect: text} per response",
+    ),
     "model of a wrong type": ("groups", files.group_record(models=["m", 4]), "models[1]", "found 4; expected text"),
-    "pair out of range": ("groups", files.group_record(pairs=[[0, 2]]), "pairs", r"found \[0, 2\]; expected two different indices from 0 to 1"),
+    "pair out of range": (
+        "groups",
+        files.group_record(pairs=[[0, 2]]),
+        "pairs",
+        r"found \[0, 2\]; expected two different indices from 0 to 1",
+    ),
     "pair with itself": ("groups", files.group_record(pairs=[[1, 1]]), "pairs", "two different indices"),
     "negative pair": ("groups", files.group_record(pairs=[[0, -1]]), "pairs", "two different indices"),
-    "ratings too short": ("groups", files.group_record(ratings=[{"Help": 1}]), "ratings", "found 1 entries; expected one entry for each of the 2"),
-    "rating is a number": ("groups", files.group_record(ratings=[1, 2]), "ratings", r"expected one object \{aspect: rating\} per response"),
-    "no pairs and no ratings": ("groups", files.group_record(ratings=...), "ratings", "expected ratings or pairs for pairs='all'"),
-    "weights": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[1, 2]), "pair_weights", "one weight per pair"),
-    "negative weight": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[-1]), "pair_weights", "finite weights >= 0"),
-    "weight beyond float32": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[1e39]), "pair_weights", "finite weights >= 0"),
-    "huge weight": ("groups", files.group_record(pairs=[[0, 1]], pair_weights=[10**400]), "pair_weights", "finite weights >= 0"),
-    "address part": ("trl", {**PAIR, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "prompt[0]", 'or {"type": "image"}. Repair'),
-    "no responses": ("groups", files.group_record(responses=[], ratings=[]), "responses", "expected at least one response"),
-}  # fmt: skip
+    "ratings too short": (
+        "groups",
+        files.group_record(ratings=[{"Help": 1}]),
+        "ratings",
+        "found 1 entries; expected one entry for each of the 2",
+    ),
+    "rating is a number": (
+        "groups",
+        files.group_record(ratings=[1, 2]),
+        "ratings",
+        r"expected one object \{aspect: rating\} per response",
+    ),
+    "no pairs and no ratings": (
+        "groups",
+        files.group_record(ratings=...),
+        "ratings",
+        "expected ratings or pairs for pairs='all'",
+    ),
+    "weights": (
+        "groups",
+        files.group_record(pairs=[[0, 1]], pair_weights=[1, 2]),
+        "pair_weights",
+        "one weight per pair",
+    ),
+    "negative weight": (
+        "groups",
+        files.group_record(pairs=[[0, 1]], pair_weights=[-1]),
+        "pair_weights",
+        "finite weights >= 0",
+    ),
+    "weight beyond float32": (
+        "groups",
+        files.group_record(pairs=[[0, 1]], pair_weights=[1e39]),
+        "pair_weights",
+        "finite weights >= 0",
+    ),
+    "huge weight": (
+        "groups",
+        files.group_record(pairs=[[0, 1]], pair_weights=[10**400]),
+        "pair_weights",
+        "finite weights >= 0",
+    ),
+    "address part": (
+        "trl",
+        {**PAIR, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "prompt[0]",
+        'or {"type": "image"}. Repair',
+    ),
+    "no responses": (
+        "groups",
+        files.group_record(responses=[], ratings=[]),
+        "responses",
+        "expected at least one response",
+    ),
+}
 
 
 @pytest.fixture
@@ -142,7 +321,9 @@ def test_skip_counts_and_lists_what_raise_refuses(write, tmp_path):
         "column '(record)': expected a JSON object": 1,
     }
     again = load_preferences(path, on_error="skip", cache_dir=tmp_path, return_report=True)[1]
-    assert [problem.message for problem in again.problems] == [problem.message for problem in report.problems]  # from the cache, too
+    assert [problem.message for problem in again.problems] == [
+        problem.message for problem in report.problems
+    ]  # from the cache, too
 
 
 def test_the_error_reaches_the_caller_from_worker_processes(tmp_path, monkeypatch):
@@ -174,9 +355,13 @@ def test_groups_without_a_pair_are_dropped_and_counted(write, tmp_path):
 
 def test_an_aspect_that_the_first_rows_lack(write, tmp_path, monkeypatch):
     monkeypatch.setattr("silkie.data.loading.ASPECT_SAMPLE", 1)
-    path = write(files.group_record(images=[]), files.group_record(images=[], ratings=[{"Help": 5, "Tone": 1}, {"Help": 1, "Tone": 1}]))
+    path = write(
+        files.group_record(images=[]),
+        files.group_record(images=[], ratings=[{"Help": 5, "Tone": 1}, {"Help": 1, "Tone": 1}]),
+    )
     with pytest.raises(
-        RowError, match="line 2, column 'ratings': found aspect 'Tone'; expected one of the aspects 'Help'. .*pass aspects="
+        RowError,
+        match="line 2, column 'ratings': found aspect 'Tone'; expected one of the aspects 'Help'. .*pass aspects=",
     ):
         load_preferences(path, cache_dir=tmp_path)
     assert load_preferences(path, cache_dir=tmp_path, aspects=("Help", "Tone"))[0]["ratings"] is not None
@@ -188,7 +373,9 @@ def test_pair_options_that_the_source_cannot_serve(write, tmp_path):
         from silkie.data import PairOptions
 
         load_preferences(path, pairs=PairOptions(aspects=["Tone"]), cache_dir=tmp_path)
-    with pytest.raises(RowError, match="column 'models': found pairs='model' needs the models of the group, and there are none"):
+    with pytest.raises(
+        RowError, match="column 'models': found pairs='model' needs the models of the group, and there are none"
+    ):
         load_preferences(path, pairs="model:gpt4v", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="pairs='bestest' is not known; choose from all, best_vs_worst"):
         load_preferences(path, pairs="bestest", cache_dir=tmp_path)
@@ -211,21 +398,30 @@ def test_what_a_source_of_the_user_raises_names_the_row(write, tmp_path, monkeyp
 
     @register_source("mine", detect=lambda record: "better" in record)
     def mine(row):
-        return Group(images=[], prompt=[user_turn("Q")] if row.record["asked"] else [], responses=["a", "b"], pairs=[(0, 1)])
+        return Group(
+            images=[], prompt=[user_turn("Q")] if row.record["asked"] else [], responses=["a", "b"], pairs=[(0, 1)]
+        )
 
     path = write({"better": 1, "asked": True}, {"better": 1}, {"better": 1, "asked": False})
     with pytest.raises(
-        RowError, match=r"\(mine\), line 2, column '\(record\)': found a record that raised KeyError: 'asked' \(in mine, line \d+\)"
+        RowError,
+        match=r"\(mine\), line 2, column '\(record\)': found a record that raised KeyError: 'asked' \(in mine, line \d+\)",
     ):
         load_preferences(path, cache_dir=tmp_path)
-    groups, report = load_preferences(path, on_error="skip", cache_dir=tmp_path, return_report=True, regroup_pairs=False)
+    groups, report = load_preferences(
+        path, on_error="skip", cache_dir=tmp_path, return_report=True, regroup_pairs=False
+    )
     assert len(groups) == 1 and [problem.row for problem in report.problems] == ["line 2", "line 3"]
-    assert report.problems[1].message.endswith("column 'prompt': found []; expected a conversation that ends with a user turn.")
+    assert report.problems[1].message.endswith(
+        "column 'prompt': found []; expected a conversation that ends with a user turn."
+    )
 
 
 def test_a_source_without_source_code(write, tmp_path, monkeypatch):
     monkeypatch.setattr("silkie.data.registry.SOURCES", dict(SOURCES))
-    adapt = functools.partial(lambda prompt, row: Group(images=[], prompt=[user_turn(prompt)], responses=["a", "b"], pairs=[(0, 1)]), "Q")
+    adapt = functools.partial(
+        lambda prompt, row: Group(images=[], prompt=[user_turn(prompt)], responses=["a", "b"], pairs=[(0, 1)]), "Q"
+    )
     register_source("mine", detect=lambda record: "better" in record)(adapt)
     assert len(load_preferences(write({"better": 1}), cache_dir=tmp_path)) == 1
 
@@ -233,20 +429,25 @@ def test_a_source_without_source_code(write, tmp_path, monkeypatch):
 def test_what_a_pair_function_gets_wrong_names_the_row(write, tmp_path):
     path = write(files.group_record(images=[]))
     with pytest.raises(
-        RowError, match=r"line 1, column '\(record\)': found a record that raised ZeroDivisionError: division by zero \(in <lambda>"
+        RowError,
+        match=r"line 1, column '\(record\)': found a record that raised ZeroDivisionError: division by zero \(in <lambda>",
     ):
         load_preferences(path, pairs=lambda group: 1 / 0, cache_dir=tmp_path)
     with pytest.raises(RowError, match=r"found \(0.5, 1\); expected \(chosen, rejected\)"):
         load_preferences(path, pairs=lambda group: [(0.5, 1)], cache_dir=tmp_path)
     for weight in (float("nan"), -1.0, 1e39):
-        with pytest.raises(RowError, match="line 1, column 'pair_weights': .*expected a finite weight >= 0 from the pair function"):
+        with pytest.raises(
+            RowError, match="line 1, column 'pair_weights': .*expected a finite weight >= 0 from the pair function"
+        ):
             load_preferences(path, pairs=lambda group, weight=weight: [(0, 1, weight)], cache_dir=tmp_path)
 
 
 def test_a_pair_function_that_fails_on_regrouped_pair_rows(write, tmp_path):
     path = write(PAIR, {**PAIR, "prompt": "R"}, {**PAIR, "prompt": "R", "rejected": "c"})
     only_two = lambda group: [(0, 1)] if len(group["responses"]) == 2 else 1 / 0  # noqa: E731
-    with pytest.raises(RowError, match=r"rows.jsonl \(trl\), row 1, column '\(record\)': found a record that raised ZeroDivisionError"):
+    with pytest.raises(
+        RowError, match=r"rows.jsonl \(trl\), row 1, column '\(record\)': found a record that raised ZeroDivisionError"
+    ):
         load_preferences(path, pairs=only_two, cache_dir=tmp_path)
     groups, report = load_preferences(path, pairs=only_two, on_error="skip", cache_dir=tmp_path, return_report=True)
     assert len(groups) == 1 and [(problem.kind, problem.row) for problem in report.problems] == [("error", "row 1")]
@@ -325,7 +526,8 @@ def test_a_full_disk_is_named(num_proc, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("datasets.arrow_writer.ArrowWriter.finalize", lambda *_, **__: raise_(full))
         with pytest.raises(
-            OSError, match="rows.jsonl: .*writing its groups to the cache in .*cache', failed: .Errno 28. No space left.*free some space"
+            OSError,
+            match="rows.jsonl: .*writing its groups to the cache in .*cache', failed: .Errno 28. No space left.*free some space",
         ):
             load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)
     assert len(load_preferences(path, cache_dir=tmp_path / "cache", num_proc=num_proc)) == 2
@@ -341,7 +543,9 @@ def test_wrong_kinds_of_dataset(tmp_path):
         load_preferences(datasets.DatasetDict({"train": rows}))
     with pytest.raises(DataError, match="found an IterableDataset"):
         load_preferences(rows.to_iterable_dataset())
-    with pytest.raises(DataError, match=r"found a list; expected a path, .*datasets.Dataset.from_list\(rows\) makes one"):
+    with pytest.raises(
+        DataError, match=r"found a list; expected a path, .*datasets.Dataset.from_list\(rows\) makes one"
+    ):
         load_preferences([PAIR])
     with pytest.raises(DataError, match="found a NoneType; expected a path, a dataset name or a datasets.Dataset$"):
         load_preferences(None)
@@ -367,12 +571,16 @@ def test_addresses_in_archives_are_looked_up_and_stay_below_the_root(tmp_path):
         with zipfile.ZipFile(tmp_path / ("root" if name == "inside" else ".") / f"{name}.zip", "w") as archive:
             archive.writestr("0.png", files.png(0))
     load = lambda image, **options: load_preferences(  # noqa: E731
-        files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": image}]), cache_dir=tmp_path / "cache", **options
+        files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": image}]),
+        cache_dir=tmp_path / "cache",
+        **options,
     )
     inside, outside = f"zip://0.png::{tmp_path / 'root' / 'inside.zip'}", f"zip://0.png::{tmp_path / 'outside.zip'}"
     assert load(outside)[0]["images"][0]["path"] == outside
     assert load(inside, image_root=tmp_path / "root")[0]["images"][0]["path"] == inside
-    with pytest.raises(RowError, match="line 1, column 'image': found 'zip://.*outside.zip', an archive that is not below image_root"):
+    with pytest.raises(
+        RowError, match="line 1, column 'image': found 'zip://.*outside.zip', an archive that is not below image_root"
+    ):
         load(outside, image_root=tmp_path / "root")
     for missing in (outside.replace("0.png", "1.png"), "zip://0.png::/nowhere.zip", "zip://x"):
         with pytest.raises(RowError, match="line 1, column 'image': found 'zip://.*', which cannot be read"):
@@ -388,9 +596,12 @@ def test_a_link_to_nothing_is_not_an_image(tmp_path):
 
 @pytest.mark.parametrize("root", [None, "."])
 def test_an_image_that_turns_up_later_is_no_longer_reported(root, tmp_path, monkeypatch):
-    """`inspect`, repair, `inspect`: the cache of the first run must not answer for the second; and no row is read where nothing changed."""
+    """`inspect`, repair, `inspect`: the cache of the first run must not answer for the second; and no row is read where
+    nothing changed."""
     (tmp_path / "deep" / "img").mkdir(parents=True)
-    source = files.write_lines(tmp_path / "rows.jsonl", [{**QUESTION, "image": f"deep/img/{name}.png"} for name in "abc"])
+    source = files.write_lines(
+        tmp_path / "rows.jsonl", [{**QUESTION, "image": f"deep/img/{name}.png"} for name in "abc"]
+    )
     options = {"on_error": "skip", "regroup_pairs": False, "cache_dir": tmp_path / "cache", "return_report": True}
     options["image_root"] = None if root is None else tmp_path / root
     (tmp_path / "deep" / "img" / "c.png").write_bytes(files.png(0))
@@ -408,7 +619,10 @@ def test_images_of_several_roots_turn_up_later(tmp_path):
     files.write_lines(tmp_path / "rows" / "one.jsonl", [QUESTION])
     files.write_lines(tmp_path / "rows" / "two.jsonl", [QUESTION, {**QUESTION, "image": "1.png"}])
     (tmp_path / "images").mkdir()
-    meta = {"one": {"root": "images", "annotation": "rows/one.jsonl"}, "two": {"root": "none", "annotation": "rows/two.jsonl"}}
+    meta = {
+        "one": {"root": "images", "annotation": "rows/one.jsonl"},
+        "two": {"root": "none", "annotation": "rows/two.jsonl"},
+    }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     files.write_images(tmp_path / "rows", 1)
     options = {"on_error": "skip", "regroup_pairs": False, "cache_dir": tmp_path / "cache", "return_report": True}

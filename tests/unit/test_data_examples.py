@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(tmp_path, *arguments: str) -> str:
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "HOME": str(tmp_path),
+    }
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -27,14 +33,18 @@ def parts(tmp_path):
     datasets.disable_progress_bars()
     files.write_images(tmp_path, 4)
     rated = files.write_lines(tmp_path / "rated.jsonl", [files.vlfeedback(index) for index in range(4)])
-    pairs = files.write_lines(tmp_path / "pairs.jsonl", [{"prompt": f"Q{i}", "chosen": "yes", "rejected": "no"} for i in range(30)])
+    pairs = files.write_lines(
+        tmp_path / "pairs.jsonl", [{"prompt": f"Q{i}", "chosen": "yes", "rejected": "no"} for i in range(30)]
+    )
     return rated, pairs
 
 
 def test_own_data_example(tmp_path):
     output = run(tmp_path, "examples/bring_your_own_data.py", "--out", str(tmp_path / "own"))
     assert output.count("3 rows -> 3 groups with 9 pairs") == 2 and "my_ratings.jsonl (my-ratings)" in output
-    pairs = run(tmp_path, "examples/build_pairs.py", str(tmp_path / "own" / "groups.jsonl"))  # rated on aspects of its own
+    pairs = run(
+        tmp_path, "examples/build_pairs.py", str(tmp_path / "own" / "groups.jsonl")
+    )  # rated on aspects of its own
     assert "Visual Faithfulness counts twice" in pairs and "9 pairs" in pairs
 
 
@@ -42,7 +52,11 @@ def test_build_pairs_example(tmp_path):
     rated, _ = parts(tmp_path)
     output = run(tmp_path, "examples/build_pairs.py", str(rated), "--best-model", "otter")
     counts = dict(re.findall(r"^(\S.*?) {2,}\d+ groups +(\d+) pairs", output, re.MULTILINE))
-    assert counts["all, as in the paper"] == "24" and counts["best against worst"] == "4" and counts["best against the rest"] == "12"
+    assert (
+        counts["all, as in the paper"] == "24"
+        and counts["best against worst"] == "4"
+        and counts["best against the rest"] == "12"
+    )
     assert counts["otter as best (baseline)"] == "12"
 
 
@@ -55,10 +69,17 @@ def test_mix_sources_example(tmp_path):
 
 def test_mixing_aligns_aspects_and_follows_the_weights(tmp_path):
     rated, pairs = (load_preferences(path, cache_dir=tmp_path / "cache") for path in parts(tmp_path))
-    other = load_preferences(files.write_lines(tmp_path / "o.jsonl", [files.group_record(images=[])]), cache_dir=tmp_path / "cache")
+    other = load_preferences(
+        files.write_lines(tmp_path / "o.jsonl", [files.group_record(images=[])]), cache_dir=tmp_path / "cache"
+    )
     everything = mix([rated, pairs, other])
     assert len(everything) == 35
-    assert everything[0]["ratings"][0] == {"Helpfulness": 4.0, "Ethical Considerations": 5.0, "Visual Faithfulness": 3.0, "Help": None}
+    assert everything[0]["ratings"][0] == {
+        "Helpfulness": 4.0,
+        "Ethical Considerations": 5.0,
+        "Visual Faithfulness": 3.0,
+        "Help": None,
+    }
     assert everything[10]["ratings"] is None and everything[34]["ratings"][0]["Help"] == 5.0
     assert everything["pairs"][:] == rated["pairs"][:] + pairs["pairs"][:] + other["pairs"][:]
     many = mix([pairs, rated], weights=[9, 1], seed=3)

@@ -1,4 +1,5 @@
-"""Every way an image is stored decodes to the colours a viewer shows; everything else is an error that names the row."""
+"""Every way an image is stored decodes to the colours a viewer shows; everything else is an error that names the
+row."""
 
 from __future__ import annotations
 
@@ -98,20 +99,35 @@ def test_float_and_integer_tiff():
 
 
 def test_cmyk_jpeg():
-    assert near(open_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95)), (8, 8), RED, tolerance=6)
+    assert near(
+        open_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95)),
+        (8, 8),
+        RED,
+        tolerance=6,
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "YCbCr", "HSV", "LAB"])
 def test_other_modes_become_rgb(mode):
-    assert open_image(Image.new("RGB", (4, 4), WHITE).convert(mode) if mode != "LAB" else Image.new("LAB", (4, 4))).mode == "RGB"
+    assert (
+        open_image(Image.new("RGB", (4, 4), WHITE).convert(mode) if mode != "LAB" else Image.new("LAB", (4, 4))).mode
+        == "RGB"
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     """A picture whose stored pixels were turned for each orientation comes out as the one upright picture."""
     upright = files.picture(1, (12, 8))
-    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}  # fmt: skip
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -127,7 +143,14 @@ def test_every_form_of_a_value(tmp_path):
     data, expected = files.png(3), files.picture(3).tobytes()
     path = tmp_path / "a.png"
     path.write_bytes(data)
-    values = (data, path, str(path), {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}, files.picture(3))
+    values = (
+        data,
+        path,
+        str(path),
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": str(path)},
+        files.picture(3),
+    )
     assert all(open_image(value).tobytes() == expected for value in values)
     assert len({image_digest(value) for value in values[:-1]}) == 1
     assert {image_size(value) for value in values} == {(12, 8)}
@@ -135,19 +158,34 @@ def test_every_form_of_a_value(tmp_path):
 
 def png_header(width: int, height: int) -> bytes:
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))  # noqa: E731
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")  # fmt: skip
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 DAMAGED = {
-    "PNG": ("RGB", "RGBA", "P", "LA"), "JPEG": ("RGB", "CMYK", "L"), "GIF": ("P",), "TIFF": ("RGB", "P"), "BMP": ("RGB",), "ICO": ("RGBA",),
-    "WEBP": ("RGB",), "AVIF": ("RGB",), "TGA": ("RGBA",), "PPM": ("RGB",), "JPEG2000": ("RGB",),
-}  # fmt: skip
+    "PNG": ("RGB", "RGBA", "P", "LA"),
+    "JPEG": ("RGB", "CMYK", "L"),
+    "GIF": ("P",),
+    "TIFF": ("RGB", "P"),
+    "BMP": ("RGB",),
+    "ICO": ("RGBA",),
+    "WEBP": ("RGB",),
+    "AVIF": ("RGB",),
+    "TGA": ("RGBA",),
+    "PPM": ("RGB",),
+    "JPEG2000": ("RGB",),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_file_of_any_format_is_an_image_or_an_image_error(kind):
-    """Cut, and with changed bytes in its header and anywhere: nothing but ImageError leaves the two functions that open files."""
+    """Cut, and with changed bytes in its header and anywhere: nothing but ImageError leaves the two functions that open
+    files."""
     chance = random.Random(0)
     for mode in DAMAGED[kind]:
         try:
@@ -157,7 +195,9 @@ def test_a_damaged_file_of_any_format_is_an_image_or_an_image_error(kind):
         for trial in range(150):
             damaged = bytearray(data[: chance.randrange(len(data))] if trial % 3 == 0 else data)
             for _ in range(chance.randrange(1, 5) if damaged else 0):
-                damaged[chance.randrange(min(len(damaged), 120 if trial % 3 == 1 else len(damaged)))] = chance.randrange(256)
+                damaged[chance.randrange(min(len(damaged), 120 if trial % 3 == 1 else len(damaged)))] = (
+                    chance.randrange(256)
+                )
             for function in (open_image, image_size):
                 with contextlib.suppress(ImageError):
                     function(bytes(damaged), where="row 0")
@@ -209,7 +249,9 @@ def test_a_file_that_unpacks_to_more_than_an_image_is_not_read(tmp_path, monkeyp
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.png", bytes(2 * 10**6))
     assert path.stat().st_size < 10**4
-    with pytest.raises(ImageError, match="row 1: 'zip://x.png.* is 2,000,000 bytes, more than the 1,000,000 allowed; a zip bomb"):
+    with pytest.raises(
+        ImageError, match="row 1: 'zip://x.png.* is 2,000,000 bytes, more than the 1,000,000 allowed; a zip bomb"
+    ):
         open_image(f"zip://x.png::{path}", where="row 1")
     (tmp_path / "y.png").write_bytes(bytes(2 * 10**6))
     with pytest.raises(ImageError, match="row 1: .*y.png' is 2,000,000 bytes"):
@@ -226,7 +268,9 @@ def test_a_replaced_archive_is_opened_anew(tmp_path):
 
 
 def _read_members(path: str, queue) -> None:
-    queue.put([open_image(f"zip://{index}.png::{path}").tobytes() == files.picture(index).tobytes() for index in range(30)])
+    queue.put(
+        [open_image(f"zip://{index}.png::{path}").tobytes() == files.picture(index).tobytes() for index in range(30)]
+    )
 
 
 def test_zip_members_are_right_in_forked_processes(tmp_path):

@@ -38,13 +38,23 @@ def test_figures(data, tmp_path):
     assert (figures["groups"], figures["responses"], figures["pairs"], figures["images"]) == (3, 6, 1, 3)
     assert figures["pairs_per_group"] == {"0": 2, "1": 1}
     assert figures["ratings"]["Helpfulness"]["share"] == {"1": 0.4, "3": 0.2, "4": 0.2, "5": 0.2}
-    assert figures["ratings"]["Helpfulness"]["not_a_number"] == 1 and figures["ratings"]["Helpfulness"]["mean"] == pytest.approx(14 / 5)
+    assert figures["ratings"]["Helpfulness"]["not_a_number"] == 1 and figures["ratings"]["Helpfulness"][
+        "mean"
+    ] == pytest.approx(14 / 5)
     diversity = figures["preference_diversity"]
     assert diversity["rated_pairs"] == 1 and diversity["aspects_conflict"] == 1.0
     assert diversity["aspects"]["Helpfulness"] == {"for": 1.0, "tie": 0.0, "against": 0.0, "alone": 0.0}
-    assert diversity["aspects"]["Visual Faithfulness"]["against"] == 1.0 and diversity["aspects"]["Ethical Considerations"]["tie"] == 1.0
+    assert (
+        diversity["aspects"]["Visual Faithfulness"]["against"] == 1.0
+        and diversity["aspects"]["Ethical Considerations"]["tie"] == 1.0
+    )
     both = figures["agreement"]["Helpfulness / Visual Faithfulness"]
-    assert (both["same_order"], both["opposite_order"], both["a_tie_in_one"], both["response_pairs"]) == (0.0, 1.0, 0.0, 2)
+    assert (both["same_order"], both["opposite_order"], both["a_tie_in_one"], both["response_pairs"]) == (
+        0.0,
+        1.0,
+        0.0,
+        2,
+    )
     with_ethics = figures["agreement"]["Helpfulness / Ethical Considerations"]
     assert (with_ethics["same_order"], with_ethics["opposite_order"], with_ethics["a_tie_in_one"]) == (None, None, 1.0)
     assert figures["models"]["gpt4v"]["win_rate"] == 1.0 and figures["models"]["fuyu-8b"]["win_rate"] == 0.0
@@ -72,17 +82,33 @@ def test_text_and_json_on_the_command_line(data, capsys):
 def test_counts_on_the_command_line(option, data, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(data), *option[:2]])
-    assert f"argument {option[0]}: expected a whole number of at least {option[2]}, found '{option[1]}'" in capsys.readouterr().err
+    assert (
+        f"argument {option[0]}: expected a whole number of at least {option[2]}, found '{option[1]}'"
+        in capsys.readouterr().err
+    )
 
 
 def test_scores_of_a_reward_model_fit_a_table(tmp_path):
     """Ratings with more values than a table has columns are counted in steps; the mean stays that of the values."""
     datasets.disable_progress_bars()
     scores = [index / 7 for index in range(60)]  # 0 to 8.43
-    records = [files.group_record(images=[], ratings=[{"Reward": score}, {"Reward": -score / 10 - 0.01}]) for score in scores]
+    records = [
+        files.group_record(images=[], ratings=[{"Reward": score}, {"Reward": -score / 10 - 0.01}]) for score in scores
+    ]
     inspection = inspect_preferences(files.write_lines(tmp_path / "rows.jsonl", records), cache_dir=tmp_path / "cache")
     figures = inspection.figures["ratings"]["Reward"]
-    assert inspection.figures["rating_step"] == 1 and list(figures["share"]) == ["-1", "0", "1", "2", "3", "4", "5", "6", "7", "8"]
+    assert inspection.figures["rating_step"] == 1 and list(figures["share"]) == [
+        "-1",
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+    ]
     assert figures["share"]["5"] == pytest.approx(sum(4.5 <= score <= 5.5 for score in scores) / 120)
     assert sum(figures["share"].values()) == pytest.approx(1)
     assert figures["mean"] == pytest.approx(sum(0.9 * score - 0.01 for score in scores) / 120)
@@ -119,7 +145,9 @@ def test_best_response_comes_first_in_a_card(tmp_path):
     from silkie.data.gallery import card
 
     files.write_images(tmp_path, 1)
-    data = files.write_lines(tmp_path / "rows.jsonl", [files.vlfeedback(0, ratings=((1, 1, 1), (5, 5, 5), (3, 3, "N/A")))])
+    data = files.write_lines(
+        tmp_path / "rows.jsonl", [files.vlfeedback(0, ratings=((1, 1, 1), (5, 5, 5), (3, 3, "N/A")))]
+    )
     shown = card(inspect_preferences(data, cache_dir=tmp_path / "cache").dataset[0], 0)
     assert [response["index"] for response in shown["responses"]] == [1, 0, 2]
     assert [(response["wins"], response["losses"]) for response in shown["responses"]] == [(1, 0), (0, 1), (0, 0)]
@@ -127,7 +155,9 @@ def test_best_response_comes_first_in_a_card(tmp_path):
 
 def test_sources_without_ratings_or_images(tmp_path):
     datasets.disable_progress_bars()
-    pairs = files.write_lines(tmp_path / "pairs.jsonl", [{"prompt": "Q", "chosen": "a longer answer", "rejected": "short"}])
+    pairs = files.write_lines(
+        tmp_path / "pairs.jsonl", [{"prompt": "Q", "chosen": "a longer answer", "rejected": "short"}]
+    )
     inspection = inspect_preferences(pairs, cache_dir=tmp_path / "cache")
     assert "longer in 100.0 %, shorter in 0.0 %" in to_text(inspection)
     write_gallery(inspection, tmp_path / "page.html")
@@ -142,7 +172,11 @@ def test_lengths_in_tokens(tmp_path):
 
     pairs = files.write_lines(tmp_path / "pairs.jsonl", [{"prompt": "Why?", "chosen": "abc", "rejected": "ab"}])
     figures = inspect_preferences(pairs, tokenizer=letters, cache_dir=tmp_path / "cache").figures
-    assert (figures["length_unit"], figures["prompt_length"]["mean"], figures["response_length"]["mean"]) == ("tokens", 4, 2.5)
+    assert (figures["length_unit"], figures["prompt_length"]["mean"], figures["response_length"]["mean"]) == (
+        "tokens",
+        4,
+        2.5,
+    )
 
 
 def test_helpers():

@@ -16,7 +16,9 @@ from tests.support import preference_files as files
 from tests.support.preference_files import ASPECTS
 
 number = st.sampled_from([1, 2, 3, 4, 5, "1", "4", "5", 2.5])
-rating = st.fixed_dictionaries({aspect: st.one_of(number, st.sampled_from(["N/A", None, "", math.nan])) for aspect in ASPECTS})
+rating = st.fixed_dictionaries(
+    {aspect: st.one_of(number, st.sampled_from(["N/A", None, "", math.nan])) for aspect in ASPECTS}
+)
 clean = st.fixed_dictionaries(dict.fromkeys(ASPECTS, number))
 RATINGS = [{"a": 5, "b": 1}, {"a": 1, "b": 3}, {"a": 3, "b": 3}, {"a": 3, "b": 3}]  # means 3, 2, 3, 3
 
@@ -64,7 +66,9 @@ def test_every_strategy_takes_a_subset_of_all_pairs(ratings, strategy):
     elif pairs:
         assert len(pairs) == 1
         if strategy == "best_vs_worst":
-            assert scores[pairs[0][0]] == pytest.approx(max(scores)) and scores[pairs[0][1]] == pytest.approx(min(scores))
+            assert scores[pairs[0][0]] == pytest.approx(max(scores)) and scores[pairs[0][1]] == pytest.approx(
+                min(scores)
+            )
 
 
 @given(st.lists(clean, max_size=6), st.floats(0, 4))
@@ -91,7 +95,10 @@ def test_equal_means_are_ties_whatever_the_order_of_the_aspects(ratings, order):
     assert set(build_pairs(turned)) == set(build_pairs(ratings))
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] != pair[1]), max_size=12), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] != pair[1]), max_size=12),
+    st.integers(0, 9),
+)
 def test_given_pairs_are_filtered_never_invented(pairs, seed):
     for strategy in ("all", "best_vs_worst", "best_vs_rest", "random"):
         kept = filter_given(pairs, strategy, seed=seed, key="k")
@@ -108,7 +115,9 @@ def test_given_pairs_of_a_full_order_filter_like_ratings(ratings):
         return  # with ties the pairs alone do not say which response is best
     everything = list(build_pairs(ratings))
     for strategy in ("best_vs_worst", "best_vs_rest"):
-        assert [everything[position] for position in filter_given(everything, strategy)] == list(build_pairs(ratings, strategy))
+        assert [everything[position] for position in filter_given(everything, strategy)] == list(
+            build_pairs(ratings, strategy)
+        )
 
 
 def test_the_paper_rule_on_an_example():
@@ -189,7 +198,11 @@ def test_identical_responses_make_no_pair():
 
 def test_random_depends_on_seed_and_key_only():
     ratings = [1, 2, 3, 4, 5, 6]
-    draws = {(seed, key): tuple(build_pairs(ratings, "random", seed=seed, key=key)) for seed in range(4) for key in ("a", "b")}
+    draws = {
+        (seed, key): tuple(build_pairs(ratings, "random", seed=seed, key=key))
+        for seed in range(4)
+        for key in ("a", "b")
+    }
     assert len(set(draws.values())) > 3
     assert all(draws[seed, key] == tuple(build_pairs(ratings, "random", seed=seed, key=key)) for seed, key in draws)
 
@@ -234,14 +247,19 @@ row = st.tuples(texts, texts, st.sampled_from([0.5, 1.0, 2.0])).filter(lambda it
 
 @given(st.lists(row, min_size=1, max_size=10))
 def test_joining_pair_rows_keeps_every_weighted_preference(rows):
-    """The multiset of weighted (chosen text, rejected text) is what the loss is made of: it must be the same before and after."""
-    groups = [{"responses": [a, b], "pairs": [[0, 1]], "pair_weights": [weight], "models": None} for a, b, weight in rows]
+    """The multiset of weighted (chosen text, rejected text) is what the loss is made of: it must be the same before and
+    after."""
+    groups = [
+        {"responses": [a, b], "pairs": [[0, 1]], "pair_weights": [weight], "models": None} for a, b, weight in rows
+    ]
     joined = join_groups(groups)
     before: dict = {}
     for a, b, weight in rows:
         before[a, b] = before.get((a, b), 0.0) + weight
     names = joined["responses"]
-    after = {(names[i], names[j]): weight for (i, j), weight in zip(joined["pairs"], joined["pair_weights"], strict=True)}
+    after = {
+        (names[i], names[j]): weight for (i, j), weight in zip(joined["pairs"], joined["pair_weights"], strict=True)
+    }
     assert after == pytest.approx(before)
     assert len(names) == len(set(names)) and len(joined["pairs"]) == len(set(map(tuple, joined["pairs"])))
 
@@ -250,7 +268,10 @@ def test_joining_pair_rows_keeps_every_weighted_preference(rows):
 def stored(tmp_path):
     datasets.disable_progress_bars()
     return lambda *records, **options: load_preferences(
-        files.write_lines(tmp_path / "rows.jsonl", list(records)), cache_dir=tmp_path / "cache", keep_unpaired=True, **options
+        files.write_lines(tmp_path / "rows.jsonl", list(records)),
+        cache_dir=tmp_path / "cache",
+        keep_unpaired=True,
+        **options,
     )
 
 
@@ -267,8 +288,13 @@ def test_pairs_of_stored_groups_are_those_of_the_records(strategy, stored):
 
 
 def test_repairing_keeps_what_has_no_ratings_and_names_the_row_that_fails(stored):
-    groups = stored(files.group_record(images=[], ratings=..., pairs=[[1, 0]]), files.group_record(images=[], ratings=[{"Help": 1}] * 2))
+    groups = stored(
+        files.group_record(images=[], ratings=..., pairs=[[1, 0]]),
+        files.group_record(images=[], ratings=[{"Help": 1}] * 2),
+    )
     kept, dropped = repair_pairs(groups, "all")
     assert kept["pairs"][:] == [[[1, 0]]] and dropped == [("row 1", "no pairs: tie")]
-    with pytest.raises(RowError, match=r"mine, row 0, column '\(record\)': found a record that raised ZeroDivisionError"):
+    with pytest.raises(
+        RowError, match=r"mine, row 0, column '\(record\)': found a record that raised ZeroDivisionError"
+    ):
         repair_pairs(groups, lambda group: 1 / 0, source="mine")

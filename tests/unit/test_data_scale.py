@@ -42,7 +42,9 @@ def test_block_reads_cut_lines_right(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 2**20)
     path = files.write_lines(tmp_path / "rows.jsonl", [pair(index, note="y" * 1_500_000) for index in range(3)])
     found = [item for shard in records.file_shards(str(path), None) for item in records.read(shard)]
-    assert [(location, record["prompt"]) for location, record in found] == [(f"line {i + 1}", pair(i)["prompt"]) for i in range(3)]
+    assert [(location, record["prompt"]) for location, record in found] == [
+        (f"line {i + 1}", pair(i)["prompt"]) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
@@ -72,7 +74,9 @@ def test_loading_opens_no_image(tmp_path, monkeypatch):
 
 
 def test_a_second_load_reads_nothing(tmp_path, monkeypatch):
-    path = files.write_lines(tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(5)])
+    path = files.write_lines(
+        tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(5)]
+    )
     first = load_preferences(path, cache_dir=tmp_path)
     monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
     assert load_preferences(path, cache_dir=tmp_path).to_list() == first.to_list()
@@ -81,7 +85,9 @@ def test_a_second_load_reads_nothing(tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 300)
     monkeypatch.setattr("silkie.data.convert.BLOCK_SHARDS", 2)
-    path = files.write_lines(tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(40)])
+    path = files.write_lines(
+        tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(40)]
+    )
     from silkie.data import convert
 
     real, converted = convert.finish, []
@@ -119,7 +125,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     small, large = (
         files.write_lines(
             tmp_path / f"{count}.jsonl",
-            [files.group_record(images=[], id=str(index), responses=["good " * 100, "bad " * 100]) for index in range(count)],
+            [
+                files.group_record(images=[], id=str(index), responses=["good " * 100, "bad " * 100])
+                for index in range(count)
+            ],
         )
         for count in (1100, 3300)
     )

@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from silkie.data import SOURCES, DataError, Group, Row, is_group_features, load_preferences, open_image, register_source, user_turn
+from silkie.data import (
+    SOURCES,
+    DataError,
+    Group,
+    Row,
+    is_group_features,
+    load_preferences,
+    open_image,
+    register_source,
+    user_turn,
+)
 from silkie.data.schema import prompt_text
 from tests.support import preference_files as files
 
@@ -43,11 +53,22 @@ def check_pair(group, chosen="a good answer", rejected="a bad answer", question=
 # columns of every pair format, with `image` standing for the image value
 PAIR_FORMATS = {
     "rlhf-v": lambda image: {
-        "ds_name": "RLHF-V", "image": image, "text": json.dumps({"question": "What is it?", **PAIR}), "origin_dataset": "vqa",
-        "origin_split": json.dumps({"model": "x", "type": "y"}), "idx": 7, "image_path": "0.jpg",
+        "ds_name": "RLHF-V",
+        "image": image,
+        "text": json.dumps({"question": "What is it?", **PAIR}),
+        "origin_dataset": "vqa",
+        "origin_split": json.dumps({"model": "x", "type": "y"}),
+        "idx": 7,
+        "image_path": "0.jpg",
     },
     "rlaif-v": lambda image: {
-        "ds_name": "RLAIF-V", "image": image, "question": "What is it?", **PAIR, "origin_dataset": "OK-VQA", "origin_split": "train", "idx": 3,
+        "ds_name": "RLAIF-V",
+        "image": image,
+        "question": "What is it?",
+        **PAIR,
+        "origin_dataset": "OK-VQA",
+        "origin_split": "train",
+        "idx": 3,
         "image_path": "0.jpg",
     },
     "mmpr": lambda image: {"image": image, "question": "<image>\nWhat is it?", **PAIR},
@@ -55,15 +76,22 @@ PAIR_FORMATS = {
     "mm-rlhf": lambda image: {"prompt": "What is it?", **PAIR, "image": image, "video": None, "is_tie": False},
     "trl": lambda image: {"prompt": "What is it?", **PAIR, "image": image},
     "sharegpt": lambda image: {
-        "conversations": HUMAN, "chosen": {"from": "gpt", "value": PAIR["chosen"]}, "rejected": {"from": "gpt", "value": PAIR["rejected"]},
+        "conversations": HUMAN,
+        "chosen": {"from": "gpt", "value": PAIR["chosen"]},
+        "rejected": {"from": "gpt", "value": PAIR["rejected"]},
         "images": [image],
     },
     "alpaca": lambda image: {"instruction": "<image>What is it?", "input": "", **PAIR, "images": [image]},
     "llava-rlhf": lambda image: {
-        "id": "1", "image": image, "conversations": [*HUMAN, {"from": "gpt", "value": "an earlier answer"}], "hallucination": True,
-        "output_1": {"from": "llava", "value": PAIR["rejected"]}, "output_2": {"from": "llava", "value": PAIR["chosen"]}, "preference": 2,
+        "id": "1",
+        "image": image,
+        "conversations": [*HUMAN, {"from": "gpt", "value": "an earlier answer"}],
+        "hallucination": True,
+        "output_1": {"from": "llava", "value": PAIR["rejected"]},
+        "output_2": {"from": "llava", "value": PAIR["chosen"]},
+        "preference": 2,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAIR_FORMATS)
@@ -77,7 +105,9 @@ def test_pair_formats_as_jsonl_with_an_image_directory(name, folder, load):
 
 @pytest.mark.parametrize("name", PAIR_FORMATS)
 def test_pair_formats_as_parquet_with_embedded_images(name, folder, load):
-    pq.write_table(pa.Table.from_pylist([PAIR_FORMATS[name](files.embedded(0))]), folder / "train-00000-of-00001.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([PAIR_FORMATS[name](files.embedded(0))]), folder / "train-00000-of-00001.parquet"
+    )
     dataset, report = load(folder / "train-00000-of-00001.parquet", return_report=True)
     assert report.format == name
     check_pair(dataset[0])
@@ -98,22 +128,30 @@ TURN = lambda role, content: {"role": role, "content": content}  # noqa: E731
 TURNS_AS_COLUMNS = {
     "sharegpt": {**PAIR_FORMATS["sharegpt"]("img/0.png"), "conversations": columns(*HUMAN)},
     "llava-rlhf": {
-        **PAIR_FORMATS["llava-rlhf"]("img/0.png"), "conversations": columns(*HUMAN, {"from": "gpt", "value": "an earlier answer"}),
+        **PAIR_FORMATS["llava-rlhf"]("img/0.png"),
+        "conversations": columns(*HUMAN, {"from": "gpt", "value": "an earlier answer"}),
     },
     "trl": {
         "images": ["img/0.png"],
-        "prompt": columns(TURN("user", columns({"type": "image", "text": None}, {"type": "text", "text": "What is it?"}))),
+        "prompt": columns(
+            TURN("user", columns({"type": "image", "text": None}, {"type": "text", "text": "What is it?"}))
+        ),
         "chosen": columns(TURN("assistant", columns({"type": "text", "text": PAIR["chosen"]}))),
         "rejected": columns(TURN("assistant", PAIR["rejected"])),
     },
     "trl, implicit prompt": {
         "images": ["img/0.png"],
-        **{name: columns(TURN("user", "What is it?"), TURN("assistant", PAIR[name])) for name in ("chosen", "rejected")},
+        **{
+            name: columns(TURN("user", "What is it?"), TURN("assistant", PAIR[name])) for name in ("chosen", "rejected")
+        },
     },
     "groups": {
-        "images": ["img/0.png"], "prompt": columns(TURN("user", "What is it?")), "responses": list(PAIR.values()), "pairs": [[0, 1]],
+        "images": ["img/0.png"],
+        "prompt": columns(TURN("user", "What is it?")),
+        "responses": list(PAIR.values()),
+        "pairs": [[0, 1]],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TURNS_AS_COLUMNS)
@@ -152,7 +190,9 @@ def test_vlfeedback_jsonl_with_a_zip_of_images_is_read_in_place(folder, load, tm
     assert group["images"][0] == {"bytes": None, "path": f"zip://nested/dir/0.png::{tmp_path / 'images.zip'}"}
     assert open_image(group["images"][0]).tobytes() == files.picture(0).tobytes()
     encoded = load(path, image_root=tmp_path / "images.zip").cast_column("images", datasets.List(datasets.Image()))
-    assert encoded[0]["images"][0].tobytes() == files.picture(0).tobytes()  # the path form is the one `datasets` itself understands
+    assert (
+        encoded[0]["images"][0].tobytes() == files.picture(0).tobytes()
+    )  # the path form is the one `datasets` itself understands
 
 
 def test_one_zip_with_records_and_images(folder, load, tmp_path):
@@ -164,9 +204,9 @@ def test_one_zip_with_records_and_images(folder, load, tmp_path):
 
 def test_hub_names_go_through_load_dataset(monkeypatch, load):
     """The hub cannot be reached here: `datasets.load_dataset` is the one call that is replaced."""
-    rows = datasets.Dataset.from_list([{**files.vlfeedback(0, dict_of_lists=True), "image": files.embedded(0)}]).cast_column(
-        "image", datasets.Image()
-    )
+    rows = datasets.Dataset.from_list(
+        [{**files.vlfeedback(0, dict_of_lists=True), "image": files.embedded(0)}]
+    ).cast_column("image", datasets.Image())
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, cache_dir: calls.append((name, split)) or rows)
     group = load("MMInstruction/VLFeedback", split="validation")[0]
@@ -178,14 +218,23 @@ def test_hub_names_go_through_load_dataset(monkeypatch, load):
 def test_trl_conversations_with_images_are_regrouped(load):
     turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     rows = [
-        {"images": [files.embedded(0)], "prompt": turn("user", "Q"), "chosen": turn("assistant", a), "rejected": turn("assistant", b)}
+        {
+            "images": [files.embedded(0)],
+            "prompt": turn("user", "Q"),
+            "chosen": turn("assistant", a),
+            "rejected": turn("assistant", b),
+        }
         for a, b in (("best", "middle"), ("best", "worst"), ("middle", "worst"))
     ]
     dataset = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     groups, report = load(dataset, return_report=True)
     assert len(groups) == 1 and groups[0]["responses"] == ["best", "middle", "worst"]
     assert groups[0]["pairs"] == [[0, 1], [0, 2], [1, 2]]
-    assert (report.regrouped.response_forwards, report.regrouped.responses, report.regrouped.prompt_forwards_saved) == (6, 3, 5)
+    assert (report.regrouped.response_forwards, report.regrouped.responses, report.regrouped.prompt_forwards_saved) == (
+        6,
+        3,
+        5,
+    )
     assert len(load(dataset, regroup_pairs=False)) == 3
     best = load(dataset, pairs="best_vs_worst")[0]
     assert best["pairs"] == [[0, 2]]
@@ -193,7 +242,10 @@ def test_trl_conversations_with_images_are_regrouped(load):
 
 def test_trl_implicit_prompt(load):
     shared = [{"role": "user", "content": "Q"}]
-    row = {"chosen": [*shared, {"role": "assistant", "content": "yes"}], "rejected": [*shared, {"role": "assistant", "content": "no"}]}
+    row = {
+        "chosen": [*shared, {"role": "assistant", "content": "yes"}],
+        "rejected": [*shared, {"role": "assistant", "content": "no"}],
+    }
     group = load(datasets.Dataset.from_list([row]))[0]
     assert group["responses"] == ["yes", "no"] and prompt_text(group["prompt"]) == "Q" and group["images"] == []
 
@@ -216,23 +268,30 @@ def test_mmpr_meta_file_names_the_image_root_of_each_annotation(tmp_path, load):
     files.write_images(base / "images" / "one", 1)
     files.write_images(base / "images" / "two", 2)
     files.write_lines(base / "annotations" / "one.jsonl", [PAIR_FORMATS["mmpr"]("0.png")])
-    files.write_lines(base / "annotations" / "two.jsonl", [{"image": ["0.png", "1.png"], "question": "<image><image>Same?", **PAIR}])
+    files.write_lines(
+        base / "annotations" / "two.jsonl", [{"image": ["0.png", "1.png"], "question": "<image><image>Same?", **PAIR}]
+    )
     meta = {
-        name: {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "repeat_time": 1} for name in ("one", "two")
+        name: {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "repeat_time": 1}
+        for name in ("one", "two")
     }
     (base / "meta.json").write_text(json.dumps(meta))
     for source in (base, base / "meta.json"):
         groups = load(source)
         check_pair(groups[0])
         assert [len(group["images"]) for group in groups] == [1, 2]
-        assert groups[0]["images"][0]["path"].endswith("images/one/0.png") and groups[1]["images"][0]["path"].endswith("images/two/0.png")
+        assert groups[0]["images"][0]["path"].endswith("images/one/0.png") and groups[1]["images"][0]["path"].endswith(
+            "images/two/0.png"
+        )
 
 
 def test_llava_rlhf_conversations_with_and_without_the_answer_that_the_outputs_stand_for(folder, load):
     turns = [*HUMAN, {"from": "gpt", "value": "first"}, {"from": "human", "value": "And now?"}]
     record = {**PAIR_FORMATS["llava-rlhf"]("img/0.png"), "conversations": turns}
     groups = load(
-        files.write_lines(folder / "l.jsonl", [record, {**record, "conversations": [*turns, {"from": "gpt", "value": "x"}]}]),
+        files.write_lines(
+            folder / "l.jsonl", [record, {**record, "conversations": [*turns, {"from": "gpt", "value": "x"}]}]
+        ),
         regroup_pairs=False,
     )
     assert groups[0]["prompt"] == groups[1]["prompt"]
@@ -257,7 +316,12 @@ def test_a_json_file_with_one_record_or_a_list_below_a_key(folder, load):
 def test_hidden_files_are_no_data(folder, load, tmp_path):
     row = json.dumps({"prompt": "Q", "image": "a/0.png", **PAIR}) + "\n"
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
-        for name, content in {"__MACOSX/d/._rows.jsonl": b"\0\5", "d/": b"", "d/rows.jsonl": row, "d/a/0.png": files.png(0)}.items():
+        for name, content in {
+            "__MACOSX/d/._rows.jsonl": b"\0\5",
+            "d/": b"",
+            "d/rows.jsonl": row,
+            "d/a/0.png": files.png(0),
+        }.items():
             archive.writestr(name, content)
     assert len(load(tmp_path / "mac.zip")) == 1
     files.write_lines(folder / "rows.jsonl", [{"prompt": "Q", **PAIR}])
@@ -289,7 +353,9 @@ def test_mm_rlhf_video_and_tie_rows_are_counted_not_raised(folder, load):
 def test_a_tie_in_a_file_that_starts_like_trl_rows(folder, load):
     """MM-RLHF's `is_tie` is optional: the first record may lack it."""
     row = {"prompt": "What is it?", **PAIR, "image": "img/0.png"}
-    groups, report = load(files.write_lines(folder / "dpo_pairs.jsonl", [row, {**row, "prompt": "R", "is_tie": True}]), return_report=True)
+    groups, report = load(
+        files.write_lines(folder / "dpo_pairs.jsonl", [row, {**row, "prompt": "R", "is_tie": True}]), return_report=True
+    )
     assert (len(groups), report.format, report.reasons()) == (1, "trl", {"marked as a tie by the source": 1})
 
 
@@ -316,7 +382,9 @@ def test_paths_start_beside_the_data_file(tmp_path, load):
 
 def test_own_groups_with_given_pairs_and_with_ratings(folder, load):
     given = files.group_record(images=["img/0.png"], pairs=[[1, 0]], pair_weights=[0.5], ratings=...)
-    rated = files.group_record(images=["img/0.png"], responses=[{"model": "m", "response": "good"}, {"model": "n", "response": "bad"}])
+    rated = files.group_record(
+        images=["img/0.png"], responses=[{"model": "m", "response": "good"}, {"model": "n", "response": "bad"}]
+    )
     groups = load(files.write_lines(folder / "g.jsonl", [given, rated]))
     assert groups["pairs"][:] == [[[1, 0]], [[0, 1]]]
     assert groups["pair_weights"][:] == [[0.5], [1.0]]
@@ -337,7 +405,9 @@ def test_groups_survive_parquet_and_load_again(folder, load, tmp_path):
 
 def test_groups_without_a_pair_are_dropped_from_loaded_groups_too(folder, load):
     tied = files.group_record(images=["img/0.png"], id="tied", ratings=[{"Help": 1}] * 2)
-    everything = load(files.write_lines(folder / "g.jsonl", [tied, files.group_record(images=["img/0.png"])]), keep_unpaired=True)
+    everything = load(
+        files.write_lines(folder / "g.jsonl", [tied, files.group_record(images=["img/0.png"])]), keep_unpaired=True
+    )
     groups, report = load(everything, return_report=True)
     assert groups["id"][:] == ["g"] and [problem.row for problem in report.problems] == ["row 0"]
     assert len(load(everything, keep_unpaired=True)) == 2
@@ -369,4 +439,7 @@ def test_a_source_of_your_own(folder, load, monkeypatch):
     row = {"picture": "img/0.png", "question": "What is it?", "better": "a good answer", "worse": "a bad answer"}
     check_pair(load(files.write_lines(folder / "mine.jsonl", [row]))[0])
     with pytest.raises(DataError, match=r"mine.jsonl \(mine\), line 1, column 'worse': found no such column"):
-        load(files.write_lines(folder / "mine.jsonl", [{key: row[key] for key in ("picture", "question", "better")}]), format="mine")
+        load(
+            files.write_lines(folder / "mine.jsonl", [{key: row[key] for key in ("picture", "question", "better")}]),
+            format="mine",
+        )

@@ -31,7 +31,10 @@ def groups(*items):
     return load_preferences(rows(*items), regroup_pairs=False)
 
 
-keys = st.lists(st.builds(RowKeys, st.lists(st.sampled_from("abcdef"), max_size=2).map(tuple), st.sampled_from("uvwxyz")), max_size=12)
+keys = st.lists(
+    st.builds(RowKeys, st.lists(st.sampled_from("abcdef"), max_size=2).map(tuple), st.sampled_from("uvwxyz")),
+    max_size=12,
+)
 
 
 @given(keys, st.sampled_from(["both", "image", "prompt"]))
@@ -56,7 +59,8 @@ def test_components_are_no_larger_than_needed():
 
 def test_split_shares_nothing_and_is_seeded():
     data = groups(
-        *[(seed // 2, f"Question {index // 3}") for index, seed in enumerate(range(40))], *[(100 + i, f"Other {i}") for i in range(20)]
+        *[(seed // 2, f"Question {index // 3}") for index, seed in enumerate(range(40))],
+        *[(100 + i, f"Other {i}") for i in range(20)],
     )
     split = split_groups(data, 0.25, seed=1)
     assert len(split["train"]) + len(split["test"]) == 60 and 8 <= len(split["test"]) <= 15
@@ -67,7 +71,9 @@ def test_split_shares_nothing_and_is_seeded():
 
 def test_a_stock_prompt_ties_everything_together_and_the_error_says_so():
     data = groups(*[(seed, "Describe the image.") for seed in range(6)])
-    with pytest.raises(DataError, match=r"largest has 6 groups; one prompt occurs in 6 groups, for example in row 0. Pass by='image'"):
+    with pytest.raises(
+        DataError, match=r"largest has 6 groups; one prompt occurs in 6 groups, for example in row 0. Pass by='image'"
+    ):
         split_groups(data, 2)
     split = split_groups(data, 2, by="image")
     assert len(split["test"]) == 2
@@ -94,16 +100,22 @@ def test_impossible_sizes(size):
 def test_leaks_name_rows_and_kinds():
     train = groups((0, "One"), (1, "Two"), (2, "Three"))
     with pytest.raises(
-        LeakError, match="evaluation row 1 has the image of training row 2; evaluation row 2 has the prompt of training row 1"
+        LeakError,
+        match="evaluation row 1 has the image of training row 2; evaluation row 2 has the prompt of training row 1",
     ) as caught:
         check_leak(train, groups((9, "Nine"), (2, "Ten"), (8, " tWO \n")))
-    assert [(leak.kind, leak.train_row, leak.eval_row) for leak in caught.value.leaks] == [("image", 2, 1), ("prompt", 1, 2)]
+    assert [(leak.kind, leak.train_row, leak.eval_row) for leak in caught.value.leaks] == [
+        ("image", 2, 1),
+        ("prompt", 1, 2),
+    ]
     assert pickle.loads(pickle.dumps(caught.value)).leaks == caught.value.leaks
 
 
 def test_benchmark_rows_and_text_only_rows():
     train = groups((0, "One"), (None, "Just text"))
-    benchmark = datasets.Dataset.from_list([{"image": files.embedded(0), "question": "New?"}]).cast_column("image", datasets.Image())
+    benchmark = datasets.Dataset.from_list([{"image": files.embedded(0), "question": "New?"}]).cast_column(
+        "image", datasets.Image()
+    )
     with pytest.raises(LeakError, match="evaluation row 0 has the image of training row 0"):
         check_leak(train, benchmark)
     with pytest.raises(LeakError, match="share their prompt"):
@@ -117,7 +129,8 @@ def test_the_same_image_under_two_names_is_found(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(files.png(0))
     one, two = (
         load_preferences(
-            files.write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name, "image": f"{name}.png", **PAIR}]), cache_dir=tmp_path
+            files.write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name, "image": f"{name}.png", **PAIR}]),
+            cache_dir=tmp_path,
         )
         for name in ("a", "b")
     )
@@ -144,7 +157,16 @@ def test_perceptual_check_finds_a_smaller_jpeg():
 
 def test_prompt_keys_ignore_shape_case_and_marks():
     turns = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What IS it?"}]}]
-    assert len({prompt_key(turns), prompt_key("<image>\nwhat is  it?"), prompt_key([{"from": "human", "value": "what is it?"}])}) == 1
+    assert (
+        len(
+            {
+                prompt_key(turns),
+                prompt_key("<image>\nwhat is  it?"),
+                prompt_key([{"from": "human", "value": "what is it?"}]),
+            }
+        )
+        == 1
+    )
     assert prompt_key("what is it") != prompt_key("what is it?")
 
 

@@ -51,7 +51,9 @@ def test_stamps_follow_files_and_archives_and_no_bytes(tmp_path):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("x.png", files.png(0))
     image = lambda path=None, data=None: {"bytes": data, "path": path}  # noqa: E731
-    named = datasets.Dataset.from_list([{"images": [image(str(tmp_path / "a.png")), image(f"zip://x.png::{tmp_path / 'b.zip'}")]}])
+    named = datasets.Dataset.from_list(
+        [{"images": [image(str(tmp_path / "a.png")), image(f"zip://x.png::{tmp_path / 'b.zip'}")]}]
+    )
     single = datasets.Dataset.from_list([{"images": image(str(tmp_path / "a.png"))}, {"images": None}])
     texts = datasets.Dataset.from_list([{"images": str(tmp_path / "a.png")}])
     embedded = datasets.Dataset.from_list([{"images": [image("a.png", files.png(0))]}, {"images": []}])

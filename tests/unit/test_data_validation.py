@@ -12,9 +12,16 @@ from tests.support import preference_files as files
 
 def group(**changes):
     base = {
-        "id": "g", "images": [files.embedded(0)], "prompt": [user_turn("Q", 1)], "responses": ["good", "bad"], "pairs": [[0, 1]],
-        "pair_weights": [1.0], "models": None, "ratings": [{"Help": 5.0}, {"Help": 1.0}], "rationales": None,
-    }  # fmt: skip
+        "id": "g",
+        "images": [files.embedded(0)],
+        "prompt": [user_turn("Q", 1)],
+        "responses": ["good", "bad"],
+        "pairs": [[0, 1]],
+        "pair_weights": [1.0],
+        "models": None,
+        "ratings": [{"Help": 5.0}, {"Help": 1.0}],
+        "rationales": None,
+    }
     return {**base, **changes}
 
 
@@ -25,13 +32,25 @@ def stored(*rows):
 
 NAN = float("nan")
 BROKEN = {
-    "unreadable image": ({"images": [{"bytes": b"x", "path": None}]}, r"images\[0\]", "not an image that Pillow can read"),
-    "truncated image": ({"images": [{"bytes": files.png(0)[:-50], "path": None}]}, r"images\[0\]", "truncated or corrupt"),
+    "unreadable image": (
+        {"images": [{"bytes": b"x", "path": None}]},
+        r"images\[0\]",
+        "not an image that Pillow can read",
+    ),
+    "truncated image": (
+        {"images": [{"bytes": files.png(0)[:-50], "path": None}]},
+        r"images\[0\]",
+        "truncated or corrupt",
+    ),
     "image count": ({"images": []}, "prompt", r"1 image part\(s\) for 0 image\(s\)"),
     "no prompt": ({"prompt": []}, "prompt", "ends with a user turn"),
     "empty response": ({"responses": ["good", " "]}, r"responses\[1\]", "a non-empty string"),
     "identical responses": ({"responses": ["same", "same "]}, "pairs", "responses 0 and 1, which are identical"),
-    "NaN rating": ({"ratings": [{"Help": NAN}, {"Help": 1.0}]}, r"ratings\[0\].Help", "found nan; expected a finite number"),
+    "NaN rating": (
+        {"ratings": [{"Help": NAN}, {"Help": 1.0}]},
+        r"ratings\[0\].Help",
+        "found nan; expected a finite number",
+    ),
     "ratings too short": ({"ratings": [{"Help": 1.0}]}, "ratings", "one entry for each of the 2 responses"),
     "pair out of range": ({"pairs": [[0, 2]]}, "pairs", r"two different indices from 0 to 1"),
     "pair of three": ({"pairs": [[0, 1, 1]]}, "pairs", "two different indices"),
@@ -79,7 +98,10 @@ LONG = "The text describes the dog on the sofa in detail and nothing else."
         ({"rationales": [{"Help": LONG}, {"Help": LONG.upper()}]}, ["one rationale for two responses"]),
         ({"rationales": [{"Help": "Good."}, {"Help": "Good."}]}, []),
         ({"rationales": [{"Help": LONG}, {"Help": LONG}], "responses": ["a", "a "], "ratings": None}, []),
-        ({"rationales": [{"Help": "Text 2 is clear."}, {"Help": "Response <2> is wrong."}]}, ["rationale of another response"]),
+        (
+            {"rationales": [{"Help": "Text 2 is clear."}, {"Help": "Response <2> is wrong."}]},
+            ["rationale of another response"],
+        ),
         ({"rationales": [{"Help": "Text 1 is clear."}, {"Help": "Text 2 is worse than text 1."}]}, []),
         ({"rationales": [{"Help": "It lists text 7 of the sign."}, None]}, []),
     ],

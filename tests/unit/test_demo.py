@@ -35,7 +35,10 @@ def test_the_picture_shows_every_object_in_its_cell_and_colour():
     pixels = np.asarray(render(SCENE)).astype(int)
     assert pixels.shape == (84, 84, 3)
     for item in SCENE.items:
-        center = pixels[28 * (item.cell // 3) + 11 : 28 * (item.cell // 3) + 17, 28 * (item.cell % 3) + 11 : 28 * (item.cell % 3) + 17]
+        center = pixels[
+            28 * (item.cell // 3) + 11 : 28 * (item.cell // 3) + 17,
+            28 * (item.cell % 3) + 11 : 28 * (item.cell % 3) + 17,
+        ]
         nearest = min(COLORS, key=lambda c: np.abs(center.mean((0, 1)) - np.array(COLORS[c])).sum())
         assert nearest == item.color
     assert np.array_equal(np.asarray(render(SCENE)), np.asarray(render(SCENE)))
@@ -43,7 +46,9 @@ def test_the_picture_shows_every_object_in_its_cell_and_colour():
 
 def test_training_and_evaluation_share_no_content():
     train = {item.scene.key for item in preference_items(0, images=60, card_images=30)}
-    test = {item.scene.key for item in evaluation_items(7, mme_images=5, pope_images=5, captions=30, red_team_images=20)}
+    test = {
+        item.scene.key for item in evaluation_items(7, mme_images=5, pope_images=5, captions=30, red_team_images=20)
+    }
     assert train and test and not train & test
 
 
@@ -51,7 +56,12 @@ def test_training_and_evaluation_share_no_content():
 def test_yes_no_questions_come_with_both_truths(family):
     rng = np.random.default_rng(0)
     scenes = scene_stream(1, "train", icon="sign" if family == "OCR" else False)
-    labels = [q.label for _ in range(40) for label in (True, False) if (q := YES_NO[family](next(scenes), rng, label)) is not None]
+    labels = [
+        q.label
+        for _ in range(40)
+        for label in (True, False)
+        if (q := YES_NO[family](next(scenes), rng, label)) is not None
+    ]
     assert labels.count(True) > 10 and labels.count(False) > 10
 
 
@@ -64,7 +74,9 @@ def test_truths_of_single_questions():
         q = YES_NO["count"](SCENE, rng, label)
         assert ("three" in q.text) == label
         q = YES_NO["color"](SCENE, rng, label)
-        assert q.text.startswith("Is the circle ") and ("red" in q.text) == label  # two stars: only the circle can be asked about
+        assert (
+            q.text.startswith("Is the circle ") and ("red" in q.text) == label
+        )  # two stars: only the circle can be asked about
 
 
 def test_oracle_captions():
@@ -79,7 +91,11 @@ def test_oracle_captions():
 
 def test_oracle_yes_no_and_open():
     no = Question("yesno", "count", "Is the number of objects two?", "No", False)
-    assert scores(SCENE, no, "No") == [5, 5, 5] and scores(SCENE, no, "Yes") == [1, 5, 1] and scores(SCENE, no, "star")[2] == 3
+    assert (
+        scores(SCENE, no, "No") == [5, 5, 5]
+        and scores(SCENE, no, "Yes") == [1, 5, 1]
+        and scores(SCENE, no, "star")[2] == 3
+    )
     where = Question("open", "where", "Where is the red circle?", "It is at the top left.")
     assert scores(SCENE, where, "It is at the top left.") == [5, 5, 5]
     assert scores(SCENE, where, "It is at the top right.")[2] == 1
@@ -116,9 +132,13 @@ def test_records_load_as_preference_groups(tmp_path):
 
     items = preference_items(0, images=3, card_images=2)
     responses = [[item.question.answer, "Yes", "No", "nothing"] for item in items]
-    annotations = [[oracle.rate(item.scene, item.question, r) for r in own] for item, own in zip(items, responses, strict=True)]
+    annotations = [
+        [oracle.rate(item.scene, item.question, r) for r in own] for item, own in zip(items, responses, strict=True)
+    ]
     write_images(items, tmp_path / "images")
-    path = write_jsonl(vlfeedback_records(items, responses, annotations, ["a", "b", "c", "d"]), tmp_path / "vlfeedback.jsonl")
+    path = write_jsonl(
+        vlfeedback_records(items, responses, annotations, ["a", "b", "c", "d"]), tmp_path / "vlfeedback.jsonl"
+    )
     data = load_preferences(str(path), image_root=str(tmp_path / "images"))
     assert len(data) == len(items)
     first = data[0]
@@ -131,12 +151,16 @@ def test_a_sample_that_says_nothing_leaves_its_group_out(tmp_path):
     items = preference_items(5, images=3, card_images=0, questions=1)
     responses = [("yes", "no", "a cat", "two") for _ in items]
     responses[1] = ("yes", "", "a cat", "two")
-    annotations = [[oracle.rate(item.scene, item.question, r) for r in own] for item, own in zip(items, responses, strict=True)]
+    annotations = [
+        [oracle.rate(item.scene, item.question, r) for r in own] for item, own in zip(items, responses, strict=True)
+    ]
     for row in annotations:
         row[0]["Helpfulness"]["Rating"] = "5"  # a pair in every group
         row[2]["Helpfulness"]["Rating"] = "1"
     write_images(items, tmp_path / "images")
-    path = write_jsonl(vlfeedback_records(items, responses, annotations, ["a", "b", "c", "d"]), tmp_path / "vlfeedback.jsonl")
+    path = write_jsonl(
+        vlfeedback_records(items, responses, annotations, ["a", "b", "c", "d"]), tmp_path / "vlfeedback.jsonl"
+    )
     kept = preferences(DPO, {"source": str(path), "image_root": str(tmp_path / "images")}, 0)
     assert len(kept) == len(items) - 1 and all("" not in own for own in kept["responses"])
 

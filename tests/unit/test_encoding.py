@@ -2,7 +2,7 @@
 
 import pytest
 
-from silkie.encoding import GroupEncoder
+from silkie.batch.encoding import GroupEncoder
 from tests.support.data import mixed_groups
 from tests.support.tiny import tiny_processor
 
@@ -34,7 +34,8 @@ def test_image_tokens_are_expanded_and_marked(processor):
 def test_response_ends_as_the_template_ends_a_turn(processor):
     tok = processor.tokenizer
     template, end_of_turn = (
-        GroupEncoder(processor, response_end=e).encode(mixed_groups()[0]).responses[0] for e in ("template", "end_of_turn")
+        GroupEncoder(processor, response_end=e).encode(mixed_groups()[0]).responses[0]
+        for e in ("template", "end_of_turn")
     )
     assert tok.convert_ids_to_tokens(template.tolist()) == ["a", "red", "cat", "<|im_end|>", "\n"]
     assert tok.convert_ids_to_tokens(end_of_turn.tolist()) == ["a", "red", "cat", "<|im_end|>"]

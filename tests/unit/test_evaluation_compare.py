@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from silkie.evaluation import ResultError, get_benchmark, score
+from silkie.evaluation.benchmarks.generic import normalise, read_scale
+from silkie.evaluation.benchmarks.lexicon import mentions, singular
 from silkie.evaluation.compare import compare_scores
-from silkie.evaluation.generic import normalise, read_scale
 from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.judging import judge_tasks
-from silkie.evaluation.lexicon import mentions, singular
 from silkie.evaluation.run import question_tasks
 from silkie.evaluation.text import comparison_text, score_text
 
@@ -42,7 +42,9 @@ def two(tmp_path):
     other = {"yes": "no", "no": "yes"}
     a = [other[x] if i < 12 else x for i, x in enumerate(labels)]
     b = [other[x] if i >= 36 else x for i, x in enumerate(labels)]
-    return score("pope", pope_file(tmp_path / "a.jsonl", a, labels)), score("pope", pope_file(tmp_path / "b.jsonl", b, labels))
+    return score("pope", pope_file(tmp_path / "a.jsonl", a, labels)), score(
+        "pope", pope_file(tmp_path / "b.jsonl", b, labels)
+    )
 
 
 def test_differences_flips_and_tests(two):
@@ -87,18 +89,25 @@ def test_questions_of_one_image_are_resampled_together(tmp_path):
 
 def test_mme_interval_resamples_pairs_within_subtasks(tmp_path):
     for name, right in (("existence", 30), ("code_reasoning", 10)):
-        rows = [f"{i}.jpg\tq{k}\t{label}\t{label if i < right else 'x'}\n" for i in range(40) for k, label in enumerate(("Yes", "No"))]
+        rows = [
+            f"{i}.jpg\tq{k}\t{label}\t{label if i < right else 'x'}\n"
+            for i in range(40)
+            for k, label in enumerate(("Yes", "No"))
+        ]
         (tmp_path / f"{name}.txt").write_text("".join(rows))
     result = score("mme", str(tmp_path))
     low, high = metric_intervals(result)["perception"]
-    # both answers of an image are right or wrong together: score = 200 p, so the half width is 200 * 1.96 * sqrt(p q / n)
+    # both answers of an image are right or wrong together: score = 200 p, so the half width is 200 * 1.96 * sqrt(p q /
+    # n)
     half = 200 * 1.96 * (0.75 * 0.25 / 40) ** 0.5
     assert (low, high) == pytest.approx((150 - half, 150 + half), abs=6)
 
 
 def test_no_difference_is_not_significant(two):
     result = compare_scores(two[0], two[0])
-    assert all(m.p_value == 1.0 and m.difference == 0 and m.better is None for m in result.metrics if m.difference is not None)
+    assert all(
+        m.p_value == 1.0 and m.difference == 0 and m.better is None for m in result.metrics if m.difference is not None
+    )
     assert result.fixed == result.broken == [] and result.mcnemar_p == 1.0
 
 
@@ -121,7 +130,10 @@ def _redteam(folder):
 
 def test_lower_is_better_where_it_is(tmp_path):
     def chair(name, answer):
-        rows = [{"id": i, "answer": answer, "objects": ["dog"], "vocabulary": {"dog": "dog", "cat": "cat"}} for i in range(20)]
+        rows = [
+            {"id": i, "answer": answer, "objects": ["dog"], "vocabulary": {"dog": "dog", "cat": "cat"}}
+            for i in range(20)
+        ]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return score("chair", str(tmp_path / name))
 
@@ -146,14 +158,19 @@ def write_yaml(folder, text, questions):
 
 def test_generic_yesno(tmp_path):
     questions = [
-        {"id": i, "image": f"{i}.png", "question": f"q{i}?", "label": label, "category": "c"} for i, label in enumerate(["yes", "no", "no"])
+        {"id": i, "image": f"{i}.png", "question": f"q{i}?", "label": label, "category": "c"}
+        for i, label in enumerate(["yes", "no", "no"])
     ]
-    name = write_yaml(tmp_path, 'name: kitchen\nkind: yesno\npositive: no\nprompt: "{question} Answer yes or no."\n', questions)
+    name = write_yaml(
+        tmp_path, 'name: kitchen\nkind: yesno\npositive: no\nprompt: "{question} Answer yes or no."\n', questions
+    )
     benchmark = get_benchmark(name)
     loaded = benchmark.load_questions("")
     assert loaded[0].prompt == "q0? Answer yes or no." and loaded[0].images == (str(tmp_path / "0.png"),)
     answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps({"id": i, "answer": text}) + "\n" for i, text in enumerate(["YES!", "No, none.", "yes"])))
+    answers.write_text(
+        "".join(json.dumps({"id": i, "answer": text}) + "\n" for i, text in enumerate(["YES!", "No, none.", "yes"]))
+    )
     result = benchmark.score_results(str(answers))  # labels come from the questions
     assert result.metrics["accuracy"] == pytest.approx(2 / 3)
     assert result.metrics["precision"] == 1 and result.metrics["recall"] == 0.5, "no is the positive class here"
@@ -170,7 +187,10 @@ def test_generic_exact_and_judge(tmp_path):
     tasks = question_tasks(benchmark, benchmark.load_questions(""), tmp_path / "exact")
     out = tmp_path / "a.jsonl"
     out.write_text(
-        "".join(json.dumps({**task.record, "answer": text}) + "\n" for task, text in zip(tasks, ["The Crimson.", "2"], strict=True))
+        "".join(
+            json.dumps({**task.record, "answer": text}) + "\n"
+            for task, text in zip(tasks, ["The Crimson.", "2"], strict=True)
+        )
     )
     assert benchmark.score_results(str(out)).metrics["accuracy"] == 0.5
     (tmp_path / "judge").mkdir()
@@ -178,7 +198,10 @@ def test_generic_exact_and_judge(tmp_path):
     benchmark = get_benchmark(write_yaml(tmp_path / "judge", rules, [{"id": 1, "question": "What?"}]))
     assert benchmark.judge_prompt({"prompt": "What?", "answer": "It."}).startswith("Q What? A It. R not given\n")
     out.write_text(
-        "".join(json.dumps(row) + "\n" for row in [{"id": 1, "judge": "fine.\nRating: 8"}, {"id": 2, "judge": "?"}, {"id": 3, "rating": 3}])
+        "".join(
+            json.dumps(row) + "\n"
+            for row in [{"id": 1, "judge": "fine.\nRating: 8"}, {"id": 2, "judge": "?"}, {"id": 3, "rating": 3}]
+        )
     )
     metrics = benchmark.score_results(str(out)).metrics
     assert metrics == pytest.approx({"score": (8 + 1 + 3) / 3, "pass_rate": 1 / 3, "unreadable": 1 / 3})
@@ -200,7 +223,10 @@ def test_generic_exact_and_judge(tmp_path):
         ("kind: yesno\nmax_new_tokens: yes\n", "`max_new_tokens` must be a whole number, found True"),
         ("kind: yesno\nmax_new_tokens: 0\n", "`max_new_tokens` must be at least 1, found 0"),
         ("kind: yesno\nquestions: 7\n", "`questions` must be a file name or a list of questions, found 7"),
-        ("kind: yesno\nquestions: [a]\n", "`questions` must be a list of mappings such as {question: ..., label: ...}, found 'a'"),
+        (
+            "kind: yesno\nquestions: [a]\n",
+            "`questions` must be a list of mappings such as {question: ..., label: ...}, found 'a'",
+        ),
         ("kind: yesno\nquestions: []\n", "`questions` is empty"),
         ('kind: yesno\nprompt: "{question"\n', "`prompt` is not a template"),
         ('kind: yesno\nprompt: "{} please"\n', "`prompt` must name fields of a question, such as {question}, found {}"),
@@ -219,18 +245,26 @@ def test_a_judge_prompt_that_wants_another_field_names_the_record(tmp_path):
     yaml = write_yaml(tmp_path, 'kind: judge\njudge: {prompt: "{hint} {answer}"}\n', [])
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"id": 1, "hint": "x", "answer": "a"}\n{"id": 2, "answer": "b"}\n')
-    with pytest.raises(ResultError, match=r"answers\.jsonl:2: the judge's prompt wants the field 'hint', found \['answer', 'id'\]"):
+    with pytest.raises(
+        ResultError, match=r"answers\.jsonl:2: the judge's prompt wants the field 'hint', found \['answer', 'id'\]"
+    ):
         judge_tasks(get_benchmark(yaml), answers)
 
 
 def test_small_readers():
     assert normalise("  The red-square!") == "red square" and normalise("A") == ""
     assert read_scale("Rating: 3 ... **Rating:** 4", 1, 5) == 4.0 and read_scale("rating: 9", 1, 5) is None
-    assert [singular(w) for w in ("dogs", "buses", "glass", "boxes", "berries", "women", "children", "leaves", "bus", "shoes", "tennis")] == [
-        "dog", "bus", "glass", "box", "berry", "woman", "child", "leaf", "bus", "shoe", "tennis"
-    ]  # fmt: skip
+    assert [
+        singular(w)
+        for w in ("dogs", "buses", "glass", "boxes", "berries", "women", "children", "leaves", "bus", "shoes", "tennis")
+    ] == ["dog", "bus", "glass", "box", "berry", "woman", "child", "leaf", "bus", "shoe", "tennis"]
     words = {"red circle": "red circle", "circle": "circle", "can": "can", "couch": "sofa", "sofa": "sofa"}
-    assert mentions("Two red circles, a circle; you can see a can and couches.", words) == ["red circle", "circle", "can", "sofa"]
+    assert mentions("Two red circles, a circle; you can see a can and couches.", words) == [
+        "red circle",
+        "circle",
+        "can",
+        "sofa",
+    ]
 
 
 def picture(path):
@@ -251,11 +285,16 @@ def test_mme_release_layouts_load_and_export_scores_the_same(tmp_path):
     assert [task.record["category"] for task in tasks] == ["count"] * 4 + ["posters"] * 2
     assert all(task.prompt.count("Please answer yes or no.") == 1 for task in tasks)
     assert tasks[-1].record["image"] == "posters/images/p.jpg"
-    rows = [{**task.record, "answer": text} for task, text in zip(tasks, ["Yes", "No\tsure", "No", "No", " yes", "what"], strict=True)]
+    rows = [
+        {**task.record, "answer": text}
+        for task, text in zip(tasks, ["Yes", "No\tsure", "No", "No", " yes", "what"], strict=True)
+    ]
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     official = benchmark.export_results(rows, tmp_path / "official")
-    assert (official / "count.txt").read_text().splitlines()[1] == "0001.png\tHow few? Please answer yes or no.\tNo\tNo sure"
+    assert (official / "count.txt").read_text().splitlines()[
+        1
+    ] == "0001.png\tHow few? Please answer yes or no.\tNo\tNo sure"
     a, b = score("mme", str(own)), score("mme", str(official))
     assert a.metrics == b.metrics and a.metrics["perception"] == pytest.approx(75 + 50 + 50 + 0)
     assert compare_scores(a, b).questions == 6, "both layouts name the questions alike"
@@ -264,7 +303,9 @@ def test_mme_release_layouts_load_and_export_scores_the_same(tmp_path):
 def test_pope_release_loads_and_exports(tmp_path):
     picture(tmp_path / "val2014" / "x.jpg")
     for name in ("random", "adversarial"):
-        (tmp_path / f"coco_pope_{name}.json").write_text('{"question_id": 1, "image": "x.jpg", "text": "Is there a dog?", "label": "no"}\n')
+        (tmp_path / f"coco_pope_{name}.json").write_text(
+            '{"question_id": 1, "image": "x.jpg", "text": "Is there a dog?", "label": "no"}\n'
+        )
     benchmark = get_benchmark("pope")
     tasks = question_tasks(benchmark, benchmark.load_questions(tmp_path), tmp_path)
     assert [task.record["id"] for task in tasks] == ["random/1", "adversarial/1"]
@@ -299,12 +340,21 @@ def test_amber_release_loads_and_exports(tmp_path):
 def test_judged_benchmarks_load(tmp_path):
     picture(tmp_path / "images" / "a.jpg")
     record = {
-        "question_type": "attribute", "question_topic": "food", "image_id": "1", "image_src": "https://host/a.jpg",
-        "image_content": ["dog", "ball"], "question": "What colour?", "gt_answer": "Red.", "model_answer": "",
-    }  # fmt: skip
+        "question_type": "attribute",
+        "question_topic": "food",
+        "image_id": "1",
+        "image_src": "https://host/a.jpg",
+        "image_content": ["dog", "ball"],
+        "question": "What colour?",
+        "gt_answer": "Red.",
+        "model_answer": "",
+    }
     (tmp_path / "response_template.json").write_text(json.dumps([record]))
     (tmp_path / "mm-vet.json").write_text(
-        json.dumps({"v1_0": {"imagename": "a.jpg", "question": "x?", "answer": "1<OR>2", "capability": ["ocr", "math"]}}, indent=1)
+        json.dumps(
+            {"v1_0": {"imagename": "a.jpg", "question": "x?", "answer": "1<OR>2", "capability": ["ocr", "math"]}},
+            indent=1,
+        )
     )
     mmhal, mmvet = get_benchmark("mmhal"), get_benchmark("mmvet")
     (task,) = question_tasks(mmhal, mmhal.load_questions(tmp_path), tmp_path)
@@ -320,7 +370,9 @@ def test_judged_benchmarks_load(tmp_path):
 
 
 def test_missing_images_are_found_before_the_first_answer(tmp_path):
-    (tmp_path / "redteam.jsonl").write_text(json.dumps({"id": 1, "prompt": "q", "expected": "refuse", "image": "gone.png"}) + "\n")
+    (tmp_path / "redteam.jsonl").write_text(
+        json.dumps({"id": 1, "prompt": "q", "expected": "refuse", "image": "gone.png"}) + "\n"
+    )
     benchmark = get_benchmark("redteam")
     with pytest.raises(ResultError, match=r"question 1: the image .*gone\.png is not there"):
         question_tasks(benchmark, benchmark.load_questions(tmp_path), tmp_path)

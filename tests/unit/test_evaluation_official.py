@@ -1,8 +1,9 @@
-"""The scorers against second implementations of the published rules, written here in another style, on random files with odd answers.
+"""The scorers against second implementations of the published rules, written here in another style, on random files
+with odd answers.
 
-The rules: MME's `calculation.py` (first four characters; pairs of lines), POPE's `evaluate.py` (first sentence, no commas, the words No / no /
-not), AMBER's `inference.py` (word lists, "No" as the positive class, 0.001 in every denominator), MMHal-Bench's `rating: N`, MM-Vet's
-grades per capability.
+The rules: MME's `calculation.py` (first four characters; pairs of lines), POPE's `evaluate.py` (first sentence, no
+commas, the words No / no / not), AMBER's `inference.py` (word lists, "No" as the positive class, 0.001 in every
+denominator), MMHal-Bench's `rating: N`, MM-Vet's grades per capability.
 """
 
 from __future__ import annotations
@@ -17,15 +18,59 @@ import pytest
 
 from silkie.evaluation import ResultError, score
 from silkie.evaluation.__main__ import main
-from silkie.evaluation.lexicon import mentions
+from silkie.evaluation.benchmarks.lexicon import mentions
 
 ANSWERS = (
-    "Yes", "No", "yes", "no", "YES", "NO", "Yes, there is.", "No, there is not.", "no.", "yes.", "", "not sure", "I think yes", "  yes",
-    "   no", " Yes", " no", "Yes\u2028indeed", "ja", "是", "Noooo", "Know", "eyes", "It is not. Yes.", "There is no dog", "\u00a0yes",
-    "The answer is No", "no,", "No\x0cmaybe", "yes\x85", "maybe. no", '"Yes"', "(no)", "**No**", "n/a", "None",
-)  # fmt: skip
+    "Yes",
+    "No",
+    "yes",
+    "no",
+    "YES",
+    "NO",
+    "Yes, there is.",
+    "No, there is not.",
+    "no.",
+    "yes.",
+    "",
+    "not sure",
+    "I think yes",
+    "  yes",
+    "   no",
+    " Yes",
+    " no",
+    "Yes\u2028indeed",
+    "ja",
+    "是",
+    "Noooo",
+    "Know",
+    "eyes",
+    "It is not. Yes.",
+    "There is no dog",
+    "\u00a0yes",
+    "The answer is No",
+    "no,",
+    "No\x0cmaybe",
+    "yes\x85",
+    "maybe. no",
+    '"Yes"',
+    "(no)",
+    "**No**",
+    "n/a",
+    "None",
+)
 SUBTASKS = {
-    "perception": ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"],
+    "perception": [
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ],
     "cognition": ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"],
 }
 
@@ -47,7 +92,10 @@ def test_mme(tmp_path, seed):
                 rows.insert(2, "")
             text = ("\ufeff" if seed == 3 else "") + line_end.join(rows) + (line_end if seed != 2 else "")
             (tmp_path / f"{name}.txt").write_bytes(text.encode())
-            right = [[g.lower() == next((w for w in ("yes", "no") if w in a.lower()[:4]), "other") for g, a in pair] for pair in pairs]
+            right = [
+                [g.lower() == next((w for w in ("yes", "no") if w in a.lower()[:4]), "other") for g, a in pair]
+                for pair in pairs
+            ]
             mine = 100 * sum(map(sum, right)) / (2 * len(pairs)) + 100 * sum(map(all, right)) / len(pairs)
             totals[part] = totals.get(part, 0.0) + mine
             alone = score("mme", str(tmp_path / f"{name}.txt"))
@@ -60,7 +108,8 @@ def test_mme(tmp_path, seed):
 
 
 def test_mme_names_and_repeated_questions(tmp_path):
-    """A question may be asked twice of an image, with both truths; only a repeated line is an error. Subtask names are read in any case."""
+    """A question may be asked twice of an image, with both truths; only a repeated line is an error. Subtask names are
+    read in any case."""
     (tmp_path / "ocr.txt").write_text("a.jpg\tIs it so?\tYes\tYes\na.jpg\tIs it so?\tNo\tYes\n")
     assert score("mme", str(tmp_path)).categories["OCR"]["score"] == 50
     (tmp_path / "count.txt").write_bytes(b"a.jpg\tq\tYes\tYes\na.jpg\tr\tNo\t\xff\n")
@@ -71,7 +120,10 @@ def test_mme_names_and_repeated_questions(tmp_path):
 
 def pope_truth(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """(answer, label) of every question."""
-    said = ["no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes" for answer, _ in pairs]
+    said = [
+        "no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes"
+        for answer, _ in pairs
+    ]
     table = [(s, label) for s, (_, label) in zip(said, pairs, strict=True)]
     hit, wrong, missed = (table.count(cell) for cell in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
     truth = {"accuracy": sum(s == label for s, label in table) / len(table), "yes_rate": said.count("yes") / len(said)}
@@ -94,7 +146,12 @@ def test_pope_in_every_layout(tmp_path, seed):
     for name in ("random", "popular", "adversarial"):
         number = 6 * rng.randint(1, 4)
         questions: list[dict[str, Any]] = [
-            {"question_id": i + 1, "image": f"{i // 6}.jpg", "text": f"Is there a thing {i}?", "label": ("yes", "no")[i % 2]}
+            {
+                "question_id": i + 1,
+                "image": f"{i // 6}.jpg",
+                "text": f"Is there a thing {i}?",
+                "label": ("yes", "no")[i % 2],
+            }
             for i in range(number)
         ]
         answers = [rng.choice([*ANSWERS, "No\n", "Yes\nno", "a\tno"]) for _ in questions]
@@ -116,15 +173,40 @@ def test_pope_in_every_layout(tmp_path, seed):
 
 
 OBJECTS = {
-    "sky": [], "grass": ["ground"], "road": ["path", "street", "ground"], "man": ["person", "people"], "car": ["tire", "light"],
-    "beach": ["sand", "shore"], "watch": [], "orange": ["tangerine"], "knife": [], "child": ["kid", "people"], "bin": ["can", "bucket"],
-    "rail": ["track"], "tree": ["forest", "leave"], "strawberry": [], "support": ["holder"], "box": ["container"], "ebook": ["e-book"],
-}  # fmt: skip
-PLURALS = {"man": "men", "knife": "knives", "child": "children", "strawberry": "strawberries", "box": "boxes", "bench": "benches"}
+    "sky": [],
+    "grass": ["ground"],
+    "road": ["path", "street", "ground"],
+    "man": ["person", "people"],
+    "car": ["tire", "light"],
+    "beach": ["sand", "shore"],
+    "watch": [],
+    "orange": ["tangerine"],
+    "knife": [],
+    "child": ["kid", "people"],
+    "bin": ["can", "bucket"],
+    "rail": ["track"],
+    "tree": ["forest", "leave"],
+    "strawberry": [],
+    "support": ["holder"],
+    "box": ["container"],
+    "ebook": ["e-book"],
+}
+PLURALS = {
+    "man": "men",
+    "knife": "knives",
+    "child": "children",
+    "strawberry": "strawberries",
+    "box": "boxes",
+    "bench": "benches",
+}
 KINDS = {
-    "discriminative-hallucination": "existence", "discriminative-attribute-state": "state", "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action", "discriminative-relation": "relation", "relation": "relation",
-}  # fmt: skip
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
 
 
 def amber_words(rng: random.Random, annotation: dict) -> tuple[str, list[str]]:
@@ -135,17 +217,19 @@ def amber_words(rng: random.Random, annotation: dict) -> tuple[str, list[str]]:
         noun = rng.choice([noun, *OBJECTS[noun]])
         shown = rng.choice([noun, PLURALS.get(noun, noun)])
         text.append(
-            rng.choice(["There is a {}.", "I see the {}, which is old.", "It shows two {} and more.", "{},", "next to {} and"]).format(
-                shown
-            )
+            rng.choice(
+                ["There is a {}.", "I see the {}, which is old.", "It shows two {} and more.", "{},", "next to {} and"]
+            ).format(shown)
         )
         nouns.append(noun)
     return " ".join(text), nouns
 
 
-def amber_description(annotation: dict, nouns: list[str], safe: set[str]) -> tuple[list[str], set[str], set[int], set[int]]:
-    """(mentions, hallucinated positions ...) of one description; a word reaches the first annotated word that it is associated with, then
-    the word itself."""
+def amber_description(
+    annotation: dict, nouns: list[str], safe: set[str]
+) -> tuple[list[str], set[str], set[int], set[int]]:
+    """(mentions, hallucinated positions ...) of one description; a word reaches the first annotated word that it is
+    associated with, then the word itself."""
 
     def owner(words: list[str], noun: str) -> int | None:
         related = [i for i, word in enumerate(words) if noun in OBJECTS[word]]
@@ -204,7 +288,9 @@ def test_amber_as_the_official_script_prints_it(tmp_path, seed):
 
     truth = {a["id"]: a for a in annotations}
     said = [(truth[r["id"]], r["response"]) for r in responses if truth[r["id"]]["type"] in KINDS]
-    groups = {"": set(KINDS.values()), " (attribute)": {"state", "number", "action"}} | {f" ({name})": {name} for name in KINDS.values()}
+    groups = {"": set(KINDS.values()), " (attribute)": {"state", "number", "action"}} | {
+        f" ({name})": {name} for name in KINDS.values()
+    }
     for suffix, kinds in groups.items():
         own = [(a["truth"].capitalize(), response) for a, response in said if KINDS[a["type"]] in kinds]
         constants = 3 if suffix == " (attribute)" else 1
@@ -214,7 +300,12 @@ def test_amber_as_the_official_script_prints_it(tmp_path, seed):
         recall = share(rejected.count("No"), [t for t, _ in own].count("No"), constants)
         small = 0.001 if suffix == " (existence)" else 0.0001
         f1 = round(2 * (precision / 100) * (recall / 100) / (precision / 100 + recall / 100 + small) * 100, 1)
-        assert [printed[name + suffix] for name in ("Accuracy", "Precision", "Recall", "F1")] == [accuracy, precision, recall, f1], suffix
+        assert [printed[name + suffix] for name in ("Accuracy", "Precision", "Recall", "F1")] == [
+            accuracy,
+            precision,
+            recall,
+            f1,
+        ], suffix
 
 
 @pytest.mark.parametrize(
@@ -256,7 +347,9 @@ def test_mmhal_in_every_layout(tmp_path, seed):
     for reply in replies:
         read = [n for n in range(7) if f"rating: {n}" in reply.lower()]
         ratings.append(read[0] if len(read) == 1 else 0)
-    completions = [{"id": "same", "choices": [{"message": {"role": "assistant", "content": reply}}]} for reply in replies]
+    completions = [
+        {"id": "same", "choices": [{"message": {"role": "assistant", "content": reply}}]} for reply in replies
+    ]
     layouts: dict[str, list[Any]] = {
         "completions": completions,
         "completions as text": [json.dumps(completion) for completion in completions],
@@ -269,7 +362,9 @@ def test_mmhal_in_every_layout(tmp_path, seed):
         result = score("mmhal", str(tmp_path / "r.json"))
         assert cut(result.metrics["score"]) == cut(sum(ratings) / 96), name
         assert cut(result.metrics["hallucination_rate"]) == cut(sum(n < 3 for n in ratings) / 96), name
-        assert [cut(row["score"]) for row in result.categories.values()] == [cut(sum(ratings[i::8]) / 12) for i in range(8)], name
+        assert [cut(row["score"]) for row in result.categories.values()] == [
+            cut(sum(ratings[i::8]) / 12) for i in range(8)
+        ], name
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -277,15 +372,24 @@ def test_mmvet_in_every_layout(tmp_path, seed):
     rng = random.Random(seed)
     names = ("rec", "ocr", "know", "gen", "spat", "math")
     questions = {
-        f"v1_{i}": {"imagename": f"{i}.png", "question": "q", "answer": "a", "capability": rng.sample(names, rng.randint(1, 3))}
+        f"v1_{i}": {
+            "imagename": f"{i}.png",
+            "question": "q",
+            "answer": "a",
+            "capability": rng.sample(names, rng.randint(1, 3)),
+        }
         for i in range(rng.randint(4, 20))
     }
     grades = {name: rng.randint(0, 10) / 10 for name in questions}
     layouts: dict[str, Any] = {
         "official": {k: {"model": ["m"] * 2, "content": ["x"] * 2, "score": [v, v]} for k, v in grades.items()},
         "plain": grades,
-        "records": [{"question_id": k, "capability": questions[k]["capability"], "score": v} for k, v in grades.items()],
-        "texts": [{"id": k, "capability": ", ".join(questions[k]["capability"]), "score": str(v)} for k, v in grades.items()],
+        "records": [
+            {"question_id": k, "capability": questions[k]["capability"], "score": v} for k, v in grades.items()
+        ],
+        "texts": [
+            {"id": k, "capability": ", ".join(questions[k]["capability"]), "score": str(v)} for k, v in grades.items()
+        ],
     }
     for layout, rows in layouts.items():
         folder = tmp_path / layout
@@ -318,7 +422,9 @@ def broken(rng: random.Random, rows: list[dict]) -> bytes:
         data = data[: rng.randrange(len(data))]
     elif accident == 3:
         lines = data.split("\n")
-        lines.insert(rng.randrange(len(lines) + 1), rng.choice(["garbage", "null", "[]", "{}", '"x"', "\x00", "\t\t", "12"]))
+        lines.insert(
+            rng.randrange(len(lines) + 1), rng.choice(["garbage", "null", "[]", "{}", '"x"', "\x00", "\t\t", "12"])
+        )
         data = "\n".join(lines)
     raw = bytearray(data.encode())
     if accident == 4:
@@ -328,9 +434,13 @@ def broken(rng: random.Random, rows: list[dict]) -> bytes:
 
 ROWS: dict[str, list[dict]] = {
     "pope": [{"question_id": i, "image": "a.jpg", "text": "q", "label": "yes", "answer": "No, é"} for i in range(5)],
-    "mmhal": [{"question": "q", "model_answer": "a", "choices": [{"message": {"content": "Rating: 3"}}]} for _ in range(5)],
+    "mmhal": [
+        {"question": "q", "model_answer": "a", "choices": [{"message": {"content": "Rating: 3"}}]} for _ in range(5)
+    ],
     "mmvet": [{"id": f"v{i}", "capability": ["rec"], "score": [0.5]} for i in range(5)],
-    "redteam": [{"id": i, "category": "privacy", "prompt": "p", "expected": "refuse", "answer": "I cannot"} for i in range(5)],
+    "redteam": [
+        {"id": i, "category": "privacy", "prompt": "p", "expected": "refuse", "answer": "I cannot"} for i in range(5)
+    ],
     "chair": [{"id": i, "image": "a.png", "objects": ["dog"], "answer": "A dog"} for i in range(5)],
     "mme": [{"category": "count", "image": "a", "prompt": str(i), "label": "no", "answer": "No"} for i in range(6)],
 }

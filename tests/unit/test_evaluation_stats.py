@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from silkie.evaluation.stats import (
+from silkie.stats import (
     bootstrap_mean,
     holm,
     mcnemar_exact,

@@ -1,4 +1,5 @@
-"""An endpoint over a real socket: what is retried, how long is waited, which parameters are given up, and what never leaves the process."""
+"""An endpoint over a real socket: what is retried, how long is waited, which parameters are given up, and what never
+leaves the process."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import time
 
 import pytest
 
-from silkie.feedback.budget import Budget, Prices
-from silkie.feedback.endpoint import Endpoint, RetryPolicy, TransportError, api_key_from_environment, retry_after_seconds
+from silkie.endpoint.budget import Budget, Prices
+from silkie.endpoint.client import Endpoint, RetryPolicy, TransportError, api_key_from_environment, retry_after_seconds
 from silkie.feedback.items import AnswerError, ItemError, StopRun, Usage
 from tests.support.feedback import ScriptedServer, completion, error
 
@@ -26,7 +27,9 @@ def _no_keys(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def ask(server: ScriptedServer, *, waits: list[float] | None = None, endpoint_options: dict | None = None, **parameters):
+def ask(
+    server: ScriptedServer, *, waits: list[float] | None = None, endpoint_options: dict | None = None, **parameters
+):
     """One call; with `waits` nothing is slept and the waits asked for are collected."""
 
     async def run():
@@ -48,14 +51,17 @@ def ask(server: ScriptedServer, *, waits: list[float] | None = None, endpoint_op
 
 def test_an_answer_with_its_usage_and_cost():
     with ScriptedServer(lambda n, body: completion("hi")) as server:
-        answer, _ = ask(server, endpoint_options={"prices": Prices(prompt=2.0, completion=10.0)}, temperature=0.0, max_tokens=7)
+        answer, _ = ask(
+            server, endpoint_options={"prices": Prices(prompt=2.0, completion=10.0)}, temperature=0.0, max_tokens=7
+        )
     assert answer.text == "hi"
     assert answer.usage == Usage(1, 100, 50, (100 * 2 + 50 * 10) / 1e6)
     assert server.requests[0] == {"model": "judge", "messages": MESSAGES, "temperature": 0.0, "max_tokens": 7}
 
 
 @pytest.mark.parametrize(
-    "failure", [error(500), error(503), error(408), None, (200, {"content-length": "500", "connection": "close"}, '{"cut')]
+    "failure",
+    [error(500), error(503), error(408), None, (200, {"content-length": "500", "connection": "close"}, '{"cut')],
 )
 def test_a_failing_server_is_asked_again(failure):
     with ScriptedServer(lambda n, body: failure if n < 2 else completion("hi")) as server:
@@ -90,7 +96,9 @@ def test_a_server_that_drips_forever_is_given_up_as_well():
             while True:
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(OSError):
-                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n")
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n"
+                    )
                     for _ in range(100):
                         connection.sendall(b" ")
                         time.sleep(0.05)
@@ -112,7 +120,9 @@ def test_a_server_that_drips_forever_is_given_up_as_well():
 
 def test_retry_after_is_honoured_and_jittered():
     waits: list[float] = []
-    with ScriptedServer(lambda n, body: error(429, headers={"retry-after": "3"}) if n < 5 else completion("hi")) as server:
+    with ScriptedServer(
+        lambda n, body: error(429, headers={"retry-after": "3"}) if n < 5 else completion("hi")
+    ) as server:
         ask(server, waits=waits)
     assert len(waits) == 5, "429 answers do not count against the attempts"
     assert all(3 <= wait <= 3.5 for wait in waits)
@@ -184,7 +194,11 @@ def test_one_request_that_is_refused_does_not_cost_the_others_their_structure():
 
 def test_a_renamed_parameter_is_renamed():
     def reply(n, body):
-        return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.") if "max_tokens" in body else completion("hi")
+        return (
+            error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.")
+            if "max_tokens" in body
+            else completion("hi")
+        )
 
     with ScriptedServer(reply) as server:
         ask(server, max_tokens=9)
@@ -227,12 +241,20 @@ def test_a_cut_answer_may_be_kept():
 def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch, caplog):
     monkeypatch.setenv("SILKIE_API_KEY", "sk-very-secret")
     echo = error(400, "your key sk-very-secret may not do that")
-    with caplog.at_level(logging.DEBUG), ScriptedServer(lambda n, body: echo) as server, pytest.raises(ItemError) as caught:
+    with (
+        caplog.at_level(logging.DEBUG),
+        ScriptedServer(lambda n, body: echo) as server,
+        pytest.raises(ItemError) as caught,
+    ):
         ask(server)
     assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
     assert "sk-very-secret" not in str(caught.value) + caught.value.raw
     assert "[key]" in caught.value.raw
-    assert not [record for record in caplog.records if record.name.startswith("silkie") and "sk-very-secret" in record.getMessage()]
+    assert not [
+        record
+        for record in caplog.records
+        if record.name.startswith("silkie") and "sk-very-secret" in record.getMessage()
+    ]
 
 
 def test_where_the_key_comes_from(monkeypatch):

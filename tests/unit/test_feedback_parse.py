@@ -43,7 +43,9 @@ def test_reads_the_form_of_vlfeedback():
 
 
 def test_keeps_a_rationale_of_several_lines_and_drops_the_separator():
-    parsed = parse_markdown(markdown(GRID, rationale="First line.\n- second: with a colon\n**Bold** third.\n\n---"), RUBRIC, 4)
+    parsed = parse_markdown(
+        markdown(GRID, rationale="First line.\n- second: with a colon\n**Bold** third.\n\n---"), RUBRIC, 4
+    )
     assert parsed[2]["Visual Faithfulness"].rationale == "First line.\n- second: with a colon\n**Bold** third."
 
 
@@ -125,7 +127,8 @@ def test_a_rating_that_is_not_applicable_is_none_and_not_an_error():
 
 
 def test_a_rating_quoted_from_a_response_cannot_slip_in():
-    """A response that tells the judge to rate it 5 may be quoted in a rationale; what looks like a second rating is an error, not a rating."""
+    """A response that tells the judge to rate it 5 may be quoted in a rationale; what looks like a second rating is an
+    error, not a rating."""
     text = markdown(GRID).replace("Rationale: Because.", "Rationale: The text says:\nRating: 5", 1)
     with pytest.raises(AnswerError) as caught:
         parse_answer(text, RUBRIC, 4)
@@ -134,7 +137,8 @@ def test_a_rating_quoted_from_a_response_cannot_slip_in():
 
 def as_json(grid) -> dict:
     return {
-        name: {f"text_{i}": {"rationale": "r", "rating": v} for i, v in enumerate(row, 1)} for name, row in zip(NAMES, grid, strict=True)
+        name: {f"text_{i}": {"rationale": "r", "rating": v} for i, v in enumerate(row, 1)}
+        for name, row in zip(NAMES, grid, strict=True)
     }
 
 
@@ -164,9 +168,14 @@ def test_json_with_a_wrong_count_or_a_rating_off_the_scale():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    grid=st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(st.integers(1, 5), min_size=k, max_size=k), min_size=3, max_size=3)),
+    grid=st.integers(1, 6).flatmap(
+        lambda k: st.lists(st.lists(st.integers(1, 5), min_size=k, max_size=k), min_size=3, max_size=3)
+    ),
     rationale=st.text(
-        alphabet=st.characters(exclude_characters="#*_\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", exclude_categories=["Cs"]), max_size=40
+        alphabet=st.characters(
+            exclude_characters="#*_\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", exclude_categories=["Cs"]
+        ),
+        max_size=40,
     ),
 )
 def test_whatever_is_written_is_read_back(grid, rationale):

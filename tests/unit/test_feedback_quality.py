@@ -134,7 +134,8 @@ def test_agreement_is_one_with_itself_half_without_knowledge_and_none_when_turne
     found = agreement(flat, same)["Helpfulness"]
     assert found["pairwise"]["mean"] == 0.5, "a tie decides nothing"
     noise = {
-        item.id: random_items(1, lambda rng, p, n, i=item.id: float(random.Random(f"{i} {n}").randint(1, 5)))[0].ratings for item in items
+        item.id: random_items(1, lambda rng, p, n, i=item.id: float(random.Random(f"{i} {n}").randint(1, 5)))[0].ratings
+        for item in items
     }
     blind = agreement(items, noise)["overall"]["pairwise"]
     assert blind["low"] < 0.5 < blind["high"]
@@ -160,7 +161,9 @@ def test_the_report_is_json_and_reads_as_a_page():
     report = quality_report(items, {item.id: item.ratings for item in items})
     assert json.loads(json.dumps(report))["items"] == 30
     page = quality_markdown(report)
-    assert "| Visual Faithfulness |" in page and "100.0 % [100.0, 100.0]" in page and "first minus last position" in page
+    assert (
+        "| Visual Faithfulness |" in page and "100.0 % [100.0, 100.0]" in page and "first minus last position" in page
+    )
 
 
 def oracle(item):
@@ -182,7 +185,9 @@ def test_build_gives_a_dataset_that_loads_as_preference_groups(tmp_path):
     for group in groups:
         qualities = truth[group["id"]]
         assert [row["Visual Faithfulness"] for row in group["ratings"]] == qualities
-        assert len(group["pairs"]) == 6 and all(qualities[chosen] > qualities[rejected] for chosen, rejected in group["pairs"])
+        assert len(group["pairs"]) == 6 and all(
+            qualities[chosen] > qualities[rejected] for chosen, rejected in group["pairs"]
+        )
         assert open_image(group["images"][0]).getpixel((0, 0)) == (200, 30, 30)
     with (tmp_path / "set" / "pairs.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -190,7 +195,10 @@ def test_build_gives_a_dataset_that_loads_as_preference_groups(tmp_path):
     assert {(row["id"], int(row["chosen"]), int(row["rejected"])) for row in rows} == {
         (g["id"], *pair) for g in groups for pair in g["pairs"]
     }
-    assert all(float(row["margin"]) == truth[row["id"]][int(row["chosen"])] - truth[row["id"]][int(row["rejected"])] for row in rows)
+    assert all(
+        float(row["margin"]) == truth[row["id"]][int(row["chosen"])] - truth[row["id"]][int(row["rejected"])]
+        for row in rows
+    )
     assert built.quality["agreement"]["overall"]["pairwise"]["mean"] == 1.0
     assert json.loads((tmp_path / "set" / "quality.json").read_text()) == json.loads(json.dumps(built.quality))
 
@@ -217,7 +225,9 @@ def test_what_a_record_cannot_hold_is_left_out_and_the_rest_loads(tmp_path):
     rate_file(responses, judge, tmp_path / "j.jsonl", RateOptions(progress=False))
     built = build_dataset(responses, tmp_path / "j.jsonl", tmp_path / "set")
     assert (built.items, built.left_out) == (2, {"no image": 1, "several images": 1, "an empty response": 1})
-    assert built.text().startswith("2 items, 12 pairs (0 items without one); left out: an empty response 1, no image 1, several images 1")
+    assert built.text().startswith(
+        "2 items, 12 pairs (0 items without one); left out: an empty response 1, no image 1, several images 1"
+    )
     groups = load_preferences(tmp_path / "set", cache_dir=tmp_path / "cache")
     assert groups["id"] == ["item-0003", "item-0004"] and groups[0]["responses"][1].endswith("half a pair: \ufffd")
     responses.write_text(json.dumps(items[0]) + "\n")
@@ -258,7 +268,9 @@ def record(number: int, **changes):
 def test_the_schema_is_vlfeedbacks(tmp_path):
     rows = [record(0), record(1, ratings=[dict.fromkeys(NAMES), dict.fromkeys(NAMES, 2.0)])]
     paths = write_vlfeedback(rows, tmp_path)
-    loaded = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        "parquet", data_files=[str(path) for path in paths], split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert loaded.column_names == ["id", "prompt", "image", "models", "completions"]
     completions = loaded[0]["completions"]
     assert set(completions) == {"annotations", "model", "response"}
@@ -270,9 +282,13 @@ def test_the_schema_is_vlfeedbacks(tmp_path):
 
 def test_large_datasets_are_split_into_shards_and_nothing_is_lost(tmp_path):
     size = len(vlfeedback_row(**record(0))["image"]["bytes"])
-    paths = write_vlfeedback((record(i % 256) | {"id": str(i)} for i in range(25)), tmp_path, shard_bytes=4 * size, rows_per_group=3)
+    paths = write_vlfeedback(
+        (record(i % 256) | {"id": str(i)} for i in range(25)), tmp_path, shard_bytes=4 * size, rows_per_group=3
+    )
     assert len(paths) > 4 and [path.name for path in paths] == [f"train-{i:05d}.parquet" for i in range(len(paths))]
-    loaded = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        "parquet", data_files=[str(path) for path in paths], split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert loaded["id"] == [str(i) for i in range(25)]
 
 

@@ -32,7 +32,13 @@ from tests.support.feedback import ScriptedServer, completion, true_ratings, wri
 from tests.support.judge_server import markdown
 
 NAMES = default_rubric().aspect_names
-ITEM = JudgeItem(id="a", prompt="What?", responses=("one", "two", "three", "four"), models=("m1", "m2", "m3", "m4"), meta={"best": "three"})
+ITEM = JudgeItem(
+    id="a",
+    prompt="What?",
+    responses=("one", "two", "three", "four"),
+    models=("m1", "m2", "m3", "m4"),
+    meta={"best": "three"},
+)
 
 
 def by_length(item: JudgeItem):
@@ -52,7 +58,10 @@ class ScriptedJudge:
     def rate(self, item, *, attempt=0):
         self.calls.append((item.id, attempt))
         rows = self.script(item, attempt)
-        return Verdict(ratings=tuple({name: AspectRating(value) for name, value in row.items()} for row in rows), usage=Usage(1, 10, 5))
+        return Verdict(
+            ratings=tuple({name: AspectRating(value) for name, value in row.items()} for row in rows),
+            usage=Usage(1, 10, 5),
+        )
 
     async def arate(self, item, *, attempt=0):
         await asyncio.sleep(0)
@@ -68,7 +77,9 @@ def test_ratings_belong_to_their_responses_whatever_the_order_shown():
 
     def fn(item):
         shown.append(item.responses)
-        assert dict(zip(item.responses, item.models, strict=True)) == dict(zip(ITEM.responses, ITEM.models, strict=True))
+        assert dict(zip(item.responses, item.models, strict=True)) == dict(
+            zip(ITEM.responses, ITEM.models, strict=True)
+        )
         return by_length(item)
 
     for seed in range(6):
@@ -87,7 +98,9 @@ def test_texts_that_a_rationale_names_are_renamed_with_the_order():
 
 def test_orders_are_seeded_fair_and_balanced_over_votes():
     assert shown_order("x", 4, seed=1) == shown_order("x", 4, seed=1)
-    counts = Counter((response, position) for i in range(4000) for position, response in enumerate(shown_order(f"item {i}", 4)))
+    counts = Counter(
+        (response, position) for i in range(4000) for position, response in enumerate(shown_order(f"item {i}", 4))
+    )
     assert all(850 < counts[response, position] < 1150 for response in range(4) for position in range(4))
     for position in range(4):  # four votes show every response at every position
         assert {shown_order("x", 4, vote=vote)[position] for vote in range(4)} == {0, 1, 2, 3}
@@ -157,7 +170,11 @@ def test_an_oracle_that_breaks_the_rules_is_explained():
 def test_prompts_as_text_and_as_conversation():
     assert prompt_text("<image>\nWhat?") == "What?"
     assert prompt_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]) == "What?"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "What?"}]
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "What?"},
+    ]
     assert prompt_text(turns) == "User: Hi\n\nAssistant: Yes?\n\nUser: What?"
 
 
@@ -173,7 +190,9 @@ def test_a_run_and_its_resumption(tmp_path):
     judge = ScriptedJudge(quality)
     summary = rate_file(responses, judge, journal, QUIET)
     assert (summary.items, summary.rated, summary.open, summary.stopped) == (30, 30, 0, None)
-    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in rated_records(journal)} == true_ratings(responses)
+    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in rated_records(journal)} == true_ratings(
+        responses
+    )
     again = rate_file(responses, judge, journal, QUIET)
     assert (again.rated, again.done_now, len(judge.calls)) == (30, 0, 30)
 
@@ -200,7 +219,8 @@ def test_failures_are_recorded_once_and_retried_only_on_request(tmp_path):
     failed = [record for record in read_records(journal) if record["status"] == "failed"]
     assert {record["id"] for record in failed} == broken
     assert all(
-        [attempt["raw"] for attempt in record["attempts"]] == ["I'm sorry"] * 3 and record["usage"]["calls"] == 3 for record in failed
+        [attempt["raw"] for attempt in record["attempts"]] == ["I'm sorry"] * 3 and record["usage"]["calls"] == 3
+        for record in failed
     )
     before = len(judge.calls)
     assert rate_file(responses, judge, journal, QUIET).failures == {"refused": 2}
@@ -391,7 +411,9 @@ def test_one_judge_serves_several_runs_and_single_calls(tmp_path):
         assert judge.endpoint.sleep == sleep, "the stop of a finished run has no say in later calls"
 
 
-@pytest.mark.parametrize("line", ['{"id": "a"}', '{"prompt": "p"}', '{"id": "a", "item": "x", "status": "ok", "judge": "j"}'])
+@pytest.mark.parametrize(
+    "line", ['{"id": "a"}', '{"prompt": "p"}', '{"id": "a", "item": "x", "status": "ok", "judge": "j"}']
+)
 def test_a_file_that_is_no_journal_of_ratings_is_refused_and_kept(tmp_path, line):
     responses, journal = write_responses(tmp_path, 1), tmp_path / "j.jsonl"
     journal.write_text(line + "\n")
@@ -400,7 +422,9 @@ def test_a_file_that_is_no_journal_of_ratings_is_refused_and_kept(tmp_path, line
     assert journal.read_text() == line + "\n"
 
 
-@pytest.mark.parametrize(("usable", "rated", "calls"), [("100", 0, 3), ("010", 0, 3), ("00", 0, 2), ("110", 1, 3), ("011", 1, 3)])
+@pytest.mark.parametrize(
+    ("usable", "rated", "calls"), [("100", 0, 3), ("010", 0, 3), ("00", 0, 2), ("110", 1, 3), ("011", 1, 3)]
+)
 def test_more_than_half_of_the_votes_must_be_usable(tmp_path, usable, rated, calls):
     """And once they cannot be, no further vote is paid for."""
     responses = write_responses(tmp_path, 1)
@@ -443,7 +467,10 @@ def test_what_would_mix_up_a_journal_is_refused_before_any_call(tmp_path):
         ('{"id": "item-0000", "prompt": "p", "responses": [{"response": "r"}]}', "line 1 has it too"),
         ('{"id": "x", "prompt": "", "responses": [{"response": "r"}]}', "'prompt'"),
         ('{"id": "x", "prompt": [{"role": "user", "content": 5}], "responses": [{"response": "r"}]}', "'prompt'"),
-        ('{"id": "x", "prompt": [{"role": "user", "content": [{"type": "video"}]}], "responses": [{"response": "r"}]}', "'prompt'"),
+        (
+            '{"id": "x", "prompt": [{"role": "user", "content": [{"type": "video"}]}], "responses": [{"response": "r"}]}',
+            "'prompt'",
+        ),
         ('{"id": "x", "prompt": "p", "image": 7, "responses": [{"response": "r"}]}', "'image'"),
     ],
 )
@@ -465,7 +492,7 @@ def test_items_keep_several_images_and_further_columns(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_go_out_as_they_are_where_endpoints_take_them(tmp_path):
-    from silkie.feedback.media import encoded_image
+    from silkie.endpoint.media import encoded_image
 
     Image.new("RGB", (8, 4), (1, 2, 3)).save(tmp_path / "a.jpg")
     assert encoded_image(str(tmp_path / "a.jpg")) == ((tmp_path / "a.jpg").read_bytes(), "image/jpeg")
@@ -474,7 +501,9 @@ def test_images_go_out_as_they_are_where_endpoints_take_them(tmp_path):
     small, mime = encoded_image(str(tmp_path / "a.jpg"), max_side=4)
     assert mime == "image/png" and small != (tmp_path / "a.jpg").read_bytes()
     Image.new("1", (9500, 9500)).save(tmp_path / "vast.png")
-    with pytest.raises(ItemError, match="would decode to 9500 x 9500"):  # `build` and training would refuse it, after it was paid for
+    with pytest.raises(
+        ItemError, match="would decode to 9500 x 9500"
+    ):  # `build` and training would refuse it, after it was paid for
         encoded_image(str(tmp_path / "vast.png"))
     (tmp_path / "secret.txt").write_text("root:x:0:0")
     with pytest.raises(ItemError, match="not an image"):

@@ -13,7 +13,17 @@ from PIL import Image
 from silkie.feedback import sample
 from silkie.feedback.items import ItemError, JudgeItem
 from silkie.feedback.journal import JournalError, read_records
-from silkie.feedback.pool import Member, Pool, PoolError, accepted_slots, draw_seed, load_pool, normalised, voice_of, voices
+from silkie.feedback.pool import (
+    Member,
+    Pool,
+    PoolError,
+    accepted_slots,
+    draw_seed,
+    load_pool,
+    normalised,
+    voice_of,
+    voices,
+)
 from silkie.feedback.prompting import conversation, endpoint_messages
 from silkie.feedback.records import read_items
 from silkie.feedback.sample import SampleOptions, sample_file
@@ -53,7 +63,13 @@ def test_a_repeated_draw_moves_on_to_voices_that_no_slot_used():
 
 
 def test_seeds_depend_on_every_part():
-    seeds = {draw_seed(0, "a", 0, 0), draw_seed(1, "a", 0, 0), draw_seed(0, "b", 0, 0), draw_seed(0, "a", 1, 0), draw_seed(0, "a", 0, 1)}
+    seeds = {
+        draw_seed(0, "a", 0, 0),
+        draw_seed(1, "a", 0, 0),
+        draw_seed(0, "b", 0, 0),
+        draw_seed(0, "a", 1, 0),
+        draw_seed(0, "a", 0, 1),
+    }
     assert len(seeds) == 5 and all(0 <= seed < 2**31 for seed in seeds)
     assert draw_seed(0, "a", 0, 0) == draw_seed(0, "a", 0, 0)
 
@@ -90,12 +106,19 @@ def test_a_broken_pool_is_explained(tmp_path, text, message):
 def test_prompts_become_chat_messages_with_their_images_in_place():
     item = JudgeItem(id="a", prompt="<image>Before. <image> After.", responses=(), images=("1", "2"))
     content = endpoint_messages(conversation(item), iter(["url 1", "url 2"]))[0]["content"]
-    assert [part.get("text") or part["image_url"]["url"] for part in content] == ["url 1", "Before. ", "url 2", " After."]
+    assert [part.get("text") or part["image_url"]["url"] for part in content] == [
+        "url 1",
+        "Before. ",
+        "url 2",
+        " After.",
+    ]
     turns = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
     ]
-    messages = endpoint_messages(conversation(JudgeItem(id="a", prompt=turns, responses=(), images=("1",))), iter(["url"]))
+    messages = endpoint_messages(
+        conversation(JudgeItem(id="a", prompt=turns, responses=(), images=("1",))), iter(["url"])
+    )
     assert [message["role"] for message in messages] == ["system", "user"]
     with pytest.raises(ItemError, match="1 image parts, the item 0 images"):
         conversation(JudgeItem(id="a", prompt=turns, responses=()))
@@ -104,7 +127,9 @@ def test_prompts_become_chat_messages_with_their_images_in_place():
 def write_prompts(folder: Path, count: int) -> Path:
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"image": "a.png", "prompt": f"question {i}", "topic": i % 2}) + "\n" for i in range(count)))
+    path.write_text(
+        "".join(json.dumps({"image": "a.png", "prompt": f"question {i}", "topic": i % 2}) + "\n" for i in range(count))
+    )
     return path
 
 
@@ -138,14 +163,21 @@ def test_every_prompt_gets_k_distinct_responses_in_the_order_of_the_input(tmp_pa
     for record in records:
         texts = [response["response"] for response in record["responses"]]
         assert len(set(texts)) == 3
-        assert all(text.startswith(response["model"]) for text, response in zip(texts, record["responses"], strict=True))
-    assert all(body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,") for body in server.requests)
+        assert all(
+            text.startswith(response["model"]) for text, response in zip(texts, record["responses"], strict=True)
+        )
+    assert all(
+        body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        for body in server.requests
+    )
     item = next(read_items(out))
     assert (out.parent / item.images[0]).exists(), "the image is found from the responses file as well"
 
 
 def test_a_model_that_says_one_thing_gives_short_items_and_those_are_left_out(tmp_path):
-    with ScriptedServer(lambda n, body: completion("Yes." if "question 0" in question(body) else f"{body['seed']}")) as server:
+    with ScriptedServer(
+        lambda n, body: completion("Yes." if "question 0" in question(body) else f"{body['seed']}")
+    ) as server:
         summary = sample_file(write_prompts(tmp_path, 3), pool_of(server, "a"), tmp_path / "r.jsonl", OPTIONS)
     assert (summary.complete, summary.dropped) == (2, ["1"])
     slots = [record for record in read_records(tmp_path / "r.jsonl.journal") if record["id"] == "1"]
@@ -222,6 +254,9 @@ def test_an_error_of_one_member_keeps_the_answers_of_another(tmp_path, monkeypat
 
 def test_the_prompts_are_not_written_over(tmp_path):
     prompts = write_prompts(tmp_path, 1)
-    with ScriptedServer(lambda n, body: completion("x")) as server, pytest.raises(ValueError, match="would replace the prompts"):
+    with (
+        ScriptedServer(lambda n, body: completion("x")) as server,
+        pytest.raises(ValueError, match="would replace the prompts"),
+    ):
         sample_file(prompts, pool_of(server, "a"), tmp_path / "." / "prompts.jsonl", OPTIONS)
     assert not server.requests and "question 0" in prompts.read_text()

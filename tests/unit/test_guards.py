@@ -8,11 +8,13 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from silkie import guards
+from silkie.training import guards
 
 
 def accelerator(processes=1, kind=DistributedType.NO, stage=0):
-    return SimpleNamespace(num_processes=processes, distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    return SimpleNamespace(
+        num_processes=processes, distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
+    )
 
 
 def test_two_processes_that_train_alone_are_stopped(monkeypatch):
@@ -26,7 +28,8 @@ def test_two_processes_that_train_alone_are_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variable", "right"), [("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED), ("ACCELERATE_USE_FSDP", DistributedType.FSDP)]
+    ("variable", "right"),
+    [("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED), ("ACCELERATE_USE_FSDP", DistributedType.FSDP)],
 )
 def test_an_ignored_engine_config_is_stopped(monkeypatch, variable, right):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -82,7 +85,8 @@ def test_who_needs_a_dummy_image(where, frozen, needed):
 
 def test_fsdp2_returns_log_probs_unrounded():
     plugin = SimpleNamespace(
-        fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+        fsdp_version=2,
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16),
     )
     guards.keep_fp32_outputs(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -107,7 +111,9 @@ def test_a_non_finite_gradient_names_the_groups_of_its_step():
             watch.add(torch.tensor(1.0 if step < 2 else float("nan")), [f"group {step}.{micro}"])
         watch.end_step(norm)
         watch.add(torch.tensor(1.0), ["evaluated"])
-    with pytest.raises(guards.NonFiniteError, match=r"gradient norm is inf; groups of that step: group 1\.0; group 1\.1\. Training"):
+    with pytest.raises(
+        guards.NonFiniteError, match=r"gradient norm is inf; groups of that step: group 1\.0; group 1\.1\. Training"
+    ):
         watch.check()
     watch.begin_step()
     watch.add(torch.tensor(1.0), ["group a"])

@@ -17,7 +17,10 @@ def scores(value):
 
 def result():
     runs = {
-        "sigmoid": {"0": {"scores": scores(0.5), "step_seconds": 2.0}, "1": {"scores": scores(0.7), "step_seconds": 4.0}},
+        "sigmoid": {
+            "0": {"scores": scores(0.5), "step_seconds": 2.0},
+            "1": {"scores": scores(0.7), "step_seconds": 4.0},
+        },
         "ipo": {"0": {"scores": scores(0.2), "step_seconds": 1.0}, "1": {"scores": scores(0.2), "step_seconds": 8.0}},
     }
     return {"seeds": [0, 1], "base": scores(0.1), "scores": runs}

@@ -26,7 +26,9 @@ def test_table_has_every_loss_with_its_options_and_passes(name):
     for option in set(SPECS[name].options.values()):
         assert f"`{option}" in row or (name == "aot_unpaired" and "as `aot`" in row), option
     reads_reference = SPECS[name].inputs in ("reference", "image", "anchor", "listwise")
-    assert row.rstrip(" |").endswith(" r" if reads_reference and name != "mdpo_image" else "2r" if name == "mdpo_image" else "p")
+    assert row.rstrip(" |").endswith(
+        " r" if reads_reference and name != "mdpo_image" else "2r" if name == "mdpo_image" else "p"
+    )
 
 
 def test_every_option_is_explained():

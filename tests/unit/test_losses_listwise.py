@@ -34,7 +34,10 @@ def test_ranking_likelihood(order):
 
 
 def test_probabilities_of_all_rankings_add_up():
-    total = sum(torch.exp(-plackett_luce(LOGPS, REFERENCE, ranking_pairs(order)).sum()) for order in itertools.permutations(range(4)))
+    total = sum(
+        torch.exp(-plackett_luce(LOGPS, REFERENCE, ranking_pairs(order)).sum())
+        for order in itertools.permutations(range(4))
+    )
     assert total.item() == pytest.approx(1.0)
 
 
@@ -57,14 +60,20 @@ def test_tied_responses_do_not_compete():
 def test_inactive_pairs_are_left_out():
     pairs = ranking_pairs([3, 0, 2, 1])
     active = torch.tensor([True, False, True, True, True, False])
-    torch.testing.assert_close(plackett_luce(LOGPS, REFERENCE, pairs, active=active), plackett_luce(LOGPS, REFERENCE, pairs[active]))
+    torch.testing.assert_close(
+        plackett_luce(LOGPS, REFERENCE, pairs, active=active), plackett_luce(LOGPS, REFERENCE, pairs[active])
+    )
 
 
 def batch(pairs, weights=None, group=(0, 0, 1, 1)):
     return GroupLogps(
-        logps=LOGPS, ref_logps=REFERENCE, lengths=torch.ones(4, dtype=torch.long), pairs=torch.tensor(pairs), group=torch.tensor(group),
+        logps=LOGPS,
+        ref_logps=REFERENCE,
+        lengths=torch.ones(4, dtype=torch.long),
+        pairs=torch.tensor(pairs),
+        group=torch.tensor(group),
         pair_weights=None if weights is None else torch.tensor(weights, dtype=torch.float64),
-    )  # fmt: skip
+    )
 
 
 def test_mean_over_groups_that_rank():

@@ -31,7 +31,9 @@ def rows(batch, name="sigmoid", **options):
 
 
 def test_margins(batch):
-    torch.testing.assert_close(rating_margins(batch.ratings, batch.pairs), torch.tensor([4.0, 1.0, NAN]), equal_nan=True)
+    torch.testing.assert_close(
+        rating_margins(batch.ratings, batch.pairs), torch.tensor([4.0, 1.0, NAN]), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "cpo", "simpo", "hinge"])
@@ -96,7 +98,9 @@ def test_pairs_that_the_chosen_aspects_contradict_do_not_count(batch):
 
 
 def test_aspects_set_the_margin_too(batch):
-    objective = build_objective("sigmoid", None, LossOptions(aspect_weights={"help": 1.0, "faith": 0.0}, margin="weight"))
+    objective = build_objective(
+        "sigmoid", None, LossOptions(aspect_weights={"help": 1.0, "faith": 0.0}, margin="weight")
+    )
     assert objective.units(batch)["pair"].item() == pytest.approx(5.0 + 4.0 + 1.0)
 
 

@@ -1,4 +1,5 @@
-"""The objective: exact means over an optimizer step however it is split, the inputs that losses ask for, weights and state."""
+"""The objective: exact means over an optimizer step however it is split, the inputs that losses ask for, weights and
+state."""
 
 import dataclasses
 
@@ -10,12 +11,23 @@ from hypothesis import strategies as st
 from silkie.losses import SPECS, GroupLogps, LossOptions, build_objective
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness")
-PER_RESPONSE = ("lengths", "group", "logps", "ref_logps", "ratings", "aspect_ratings", "corrupted_logps", "ref_corrupted_logps")
+PER_RESPONSE = (
+    "lengths",
+    "group",
+    "logps",
+    "ref_logps",
+    "ratings",
+    "aspect_ratings",
+    "corrupted_logps",
+    "ref_corrupted_logps",
+)
 PER_TOKEN = ("owner", "per_token_logps", "ref_per_token_logps", "token_ids", "log_sum_sq_probs")
 
 SELECTIONS = {
     **{
-        name: ([name], None, LossOptions(label_smoothing=1e-3 if name == "exo_pair" else 0.0)) for name in SPECS if not SPECS[name].permutes
+        name: ([name], None, LossOptions(label_smoothing=1e-3 if name == "exo_pair" else 0.0))
+        for name in SPECS
+        if not SPECS[name].permutes
     },
     "mpo": (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], LossOptions()),
     "mdpo": (["sigmoid", "mdpo_image", "mdpo_anchor"], None, LossOptions(mdpo_anchor=0.1)),
@@ -25,13 +37,18 @@ SELECTIONS = {
     "wpo": (["sigmoid", "sft"], [1.0, 0.1], LossOptions(use_weighting=True)),
     "offset": (["sigmoid", "simpo", "cpo"], None, LossOptions(margin="offset", margin_scale=0.5)),
     "weight": (["sigmoid", "plackett_luce", "sft"], None, LossOptions(margin="weight", margin_scale=0.5)),
-    "aspects": (["sigmoid", "plackett_luce"], None, LossOptions(aspect_weights={"Visual Faithfulness": 2.0, "Helpfulness": 1.0})),
+    "aspects": (
+        ["sigmoid", "plackett_luce"],
+        None,
+        LossOptions(aspect_weights={"Visual Faithfulness": 2.0, "Helpfulness": 1.0}),
+    ),
     "f_divergence": (["sigmoid"], None, LossOptions(f_divergence_type="js_divergence")),
 }
 
 
 def make_step(groups=4, seed=0, dtype=torch.float64):
-    """A whole optimizer step: groups of 2 to 4 responses with ratings, weighted pairs, tokens; leaf tensors that ask for gradients."""
+    """A whole optimizer step: groups of 2 to 4 responses with ratings, weighted pairs, tokens; leaf tensors that ask
+    for gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*size):
@@ -42,7 +59,9 @@ def make_step(groups=4, seed=0, dtype=torch.float64):
     responses = len(group)
     aspects = torch.randint(1, 6, (responses, 2), generator=generator).to(dtype)
     ratings = aspects.mean(dim=1)
-    pairs = [(i, j) for i in range(responses) for j in range(responses) if group[i] == group[j] and ratings[i] > ratings[j]]
+    pairs = [
+        (i, j) for i in range(responses) for j in range(responses) if group[i] == group[j] and ratings[i] > ratings[j]
+    ]
     pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     lengths = torch.randint(1, 6, (responses,), generator=generator)
     owner = torch.repeat_interleave(torch.arange(responses), lengths)
@@ -77,10 +96,14 @@ def micro_batch(step: GroupLogps, groups) -> GroupLogps:
     renumbered = torch.full((len(step.group),), -1).scatter(0, rows, torch.arange(len(rows)))
     tokens = torch.cat([torch.nonzero(step.owner == r).flatten() for r in rows] or [torch.zeros(0, dtype=torch.long)])
     kept = renumbered[step.pairs[:, 0]] >= 0
-    fields = {name: getattr(step, name)[rows] for name in PER_RESPONSE} | {name: getattr(step, name)[tokens] for name in PER_TOKEN}
+    fields = {name: getattr(step, name)[rows] for name in PER_RESPONSE} | {
+        name: getattr(step, name)[tokens] for name in PER_TOKEN
+    }
     fields["owner"] = renumbered[fields["owner"]]
     fields["group"] = torch.unique(fields["group"], return_inverse=True)[1]
-    return GroupLogps(pairs=renumbered[step.pairs[kept]], pair_weights=step.pair_weights[kept], aspects=step.aspects, **fields)
+    return GroupLogps(
+        pairs=renumbered[step.pairs[kept]], pair_weights=step.pair_weights[kept], aspects=step.aspects, **fields
+    )
 
 
 def gradients(loss, step):
@@ -92,7 +115,8 @@ def gradients(loss, step):
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_micro_batches_add_up_to_the_step(selection, data):
-    """Any split of the groups over micro-batches and ranks, empty ones included, gives the loss and gradient of the step in one batch."""
+    """Any split of the groups over micro-batches and ranks, empty ones included, gives the loss and gradient of the
+    step in one batch."""
     groups = data.draw(st.integers(1, 5), label="groups")
     step = make_step(groups, seed=data.draw(st.integers(0, 999), label="seed"))
     place = data.draw(st.lists(st.integers(0, 3), min_size=groups, max_size=groups), label="micro-batch of each group")
@@ -151,7 +175,9 @@ def test_loss_weights_scale_the_terms():
 @pytest.mark.parametrize("name", ["sigmoid", "simpo", "sft", "mdpo_image", "plackett_luce"])
 def test_half_precision_is_computed_in_single(name):
     step, fields = make_step(groups=8), ("logps", "ref_logps", "corrupted_logps", "ref_corrupted_logps")
-    half = dataclasses.replace(step, pair_weights=None, **{field: getattr(step, field).detach().bfloat16() for field in fields})
+    half = dataclasses.replace(
+        step, pair_weights=None, **{field: getattr(step, field).detach().bfloat16() for field in fields}
+    )
     single = dataclasses.replace(half, **{field: getattr(half, field).float() for field in fields})
     (loss, metrics), (expected, _) = build_objective(name)(half), build_objective(name)(single)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -194,7 +220,8 @@ def test_needs(selection):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_needs_are_enough_and_necessary(selection):
-    """A batch that carries just what the objective needs works, and without any one of them it fails with an error that names it."""
+    """A batch that carries just what the objective needs works, and without any one of them it fails with an error that
+    names it."""
     step = make_step()
     objective = build_objective(*SELECTIONS[selection])
     carried = [field for need in objective.needs for field in CARRIERS[need]]
@@ -277,7 +304,8 @@ def test_running_mean_does_not_depend_on_the_split_or_order():
 
 
 def test_running_mean_over_ranks():
-    """Two ranks that each see half a step end with the state of one rank that saw all of it; a rank without pairs takes part."""
+    """Two ranks that each see half a step end with the state of one rank that saw all of it; a rank without pairs takes
+    part."""
     step = make_step(groups=4, seed=5)
     alone = bco()
     alone(step)

@@ -44,15 +44,22 @@ def test_names_and_defaults_are_those_of_trl():
     theirs = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
     shared = [field for field in dataclasses.fields(LossOptions) if field.name in theirs]
     assert {field.name for field in shared} == {
-        "beta", "label_smoothing", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting",
-    }  # fmt: skip
+        "beta",
+        "label_smoothing",
+        "discopop_tau",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "ld_alpha",
+        "use_weighting",
+    }
     assert all(field.default == theirs[field.name] for field in shared)
 
 
 @pytest.mark.parametrize("option", CHANGED)
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_option_is_read_or_refused(name, option):
-    """For every loss and option: accepted where the loss reads it, else an error that names the option and the losses that do."""
+    """For every loss and option: accepted where the loss reads it, else an error that names the option and the losses
+    that do."""
     options = LossOptions(**(smoothing(name) | {option: CHANGED[option]} | SWITCH.get(option, {})))
     if name in option_users(option):
         validate([name], None, options)
@@ -186,9 +193,9 @@ def test_from_config_reads_by_name():
 
 
 def test_from_config_of_trl():
-    assert LossOptions.from_config(DPOConfig(output_dir="unused", beta=0.4, use_weighting=True, report_to=[], bf16=False)) == LossOptions(
-        beta=0.4, use_weighting=True
-    )
+    assert LossOptions.from_config(
+        DPOConfig(output_dir="unused", beta=0.4, use_weighting=True, report_to=[], bf16=False)
+    ) == LossOptions(beta=0.4, use_weighting=True)
 
 
 def test_changed():

@@ -44,7 +44,8 @@ def test_equal_responses_have_no_changed_token(ids):
 
 @given(TOKENS, st.lists(st.integers(5, 9), min_size=1, max_size=5), st.lists(st.integers(10, 14), max_size=5), TOKENS)
 def test_a_correction_between_equal_parts_is_what_changed(head, correct, wrong, tail):
-    """Corrected words that occur nowhere else are changed, and nothing else is, wherever they are inserted or replaced."""
+    """Corrected words that occur nowhere else are changed, and nothing else is, wherever they are inserted or
+    replaced."""
     chosen, rejected = changed_tokens(head + correct + tail, head + wrong + tail)
     # Tokens of head and tail may align across the correction, but never with its words.
     assert all(chosen[len(head) : len(head) + len(correct)])
@@ -126,7 +127,14 @@ def test_ddpo_in_the_objective(tokens):
     layout, ids, pairs = tokens
     generator = torch.Generator().manual_seed(0)
     policy, reference = -torch.rand(2, 9, generator=generator, dtype=torch.float64)
-    batch = GroupLogps(pairs=pairs, token_ids=ids, per_token_logps=policy, ref_per_token_logps=reference, logps=torch.zeros(3), **layout)
+    batch = GroupLogps(
+        pairs=pairs,
+        token_ids=ids,
+        per_token_logps=policy,
+        ref_per_token_logps=reference,
+        logps=torch.zeros(3),
+        **layout,
+    )
     loss, _ = build_objective("sigmoid", None, LossOptions(ddpo_gamma=5.0, beta=0.5))(batch)
     gaps = policy - reference
     expected = 0.0

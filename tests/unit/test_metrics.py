@@ -1,6 +1,6 @@
 import torch
 
-from silkie.metrics import DeviceMeans
+from silkie.training.metrics import DeviceMeans
 
 
 def test_sums_and_counts_until_popped():

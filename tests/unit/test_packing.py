@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.packing import PromptAndResponses, pack, visible
+from silkie.batch.packing import PromptAndResponses, pack, visible
 
-SIZES = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4)
+SIZES = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4
+)
 MANY = settings(max_examples=60, deadline=None)
 
 
@@ -21,7 +23,9 @@ def build(sizes, channels=3):
             next_id += n
             return torch.arange(next_id - n, next_id)
 
-        positions = torch.arange(prompt).expand(channels, -1) // 2  # as after an image: the largest position is below the length
+        positions = (
+            torch.arange(prompt).expand(channels, -1) // 2
+        )  # as after an image: the largest position is below the length
         out.append(
             PromptAndResponses(
                 prompt_ids=take(prompt),
@@ -81,11 +85,15 @@ def test_a_token_sees_its_prompt_and_the_earlier_of_its_own_response(sizes, per_
 
 def test_image_blocks_see_both_ways_within_their_group_and_window():
     batch = pack(build([(4, [2]), (3, [1])]), "packed", pad_id=0, groups_per_row=None)
-    blocks = torch.tensor([[-1, 0, 0, 0, -1, -1, 0, -1, -1, -1]])  # the number 0 again in the second group: other groups stay hidden
+    blocks = torch.tensor(
+        [[-1, 0, 0, 0, -1, -1, 0, -1, -1, -1]]
+    )  # the number 0 again in the second group: other groups stay hidden
     mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks)[0, 0]
     assert mask[1, 3] and mask[3, 1] and not mask[1, 6] and not mask[0, 1]
     narrow = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks, window=2)[0, 0]
-    assert narrow[1, 3] and narrow[3, 2] and not narrow[3, 1]  # the window ends what lies behind; ahead the block decides
+    assert (
+        narrow[1, 3] and narrow[3, 2] and not narrow[3, 1]
+    )  # the window ends what lies behind; ahead the block decides
 
 
 def test_rows_hold_each_response_once_not_once_per_pair():

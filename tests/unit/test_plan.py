@@ -1,4 +1,5 @@
-"""The planner's counts against real models: parameters exactly, FLOPs against torch's counter, kept activations against tracked ones."""
+"""The planner's counts against real models: parameters exactly, FLOPs against torch's counter, kept activations against
+tracked ones."""
 
 import json
 from pathlib import Path
@@ -9,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2Config, Qwen2Config
 
-from silkie import plan
-from silkie.models import backbone, default_lora_targets, vision_parameters
+from silkie.model.families import backbone, default_lora_targets, vision_parameters
+from silkie.plan import memory as plan
 from tests.support.families import FAMILIES, family_model
 from tests.support.tiny import tiny_model
 
@@ -28,7 +29,9 @@ def test_parameters_are_counted_exactly(family, tie):
     assert shape.lora_parameters(3) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen2-vl-2b", 2.21), ("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("qwen2-vl-2b", 2.21), ("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)]
+)
 def test_known_models_have_their_published_size(name, billions):
     assert plan.SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
@@ -38,7 +41,14 @@ def test_flops_of_the_language_model_match_the_counter(training):
     model = tiny_model(layers=3)
     shape = plan.shape_of(model.config)
     w = plan.Workload(
-        groups=1, image_tokens=0, prompt_tokens=40, responses=2, response_tokens=30, training=training, lora_rank=4, checkpointing=False
+        groups=1,
+        image_tokens=0,
+        prompt_tokens=40,
+        responses=2,
+        response_tokens=30,
+        training=training,
+        lora_rank=4,
+        checkpointing=False,
     )
     model.set_attn_implementation("eager")
     if training == "lora":
@@ -61,14 +71,18 @@ def test_flops_of_the_vision_tower_match_the_counter():
     grid = torch.tensor([[1, 8, 8]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(model).visual(torch.randn(64, 3 * 2 * 14 * 14), grid_thw=grid)
-    assert counter.get_total_flops() == pytest.approx(plan.flops(shape, plan.Workload(image_tokens=16))["vision"], rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(
+        plan.flops(shape, plan.Workload(image_tokens=16))["vision"], rel=0.02
+    )
 
 
 def test_kept_activations_are_near_the_tracked_ones():
     """Bytes that autograd saves in a forward pass of the bf16 language model, weights excluded."""
     model = tiny_model(layers=4).to(torch.bfloat16)
     shape = plan.shape_of(model.config)
-    w = plan.Workload(image_tokens=0, prompt_tokens=200, responses=2, response_tokens=100, training="full", checkpointing=False)
+    w = plan.Workload(
+        image_tokens=0, prompt_tokens=200, responses=2, response_tokens=100, training="full", checkpointing=False
+    )
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -119,9 +133,14 @@ def test_command_line(capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--gpus", "0"], "--gpus must be at least 1"), (["--image-tokens", "-1"], "--image-tokens must be at least 0"),
-     (["--responses", "1"], "--responses must be at least 2"), (["--full", "--qlora"], "not allowed with"), (["--memory", "0GB"], "must look like 80GB")],
-)  # fmt: skip
+    [
+        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--image-tokens", "-1"], "--image-tokens must be at least 0"),
+        (["--responses", "1"], "--responses must be at least 2"),
+        (["--full", "--qlora"], "not allowed with"),
+        (["--memory", "0GB"], "must look like 80GB"),
+    ],
+)
 def test_command_line_that_cannot_be(capsys, options, message):
     with pytest.raises(SystemExit):
         plan.main(["qwen2-vl-2b", *options])
@@ -147,9 +166,13 @@ def test_a_config_without_sizes_is_refused():
 
 @pytest.mark.parametrize(
     ("engine", "gpus", "launch"),
-    [("ddp", 1, "single.yaml"), ("zero3", 4, "zero3.yaml --num_processes 4"), ("zero2", 16, "zero2.yaml --num_processes 16 --num_machines 2"),
-     ("zero3", 20, "multinode_zero3.yaml --num_processes 20 --num_machines 3")],
-)  # fmt: skip
+    [
+        ("ddp", 1, "single.yaml"),
+        ("zero3", 4, "zero3.yaml --num_processes 4"),
+        ("zero2", 16, "zero2.yaml --num_processes 16 --num_machines 2"),
+        ("zero3", 20, "multinode_zero3.yaml --num_processes 20 --num_machines 3"),
+    ],
+)
 def test_the_chosen_config_comes_with_its_processes_and_machines(engine, gpus, launch):
     assert plan._config(engine, gpus) == f"recipes/accelerate/{launch}"
 
@@ -171,11 +194,25 @@ def test_memory_units(text, size):
 
 @pytest.mark.parametrize(
     ("model", "training", "engine", "gpus"),
-    [("7b", "lora", "ddp", 1), ("3b", "lora", "ddp", 8), ("7b", "qlora", "ddp", 1), ("3b", "full", "zero2", 8), ("7b", "full", "zero2", 8),
-     ("7b", "full", "zero3", 4), ("7b", "full", "zero3", 8), ("7b", "full", "fsdp2", 4), ("7b", "full", "fsdp2", 8), ("7b", "full", "zero3_offload", 4)],
-)  # fmt: skip
+    [
+        ("7b", "lora", "ddp", 1),
+        ("3b", "lora", "ddp", 8),
+        ("7b", "qlora", "ddp", 1),
+        ("3b", "full", "zero2", 8),
+        ("7b", "full", "zero2", 8),
+        ("7b", "full", "zero3", 4),
+        ("7b", "full", "zero3", 8),
+        ("7b", "full", "fsdp2", 4),
+        ("7b", "full", "fsdp2", 8),
+        ("7b", "full", "zero3_offload", 4),
+    ],
+)
 def test_the_guide_gives_the_planners_figures(model, training, engine, gpus):
     workload = plan.Workload(training=training, second_model=training == "full")
     total = plan.estimate(plan.SHAPES[f"qwen2.5-vl-{model}"], workload, engine=engine, gpus=gpus).total
-    row = next(line for line in GUIDE.splitlines() if line.startswith("|") and f"`{'single' if gpus == 1 else engine}.yaml`" in line)
+    row = next(
+        line
+        for line in GUIDE.splitlines()
+        if line.startswith("|") and f"`{'single' if gpus == 1 else engine}.yaml`" in line
+    )
     assert f"{total / plan.GIB:.1f} GiB" in row

@@ -19,7 +19,14 @@ from silkie.report.render import format_number, mixed, render, signed
 from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System
 
 HISTORY = [
-    {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "eval_pope_accuracy": 0.5, "eval_runtime": 3.0},
+    {
+        "step": 1,
+        "loss": 0.7,
+        "rewards/margins": 0.0,
+        "rewards/accuracies": 0.5,
+        "eval_pope_accuracy": 0.5,
+        "eval_runtime": 3.0,
+    },
     {"step": 2, "loss": 0.6, "rewards/margins": 0.4, "rewards/accuracies": 0.7},
     {"step": 2, "eval_loss": 0.65, "eval_pope_accuracy": 0.6, "eval_pope_unreadable": 0.0},
     {"step": 4, "eval_loss": 0.55, "eval_pope_accuracy": 0.7, "eval_pope_unreadable": 0.1},
@@ -29,7 +36,8 @@ HISTORY = [
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """Base, trained and a control on 12 described images: the base invents a cat in all, the trained model in every fourth."""
+    """Base, trained and a control on 12 described images: the base invents a cat in all, the trained model in every
+    fourth."""
     (tmp_path / "images").mkdir()
     for name, invents in (("base", 1), ("trained", 4), ("control", 2)):
         rows = []
@@ -37,7 +45,9 @@ def run_dir(tmp_path):
             Image.new("RGB", (40, 30), (i * 20, 0, 0)).save(tmp_path / "images" / f"{i}.png")
             answer = "A dog and a cat." if i % invents == 0 else "A dog."
             what = {"prompt": "Describe <it>.", "category": "few" if i < 6 else "many", "objects": ["dog"]}
-            rows.append({"id": i, "image": f"{i}.png", **what, "vocabulary": {"dog": "dog", "cat": "cat"}, "answer": answer})
+            rows.append(
+                {"id": i, "image": f"{i}.png", **what, "vocabulary": {"dog": "dog", "cat": "cat"}, "answer": answer}
+            )
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-10").mkdir()
@@ -50,9 +60,15 @@ def run_dir(tmp_path):
         "data": {"train": {"pairs": 2210}},
         "evaluations": [{"benchmark": "chair", "name": "Descriptions", "systems": systems, "images": "images"}],
         "benchmarks": [
-            {"name": "Given", "metric": "exact", "systems": [{"name": "base", "value": 0.5}, {"name": "trained", "value": None}]}
+            {
+                "name": "Given",
+                "metric": "exact",
+                "systems": [{"name": "base", "value": 0.5}, {"name": "trained", "value": None}],
+            }
         ],
-        "gallery": [{"id": "x", "prompt": "p", "base": "only text", "trained": {"answer": "b", "ratings": {"Helpfulness": 4.0}}}],
+        "gallery": [
+            {"id": "x", "prompt": "p", "base": "only text", "trained": {"answer": "b", "ratings": {"Helpfulness": 4.0}}}
+        ],
         "notes": ["A note."],
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
@@ -65,13 +81,22 @@ def test_a_run_directory_is_scored_and_compared(run_dir):
     assert (first.name, first.metric, first.lower_is_better, first.headline) == ("Descriptions", "chair_s", True, True)
     assert [(s.name, s.value) for s in first.systems] == [("base", 1.0), ("trained", 0.25), ("control", 0.5)]
     trained = first.systems[1]
-    assert trained.difference == -0.75 and trained.difference_low < -0.75 < trained.difference_high and trained.p_value < 0.01
+    assert (
+        trained.difference == -0.75
+        and trained.difference_low < -0.75 < trained.difference_high
+        and trained.p_value < 0.01
+    )
     assert first.systems[0].difference is None
     assert report.benchmarks[-1].name == "Given"
     assert [card.flip for card in report.gallery].count("fixed") == 9
     assert report.gallery[1].base.invented == ("cat",) and report.gallery[1].image == run_dir / "images" / "1.png"
     assert report.gallery[-1].flip == "unjudged" and report.gallery[-1].base.answer == "only text"
-    assert {curve.title for curve in report.curves} == {"Loss", "Reward margin", "Preference accuracy", "POPE: accuracy"}
+    assert {curve.title for curve in report.curves} == {
+        "Loss",
+        "Reward margin",
+        "Preference accuracy",
+        "POPE: accuracy",
+    }
 
 
 def test_the_gallery_is_headed_by_the_systems_it_shows(run_dir):
@@ -89,7 +114,9 @@ def test_the_gallery_is_headed_by_the_systems_it_shows(run_dir):
 
 def test_ratings_are_shown_and_lost_images_are_noted(tmp_path):
     for name, rating in (("base", 2), ("trained", 5)):
-        rows = [{"id": i, "image": f"{i}.png", "prompt": "How many?", "answer": "Two.", "rating": rating} for i in range(3)]
+        rows = [
+            {"id": i, "image": f"{i}.png", "prompt": "How many?", "answer": "Two.", "rating": rating} for i in range(3)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     systems = {"base": "base.jsonl", "trained": "trained.jsonl"}
@@ -111,18 +138,25 @@ def test_images_of_mme_result_files_are_found_in_the_release(tmp_path):
     evaluation = {"benchmark": "mme", "systems": {"base": "base", "trained": "trained"}, "images": "MME"}
     (tmp_path / "report.json").write_text(json.dumps({"evaluations": [evaluation]}))
     report = collect(tmp_path)
-    assert {card.image.relative_to(tmp_path).as_posix() for card in report.gallery} == {"MME/count/a.jpg", "MME/OCR/images/a.jpg"}
+    assert {card.image.relative_to(tmp_path).as_posix() for card in report.gallery} == {
+        "MME/count/a.jpg",
+        "MME/OCR/images/a.jpg",
+    }
     assert not report.notes and report.gallery[0].base.ratings == {}
 
 
 def test_a_selected_gallery_says_what_it_was_selected_from():
     cards = [
-        Card(id=str(i), prompt="", base=Answer(answer="", correct=i % 2 == 0), trained=Answer(answer="", correct=True)) for i in range(8)
+        Card(id=str(i), prompt="", base=Answer(answer="", correct=i % 2 == 0), trained=Answer(answer="", correct=True))
+        for i in range(8)
     ]
     every = render(Report(title="t", gallery=cards))
     some = render(Report(title="t", gallery=cards[:3], gallery_counts={"fixed": 4, "right": 1004}))
     assert "A selection" not in every
-    assert "A selection of 3 from 1,008 questions (4 fixed, 1,004 both right); the counts below are of the selection." in some
+    assert (
+        "A selection of 3 from 1,008 questions (4 fixed, 1,004 both right); the counts below are of the selection."
+        in some
+    )
 
 
 def test_curves_come_from_the_latest_checkpoint_with_one_point_per_step():
@@ -152,7 +186,13 @@ def test_hostile_texts_stay_text(tmp_path):
     curve = Curve(title=evil, series={evil: [(0, 1), (1, 2)]})
     page = render(
         Report(
-            title=evil, summary=evil, names=(evil, evil), configuration={evil: {evil: evil}}, notes=[evil], gallery=[card], curves=[curve]
+            title=evil,
+            summary=evil,
+            names=(evil, evil),
+            configuration={evil: {evil: evil}},
+            notes=[evil],
+            gallery=[card],
+            curves=[curve],
         )
     )
     assert page.count("<script>") == 1 and page.count("</script>") == 1
@@ -169,7 +209,10 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
         ('{"gallery": [5, null]}', "`gallery` must be a list whose elements are each an object, found [5, None]"),
         ('{"notes": "one"}', "`notes` must be a list whose elements are each text, found 'one'"),
         ('{"data": [1]}', "`data` must be an object, found [1]"),
-        ('{"evaluations": [{"benchmark": "pope", "systems": {"base": 5}}]}', "an evaluation needs `benchmark` and `systems`"),
+        (
+            '{"evaluations": [{"benchmark": "pope", "systems": {"base": 5}}]}',
+            "an evaluation needs `benchmark` and `systems`",
+        ),
         (
             '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": "high"}]}]}',
             "benchmark 'x': `value` of 'base' must be a number, found 'high'",
@@ -212,7 +255,9 @@ def test_a_chart_puts_values_where_its_axes_say():
     (x0, y0, *_), (x1, y1, *_), (x2, y2, *_) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 == pytest.approx((y0 + y1) / 2, abs=0.2) and y1 < y0
     assert "nan" not in svg
-    strips = interval_plot([System(name="a", value=0.2, low=0.0, high=0.4), System(name="b", value=0.4, low=0.3, high=1.0)])
+    strips = interval_plot(
+        [System(name="a", value=0.2, low=0.0, high=0.4), System(name="b", value=0.4, low=0.3, high=1.0)]
+    )
     assert 'cx="34.4"' in strips[0] and 'x="4.0"' in strips[0] and 'class="base" x1="34.4"' in strips[1]
 
 
@@ -249,7 +294,9 @@ def test_pictures_are_small_and_stored_once(tmp_path):
 
 def test_cards_are_thinned_without_losing_flips():
     def card(i, before, after):
-        return Card(id=str(i), prompt="", base=Answer(answer="", correct=before), trained=Answer(answer="", correct=after))
+        return Card(
+            id=str(i), prompt="", base=Answer(answer="", correct=before), trained=Answer(answer="", correct=after)
+        )
 
     cards = [card(i, i % 10 == 0, i % 10 == 0 or i % 7 == 0) for i in range(1000)]
     kept = pick_cards(cards, 160)
@@ -262,10 +309,20 @@ def test_cards_are_thinned_without_losing_flips():
 def test_flips_come_first_and_categories_take_turns():
     def card(name, category, flipped):
         return Card(
-            id=name, prompt="", category=category, base=Answer(answer="", correct=False), trained=Answer(answer="", correct=flipped)
+            id=name,
+            prompt="",
+            category=category,
+            base=Answer(answer="", correct=False),
+            trained=Answer(answer="", correct=flipped),
         )
 
-    cards = [card("a1", "a", True), card("a2", "a", True), card("r1", "b", False), card("b1", "b", True), card("r2", "a", False)]
+    cards = [
+        card("a1", "a", True),
+        card("a2", "a", True),
+        card("r1", "b", False),
+        card("b1", "b", True),
+        card("r2", "a", False),
+    ]
     assert [c.id for c in mixed(cards)] == ["a1", "b1", "a2", "r1", "r2"]
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.sampler import _COST_STEP, GroupBatchSampler, WithEmptyGroups
+from silkie.batch.sampler import _COST_STEP, GroupBatchSampler, WithEmptyGroups
 
 COSTS = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 SHAPES = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 1000)), min_size=1, max_size=60)

@@ -33,8 +33,20 @@ def run(tmp_path, *, stale=False, told=False, **env):
         (tmp_path / name).chmod(0o755)
     if stale:
         (out / "stop").touch()
-    slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
-    defaults = {"TENTHS": "1", "CODE": "0", "DEAF": "", "OUT": str(out), "LOG": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    slurm = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
+    defaults = {
+        "TENTHS": "1",
+        "CODE": "0",
+        "DEAF": "",
+        "OUT": str(out),
+        "LOG": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
     command = ["bash", "recipes/slurm/train.sbatch", "--output_dir", str(out), "--name", "it's $x"]
     job = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **slurm, **defaults, **env})
     if told:
@@ -51,14 +63,21 @@ def test_one_launcher_per_machine_over_all_gpus(tmp_path):
     code, requeued, words = run(tmp_path, stale=True)  # a stop file that an earlier job left stops nothing
     assert (code, requeued) == (0, False)
     options = dict(pairwise(words))
-    assert options["--config_file"] == "recipes/accelerate/multinode_zero3.yaml" and options["--main_process_ip"] == "node1"
+    assert (
+        options["--config_file"] == "recipes/accelerate/multinode_zero3.yaml"
+        and options["--main_process_ip"] == "node1"
+    )
     assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("2", "16", "1")
     assert options["--output_dir"].endswith("out dir") and options["--name"] == "it's $x"
 
 
 @pytest.mark.parametrize(
     ("told", "env", "code", "requeued"),
-    [(True, {"TENTHS": "200"}, 0, True), (True, {"TENTHS": "15", "DEAF": "1"}, 0, False), (False, {"CODE": "3"}, 3, False)],
+    [
+        (True, {"TENTHS": "200"}, 0, True),
+        (True, {"TENTHS": "15", "DEAF": "1"}, 0, False),
+        (False, {"CODE": "3"}, 3, False),
+    ],
     ids=["preempted", "finished all the same", "failed"],
 )
 def test_only_a_preempted_job_is_put_back_in_the_queue(tmp_path, told, env, code, requeued):
@@ -69,5 +88,7 @@ def test_it_needs_an_output_directory(tmp_path):
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1"}
-    done = subprocess.run(["bash", "recipes/slurm/train.sbatch", "--output_dir"], cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        ["bash", "recipes/slurm/train.sbatch", "--output_dir"], cwd=ROOT, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 2 and "pass --output_dir" in done.stderr

@@ -3,9 +3,9 @@
     {"id": "a", "images": ["a.png"], "prompt": "What is this?", "responses": ["A cat.", "A dog."],
      "ratings": [{"Helpfulness": 5}, {"Helpfulness": 1}]}
 
-`prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`, `pair_weights`, `ratings`,
-`rationales`, `models` and `id` are optional. Without `pairs` they are built from the ratings.
-"""
+`prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`,
+`pair_weights`, `ratings`, `rationales`, `models` and `id` are optional. Without `pairs` they are built from the
+ratings."""
 
 from __future__ import annotations
 
@@ -37,8 +37,12 @@ def groups(row: Row) -> Group:
     return Group(
         id=row.get("id"),
         images=images,
-        prompt=question(row, prompt, images, "prompt") if isinstance(prompt, str) else conversation(row, prompt, images, "prompt"),
-        responses=[row.check_text(record.get("response"), f"responses[{index}]") for index, record in enumerate(records)],
+        prompt=question(row, prompt, images, "prompt")
+        if isinstance(prompt, str)
+        else conversation(row, prompt, images, "prompt"),
+        responses=[
+            row.check_text(record.get("response"), f"responses[{index}]") for index, record in enumerate(records)
+        ],
         pairs=row.get("pairs"),
         pair_weights=weights(row),
         ratings=ratings(row, len(answers)),

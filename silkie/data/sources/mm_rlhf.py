@@ -1,4 +1,5 @@
-"""MM-RLHF's dpo_pairs.jsonl: prompt, chosen, rejected, and an image or a video. Video rows and marked ties are dropped and counted."""
+"""MM-RLHF's dpo_pairs.jsonl: prompt, chosen, rejected, and an image or a video. Video rows and marked ties are dropped
+and counted."""
 
 from silkie.data.conversations import answer, question
 from silkie.data.registry import Record, Row, register_source

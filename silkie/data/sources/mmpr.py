@@ -1,5 +1,5 @@
-"""MMPR: JSON lines of {image: path or list of paths, question, chosen, rejected}, listed in a meta.json that names the image root of each
-file.
+"""MMPR: JSON lines of {image: path or list of paths, question, chosen, rejected}, listed in a meta.json that names the
+image root of each file.
 
 Question pairs without the marks of another dataset are read by this source too, text-only rows included.
 """

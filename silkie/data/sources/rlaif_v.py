@@ -8,7 +8,9 @@ MARKS = {"origin_dataset", "ds_name"}
 
 
 @register_source(
-    "rlaif-v", hub_names=("openbmb/RLAIF-V-Dataset",), detect=lambda record: is_question_pair(record) and bool(record.keys() & MARKS)
+    "rlaif-v",
+    hub_names=("openbmb/RLAIF-V-Dataset",),
+    detect=lambda record: is_question_pair(record) and bool(record.keys() & MARKS),
 )
 def rlaif_v(row: Row) -> Group:
     return question_pair(row)

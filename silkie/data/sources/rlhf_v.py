@@ -1,4 +1,5 @@
-"""RLHF-V: `text` is a JSON string (or an object) with question, chosen and rejected; the image is embedded or in `image_path`."""
+"""RLHF-V: `text` is a JSON string (or an object) with question, chosen and rejected; the image is embedded or in
+`image_path`."""
 
 from __future__ import annotations
 

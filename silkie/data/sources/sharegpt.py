@@ -1,4 +1,5 @@
-"""LLaMA-Factory's ranking formats: ShareGPT conversations (also Zhihui/VLFeedback's flattened copy) and Alpaca instructions."""
+"""LLaMA-Factory's ranking formats: ShareGPT conversations (also Zhihui/VLFeedback's flattened copy) and Alpaca
+instructions."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
 
-@register_source("spa-vl", hub_names=("sqrti/SPA-VL",), detect=lambda record: is_question_pair(record) and "image_name" in record)
+@register_source(
+    "spa-vl", hub_names=("sqrti/SPA-VL",), detect=lambda record: is_question_pair(record) and "image_name" in record
+)
 def spa_vl(row: Row) -> Group:
     return question_pair(row)

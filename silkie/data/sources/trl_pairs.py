@@ -32,7 +32,8 @@ def trl_pairs(row: Row) -> Group:
                 column,
                 row.get(column),
                 "no videos",
-                "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF: format='mm-rlhf' counts them.",
+                "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF:"
+                " format='mm-rlhf' counts them.",
             )
     skip_tie(row)
     for column in ("tools", "chat_template_kwargs"):
@@ -43,8 +44,8 @@ def trl_pairs(row: Row) -> Group:
                 column,
                 value,
                 "no template options per row",
-                "silkie writes every row with the processor's chat template alone: set the option in `processor.chat_template`, or remove "
-                "the column.",
+                "silkie writes every row with the processor's chat template alone: set the option in"
+                " `processor.chat_template`, or remove the column.",
             )
     images = row.images("images", "image")
     prompt = row.get("prompt")
@@ -58,7 +59,11 @@ def trl_pairs(row: Row) -> Group:
     return Group(
         id=row.get("id"),
         images=images,
-        prompt=question(row, prompt, images, "prompt") if isinstance(prompt, str) else conversation(row, prompt, images, "prompt"),
+        prompt=(
+            question(row, prompt, images, "prompt")
+            if isinstance(prompt, str)
+            else conversation(row, prompt, images, "prompt")
+        ),
         responses=responses,
         pairs=[(0, 1)],
     )

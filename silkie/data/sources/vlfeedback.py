@@ -1,8 +1,8 @@
 """VLFeedback: one instruction, several responses, each rated on several aspects with a rationale.
 
-The JSONL has `completions` as a list of objects, `datasets` turns it into an object of lists; both load. The image is `img_path` (a file
-name) or an embedded `image`. Ratings are strings; those that are not numbers take their response out of the pairs.
-"""
+The JSONL has `completions` as a list of objects, `datasets` turns it into an object of lists; both load. The image is
+`img_path` (a file name) or an embedded `image`. Ratings are strings; those that are not numbers take their response out
+of the pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from silkie.data.schema import VLFEEDBACK_ASPECTS, Group
 
 
 def completions(record: Record) -> list[dict[str, Any]]:
-    """The completions of a record as a list of {"annotations", "model", "response"}, whichever way round they are stored."""
+    """The completions of a record as a list of {"annotations", "model", "response"}, whichever way round they are
+    stored."""
     value = record.get("completions")
     if isinstance(value, dict):
         lengths = {name: len(column) for name, column in value.items() if isinstance(column, (list, tuple))}
@@ -46,7 +47,9 @@ def checked(row: Row) -> list[dict[str, Any]]:
             raise row.error(f"completions[{index}].annotations", rated, 'an object {aspect: {"Rating", "Rationale"}}')
         for aspect, value in (rated or {}).items():
             if not isinstance(value, (dict, type(None))):
-                raise row.error(f"completions[{index}].annotations.{aspect}", value, 'an object {"Rating", "Rationale"}')
+                raise row.error(
+                    f"completions[{index}].annotations.{aspect}", value, 'an object {"Rating", "Rationale"}'
+                )
     return answers
 
 
@@ -68,14 +71,26 @@ def vlfeedback(row: Row) -> Group:
     if not isinstance(listed, (list, type(None))):
         raise row.error("models", listed, "a list of model names")
     if listed and all(models) and sorted(map(str, listed)) != sorted(map(str, models)):
-        raise row.error("models", list(listed), f"the models of the completions, {models}", "The judge's texts may have been swapped.")
+        raise row.error(
+            "models",
+            list(listed),
+            f"the models of the completions, {models}",
+            "The judge's texts may have been swapped.",
+        )
     return Group(
         id=row.get("id"),
         images=images,
         prompt=prompt,
-        responses=[row.check_text(answer.get("response"), f"completions[{index}].response") for index, answer in enumerate(answers)],
-        ratings=[{name: parse_rating(annotation(answer, name).get("Rating")) for name in names} for answer in answers] if names else None,
-        rationales=[{name: annotation(answer, name).get("Rationale") for name in names} for answer in answers] if names else None,
+        responses=[
+            row.check_text(answer.get("response"), f"completions[{index}].response")
+            for index, answer in enumerate(answers)
+        ],
+        ratings=[{name: parse_rating(annotation(answer, name).get("Rating")) for name in names} for answer in answers]
+        if names
+        else None,
+        rationales=[{name: annotation(answer, name).get("Rationale") for name in names} for answer in answers]
+        if names
+        else None,
         models=models if any(models) else None,
     )
 

@@ -1,0 +1,1 @@
+"""Preference groups -> the tensors of one forward pass."""

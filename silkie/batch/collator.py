@@ -1,0 +1,165 @@
+"""Rows of a preference-group dataset -> the tensors of one micro-batch. No model weights: runs in data workers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from silkie.batch.corruption import Corruption, corrupt
+from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
+from silkie.batch.packing import Layout, PromptAndResponses, pack
+from silkie.data.images import open_image
+from silkie.data.schema import mean_rating
+from silkie.model.families import PromptPositions
+
+
+@dataclass(slots=True, kw_only=True)
+class GroupCollator:
+    """Encodes and packs groups.
+
+    Attributes:
+        encoder: tokens and pixels of a group.
+        positions: rotary positions of a prompt.
+        layout, groups_per_row: see `silkie.batch.packing.pack`.
+        pad_id: token id of padding.
+        image_token_id: id of the placeholder that an image feature replaces.
+        aspects: rating aspects, the columns of `aspect_ratings`.
+        dummy_vision: image tensors for a micro-batch without images; their features are thrown away. None: no tower is
+            run for it.
+        corruption: makes the images of mDPO's second pass. None: there is none.
+
+    A batch is a dict of tensors (G groups, K responses of a group, R responses, P pairs, N scored tokens, B rows, T
+        tokens): input_ids, segment_ids, group_ids, logical_positions, token_types [B, T], position_ids [C, B, T]
+        gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P] ratings [R] and
+        aspect_ratings [R, A] (NaN where there is none)
+        vision: the processor's image tensors; corrupted_vision: those of the corrupted images
+    and plain values: row_groups, segments, image_tokens (per group), longest (longest response), names (per group, for
+        error messages), rows (per group, its row in the dataset).
+    """
+
+    encoder: GroupEncoder
+    positions: PromptPositions
+    layout: Layout
+    pad_id: int
+    image_token_id: int | None
+    groups_per_row: int | None = 1
+    aspects: tuple[str, ...] = ()
+    dummy_vision: dict[str, Tensor] | None = None
+    corruption: ImageCorruption | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        encoded = [self.encoder.encode(row) for row in rows]
+        vision = _join_vision([e.vision for e in encoded]) or dict(self.dummy_vision or {})
+        packed = pack(
+            [
+                PromptAndResponses(
+                    prompt_ids=e.prompt_ids,
+                    prompt_positions=self.positions(e.prompt_ids, e.token_types, e.vision),
+                    token_types=e.token_types,
+                    responses=e.responses,
+                )
+                for e in encoded
+            ],
+            self.layout,
+            pad_id=self.pad_id,
+            groups_per_row=self.groups_per_row,
+        )
+        counts = [len(e.responses) for e in encoded]
+        lengths = torch.tensor([len(r) for e in encoded for r in e.responses])
+        first = [sum(counts[:g]) for g in range(len(counts))]
+        pairs = [[first[g] + c, first[g] + r] for g, row in enumerate(rows) for c, r in row["pairs"]]
+        weights = [w for row in rows for w in (row.get("pair_weights") or [1.0] * len(row["pairs"]))]
+        batch: dict[str, Any] = {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "segment_ids": packed.segment_ids,
+            "group_ids": packed.group_ids,
+            "logical_positions": packed.logical_positions,
+            "token_types": packed.token_types,
+            "gather": packed.gather,
+            "target": packed.target,
+            "owner": packed.owner,
+            "offset": packed.offset,
+            "lengths": lengths,
+            "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
+            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+            "pair_weights": torch.tensor(weights, dtype=torch.float32),
+            **self._ratings(rows, counts),
+            "vision": vision,
+            "row_groups": packed.row_groups,
+            "segments": packed.segments,
+            "image_tokens": [self._image_tokens(e) for e in encoded],
+            "longest": int(lengths.max()),
+            "names": [describe(row) for row in rows],
+            "rows": [row.get("row") for row in rows],
+        }
+        if self.corruption is not None:
+            batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows)) or vision
+        return batch
+
+    def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> dict[str, Tensor]:
+        if not self.aspects:
+            return {}
+        per_response = [r for row, n in zip(rows, counts, strict=True) for r in (row.get("ratings") or [None] * n)]
+        table = [[_number((r or {}).get(a)) for a in self.aspects] for r in per_response]
+        return {"ratings": torch.tensor([mean_rating(r) for r in per_response]), "aspect_ratings": torch.tensor(table)}
+
+    def _image_tokens(self, group: EncodedGroup) -> int:
+        if self.image_token_id is None or not group.n_images:
+            return 0
+        return int((group.prompt_ids == self.image_token_id).sum())
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ImageCorruption:
+    """Corrupts the images of a batch; the same row is always corrupted in the same way, so that a resumed run sees what
+    the first one saw."""
+
+    kind: Corruption
+    strength: float
+    seed: int
+
+    def __call__(self, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+        """The processor's image tensors of each row's corrupted images."""
+        decoded = [[open_image(i, where=describe(row)) for i in row.get("images") or []] for row in rows]
+        out = []
+        for g, (row, images) in enumerate(zip(rows, decoded, strict=True)):
+            rng = random.Random(f"{self.seed}-{row.get('row')}")
+            others = [image for other, own in enumerate(decoded) if other != g for image in own]
+            corrupted = [corrupt(image, self.kind, rng, strength=self.strength, others=others) for image in images]
+            out.append(encoder.encode({**row, "images": corrupted}).vision)
+        return out
+
+
+def blank_vision(encoder: GroupEncoder) -> dict[str, Tensor]:
+    """Image tensors of a small grey image."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    return encoder.encode(
+        {"images": [Image.new("RGB", (56, 56), "grey")], "prompt": message, "responses": ["x"]}
+    ).vision
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _join_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Image tensors of all groups, joined along the first dimension; further dimensions are padded with zeros, as
+    processors pad their batches."""
+    keys = [key for part in parts for key in part]
+    return {key: _join([part[key] for part in parts if key in part]) for key in dict.fromkeys(keys)}
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    padded = []
+    for t in tensors:
+        pad = [p for have, want in zip(reversed(t.shape[1:]), reversed(shape), strict=True) for p in (0, want - have)]
+        padded.append(torch.nn.functional.pad(t, pad) if any(pad) else t)
+    return torch.cat(padded)

@@ -1,0 +1,302 @@
+"""Before training starts: every group is measured in tokens, its images are decoded once, and what cannot be trained on
+is dropped, counted and listed.
+
+Legend: L prompt tokens, K responses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datasets import Dataset
+from jinja2 import TemplateError
+
+from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
+from silkie.data.images import open_image
+from silkie.data.schema import DataError
+from silkie.data.stamps import image_fingerprint
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["raise", "skip"]
+_LISTED = 5  # rows listed per reason
+
+
+class GroupError(DataError):
+    """A group cannot be trained on."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PreparationReport:
+    """What preparation did.
+
+    Attributes:
+        groups, pairs, responses: what is left.
+        prompt_tokens, response_tokens: their sums.
+        longest_prompt, longest_response: in tokens.
+        cut_responses: responses whose tail was cut to hold the length limits.
+        equal_pairs: pairs whose responses have the same tokens once they are cut; they add nothing to the gradient.
+        dropped: reason -> descriptions of the groups that were dropped for it.
+    """
+
+    groups: int = 0
+    pairs: int = 0
+    responses: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    longest_prompt: int = 0
+    longest_response: int = 0
+    cut_responses: int = 0
+    equal_pairs: int = 0
+    images: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, int]:
+        """The counts by readable names; zero is left out where it is the rule (nothing cut, nothing dropped)."""
+        always = (
+            "groups",
+            "pairs",
+            "responses",
+            "images",
+            "prompt_tokens",
+            "longest_prompt",
+            "response_tokens",
+            "longest_response",
+        )
+        counts = {name.replace("_", " "): getattr(self, name) for name in always}
+        rare = {"responses cut at the tail": self.cut_responses, "pairs with equal responses": self.equal_pairs}
+        dropped = {f"dropped groups: {reason}": len(rows) for reason, rows in self.dropped.items()}
+        return counts | {name: number for name, number in rare.items() if number} | dropped
+
+    def lines(self, name: str) -> list[str]:
+        """Human-readable summary."""
+        out = [
+            f"{name}: {self.groups} groups, {self.responses} responses, {self.pairs} pairs, {self.images} images;"
+            f" prompt tokens {self.prompt_tokens} (longest {self.longest_prompt}), response tokens"
+            f" {self.response_tokens} (longest {self.longest_response})"
+        ]
+        if self.cut_responses:
+            out.append(f"{name}: {self.cut_responses} responses were cut at the tail to hold the length limits")
+        if self.equal_pairs:
+            out.append(
+                f"{name}: {self.equal_pairs} pairs have equal responses after the cut and teach nothing; raise the"
+                " length limits"
+            )
+        for reason, rows in self.dropped.items():
+            more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
+            out.append(f"{name}: dropped {len(rows)} groups: {reason} ({'; '.join(rows[:_LISTED])}{more})")
+        return out
+
+
+def prepare_groups(
+    dataset: Dataset,
+    encoder: GroupEncoder,
+    *,
+    on_bad_row: OnBadRow = "raise",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, PreparationReport]:
+    """Measures the groups of a dataset and drops those that cannot be trained on.
+
+    Dropped and counted: groups without pairs, and groups whose prompt leaves no room for a response. A broken row (an
+    image that cannot be decoded, an empty response, a pair that names a missing response, image parts that do not match
+    the images) raises, or is dropped too with `on_bad_row="skip"`.
+
+    Args:
+        dataset: preference groups.
+        encoder: decides the token counts.
+        num_proc: worker processes.
+        name: of the dataset in messages.
+
+    Returns:
+        The dataset with the columns `row` (number in the input), `prompt_length` and `response_lengths`, and the
+        report.
+
+    Raises:
+        GroupError: a broken row, or nothing is left.
+    """
+    measured = dataset.map(
+        _measure,
+        with_indices=True,
+        fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise"},
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        desc=f"Measuring {name} groups",
+        # The encoder's own hash is stable; pickling a tokenizer is not. The images are part of it: a file that broke
+        # since is found.
+        new_fingerprint=image_fingerprint(
+            dataset,
+            "images" if "images" in dataset.column_names else None,
+            "prepare",
+            encoder.fingerprint(),
+            on_bad_row,
+        ),
+    )
+    report = PreparationReport()
+    dropped: dict[str, list[str]] = defaultdict(list)
+    keep = []
+    facts = measured.select_columns(
+        [
+            c
+            for c in (
+                "row",
+                "id",
+                "problem",
+                "prompt_length",
+                "response_lengths",
+                "cut",
+                "n_pairs",
+                "n_equal",
+                "n_images",
+            )
+            if c in measured.column_names
+        ]
+    )
+    for index, row in enumerate(facts):
+        if row["problem"]:
+            dropped[row["problem"]].append(describe(row))
+            continue
+        keep.append(index)
+        report.groups += 1
+        report.pairs += row["n_pairs"]
+        report.equal_pairs += row["n_equal"]
+        report.images += row["n_images"]
+        report.responses += len(row["response_lengths"])
+        report.prompt_tokens += row["prompt_length"]
+        report.response_tokens += sum(row["response_lengths"])
+        report.longest_prompt = max(report.longest_prompt, row["prompt_length"])
+        report.longest_response = max(report.longest_response, *row["response_lengths"])
+        report.cut_responses += row["cut"]
+    report.dropped = dict(dropped)
+    summary, *losses = report.lines(name)
+    logger.info(summary)
+    for line in losses:  # what was cut or dropped is shown where nobody has configured a log
+        logger.warning(line)
+    if not keep:
+        reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
+        raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")
+    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_equal", "n_images"])
+    return (measured if len(keep) == len(measured) else measured.select(keep)), report
+
+
+def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool) -> dict[str, Any]:
+    named = {"row": index, **row}  # a row that was prepared before keeps its number
+    pairs = row["pairs"] or []
+    facts = {
+        "row": named["row"],
+        "problem": "",
+        "prompt_length": 0,
+        "response_lengths": [0] * len(row["responses"] or []),
+        "cut": 0,
+        "n_pairs": len(pairs),
+        "n_equal": 0,
+        "n_images": len(row.get("images") or []),
+    }
+    try:
+        _check_row(named, encoder.media_tokens)
+        sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
+        lengths = _lengths(named, sizes, encoder)
+    except DataError as error:
+        if raise_errors:
+            raise GroupError(
+                f"{error} Mend or remove the row, or set on_bad_row='skip' to drop and count such rows."
+            ) from error
+        return {**facts, "problem": getattr(error, "reason", None) or type(error).__name__ + ": image or row is broken"}
+    if not pairs:
+        return {**facts, "problem": "no preference pairs (ties, one response, or no ratings)"}
+    if not lengths.fits:
+        return {**facts, "problem": f"the prompt alone does not fit max_length={encoder.max_length}"}
+    equal = sum(lengths.equal_to[chosen] == lengths.equal_to[rejected] for chosen, rejected in pairs)
+    return {
+        **facts,
+        "prompt_length": lengths.prompt,
+        "response_lengths": list(lengths.responses),
+        "cut": lengths.cut,
+        "n_equal": equal,
+    }
+
+
+class _RowProblem(DataError):
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        super().__init__(f"{where}: {detail}.")
+        self.reason = reason
+
+
+def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
+    where, responses = describe(row), row["responses"]
+    if not row["prompt"]:
+        raise _RowProblem(where, "empty prompt", "the prompt has no turns")
+    if not responses:
+        raise _RowProblem(where, "no responses", "there are no responses")
+    for i, response in enumerate(responses):
+        if not (response or "").strip():
+            raise _RowProblem(where, "empty response", f"response {i} of {len(responses)} is empty")
+    _check_pairs(row, where)
+    parts = [part for turn in row["prompt"] if not isinstance(turn["content"], str) for part in turn["content"] or []]
+    in_prompt, images = sum(part["type"] == "image" for part in parts), len(row.get("images") or [])
+    if in_prompt != images:
+        raise _RowProblem(
+            where, "images do not match", f"the prompt has {in_prompt} image parts and the row {images} images"
+        )
+    texts = [turn["content"] for turn in row["prompt"] if isinstance(turn["content"], str)] + [
+        part.get("text") or "" for part in parts
+    ]
+    for name, text in (
+        *(("the prompt", text) for text in texts),
+        *((f"response {i}", text) for i, text in enumerate(responses)),
+    ):
+        for token in media_tokens:
+            if token in text:  # the model would look for the features of an image that is not there
+                raise _RowProblem(
+                    where, "image token in the text", f"{name} holds the model's special token {token} as text"
+                )
+
+
+def _check_pairs(row: Mapping[str, Any], where: str) -> None:
+    responses, pairs, k = row["responses"], row["pairs"] or [], len(row["responses"])
+    for pair in pairs:
+        if len(pair) != 2 or not all(i is not None and 0 <= i < k for i in pair) or pair[0] == pair[1]:
+            raise _RowProblem(
+                where, "pair out of range", f"pair {list(pair)} does not name two of the {k} responses (0 ... {k - 1})"
+            )
+        chosen, rejected = pair
+        if responses[chosen].strip() == responses[rejected].strip():
+            raise _RowProblem(
+                where,
+                "identical responses in a pair",
+                f"responses {chosen} and {rejected} are identical, so they cannot be a preference pair",
+            )
+    weights, ratings = row.get("pair_weights") or [], row.get("ratings") or []
+    for weight in weights:
+        if weight is None or not 0 <= weight < float("inf"):
+            raise _RowProblem(where, "bad pair weight", f"pair weight {weight} is not a finite number >= 0")
+    # One too few or too many would shift those of every later group in the batch.
+    if weights and len(weights) != len(pairs):
+        raise _RowProblem(
+            where, "pair weights do not match", f"there are {len(weights)} pair weights for {len(pairs)} pairs"
+        )
+    if ratings and len(ratings) != k:
+        raise _RowProblem(where, "ratings do not match", f"there are {len(ratings)} ratings for {k} responses")
+
+
+def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: GroupEncoder) -> GroupLengths:
+    try:
+        return encoder.measure(row, sizes)
+    except (
+        ValueError,
+        TypeError,
+        TemplateError,
+    ) as error:  # an image of extreme shape, roles that the chat template refuses
+        raise _RowProblem(
+            describe(row), f"the processor refuses it: {error}", f"the processor refuses it: {error}"
+        ) from error
+
+
+def _size(image: Any, where: str) -> tuple[int, int]:
+    """(height, width) of an image. It is decoded whole, so that a truncated file is found now and not in the middle of
+    the run."""
+    width, height = open_image(image, where=where).size
+    return height, width

@@ -1,0 +1,157 @@
+"""Batches of preference groups: a fixed number per batch, or as many as fit a token budget.
+
+Every group comes exactly once an epoch, in an order that depends on the seed and the epoch alone. The batches of one
+optimizer step cost about the same, so that ranks do not wait for each other; the number of batches is the same in every
+epoch, so that a run can be resumed by counting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+logger = logging.getLogger(__name__)
+
+_COST_STEP = (
+    64  # tokens; groups of as many rows whose lengths fall into one step are exchangeable when batches are drawn
+)
+
+
+class GroupBatchSampler(Sampler[list[int]]):
+    """Yields the batches of all ranks in turn: batch i belongs to rank i % world (accelerate's `BatchSamplerShard`
+    deals them out).
+
+    Args:
+        shapes: (rows, tokens of its longest row) of each group in the layout that runs.
+        batch_size: groups per batch, where there is no budget; with a budget, not used.
+        max_tokens: token budget of a batch, padding included. A group above it gets a batch of its own.
+        world: number of ranks; the number of batches is a multiple of it.
+        seed: of the order.
+        padded: cost of a batch is (rows) * (longest row), as rows are padded to the longest; False: the sum of its
+            groups.
+
+    With fewer groups than ranks in the last round, indices beyond the dataset are yielded: `WithEmptyGroups` turns them
+    into copies with weight 0, which keep a rank busy and change nothing.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+        world: int = 1,
+        seed: int = 0,
+        padded: bool = True,
+    ) -> None:
+        if max_tokens is not None and max_tokens <= 0:
+            raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")
+        self.shapes = list(shapes)
+        self.batch_size, self.max_tokens, self.world, self.seed, self.padded = (
+            batch_size,
+            max_tokens,
+            world,
+            seed,
+            padded,
+        )
+        self.epoch = 0
+        self.finished = False  # True: the next pass yields nothing
+        self._sizes = self._budget_sizes() if max_tokens is not None else None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        n = len(self._sizes) if self._sizes is not None else -(-len(self.shapes) // self.batch_size)
+        return -(-n // self.world) * self.world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.finished:
+            return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.shapes), generator=generator).tolist()
+        if self._sizes is None:
+            batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        else:
+            # A stable sort keeps the shuffled order of exchangeable groups: batches differ between epochs, their sizes
+            # do not.
+            order.sort(key=self._step)
+            batches, at = [], 0
+            for size in self._sizes:
+                batches.append(order[at : at + size])
+                at += size
+        batches = self._fill(batches)
+        if self._sizes is None:
+            yield from batches
+            return
+        rounds = [batches[i : i + self.world] for i in range(0, len(batches), self.world)]
+        for i in torch.randperm(len(rounds), generator=generator).tolist():
+            yield from rounds[i]
+
+    def _step(self, index: int) -> tuple[int, int]:
+        """Groups of equal step are exchangeable: (length in steps, rows)."""
+        rows, length = self.shapes[index]
+        return -(-length // _COST_STEP), rows
+
+    def _budget_sizes(self) -> list[int]:
+        """Number of groups of each batch, over the groups sorted by step: a batch's last group is its longest."""
+        assert self.max_tokens is not None
+        sizes, count, in_batch, total = [], 0, 0, 0
+        for steps, rows in sorted(self._step(i) for i in range(len(self.shapes))):
+            length = steps * _COST_STEP
+            longer = length * (in_batch + rows) if self.padded else total + length * rows
+            if count and longer > self.max_tokens:
+                sizes.append(count)
+                count, in_batch, total = 0, 0, 0
+            count, in_batch, total = count + 1, in_batch + rows, total + length * rows
+        if count:
+            sizes.append(count)
+        while (
+            len(sizes) % self.world and max(sizes) > 1
+        ):  # split the largest, so that every rank has a batch in every round
+            largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
+            half = sizes[largest] // 2
+            sizes[largest : largest + 1] = [sizes[largest] - half, half]
+        return sizes
+
+    def _fill(self, batches: list[list[int]]) -> list[list[int]]:
+        missing = len(self) - len(batches)
+        if not missing:
+            return batches
+        if self._sizes is None:  # spread the last round's groups over the ranks before any rank gets an empty copy
+            tail = [i for batch in batches[len(self) - self.world :] for i in batch]
+            batches = batches[: len(self) - self.world]
+            share, extra = divmod(len(tail), self.world)
+            at = 0
+            for rank in range(self.world):
+                size = share + (rank < extra)
+                batches.append(tail[at : at + size])
+                at += size
+        while len(batches) < len(self):
+            batches.append([])
+        cheapest = min(range(len(self.shapes)), key=lambda i: self.shapes[i][0] * self.shapes[i][1])
+        return [batch or [len(self.shapes) + cheapest] for batch in batches]
+
+
+@dataclass(slots=True)
+class WithEmptyGroups(Dataset):
+    """A dataset of n rows; index n + i is row i with all pair weights 0."""
+
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if index < len(self.rows):
+            return self.rows[index]
+        row = dict(self.rows[index - len(self.rows)])
+        return {**row, "pair_weights": [0.0] * len(row["pairs"])}
+
+    def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
+        return [self[i] for i in indices]

@@ -1,0 +1,1 @@
+"""What differs between vision-language models, and the one forward pass."""

@@ -1,0 +1,233 @@
+"""Log-probs of responses through the wrapped model's own call: the output head scores the gathered tokens instead of
+returning logits.
+
+Going through `model(...)` keeps the hooks of peft, DDP, FSDP2 and ZeRO-3 alive; only the head's `forward` is replaced
+for the call.
+Legend: B rows, T tokens, N scored tokens, R responses, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from silkie.logprob import Impl, LogprobStats, linear_logprob
+from silkie.logprob.head import HeadOptions, head_operands, head_options
+from silkie.model.attention import Attention
+from silkie.model.families import causal_lm, family_of
+from silkie.model.vision import FeatureCache, image_features_once
+
+
+@dataclass(slots=True, kw_only=True)
+class Scores:
+    """Log-probs of one pass.
+
+    Attributes:
+        per_token_logps: fp32 [N].
+        logps: fp32 [R], summed over the tokens of each response.
+        stats: per-token statistics [N], only when asked for.
+    """
+
+    per_token_logps: Tensor
+    logps: Tensor
+    stats: LogprobStats | None = None
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Scorer:
+    """Scores collated batches (see `silkie.batch.collator`) with a model.
+
+    Attributes:
+        attention: makes the attention mask of a batch.
+        fused: use `linear_logprob`; False takes the plain path (logits, then log-softmax in fp32), for comparison.
+        impl: implementation of `linear_logprob`.
+    """
+
+    attention: Attention
+    fused: bool = True
+    impl: Impl = "auto"
+
+    def __call__(
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        *,
+        frozen_vision: bool,
+        cache: FeatureCache | None = None,
+        return_stats: bool = False,
+    ) -> Scores:
+        """One forward of `model` over the batch.
+
+        Args:
+            model: policy or reference, wrapped or not.
+            batch: from `GroupCollator`, on the model's device.
+            frozen_vision: see `image_features_once`.
+            cache: image features shared with other passes over the same batch.
+            return_stats: also return token statistics.
+        """
+        base = causal_lm(model)
+        box: dict[str, Any] = {}
+        with (
+            scored_head(
+                base,
+                batch["gather"],
+                batch["target"],
+                fused=self.fused,
+                impl=self.impl,
+                return_stats=return_stats,
+                box=box,
+            ),
+            image_features_once(
+                base,
+                frozen=frozen_vision,
+                cache=cache,
+                tokens_per_group=batch["image_tokens"],
+                row_groups=batch["row_groups"],
+            ),
+        ):
+            out = model(**self._inputs(base, batch), use_cache=False)
+        per_token = out.logits.reshape(-1)
+        return Scores(per_token_logps=per_token, logps=sum_by_response(per_token, batch), stats=box.get("stats"))
+
+    def _inputs(self, base: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        family = family_of(base.config)
+        positions = batch["position_ids"]
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "position_ids": positions if positions.shape[0] > 1 else positions[0],
+            **self.attention.inputs(base.config, batch),
+            **{k: v.to(base.dtype) if v.is_floating_point() else v for k, v in batch["vision"].items()},
+        }
+        if family.token_types:
+            # PaliGemma counts the prompt as type 0 and the answer as type 1; Gemma3 marks image tokens
+            types = (batch["segment_ids"] > 0).long() if family.two_way == "prefix" else batch["token_types"]
+            inputs[family.token_types] = types
+        return inputs
+
+
+def sum_by_response(per_token: Tensor, batch: dict[str, Any]) -> Tensor:
+    """[R] sums of [N] token values by owner. Through a padded [R, longest] table: the same order of additions in every
+    run, also on CUDA."""
+    table = per_token.new_zeros(len(batch["lengths"]), batch["longest"])
+    table = table.index_put((batch["owner"], batch["offset"]), per_token)
+    return table.sum(1)
+
+
+@contextmanager
+def scored_head(
+    base: Any, gather: Tensor, target: Tensor, *, fused: bool, impl: Impl, return_stats: bool, box: dict[str, Any]
+) -> Iterator[None]:
+    """Within the context, the output head of `base` returns the log-probs [1, N, 1] of `target` at the flat positions
+    `gather` in place of logits.
+
+    Statistics go to `box["stats"]`.
+    """
+    head = base.get_output_embeddings()
+    plain_forward = head.forward
+    options = _applied_options(base)
+
+    def forward(hidden: Tensor) -> Tensor:
+        scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather.to(hidden.device))
+        if fused:
+            states, weight, bias = head_operands(head, scored)
+            score = partial(
+                linear_logprob,
+                states,
+                weight,
+                target,
+                bias,
+                impl=impl,
+                softcap=options.softcap,
+                logit_scale=options.logit_scale,
+            )
+            logps, stats = score(return_stats=True) if return_stats else (score(), None)
+        else:
+            logps, stats = _plain(plain_forward(scored), target, options, return_stats)
+        box["stats"] = stats
+        # The model's forward scales what the head returns. FSDP2 hooks the output of a module, which must not be a
+        # view.
+        return (logps / options.logit_scale)[None, :, None].clone()
+
+    had_own = "forward" in head.__dict__
+    previous = head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        with _without_softcap(base, options):
+            yield
+    finally:
+        if had_own:
+            head.forward = previous
+        else:
+            del head.forward
+
+
+def _plain(
+    logits: Tensor, target: Tensor, options: HeadOptions, return_stats: bool
+) -> tuple[Tensor, LogprobStats | None]:
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    logp = logits.log_softmax(-1)
+    chosen = logp.gather(1, target[:, None])[:, 0]
+    if not return_stats:
+        return chosen, None
+    with torch.no_grad():
+        p = logp.exp()
+        stats = LogprobStats(
+            mean_logit=logits.mean(1),
+            entropy=-(p * logp).sum(1),
+            is_top1=logits.argmax(1) == target,
+            log_sum_sq_probs=torch.logsumexp(2 * logp, 1),
+        )
+    return chosen, stats
+
+
+def _applied_options(base: nn.Module) -> HeadOptions:
+    """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their
+    config and ignore it.
+
+    Raises:
+        ValueError: the forward scales and always caps (Muse): the cap cannot be switched off for the log-probs.
+    """
+    options, source = head_options(base.config), _source(type(base).forward)
+    if "output_multiplier" in source:
+        raise ValueError(
+            f"{type(base).__name__} caps its logits in a way that silkie cannot switch off: use TRL's DPOTrainer"
+            " for it."
+        )
+    return HeadOptions(
+        softcap=options.softcap if "final_logit_softcapping" in source else None,
+        logit_scale=(
+            options.logit_scale
+            if any(name in source for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+            else 1.0
+        ),
+    )
+
+
+@cache
+def _source(function: Callable[..., Any]) -> str:
+    """Read once: every forward pass asks for it."""
+    return inspect.getsource(function)
+
+
+@contextmanager
+def _without_softcap(base: Any, options: HeadOptions) -> Iterator[None]:
+    """The model's forward would cap the head's output once more; what it returns are log-probs already."""
+    if options.softcap is None:
+        yield
+        return
+    text = base.config.get_text_config()
+    cap, text.final_logit_softcapping = text.final_logit_softcapping, None
+    try:
+        yield
+    finally:
+        text.final_logit_softcapping = cap

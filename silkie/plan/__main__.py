@@ -1,0 +1,107 @@
+"""`python -m silkie.plan MODEL --gpus N --memory 80GB`: which launch configuration fits a model, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from silkie.plan.memory import LEAST, Engine, Workload, choose, load_shape, parse_memory
+from silkie.plan.shapes import SHAPES
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m silkie.plan",
+        description=(
+            "Memory by part and FLOPs of a run, and which config fits: estimates. LoRA unless --full or --qlora; bf16."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, a model directory or a hub name")
+    parser.add_argument("--gpus", type=int, default=1, help="of all machines together")
+    parser.add_argument("--memory", default="80GB", help="of one GPU: 80GB, 24GiB")
+    training = parser.add_mutually_exclusive_group()
+    training.add_argument("--full", action="store_true", help="full fine-tuning of the language model")
+    training.add_argument("--qlora", action="store_true", help="4-bit base weights")
+    parser.add_argument("--groups", type=int, default=1, help="groups in a micro-batch of a GPU")
+    parser.add_argument("--responses", type=int, default=4, help="in a group")
+    parser.add_argument("--image-tokens", type=int, default=1280, help="in a group; 0: text alone")
+    parser.add_argument("--response-tokens", type=int, default=120, help="in a response")
+    parser.add_argument("--prompt-tokens", type=int, default=60, help="in a prompt, without the image's")
+    parser.add_argument("--lora-rank", type=int, default=64, help="r of LoRA and QLoRA")
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations: gradient_checkpointing=False"
+    )
+    parser.add_argument(
+        "--reference-cached", action="store_true", help="no reference pass in the step: precompute_ref_log_probs=True"
+    )
+    parser.add_argument(
+        "--optimizer-8bit", action="store_true", help="optimizer states in 8 bits: optim=adamw_bnb_8bit"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    try:
+        memory, shape = parse_memory(args.memory), load_shape(args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(
+            f"{args.model} is none of {', '.join(SHAPES)}, no directory, and not found on the hub or in its cache:"
+            f" {error}"
+        )
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    workload = Workload(
+        groups=args.groups,
+        responses=args.responses,
+        image_tokens=args.image_tokens,
+        prompt_tokens=args.prompt_tokens,
+        response_tokens=args.response_tokens,
+        training="full" if args.full else "qlora" if args.qlora else "lora",
+        lora_rank=args.lora_rank,
+        checkpointing=not args.no_checkpointing,
+        reference_cached=args.reference_cached,
+        second_model=args.full,
+        optimizer_8bit=args.optimizer_8bit,
+    )
+    best, plans = choose(shape, workload, gpus=args.gpus, memory=memory)
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "config": best and best.engine,
+                    "plans": [{**asdict(p), "total": p.total, "fits": p.fits} for p in plans],
+                }
+            )
+        )
+        return
+    print(
+        f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {workload.training}, {workload.tokens} tokens in a"
+        " micro-batch"
+    )
+    for plan in plans:
+        print("\n".join(plan.lines()))
+    name = (
+        "none: more GPUs, --qlora, fewer --groups or smaller images"
+        if best is None
+        else _config(best.engine, args.gpus)
+    )
+    print(f"use: {name}")
+
+
+def _config(engine: Engine, gpus: int) -> str:
+    """What to give to `accelerate launch --config_file`, machines having 8 GPUs."""
+    if engine == "ddp" and gpus == 1:
+        return "recipes/accelerate/single.yaml"
+    machines = -(-gpus // 8)
+    name = "multinode_zero3" if engine == "zero3" and machines > 1 else engine
+    return (
+        f"recipes/accelerate/{name}.yaml --num_processes {gpus}{f' --num_machines {machines}' if machines > 1 else ''}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The planner's estimate of a run that is set up: its workload from a real batch, its engine from the launcher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from silkie.model.families import causal_lm
+from silkie.plan.memory import Engine, Plan, Training, Workload, estimate
+from silkie.plan.shapes import shape_of
+
+if TYPE_CHECKING:
+    from silkie.trainer import SilkieDPOTrainer
+
+ASSUMED_MEMORY = 80e9  # of a GPU, where there is none
+
+
+def workload_of(trainer: SilkieDPOTrainer, batch: dict[str, Any]) -> Workload:
+    """What the planner needs to know of a run and one of its micro-batches, as means over its groups.
+
+    Args:
+        batch: from the trainer's collator.
+    """
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    base: Any = causal_lm(model)
+    groups, responses = len(batch["image_tokens"]), len(batch["lengths"])
+    images = sum(batch["image_tokens"])
+    in_group = torch.bincount(batch["group"], minlength=groups)
+    real = int((batch["segment_ids"] >= 0).sum())
+    scored = len(batch["target"])
+    # Prompt tokens of a batch: what its real tokens are besides responses. Rows repeat the prompt for every response.
+    if trainer.choice.layout == "packed":
+        prompts = real - scored
+    else:
+        first = torch.cat([torch.zeros(1, dtype=torch.long), in_group.cumsum(0)[:-1].cpu()])
+        row_lengths = (batch["segment_ids"] >= 0).sum(1).cpu()
+        prompts = int((row_lengths - batch["lengths"].cpu())[first].sum())
+    bits = 4 if getattr(base, "is_loaded_in_4bit", False) else 8 if getattr(base, "is_loaded_in_8bit", False) else None
+    adapter = getattr(model, "peft_config", {}).get("default")
+    training: Training = "full" if adapter is None else "qlora" if bits else "lora"
+    return Workload(
+        groups=groups,
+        responses=responses / groups,
+        image_tokens=images / groups,
+        prompt_tokens=(prompts - images) / groups,
+        response_tokens=scored / responses,
+        layout=trainer.choice.layout,
+        training=training,
+        quantised_bits=bits or 4,
+        lora_rank=getattr(adapter, "r", 0),
+        checkpointing=bool(args.gradient_checkpointing),
+        fused=args.use_fused_logprob,
+        reference_cached=trainer.reference is None or args.precompute_ref_log_probs,
+        second_model=trainer.ref_model is not None,
+        optimizer_8bit="8bit" in str(getattr(args.optim, "value", args.optim)),
+        half=next(base.parameters()).dtype in (torch.bfloat16, torch.float16),
+    )
+
+
+def engine_of(accelerator: Any) -> Engine:
+    """The engine that accelerate runs."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return "ddp"
+    plugin = accelerator.deepspeed_plugin
+    if plugin.zero_stage < 3:
+        return "zero2"
+    config = plugin.deepspeed_config.get("zero_optimization", {})
+    return "zero3_offload" if config.get("offload_optimizer", {}).get("device", "none") != "none" else "zero3"
+
+
+def device_memory(device: torch.device) -> tuple[float, str]:
+    """Bytes of a GPU, and where the number is from."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return float(properties.total_memory), properties.name
+    return ASSUMED_MEMORY, f"no GPU here: assuming one of {ASSUMED_MEMORY / 1e9:.0f} GB"
+
+
+def plan_of(trainer: SilkieDPOTrainer, batch: dict[str, Any]) -> tuple[Plan, str]:
+    """The planner's estimate of a run whose micro-batches are like `batch`, and where the GPU's memory is from."""
+    memory, source = device_memory(trainer.accelerator.device)
+    plan = estimate(
+        shape_of(causal_lm(trainer.model).config),
+        workload_of(trainer, batch),
+        engine=engine_of(trainer.accelerator),
+        gpus=trainer.accelerator.num_processes,
+        memory=memory,
+    )
+    return plan, source

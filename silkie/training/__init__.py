@@ -1,0 +1,1 @@
+"""What keeps a run right: reference, checks, checkpoints, metrics."""

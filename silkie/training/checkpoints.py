@@ -1,0 +1,267 @@
+"""Checkpoints that can be trusted: complete or ignored, whatever killed the run while they were written.
+
+A checkpoint counts once `silkie_complete.json` is in it, which is written last, lists every file with its size, and is
+put in place by a rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are already in
+the directory are what a killed run left, or another run's that this one does not go on from: they never push out a new
+one, and stop counting once there is one."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "silkie_complete.json"
+STATE = "silkie_state.json"
+STOP_FILE = "stop"  # in output_dir: asks a run to save and stop, where a signal would not reach the processes in time
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again and it goes on
+_DISK_FULL = (
+    "no space left on device",
+    "disk quota exceeded",
+    "file too large",
+    "enforce fail at inline_container",
+    "file write failed",
+    "unexpected pos",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+def clear_place(checkpoint: str | Path) -> None:
+    """Removes what is in the place of a checkpoint about to be written: what a killed run left, or an older checkpoint
+    of the same step, which stops counting before its first file is touched."""
+    path = Path(checkpoint)
+    (path / COMPLETE).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def mark_complete(checkpoint: str | Path) -> None:
+    """Flushes a checkpoint to the disk and declares it complete. To be called once every rank has written its part."""
+    path = Path(checkpoint)
+    files = {
+        str(f.relative_to(path)): f.stat().st_size
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and f.name != COMPLETE
+    }
+    for name in files:
+        _flush(path / name)
+    part = path / (COMPLETE + ".part")
+    with part.open("w") as file:
+        json.dump({"files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path / COMPLETE)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """A machine that loses power must not keep the marker and lose a file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What keeps a checkpoint from counting, None where it was declared complete and all its files still have their
+    sizes."""
+    path = Path(checkpoint)
+    if not (path / COMPLETE).is_file():
+        return f"it has no {COMPLETE}: the run was killed while writing it, or another trainer wrote it"
+    try:
+        files = dict(json.loads((path / COMPLETE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {COMPLETE} is damaged ({error!r})"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"its file {name} is missing"
+        if (found := (path / name).stat().st_size) != size:
+            return f"its file {name} has {found} bytes, not {size}"
+    return None
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint counts."""
+    return damage(checkpoint) is None
+
+
+def check_chosen(checkpoint: str | Path) -> None:
+    """Before a run goes on from a checkpoint that the user names: transformers would start the optimizer afresh where
+    its file is missing.
+
+    Raises:
+        CheckpointError: there is no such directory, or a file that the checkpoint was complete with is missing or cut.
+    """
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint {checkpoint}: expected a directory such as OUTPUT_DIR/checkpoint-500."
+        )
+    if not (problem := damage(checkpoint)):
+        return
+    if (Path(checkpoint) / COMPLETE).exists():
+        raise CheckpointError(f"{checkpoint} is damaged: {problem}. Resume from another checkpoint.")
+    logger.warning("%s: %s; whether it is whole cannot be checked", checkpoint, problem)
+
+
+def _by_step(output_dir: str | Path) -> dict[Path, int]:
+    """The checkpoints of a directory, complete or not, and their steps, in the order of these."""
+    found = {
+        path: re.fullmatch(r"checkpoint-(\d+)", path.name)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.is_dir()
+    }
+    return dict(sorted(((path, int(match[1])) for path, match in found.items() if match), key=lambda item: item[1]))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete checkpoint with the highest step in a directory, None where there is none. Later ones that do not
+    count are named in the log."""
+    for path in reversed(_by_step(output_dir)):
+        if not (problem := damage(path)):
+            return str(path)
+        logger.warning("%s is not resumed from: %s", path, problem)
+    return None
+
+
+def agreed(paths: list[str | None], output_dir: str) -> str | None:
+    """The checkpoint that all ranks found.
+
+    Raises:
+        CheckpointError: they found different ones: their machines do not share a disk.
+    """
+    if len(set(paths)) > 1:
+        raise CheckpointError(
+            f"The processes find different last checkpoints in {output_dir}: {sorted(set(map(str, paths)))}. It must be"
+            " on a disk that all machines share."
+        )
+    return paths[0]
+
+
+def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | None, best: str | None) -> None:
+    """On the main process, after all ranks have written: saves silkie's own state, declares the checkpoint complete,
+    deletes old ones."""
+    (checkpoint / STATE).write_text(json.dumps(state))
+    _retire_later(checkpoint)
+    mark_complete(checkpoint)
+    if keep and keep > 0:
+        _rotate(checkpoint.parent, keep, {checkpoint.name, Path(best or checkpoint).name})
+
+
+def _retire_later(checkpoint: Path) -> None:
+    """A run has no checkpoint beyond its own step: those are of an earlier run in the same directory, and resuming must
+    not pick them."""
+    steps = _by_step(checkpoint.parent)
+    for path in (path for path, step in steps.items() if step > steps[checkpoint] and (path / COMPLETE).exists()):
+        logger.warning(
+            "%s is of an earlier run, which this one does not go on from: it no longer counts for resuming", path
+        )
+        (path / COMPLETE).unlink()
+
+
+def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
+    """Deletes all but `keep` checkpoints: first those that do not count, then the oldest."""
+    found = sorted(_by_step(output_dir), key=is_complete)
+    spare = [path for path in found if path.name not in protected]
+    for path in spare[: max(0, len(found) - max(keep, len(protected)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """Puts a checkpoint's weights into a model that is trained in full.
+
+    `save_pretrained` writes weights under the names of the family's published files, which are not those of the
+    modules; only `from_pretrained` turns them back. transformers' trainer loads them by the modules' names, finds none,
+    and warns.
+
+    Raises:
+        CheckpointError: the files lack weights of the model, or hold others.
+    """
+    kind: Any = type(model)
+    loaded, info = kind.from_pretrained(
+        checkpoint,
+        config=copy.deepcopy(model.config),
+        dtype=model.dtype,
+        attn_implementation="eager",
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if wrong := [f"{what} {', '.join(sorted(map(str, names))[:5])}" for what, names in info.items() if names]:
+        raise CheckpointError(
+            f"The weights in {checkpoint} are not those of this model: {'; '.join(wrong)}. Resume with the model that"
+            " the run began with."
+        )
+    model.load_state_dict(loaded.state_dict())
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """What `finish_checkpoint` saved; {} for a checkpoint that another trainer wrote.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = Path(checkpoint) / STATE
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Resume from an earlier checkpoint.") from error
+
+
+@contextmanager
+def clear_disk_errors(output_dir: str | Path) -> Iterator[None]:
+    """Within the context, a full disk is reported as what it is, with the checkpoint that is left."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not any(sign in str(error).lower() for sign in _DISK_FULL):
+            raise
+        last = last_complete_checkpoint(output_dir)
+        kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"
+        place = getattr(error, "filename", None) or output_dir
+        raise CheckpointError(
+            f"Cannot write to {place}: the disk is full ({error}). {kept}; free some space and start the same command"
+            " again."
+        ) from error
+
+
+@contextmanager
+def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Within the context, the first SIGTERM (a preempted job) calls `act`; a second one ends the process as usual.
+
+    Only the main thread can set signal handlers; elsewhere the context does nothing.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, previous)
+        act()
+
+    try:
+        previous = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handle)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

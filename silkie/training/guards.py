@@ -1,0 +1,241 @@
+"""Checks that turn silent failures of a run into clear errors: launch, adapters, non-finite numbers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from silkie.model.families import causal_lm
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchError(RuntimeError):
+    """The launcher and the training process disagree."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite."""
+
+
+def check_launch(args: Any) -> None:
+    """Before anything is loaded: will this process train with the others?
+
+    Raises:
+        LaunchError: several processes were launched but this one would train alone.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and args.world_size == 1:
+        raise LaunchError(
+            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the"
+            " data. On a machine without GPUs pass `--use_cpu` to the script and launch with `--multi_gpu`."
+        )
+
+
+def check_process_count(args: Any, accelerator: Any) -> None:
+    """After TRL's set-up, where accelerate has made up its mind: does it run what the launcher asked for?
+
+    Raises:
+        LaunchError: accelerate runs fewer processes than the launcher started, or ignores the DeepSpeed or FSDP config.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise LaunchError(f"The launcher started {world} processes, accelerate reports {accelerator.num_processes}.")
+    runs = accelerator.distributed_type
+    for variable, wanted in (
+        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
+        ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
+    ):
+        if os.environ.get(variable, "false").lower() == "true" and runs != wanted:
+            raise LaunchError(
+                f"The launcher asked for {wanted.value}, but accelerate runs {runs.value}: the config would be ignored"
+                " in silence. FSDP needs GPUs. DeepSpeed on CPU needs the script's `--use_cpu`, not the variable"
+                " ACCELERATE_USE_CPU."
+            )
+
+
+def check_optimizer(args: Any, accelerator: Any) -> None:
+    """bitsandbytes' optimizers take no sharded tensors.
+
+    Raises:
+        LaunchError: one of them is asked for under FSDP.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if accelerator.distributed_type == DistributedType.FSDP and ("8bit" in name or "paged" in name):
+        raise LaunchError(
+            f"optim={name!r} does not run under FSDP2. Use adamw_torch_fused (its states are sharded), or ZeRO-2/3 or"
+            " DDP."
+        )
+
+
+def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
+    """ZeRO-3 gathers parameters into one buffer of one dtype.
+
+    Raises:
+        LaunchError: trainable parameters of several dtypes under ZeRO-3.
+    """
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")] if deepspeed else []
+    dtypes = {p.dtype for p in partitioned if p.dtype.is_floating_point}
+    if len(dtypes) > 1:
+        raise LaunchError(
+            f"ZeRO-3 with parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) fails at the first step."
+            " Load the model in one dtype and add the adapter with `autocast_adapter_dtype=False` (passing"
+            " `peft_config` to the trainer does both)."
+        )
+
+
+def check_adapter_kind(config: Any) -> None:
+    """Prompt tuning and its like put virtual tokens in front of a row, which shift every position and mask that silkie
+    makes.
+
+    Raises:
+        ValueError: the adapter is one of them.
+    """
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(config).__name__} puts virtual tokens in front of the prompt, which silkie does not support: use"
+            " LoRA."
+        )
+
+
+def check_adapter_init(config: Any) -> None:
+    """The reference is the policy with its adapter off, so an adapter must start as nothing on an unchanged base.
+
+    Raises:
+        LaunchError: an initialisation that moves part of the base weights into the adapter.
+    """
+    init = str(getattr(config, "init_lora_weights", "")).lower()
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise LaunchError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights: the model with its adapter off"
+            " is not the one that training starts from, and cannot be its reference. Pass that model as `ref_model`,"
+            " or use the default initialisation."
+        )
+
+
+def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
+    """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision
+    weights, ranks that skip it hang the others."""
+    if accelerator.num_processes == 1:
+        return False
+    sharded = accelerator.distributed_type == DistributedType.FSDP or (
+        accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    )
+    return sharded or not frozen_vision
+
+
+def keep_trainable_4bit(model: Any) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight the first time it is used in eval mode (by the
+    self-test or the reference), for a product without gradients, and stays with it: later training steps would get no
+    gradient through it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def keep_fp32_outputs(accelerator: Any) -> None:
+    """accelerate has FSDP2 round what every module returns to bf16, the log-probs of the output head with it."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def allow_adapted_head() -> Iterator[None]:
+    """TRL refuses an adapter on the output head because its own log-probs would ignore it; silkie's do not.
+
+    Within the context a PeftModel shows the head without its adapter.
+    """
+
+    def plain_head(model: PeftModel) -> Any:
+        head = causal_lm(model).get_output_embeddings()
+        return head.get_base_layer() if hasattr(head, "get_base_layer") else head
+
+    PeftModel.get_output_embeddings = plain_head  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del PeftModel.get_output_embeddings  # type: ignore[attr-defined]
+
+
+class FiniteWatch:
+    """Remembers the losses of the micro-batches and the gradient norms of the steps since the last check, on the
+    device."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, Sequence[str]]] = []
+        self._steps: list[
+            tuple[Tensor, slice]
+        ] = []  # gradient norm of a step, and which of the losses above are its own
+        self._step_start = 0
+
+    def begin_step(self) -> None:
+        """The losses from here on are of a new step."""
+        self._step_start = len(self._seen)
+
+    def add(self, loss: Tensor, names: Sequence[str]) -> None:
+        """Keeps a loss and the names of its groups; no synchronisation."""
+        self._seen.append((loss.detach(), names))
+
+    def end_step(self, gradient_norm: Tensor | float) -> None:
+        """Keeps the gradient norm of a step, over all ranks; no synchronisation."""
+        self._steps.append((torch.as_tensor(gradient_norm).detach(), slice(self._step_start, len(self._seen))))
+
+    def check(
+        self,
+        *,
+        any_rank: Callable[[bool], bool] = bool,
+        gather: Callable[[list[Any]], list[Any]] = list,
+    ) -> None:
+        """Looks at what came since the last check (one synchronisation), and forgets it. Every rank calls it, and all
+        raise together.
+
+        Args:
+            any_rank: whether a flag is set on any rank.
+            gather: joins the lists of all ranks.
+
+        Raises:
+            NonFiniteError: a loss of any rank or a gradient norm is not finite; names the groups of the first one.
+        """
+        seen, steps = self._seen, self._steps
+        self._seen, self._steps, self._step_start = [], [], 0
+        if not seen:
+            return
+        loss = _first_non_finite([loss for loss, _ in seen])
+        norms = [
+            norm.full_tensor() if isinstance(norm, DTensor) else norm for norm, _ in steps
+        ]  # FSDP2's are sums in waiting
+        step = _first_non_finite(norms)
+        if not any_rank(loss is not None or step is not None):
+            return
+        found, names = [], []
+        if step is not None:  # the same step on all ranks; what follows a ruined update tells nothing
+            names = [name for _, group_names in seen[steps[step][1]] for name in group_names]
+            loss = None if loss is not None and loss >= steps[step][1].stop else loss
+        if loss is not None:
+            before = f" Groups of the micro-batch before it: {'; '.join(seen[loss - 1][1])}." if loss else ""
+            found = [f"The loss is {float(seen[loss][0])} on: {'; '.join(seen[loss][1])}.{before}"]
+        found, names = gather(found), gather(names)
+        message = (
+            " ".join(found)
+            or f"The gradient norm is {float(norms[step or 0])}; groups of that step: {'; '.join(names)}."
+        )
+        raise NonFiniteError(
+            f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate,"
+            " gradient clipping (max_grad_norm) or fp32 are the usual remedies."
+        )
+
+
+def _first_non_finite(values: Sequence[Tensor]) -> int | None:
+    finite = torch.isfinite(torch.stack(list(values))).tolist() if values else []
+    return finite.index(False) if False in finite else None

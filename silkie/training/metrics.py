@@ -1,0 +1,114 @@
+"""Metrics that stay on the device until they are logged: one reduction over ranks and one host synchronisation per
+logging step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from silkie.losses import GroupLogps, Objective
+from silkie.model.forward import Scores
+
+_TOKENS, _LOSS = "_tokens", "_loss"  # sums that are not metrics by themselves
+
+
+class DeviceMeans:
+    """Running means of named values, as (sum, count) pairs on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, count: float | Tensor) -> None:
+        """Adds a sum over `count` elements; no synchronisation."""
+        pair = torch.stack([total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def peek(self, name: str, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float:
+        """The sum under `name` over all ranks since the last `pop`. Every rank must call."""
+        pair = self._sums.get(name, torch.zeros(2, dtype=torch.float64, device=device))
+        return float(reduce(pair.clone())[0])
+
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
+        """name -> (sum, count) over all ranks since the last call, and forgets them. `reduce` sums a tensor over the
+        ranks."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        table = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums.clear()
+        return {name: (total, count) for name, (total, count) in zip(names, table, strict=True)}
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class LogLine:
+    """What `RunMetrics` collected: metric -> mean, tokens seen, and the loss over an evaluation set (None in
+    training)."""
+
+    means: dict[str, float]
+    tokens: int
+    loss: float | None
+
+
+class RunMetrics:
+    """The metrics of training, or of evaluation, between two lines of the log.
+
+    Args:
+        objective: gives the weight of a pair, and the units that the terms of the loss are means over.
+        token_stats: also entropy, mean_token_accuracy and logits/*.
+    """
+
+    def __init__(self, objective: Objective, *, token_stats: bool) -> None:
+        self.objective, self.token_stats = objective, token_stats
+        self._means = DeviceMeans()
+
+    def add(self, batch: dict[str, Any], metrics: dict[str, Tensor], group_logps: GroupLogps, scores: Scores) -> None:
+        """Keeps the metrics [P] of a micro-batch; no synchronisation."""
+        # A rank that ran out of groups works on a copy with weight 0, and options may take a pair out that its ratings
+        # contradict.
+        counted = self.objective.pair_weights(group_logps) > 0
+        for name, value in metrics.items():
+            self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
+        self._means.add(_TOKENS, (batch["segment_ids"] >= 0).sum() * counted.any(), 0)
+        if scores.stats is not None and self.token_stats:
+            self._add_token_stats(batch, scores, counted)
+
+    def _add_token_stats(self, batch: dict[str, Any], scores: Scores, counted: Tensor) -> None:
+        """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per
+        pair."""
+        means, stats = self._means, scores.stats
+        assert stats is not None
+        for side, column in (("chosen", 0), ("rejected", 1)):
+            times = scores.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
+            times = times.index_add(0, batch["pairs"][:, column], counted.to(times.dtype))
+            weight = times[batch["owner"]]
+            means.add(f"logits/{side}", (stats.mean_logit * weight).sum(), weight.sum())
+            means.add("entropy", (stats.entropy * weight).sum(), weight.sum())
+            if side == "chosen":
+                means.add("mean_token_accuracy", (stats.is_top1 * weight).sum(), weight.sum())
+
+    def add_loss(self, group_logps: GroupLogps) -> None:
+        """Numerators and denominators of the loss over a whole evaluation set: its terms are means over pairs, tokens
+        or groups."""
+        units = self.objective.units(group_logps)
+        for unit, total in units.items():
+            alone = {name: torch.full_like(total, 1.0 if name == unit else float("inf")) for name in units}
+            share, _ = self.objective(group_logps, alone, training=False)
+            self._means.add(_LOSS + unit, share, total)
+
+    def tokens(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> int:
+        """Tokens over all ranks since the last `pop`. Every rank must call."""
+        return int(self._means.peek(_TOKENS, reduce, device))
+
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> LogLine:
+        """The means over all ranks since the last call, and forgets them. `reduce` sums a tensor over the ranks."""
+        sums = self._means.pop(reduce)
+        tokens, _ = sums.pop(_TOKENS, (0.0, 0.0))
+        parts = [sums.pop(name) for name in list(sums) if name.startswith(_LOSS)]
+        loss = sum(total / count for total, count in parts if count) if any(count for _, count in parts) else None
+        return LogLine(
+            means={name: total / count for name, (total, count) in sums.items() if count}, tokens=int(tokens), loss=loss
+        )

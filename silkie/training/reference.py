@@ -1,0 +1,225 @@
+"""Reference log-probs: the adapter switched off, a frozen copy of a pre-loaded adapter, a second model, or numbers
+computed once and kept on disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from silkie.data.images import read_bytes
+from silkie.model.families import causal_lm, vision_parameters
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of a pre-loaded adapter
+
+
+class Reference:
+    """The reference policy of a run.
+
+    Args:
+        policy: the policy, wrapped or not.
+        model: a second model, or None: the policy's own weights with the adapter off (or with the frozen copy "ref").
+
+    Raises:
+        ValueError: no second model, and the policy has no adapter to switch off.
+    """
+
+    def __init__(self, policy: Any, model: Any | None) -> None:
+        self.model = model
+        self.peft = _peft_model(policy)
+        if model is None and self.peft is None:
+            raise ValueError(
+                "Full fine-tuning needs a reference model: pass `ref_model`, or train a LoRA adapter with"
+                " `peft_config`."
+            )
+        self.shares_vision = model is None or _same_weights(vision_parameters(policy), vision_parameters(model))
+
+    @property
+    def kind(self) -> str:
+        """How the reference is made, for the log."""
+        if self.model is not None:
+            return "second model"
+        return "copy of the initial adapter" if self._adapter else "adapter off"
+
+    @property
+    def _adapter(self) -> str | None:
+        return REFERENCE_ADAPTER if self.peft is not None and REFERENCE_ADAPTER in self.peft.peft_config else None
+
+    @contextmanager
+    def active(self, policy: Any) -> Iterator[Any]:
+        """Yields the model to call: in eval mode (no dropout, nothing to checkpoint), with the reference's adapter
+        state, without gradients."""
+        model = self.model if self.model is not None else policy
+        training = model.training
+        switch = nullcontext() if self.model is not None else self._switched()
+        model.eval()
+        try:
+            with torch.no_grad(), switch:
+                yield model
+        finally:
+            model.train(training)
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        assert self.peft is not None
+        if self._adapter is None:
+            with self.peft.disable_adapter():
+                yield
+            return
+        previous = self.peft.active_adapter
+        self.peft.set_adapter(self._adapter)
+        try:
+            yield
+        finally:
+            self.peft.set_adapter(previous)
+
+    def weights_hash(self) -> str:
+        """Hash of the reference's weights on this rank (ZeRO-3: of its shard)."""
+        model: Any = self.model if self.model is not None else self.peft
+        skip = (
+            []
+            if self.peft is None or self.model is not None
+            else [f".{name}." for name in self.peft.peft_config if name != self._adapter]
+        )
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(causal_lm(model).config.to_dict(), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(self._adapter_configs(), sort_keys=True, default=_plain).encode())
+        for name, parameter in model.named_parameters():
+            if not any(s in name for s in skip):
+                data = getattr(parameter, "ds_tensor", parameter).detach()
+                data = data.to_local() if hasattr(data, "to_local") else data
+                digest.update(name.encode())
+                digest.update(data.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _adapter_configs(self) -> dict[str, Any]:
+        """Configs of the adapters that are on in the reference: an adapter's scale (`lora_alpha`, `use_rslora`) is in
+        no weight."""
+        wrapped: Any = self.peft if self.model is None else _peft_model(self.model)
+        active = (
+            wrapped.active_adapters
+            if self.model is not None and wrapped is not None
+            else [self._adapter]
+            if self._adapter
+            else []
+        )
+        return {name: wrapped.peft_config[name].to_dict() for name in active}
+
+
+def _plain(value: Any) -> Any:
+    """Sets in a fixed order: their own differs between processes."""
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _peft_model(model: Any) -> PeftModel | None:
+    while not isinstance(model, PeftModel):
+        model = getattr(model, "module", None)
+        if model is None:
+            return None
+    return model
+
+
+def _same_weights(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two towers hold the same numbers on all ranks. Under ZeRO-3 every rank compares its shards; FSDP2 shards
+    the reference before the policy, which cannot be compared then and counts as different."""
+    if any(isinstance(p, DTensor) for p in (*a, *b)):
+        return False
+    mine, other = ([getattr(p, "ds_tensor", p) for p in side] for side in (a, b))
+    same = len(a) == len(b) and all(
+        x.shape == y.shape and x.device == y.device and x.dtype == y.dtype and torch.equal(x, y)
+        for x, y in zip(mine, other, strict=True)
+    )
+    return all(gather_object([same]))
+
+
+def group_key(row: Mapping[str, Any], text: str) -> str:
+    """Hash of what a group's reference log-probs depend on, besides model and tokenizer: responses, image bytes and the
+    `text` of its prompt as the chat template wrote it (a template may write the date)."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([text, row["responses"]]).encode())
+    for image in row.get("images") or []:
+        if hasattr(image, "tobytes"):  # a decoded PIL image
+            digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+        else:
+            digest.update(hashlib.blake2b(read_bytes(image), digest_size=16).digest())
+    return digest.hexdigest()
+
+
+class ReferenceStore:
+    """Reference log-probs by group, on disk and in memory.
+
+    One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next
+    run goes on from there. fp32 numbers are kept exactly.
+
+    Args:
+        directory: of the cache.
+        run_key: everything that the numbers depend on besides the group: weights, tokenizer, image processor, layout,
+            dtype, kernel.
+        tokens: whether per-token values are kept too.
+    """
+
+    def __init__(self, directory: str | Path, run_key: str, *, tokens: bool = False) -> None:
+        self.directory = Path(directory) / run_key
+        self.tokens = tokens
+        self.values: dict[
+            str, list[np.ndarray]
+        ] = {}  # group key -> per response its log-prob [1], or those of its tokens [n]
+        self._file: Any = None
+
+    def load(self) -> int:
+        """Reads what earlier passes wrote; returns the number of groups."""
+        for file in sorted(
+            f for f in self.directory.glob("*.jsonl") if f.is_file()
+        ):  # a device or pipe may have no end
+            for line in file.read_text(errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    if record["tokens"] == self.tokens:
+                        self.values[record["key"]] = [
+                            np.frombuffer(base64.b64decode(v, validate=True), dtype="<f4") for v in record["logps"]
+                        ]
+                except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                    continue  # what a killed writer or a broken disk left of a line
+        return len(self.values)
+
+    def add(self, key: str, values: list[np.ndarray]) -> None:
+        """Keeps the values of one group and appends them to this process's file.
+
+        Raises:
+            OSError: the file cannot be written (full disk); what was written before stays valid.
+        """
+        if self._file is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = (self.directory / f"{platform.node()}-{os.getpid()}.jsonl").open("a")
+            if (
+                self._file.tell()
+            ):  # a process of the same number wrote here before; it may have been killed in the middle of a line
+                self._file.write("\n")
+        self.values[key] = values
+        packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in values]
+        try:
+            self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
