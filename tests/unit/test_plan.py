@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2Config, Qwen2Config
 
 from silkie.model.families import backbone, default_lora_targets, vision_parameters
+from silkie.plan import __main__ as command
 from silkie.plan import memory as plan
 from tests.support.families import FAMILIES, family_model
 from tests.support.tiny import tiny_model
@@ -120,14 +121,14 @@ def test_cheaper_choices_are_cheaper():
 
 
 def test_command_line(capsys):
-    plan.main(["Qwen/Qwen2.5-VL-7B-Instruct", "--gpus", "8", "--memory", "80GB", "--full"])
+    command.main(["Qwen/Qwen2.5-VL-7B-Instruct", "--gpus", "8", "--memory", "80GB", "--full"])
     text = capsys.readouterr().out
     assert "ddp on 8 GPU(s)" in text and "does NOT fit" in text and "use: recipes/accelerate/zero" in text
-    plan.main(["qwen2-vl-2b", "--memory", "24GB", "--json"])
+    command.main(["qwen2-vl-2b", "--memory", "24GB", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert answer["config"] == "ddp" and answer["plans"][0]["fits"]
     with pytest.raises(SystemExit):
-        plan.main(["qwen2-vl-2b", "--memory", "lots"])
+        command.main(["qwen2-vl-2b", "--memory", "lots"])
     assert "must look like 80GB" in capsys.readouterr().err
 
 
@@ -143,7 +144,7 @@ def test_command_line(capsys):
 )
 def test_command_line_that_cannot_be(capsys, options, message):
     with pytest.raises(SystemExit):
-        plan.main(["qwen2-vl-2b", *options])
+        command.main(["qwen2-vl-2b", *options])
     assert message in capsys.readouterr().err
 
 
@@ -174,7 +175,7 @@ def test_a_config_without_sizes_is_refused():
     ],
 )
 def test_the_chosen_config_comes_with_its_processes_and_machines(engine, gpus, launch):
-    assert plan._config(engine, gpus) == f"recipes/accelerate/{launch}"
+    assert command._config(engine, gpus) == f"recipes/accelerate/{launch}"
 
 
 def test_a_second_model_is_counted_where_there_is_one():
