@@ -40,15 +40,17 @@ from silkie.model.families import (
     with_default_targets,
 )
 from silkie.model.forward import Scorer, Scores
-from silkie.model.layout import LayoutChoice, choose_layout, self_test
+from silkie.model.layout import LayoutChoice, choose_layout
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.vision import FeatureCache
 from silkie.training import guards
+from silkie.training.forward_context import ForwardContext
 from silkie.training.metrics import RunMetrics
 from silkie.training.model_card import write_card
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferenceTable, precompute_reference
 from silkie.training.resumable import RecoverableTrainer
+from silkie.training.self_test import self_test
 
 logger = logging.getLogger(__name__)
 
@@ -455,9 +457,20 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         if self.args.self_test and self.choice.layout == "packed":
-            self_test(self)
+            self._self_test()
         if self.args.precompute_ref_log_probs and self.reference is not None and self.reference_table is None:
             self.reference_table = precompute_reference(self)
+
+    def _self_test(self) -> None:
+        self_test(
+            self.model_wrapped if self.model_wrapped is not None else self.model,
+            [self.train_dataset[0]],
+            scorer=self.scorer,
+            collators={layout: self.collator_for(layout) for layout in ("packed", "rows")},
+            context=ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager),
+            half_precision=self.args.bf16 or self.args.fp16,
+            tolerance=self.args.self_test_tolerance,
+        )
 
 
 class _StepHooks(TrainerCallback):
