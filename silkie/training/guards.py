@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import DistributedType
-from peft import PeftModel
-
-from silkie.model.families import causal_lm
 
 
 class LaunchError(RuntimeError):
@@ -24,10 +19,10 @@ def check_launch(args: Any) -> None:
     Raises:
         LaunchError: several processes were launched but this one would train alone.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and args.world_size == 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
         raise LaunchError(
-            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the"
+            f"The launcher started {launched} processes, but accelerate reports one: each would train alone on all the"
             " data. On a machine without GPUs pass `--use_cpu` to the script and launch with `--multi_gpu`."
         )
 
@@ -38,9 +33,9 @@ def check_process_count(args: Any, accelerator: Any) -> None:
     Raises:
         LaunchError: accelerate runs fewer processes than the launcher started, or ignores the DeepSpeed or FSDP config.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise LaunchError(f"The launcher started {world} processes, accelerate reports {accelerator.num_processes}.")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise LaunchError(f"The launcher started {launched} processes, accelerate reports {accelerator.num_processes}.")
     runs = accelerator.distributed_type
     for variable, wanted in (
         ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
@@ -138,21 +133,3 @@ def keep_fp32_outputs(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-
-
-@contextmanager
-def allow_adapted_head() -> Iterator[None]:
-    """TRL refuses an adapter on the output head because its own log-probs would ignore it; silkie's do not.
-
-    Within the context a PeftModel shows the head without its adapter.
-    """
-
-    def plain_head(model: PeftModel) -> Any:
-        head = causal_lm(model).get_output_embeddings()
-        return head.get_base_layer() if hasattr(head, "get_base_layer") else head
-
-    PeftModel.get_output_embeddings = plain_head  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del PeftModel.get_output_embeddings  # type: ignore[attr-defined]
