@@ -5,18 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from silkie.batch.batch import Batch
 from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
 from silkie.batch.packing import Layout, PromptAndResponses, pack
 from silkie.data.images import open_image
 from silkie.data.schema import mean_rating
-from silkie.model.families import PromptPositions
+
+
+class PositionRule(Protocol):
+    """Rotary positions of a prompt, by the model's own rule; `silkie.model` provides it."""
+
+    def __call__(self, prompt_ids: Tensor, token_types: Tensor, vision: dict[str, Tensor]) -> Tensor:
+        """[C, L] positions of a prompt of ids [L] with token types [L] and the image tensors of its group."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,18 +41,10 @@ class GroupCollator:
         dummy_vision: image tensors for a micro-batch without images; their features are thrown away. None: no tower is
             run for it.
         corruption: makes the images of mDPO's second pass. None: there is none.
-
-    A batch is a dict of tensors (G groups, K responses of a group, R responses, P pairs, N scored tokens, B rows, T
-        tokens): input_ids, segment_ids, group_ids, logical_positions, token_types [B, T], position_ids [C, B, T]
-        gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P] ratings [R] and
-        aspect_ratings [R, A] (NaN where there is none)
-        vision: the processor's image tensors; corrupted_vision: those of the corrupted images
-    and plain values: row_groups, segments, image_tokens (per group), longest (longest response), names (per group, for
-        error messages), rows (per group, its row in the dataset).
     """
 
     encoder: GroupEncoder
-    positions: PromptPositions
+    positions: PositionRule
     layout: Layout
     pad_id: int
     image_token_id: int | None
@@ -53,7 +53,8 @@ class GroupCollator:
     dummy_vision: dict[str, Tensor] | None = None
     corruption: ImageCorruption | None = None
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """The micro-batch of preference groups `rows`."""
         encoded = [self.encoder.encode(row) for row in rows]
         vision = _join_vision([e.vision for e in encoded]) or dict(self.dummy_vision or {})
         packed = pack(
@@ -75,7 +76,7 @@ class GroupCollator:
         first = [sum(counts[:g]) for g in range(len(counts))]
         pairs = [[first[g] + c, first[g] + r] for g, row in enumerate(rows) for c, r in row["pairs"]]
         weights = [w for row in rows for w in (row.get("pair_weights") or [1.0] * len(row["pairs"]))]
-        batch: dict[str, Any] = {
+        batch: Batch = {
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
             "segment_ids": packed.segment_ids,
@@ -90,7 +91,6 @@ class GroupCollator:
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
             "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
             "pair_weights": torch.tensor(weights, dtype=torch.float32),
-            **self._ratings(rows, counts),
             "vision": vision,
             "row_groups": packed.row_groups,
             "segments": packed.segments,
@@ -99,16 +99,17 @@ class GroupCollator:
             "names": [describe(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
+        if self.aspects:
+            batch["ratings"], batch["aspect_ratings"] = self._ratings(rows, counts)
         if self.corruption is not None:
             batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows)) or vision
         return batch
 
-    def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> dict[str, Tensor]:
-        if not self.aspects:
-            return {}
+    def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Mean ratings [R] and ratings by aspect [R, A]."""
         per_response = [r for row, n in zip(rows, counts, strict=True) for r in (row.get("ratings") or [None] * n)]
         table = [[_number((r or {}).get(a)) for a in self.aspects] for r in per_response]
-        return {"ratings": torch.tensor([mean_rating(r) for r in per_response]), "aspect_ratings": torch.tensor(table)}
+        return torch.tensor([mean_rating(r) for r in per_response]), torch.tensor(table)
 
     def _image_tokens(self, group: EncodedGroup) -> int:
         if self.image_token_id is None or not group.n_images:

@@ -17,20 +17,19 @@ from torch.utils.data import Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
-_COST_STEP = (
-    64  # tokens; groups of as many rows whose lengths fall into one step are exchangeable when batches are drawn
-)
+# Tokens. Groups with equal row counts whose lengths fall into one step are exchangeable when batches are drawn.
+_COST_STEP = 64
 
 
 class GroupBatchSampler(Sampler[list[int]]):
-    """Yields the batches of all ranks in turn: batch i belongs to rank i % world (accelerate's `BatchSamplerShard`
+    """Yields the batches of all ranks in turn: batch i belongs to rank i % world_size (accelerate's `BatchSamplerShard`
     deals them out).
 
     Args:
         shapes: (rows, tokens of its longest row) of each group in the layout that runs.
         batch_size: groups per batch, where there is no budget; with a budget, not used.
         max_tokens: token budget of a batch, padding included. A group above it gets a batch of its own.
-        world: number of ranks; the number of batches is a multiple of it.
+        world_size: number of ranks; the number of batches is a multiple of it.
         seed: of the order.
         padded: cost of a batch is (rows) * (longest row), as rows are padded to the longest; False: the sum of its
             groups.
@@ -45,20 +44,15 @@ class GroupBatchSampler(Sampler[list[int]]):
         *,
         batch_size: int,
         max_tokens: int | None = None,
-        world: int = 1,
+        world_size: int = 1,
         seed: int = 0,
         padded: bool = True,
     ) -> None:
         if max_tokens is not None and max_tokens <= 0:
             raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")
         self.shapes = list(shapes)
-        self.batch_size, self.max_tokens, self.world, self.seed, self.padded = (
-            batch_size,
-            max_tokens,
-            world,
-            seed,
-            padded,
-        )
+        self.batch_size, self.max_tokens, self.padded = batch_size, max_tokens, padded
+        self.world_size, self.seed = world_size, seed
         self.epoch = 0
         self.finished = False  # True: the next pass yields nothing
         self._sizes = self._budget_sizes() if max_tokens is not None else None
@@ -68,7 +62,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         n = len(self._sizes) if self._sizes is not None else -(-len(self.shapes) // self.batch_size)
-        return -(-n // self.world) * self.world
+        return -(-n // self.world_size) * self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.finished:
@@ -89,7 +83,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         if self._sizes is None:
             yield from batches
             return
-        rounds = [batches[i : i + self.world] for i in range(0, len(batches), self.world)]
+        rounds = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
         for i in torch.randperm(len(rounds), generator=generator).tolist():
             yield from rounds[i]
 
@@ -111,9 +105,8 @@ class GroupBatchSampler(Sampler[list[int]]):
             count, in_batch, total = count + 1, in_batch + rows, total + length * rows
         if count:
             sizes.append(count)
-        while (
-            len(sizes) % self.world and max(sizes) > 1
-        ):  # split the largest, so that every rank has a batch in every round
+        # Split the largest, so that every rank has a batch in every round
+        while len(sizes) % self.world_size and max(sizes) > 1:
             largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
             half = sizes[largest] // 2
             sizes[largest : largest + 1] = [sizes[largest] - half, half]
@@ -124,11 +117,11 @@ class GroupBatchSampler(Sampler[list[int]]):
         if not missing:
             return batches
         if self._sizes is None:  # spread the last round's groups over the ranks before any rank gets an empty copy
-            tail = [i for batch in batches[len(self) - self.world :] for i in batch]
-            batches = batches[: len(self) - self.world]
-            share, extra = divmod(len(tail), self.world)
+            tail = [i for batch in batches[len(self) - self.world_size :] for i in batch]
+            batches = batches[: len(self) - self.world_size]
+            share, extra = divmod(len(tail), self.world_size)
             at = 0
-            for rank in range(self.world):
+            for rank in range(self.world_size):
                 size = share + (rank < extra)
                 batches.append(tail[at : at + size])
                 at += size

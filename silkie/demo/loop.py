@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from silkie.demo.sheet import write_sheets
 from silkie.feedback import JudgeItem, OracleJudge, rate_items
 from silkie.inference import generate, load_policy
 from silkie.stats import Estimate
+
+if TYPE_CHECKING:
+    from silkie.trainer import SilkieDPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +178,7 @@ def run_demo(
     return summary
 
 
-def shown_options(trainer: Any) -> dict[str, dict[str, Any]]:
+def shown_options(trainer: SilkieDPOTrainer) -> dict[str, dict[str, Any]]:
     """The options of a training run that its report page shows."""
     args = trainer.args
     adapter = trainer.model.peft_config["default"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from silkie.batch.batch import Batch
 from silkie.logprob import Impl, LogprobStats, linear_logprob
 from silkie.logprob.head import HeadOptions, head_operands, head_options
 from silkie.model.attention import Attention
@@ -57,7 +58,7 @@ class Scorer:
     def __call__(
         self,
         model: Any,
-        batch: dict[str, Any],
+        batch: Batch,
         *,
         frozen_vision: bool,
         cache: FeatureCache | None = None,
@@ -96,7 +97,7 @@ class Scorer:
         per_token = out.logits.reshape(-1)
         return Scores(per_token_logps=per_token, logps=sum_by_response(per_token, batch), stats=box.get("stats"))
 
-    def _inputs(self, base: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
         family = family_of(base.config)
         positions = batch["position_ids"]
         inputs = {
@@ -112,7 +113,7 @@ class Scorer:
         return inputs
 
 
-def sum_by_response(per_token: Tensor, batch: dict[str, Any]) -> Tensor:
+def sum_by_response(per_token: Tensor, batch: Batch) -> Tensor:
     """[R] sums of [N] token values by owner. Through a padded [R, longest] table: the same order of additions in every
     run, also on CUDA."""
     table = per_token.new_zeros(len(batch["lengths"]), batch["longest"])

@@ -1,10 +1,8 @@
-"""Which layout and attention backend run, why, and the proof at start-up that the packed layout computes the same."""
+"""Which layout and attention backend run on a model, and why."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +10,9 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from silkie.batch.packing import Layout
-from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Attention, Backend, why_not_available
+from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, why_not_available
 from silkie.model.attention.varlen import kernel_name
-from silkie.model.families import causal_lm, why_not_packable
-from silkie.training.guards import NonFiniteError
-
-logger = logging.getLogger(__name__)
-
-_TOLERANCE_FP32 = 2e-3
-_TOLERANCE_HALF = 0.25
-
-
-class LayoutMismatch(RuntimeError):
-    """The packed layout does not compute what separate rows compute on this model."""
+from silkie.model.families import why_not_packable
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -57,7 +45,7 @@ class LayoutChoice:
         return [(len(r), p + max(r)) for p, r in lengths]
 
     def lines(self) -> list[str]:
-        """For the log."""
+        """Human-readable summary lines."""
         out = [f"layout: {self.layout} ({self.reason})"]
         if self.layout == "packed":
             out.append(f"attention: {self.backend} ({self.backend_reason})")
@@ -104,55 +92,3 @@ def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
     if obstacle := why_not_available(wanted, config, device):
         raise ValueError(f"attention_backend={wanted!r} cannot run here: {obstacle}.")
     return wanted, f"asked for; {kernel_name()}" if wanted == "varlen" else "asked for"
-
-
-def self_test(trainer: Any) -> float:
-    """Runs the first group packed and as separate rows, on every rank, and compares the log-probs of its tokens.
-
-    Returns:
-        The largest absolute difference.
-
-    Raises:
-        LayoutMismatch: it is above the tolerance.
-        silkie.training.guards.NonFiniteError: the log-probs of separate rows are not finite.
-    """
-    rows: Sequence[dict[str, Any]] = [trainer.train_dataset[0]]
-    base = causal_lm(trainer.model)
-    model = trainer.model_wrapped if trainer.model_wrapped is not None else trainer.model
-    values = []
-    training = model.training
-    model.eval()
-    try:
-        for layout in ("packed", "rows"):
-            batch = trainer._prepare_inputs(trainer.collator_for(layout)(rows))
-            scorer = (
-                trainer.scorer
-                if layout == "packed"
-                else replace(trainer.scorer, attention=Attention(backend="sdpa", layout="rows"))
-            )
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                values.append(scorer(model, batch, frozen_vision=True).per_token_logps.float())
-    finally:
-        model.train(training)
-    if not values[1].isfinite().all():  # in separate rows: not for packing to blame
-        raise NonFiniteError(
-            "Self-test: log-probs of the first group are not finite even in separate rows. The weights hold NaN or"
-            " infinities, or overflow in this dtype: look at the checkpoint, or train in fp32 or bf16."
-        )
-    difference = float((values[0] - values[1]).abs().max())
-    half = trainer.args.bf16 or trainer.args.fp16 or next(base.parameters()).dtype in (torch.bfloat16, torch.float16)
-    # 8-bit products quantise activations, and which columns they spare depends on all rows of the input
-    half = half or getattr(base, "is_loaded_in_8bit", False)
-    tolerance = (
-        trainer.args.self_test_tolerance
-        if trainer.args.self_test_tolerance is not None
-        else (_TOLERANCE_HALF if half else _TOLERANCE_FP32)
-    )
-    if not difference <= tolerance:
-        raise LayoutMismatch(
-            f"Self-test failed: packed and separate log-probs of the first group differ by up to {difference:.3g} per"
-            f" token (tolerance {tolerance:g}). Packing is not exact on this model or attention backend. Set"
-            " layout='rows', or attention_backend='sdpa' if another backend is in use."
-        )
-    logger.info("self-test: packed equals separate within %.2g per token (tolerance %g)", difference, tolerance)
-    return difference

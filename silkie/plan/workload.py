@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
+from silkie.batch.batch import Batch
 from silkie.model.families import causal_lm
 from silkie.plan.memory import Engine, Plan, Training, Workload, estimate
 from silkie.plan.shapes import shape_of
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ASSUMED_MEMORY = 80e9  # of a GPU, where there is none
 
 
-def workload_of(trainer: SilkieDPOTrainer, batch: dict[str, Any]) -> Workload:
+def workload_of(trainer: SilkieDPOTrainer, batch: Batch) -> Workload:
     """What the planner needs to know of a run and one of its micro-batches, as means over its groups.
 
     Args:
@@ -80,7 +81,7 @@ def device_memory(device: torch.device) -> tuple[float, str]:
     return ASSUMED_MEMORY, f"no GPU here: assuming one of {ASSUMED_MEMORY / 1e9:.0f} GB"
 
 
-def plan_of(trainer: SilkieDPOTrainer, batch: dict[str, Any]) -> tuple[Plan, str]:
+def plan_of(trainer: SilkieDPOTrainer, batch: Batch) -> tuple[Plan, str]:
     """The planner's estimate of a run whose micro-batches are like `batch`, and where the GPU's memory is from."""
     memory, source = device_memory(trainer.accelerator.device)
     plan = estimate(

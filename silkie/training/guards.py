@@ -1,31 +1,16 @@
-"""Checks that turn silent failures of a run into clear errors: launch, adapters, non-finite numbers."""
+"""Checks that turn silent failures of a run into clear errors: launch, adapters, mixed precision."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType
-from peft import PeftModel
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from silkie.model.families import causal_lm
-
-logger = logging.getLogger(__name__)
 
 
 class LaunchError(RuntimeError):
     """The launcher and the training process disagree."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite."""
 
 
 def check_launch(args: Any) -> None:
@@ -34,10 +19,10 @@ def check_launch(args: Any) -> None:
     Raises:
         LaunchError: several processes were launched but this one would train alone.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and args.world_size == 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
         raise LaunchError(
-            f"The launcher started {world} processes, but accelerate reports one: each would train alone on all the"
+            f"The launcher started {launched} processes, but accelerate reports one: each would train alone on all the"
             " data. On a machine without GPUs pass `--use_cpu` to the script and launch with `--multi_gpu`."
         )
 
@@ -48,9 +33,9 @@ def check_process_count(args: Any, accelerator: Any) -> None:
     Raises:
         LaunchError: accelerate runs fewer processes than the launcher started, or ignores the DeepSpeed or FSDP config.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise LaunchError(f"The launcher started {world} processes, accelerate reports {accelerator.num_processes}.")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise LaunchError(f"The launcher started {launched} processes, accelerate reports {accelerator.num_processes}.")
     runs = accelerator.distributed_type
     for variable, wanted in (
         ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
@@ -148,94 +133,3 @@ def keep_fp32_outputs(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-
-
-@contextmanager
-def allow_adapted_head() -> Iterator[None]:
-    """TRL refuses an adapter on the output head because its own log-probs would ignore it; silkie's do not.
-
-    Within the context a PeftModel shows the head without its adapter.
-    """
-
-    def plain_head(model: PeftModel) -> Any:
-        head = causal_lm(model).get_output_embeddings()
-        return head.get_base_layer() if hasattr(head, "get_base_layer") else head
-
-    PeftModel.get_output_embeddings = plain_head  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del PeftModel.get_output_embeddings  # type: ignore[attr-defined]
-
-
-class FiniteWatch:
-    """Remembers the losses of the micro-batches and the gradient norms of the steps since the last check, on the
-    device."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, Sequence[str]]] = []
-        self._steps: list[
-            tuple[Tensor, slice]
-        ] = []  # gradient norm of a step, and which of the losses above are its own
-        self._step_start = 0
-
-    def begin_step(self) -> None:
-        """The losses from here on are of a new step."""
-        self._step_start = len(self._seen)
-
-    def add(self, loss: Tensor, names: Sequence[str]) -> None:
-        """Keeps a loss and the names of its groups; no synchronisation."""
-        self._seen.append((loss.detach(), names))
-
-    def end_step(self, gradient_norm: Tensor | float) -> None:
-        """Keeps the gradient norm of a step, over all ranks; no synchronisation."""
-        self._steps.append((torch.as_tensor(gradient_norm).detach(), slice(self._step_start, len(self._seen))))
-
-    def check(
-        self,
-        *,
-        any_rank: Callable[[bool], bool] = bool,
-        gather: Callable[[list[Any]], list[Any]] = list,
-    ) -> None:
-        """Looks at what came since the last check (one synchronisation), and forgets it. Every rank calls it, and all
-        raise together.
-
-        Args:
-            any_rank: whether a flag is set on any rank.
-            gather: joins the lists of all ranks.
-
-        Raises:
-            NonFiniteError: a loss of any rank or a gradient norm is not finite; names the groups of the first one.
-        """
-        seen, steps = self._seen, self._steps
-        self._seen, self._steps, self._step_start = [], [], 0
-        if not seen:
-            return
-        loss = _first_non_finite([loss for loss, _ in seen])
-        norms = [
-            norm.full_tensor() if isinstance(norm, DTensor) else norm for norm, _ in steps
-        ]  # FSDP2's are sums in waiting
-        step = _first_non_finite(norms)
-        if not any_rank(loss is not None or step is not None):
-            return
-        found, names = [], []
-        if step is not None:  # the same step on all ranks; what follows a ruined update tells nothing
-            names = [name for _, group_names in seen[steps[step][1]] for name in group_names]
-            loss = None if loss is not None and loss >= steps[step][1].stop else loss
-        if loss is not None:
-            before = f" Groups of the micro-batch before it: {'; '.join(seen[loss - 1][1])}." if loss else ""
-            found = [f"The loss is {float(seen[loss][0])} on: {'; '.join(seen[loss][1])}.{before}"]
-        found, names = gather(found), gather(names)
-        message = (
-            " ".join(found)
-            or f"The gradient norm is {float(norms[step or 0])}; groups of that step: {'; '.join(names)}."
-        )
-        raise NonFiniteError(
-            f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate,"
-            " gradient clipping (max_grad_norm) or fp32 are the usual remedies."
-        )
-
-
-def _first_non_finite(values: Sequence[Tensor]) -> int | None:
-    finite = torch.isfinite(torch.stack(list(values))).tolist() if values else []
-    return finite.index(False) if False in finite else None

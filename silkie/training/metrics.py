@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from silkie.batch.batch import Batch
 from silkie.losses import GroupLogps, Objective
 from silkie.model.forward import Scores
 
@@ -65,7 +65,7 @@ class RunMetrics:
         self.objective, self.token_stats = objective, token_stats
         self._means = DeviceMeans()
 
-    def add(self, batch: dict[str, Any], metrics: dict[str, Tensor], group_logps: GroupLogps, scores: Scores) -> None:
+    def add(self, batch: Batch, metrics: dict[str, Tensor], group_logps: GroupLogps, scores: Scores) -> None:
         """Keeps the metrics [P] of a micro-batch; no synchronisation."""
         # A rank that ran out of groups works on a copy with weight 0, and options may take a pair out that its ratings
         # contradict.
@@ -76,7 +76,7 @@ class RunMetrics:
         if scores.stats is not None and self.token_stats:
             self._add_token_stats(batch, scores, counted)
 
-    def _add_token_stats(self, batch: dict[str, Any], scores: Scores, counted: Tensor) -> None:
+    def _add_token_stats(self, batch: Batch, scores: Scores, counted: Tensor) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per
         pair."""
         means, stats = self._means, scores.stats

@@ -1,21 +1,22 @@
-"""What is saved beside a checkpoint for its reader: the model card (what it was trained from, on what, how, and with
-which result), and the same configuration and data summary as JSON for the report page."""
+"""Model card and run summary written with each checkpoint."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from peft import PeftModel
 
 import silkie
-
-if TYPE_CHECKING:
-    from silkie.trainer import SilkieDPOTrainer
+from silkie.batch.preparation import PreparationReport
+from silkie.config import SilkieDPOConfig
+from silkie.model.layout import LayoutChoice
+from silkie.training.reference import Reference
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _OPTIONS = (
@@ -43,65 +44,102 @@ RUN_FILE = "silkie_run.json"
 _METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def write_card(directory: str | Path, trainer: SilkieDPOTrainer) -> None:
+@dataclass(slots=True, frozen=True, kw_only=True)
+class RunDescription:
+    """What the model card and the run summary tell of a run.
+
+    Attributes:
+        args: options of the run.
+        base: hub name or directory of the model that training started from; "" where it was built from config.
+        adapter: whether an adapter is trained, not the whole model.
+        reference: how the reference is made; None where the losses need none.
+        setup: lines of the form "name: what runs".
+        reports: dataset name -> what was kept and dropped.
+        log_history: transformers' log of the run.
+    """
+
+    args: SilkieDPOConfig
+    base: str
+    adapter: bool
+    reference: str | None
+    setup: Sequence[str]
+    reports: Mapping[str, PreparationReport]
+    log_history: Sequence[Mapping[str, Any]]
+
+
+def _shown_options(args: SilkieDPOConfig) -> dict[str, Any]:
+    """The options that a reader of a card looks for."""
+    return {name: _plain(getattr(args, name, None)) for name in _OPTIONS}
+
+
+def setup_lines(choice: LayoutChoice, reference: Reference | None, args: SilkieDPOConfig, vision: str) -> list[str]:
+    """What runs and why, as lines of the form "name: what runs".
+
+    Args:
+        vision: what is done with the vision tower.
+    """
+    kernel = f"silkie.logprob ({args.logprob_impl})" if args.use_fused_logprob else "plain logits"
+    return [
+        *choice.lines(),
+        f"log-probs: {kernel}",
+        f"reference: {reference.kind if reference else 'none (the losses need none)'}",
+        f"vision tower: {vision}",
+    ]
+
+
+def write_card(directory: str | Path, run: RunDescription) -> None:
     """Writes README.md and silkie_run.json into a checkpoint directory."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "README.md").write_text(card_text(trainer))
-    (path / RUN_FILE).write_text(json.dumps(run_description(trainer), indent=1) + "\n")
+    (path / "README.md").write_text(card_text(run))
+    (path / RUN_FILE).write_text(json.dumps(run_summary(run), indent=1) + "\n")
 
 
-def run_description(trainer: SilkieDPOTrainer) -> dict[str, dict[str, dict[str, Any]]]:
-    """Configuration and data of a run by section, as `silkie.report` shows them. Options that were left open (None) are
-    left out."""
-    options = {name: _plain(value) for name in _OPTIONS if (value := getattr(trainer.args, name, None)) is not None}
-    setup = (line.partition(": ") for line in trainer.setup_lines())
+def run_summary(run: RunDescription) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configuration and data of a run by section, as `silkie.report` shows them, without options that are None."""
+    options = {name: value for name, value in _shown_options(run.args).items() if value is not None}
+    setup = (line.partition(": ") for line in run.setup)
     return {
         "configuration": {
-            "Training": {"model": _shown(trainer.model.config._name_or_path or "built from config"), **options},
+            "Training": {"model": _shown(run.base or "built from config"), **options},
             "Run": {name: text for name, _, text in setup},
         },
-        "data": {name: report.numbers() for name, report in trainer.reports.items()},
+        "data": {name: report.numbers() for name, report in run.reports.items()},
     }
 
 
-def card_text(trainer: SilkieDPOTrainer) -> str:
+def card_text(run: RunDescription) -> str:
     """The card in Markdown with a YAML header that the hub reads."""
-    base = trainer.model.config._name_or_path or "a model built from config"
-    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), PeftModel)
+    base = run.base or "a model built from config"
     header: dict[str, Any] = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if run.adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["silkie", "trl", "dpo"],
     }
     if not Path(base).is_dir() and "/" in base:
         header["base_model"] = base
     load = 'from silkie.inference import load_policy\n\nmodel, processor = load_policy("path/to/this/directory")'
+    data = [f"- {line}" for name, report in run.reports.items() for line in report.lines(name)]
+    versions = [f"python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in _VERSIONS)]
     sections = [
         "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
-        f"# {Path(str(trainer.args.output_dir)).name}",
+        f"# {Path(str(run.args.output_dir)).name}",
         (
             f"Preference-trained from `{_shown(base)}` with silkie {silkie.__version__}"
-            f" ({'LoRA adapter' if adapter else 'full weights'}, {'+'.join(trainer.args.loss_type)} loss, reference:"
-            f" {trainer.reference.kind if trainer.reference else 'none'})."
+            f" ({'LoRA adapter' if run.adapter else 'full weights'}, {'+'.join(run.args.loss_type)} loss, reference:"
+            f" {run.reference or 'none'})."
         ),
         f"```python\n{load}\n```",
-        "## Data\n\n"
-        + "\n".join(f"- {line}" for name, report in trainer.reports.items() for line in report.lines(name)),
-        "## Training metrics\n\n" + _metric_table(trainer.state.log_history),
-        "## Options\n\n```json\n"
-        + json.dumps({k: _plain(getattr(trainer.args, k, None)) for k in _OPTIONS}, indent=1)
-        + "\n```",
-        "## Versions\n\n"
-        + ", ".join(
-            [f"python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in _VERSIONS)]
-        ),
+        "## Data\n\n" + "\n".join(data),
+        "## Training metrics\n\n" + _metric_table(run.log_history),
+        "## Options\n\n```json\n" + json.dumps(_shown_options(run.args), indent=1) + "\n```",
+        "## Versions\n\n" + ", ".join(versions),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _shown(base: str) -> str:
-    """A hub name as it is; of a local path only its last part, which says as much and gives no directory away."""
+    """A hub name as it is; of a local path only its last part, so that a published card reveals no directory."""
     return Path(base).name if Path(base).is_dir() else base
 
 
@@ -109,7 +147,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, list, type(None))) else str(value)
 
 
-def _metric_table(history: list[dict[str, Any]]) -> str:
+def _metric_table(history: Sequence[Mapping[str, Any]]) -> str:
     train = [entry for entry in history if "loss" in entry]
     if not train:
         return "No step has been logged yet."

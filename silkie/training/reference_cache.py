@@ -1,5 +1,4 @@
-"""One reference pass over the training data, kept on disk: later epochs, another beta and another loss read its
-numbers.
+"""One reference pass over the training data, kept on disk for later epochs, another beta or another loss.
 
 Legend: R responses, N scored tokens of a batch.
 """
@@ -11,21 +10,27 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import silkie
+from silkie.batch.batch import Batch
+from silkie.batch.collator import GroupCollator
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
-from silkie.model.forward import Scores, sum_by_response
-from silkie.training.reference import ReferenceStore, group_key
-
-if TYPE_CHECKING:
-    from silkie.trainer import SilkieDPOTrainer
+from silkie.config import SilkieDPOConfig
+from silkie.model.families import causal_lm
+from silkie.model.forward import Scorer, Scores, sum_by_response
+from silkie.model.layout import LayoutChoice
+from silkie.training.forward_context import ForwardContext
+from silkie.training.reference import Reference, ReferenceStore, group_key
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ class ReferenceTable:
     by_row: dict[int, list[np.ndarray]]
     tokens: bool
 
-    def lookup(self, batch: dict[str, Any]) -> Scores:
+    def lookup(self, batch: Batch) -> Scores:
         """The scores of a batch, on its device, in the order a pass would give."""
         values = np.concatenate([v for row in batch["rows"] for v in self.by_row[row]])
         flat = torch.from_numpy(values).to(batch["lengths"].device, non_blocking=True)
@@ -46,95 +51,132 @@ class ReferenceTable:
         return Scores(per_token_logps=flat, logps=sum_by_response(flat, batch))
 
 
-def precompute_reference(trainer: SilkieDPOTrainer) -> ReferenceTable:
-    """Runs the reference over the groups that the cache lacks, shared out over the ranks, and returns the numbers of
-    all groups.
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ReferencePass:
+    """Computes the reference log-probs of a dataset that the cache on disk lacks.
 
-    Raises:
-        OSError: the cache cannot be written; what is in it stays valid and the next run goes on from there.
+    Attributes:
+        reference: the reference policy.
+        weights_hash: hash of its weights on this rank, taken before training changed any.
+        scorer, collate, context: the run's own forward, collator, and device placement with autocast. The encoder's
+            settings and the text of a prompt are part of the cache's keys.
+        choice: layout of the rows.
+        accelerator: shares the groups out over the ranks.
+        args: batch sizes, precision, and where the cache is.
+        tokens: keep the values of tokens besides the sums of responses.
     """
-    args, accelerator, dataset = trainer.args, trainer.accelerator, trainer.train_dataset
-    assert trainer.reference is not None
-    tokens = "reference_tokens" in trainer.objective.needs
-    store = ReferenceStore(
-        args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache", _run_key(trainer), tokens=tokens
-    )
-    # Every rank hashes its share of the rows: the key depends on the image bytes as they are now, so it is never
-    # cached.
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    columns = dataset.select_columns([c for c in ("prompt", "responses", "images") if c in dataset.column_names])
-    hashed = {}
-    for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
-        row = columns[i]
-        hashed[i] = group_key(row, trainer.encoder.render(row))
-    keys = {i: key for part in _gather([hashed]) for i, key in part.items()}
-    known = store.load()
-    # What any rank lacks: nodes need not share a disk, and all must agree on the batches to run.
-    missing = sorted(
-        {i for part in _gather([[i for i in range(len(dataset)) if keys[i] not in store.values]]) for i in part}
-    )
-    logger.info(
-        "reference cache %s: %d groups known, %d of %d to compute", store.directory, known, len(missing), len(dataset)
-    )
-    if missing:
-        _compute(trainer, store, missing, keys)
-        for part in _gather([{k: store.values[k] for k in {keys[i] for i in missing} if k in store.values}]):
-            store.values.update(part)
-    store.close()
-    rows = dataset["row"]
-    return ReferenceTable({rows[i]: store.values[keys[i]] for i in range(len(dataset))}, tokens)
+
+    reference: Reference
+    weights_hash: str
+    scorer: Scorer
+    collate: GroupCollator
+    context: ForwardContext
+    choice: LayoutChoice
+    accelerator: Accelerator
+    args: SilkieDPOConfig
+    tokens: bool
+
+    def run(self, policy: Any, dataset: Dataset) -> ReferenceTable:
+        """Reference log-probs of all groups of `dataset`. Every rank calls it.
+
+        Args:
+            policy: the policy as the training loop calls it; the reference may be its own weights.
+
+        Raises:
+            OSError: the cache cannot be written; what is in it stays valid and the next run continues from there.
+        """
+        store = ReferenceStore(self._directory(), self._run_key(causal_lm(policy).dtype), tokens=self.tokens)
+        keys = self._keys(dataset)
+        known = store.load()
+        # What any rank lacks: nodes need not share a disk, and all must agree on the batches to run.
+        own = [i for i in range(len(dataset)) if keys[i] not in store.values]
+        missing = sorted({i for part in _gather([own]) for i in part})
+        logger.info(
+            "reference cache %s: %d groups known, %d of %d to compute",
+            store.directory,
+            known,
+            len(missing),
+            len(dataset),
+        )
+        if missing:
+            self._compute(policy, dataset.select(missing), store, [keys[i] for i in missing])
+            for part in _gather([{k: store.values[k] for k in {keys[i] for i in missing} if k in store.values}]):
+                store.values.update(part)
+        store.close()
+        rows = dataset["row"]
+        return ReferenceTable({rows[i]: store.values[keys[i]] for i in range(len(dataset))}, self.tokens)
+
+    def _directory(self) -> str | Path:
+        return self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference_cache"
+
+    def _keys(self, dataset: Dataset) -> dict[int, str]:
+        """Index -> cache key. Every rank hashes its share of the rows: a key depends on the image bytes as they are
+        now, so it is never cached."""
+        accelerator = self.accelerator
+        mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        columns = dataset.select_columns([c for c in ("prompt", "responses", "images") if c in dataset.column_names])
+        hashed = {}
+        for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
+            row = columns[i]
+            hashed[i] = group_key(row, self.collate.encoder.render(row))
+        return {i: key for part in _gather([hashed]) for i, key in part.items()}
+
+    def _compute(self, policy: Any, dataset: Dataset, store: ReferenceStore, keys: list[str]) -> None:
+        """Runs the reference over this rank's share of `dataset` and stores the numbers under `keys`."""
+        batches = self._my_batches(dataset)
+        loader = torch.utils.data.DataLoader(
+            WithEmptyGroups(dataset),
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        for indices, batch in tqdm(
+            zip(batches, loader, strict=True),
+            total=len(batches),
+            desc="Reference log-probs",
+            disable=not self.accelerator.is_local_main_process,
+        ):
+            batch = self.context.prepare(batch)
+            with self.context.autocast(), self.reference.active(policy) as model:
+                scores = self.scorer(model, batch, frozen_vision=True)
+            values = _by_group(scores.per_token_logps if self.tokens else scores.logps, batch, tokens=self.tokens)
+            for index, group_values in zip(indices, values, strict=True):
+                if index < len(keys):  # indices beyond are copies that keep a rank busy
+                    store.add(keys[index], group_values)
+        self.accelerator.wait_for_everyone()
+
+    def _my_batches(self, dataset: Dataset) -> list[list[int]]:
+        """This rank's batches: every rank takes the same number, or sharded models would hang."""
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        sampler = GroupBatchSampler(
+            self.choice.shapes(dataset),
+            batch_size=self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
+            max_tokens=self.args.max_tokens_per_batch,
+            world_size=world_size,
+            padded=self.choice.groups_per_row == 1,
+        )
+        return [batch for i, batch in enumerate(sampler) if i % world_size == rank]
+
+    def _run_key(self, dtype: torch.dtype) -> str:
+        """Hash of everything besides a group that its reference log-probs depend on."""
+        args = self.args
+        facts = {
+            "weights": sorted(_gather([self.weights_hash])),
+            "encoder": self.collate.encoder.fingerprint(),
+            "layout": [self.choice.layout, self.choice.backend],
+            "dtype": [str(dtype), args.bf16, args.fp16, args.tf32],
+            "kernel": [args.use_fused_logprob, args.logprob_impl, self.accelerator.device.type],
+            "versions": [silkie.__version__, torch.__version__, transformers.__version__],
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _compute(trainer: SilkieDPOTrainer, store: ReferenceStore, missing: list[int], keys: dict[int, str]) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
-    dataset = trainer.train_dataset.select(missing)
-    sampler = GroupBatchSampler(
-        trainer.choice.shapes(dataset),
-        batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
-        max_tokens=args.max_tokens_per_batch,
-        world=accelerator.num_processes,
-        padded=trainer.choice.groups_per_row == 1,
-    )
-    # Every rank takes the same number of batches; sharded models hang otherwise.
-    batches = [batch for i, batch in enumerate(sampler) if i % accelerator.num_processes == accelerator.process_index]
-    loader = torch.utils.data.DataLoader(
-        WithEmptyGroups(dataset),
-        batch_sampler=batches,
-        collate_fn=trainer.data_collator,
-        num_workers=args.dataloader_num_workers,
-    )
-    assert trainer.reference is not None
-    for indices, batch in tqdm(
-        zip(batches, loader, strict=True),
-        total=len(batches),
-        desc="Reference log-probs",
-        disable=not accelerator.is_local_main_process,
-    ):
-        batch = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager(), trainer.reference.active(trainer.model_wrapped) as model:
-            scores = trainer.scorer(model, batch, frozen_vision=True)
-        lengths = batch["lengths"].tolist()
-        flat = (scores.per_token_logps if store.tokens else scores.logps).float().cpu().numpy()
-        values = iter(np.split(flat, np.cumsum(lengths)[:-1] if store.tokens else np.arange(1, len(flat))))
-        for index, count in zip(indices, torch.bincount(batch["group"]).tolist(), strict=True):
-            own = [next(values) for _ in range(count)]
-            if index < len(missing):  # beyond are copies that keep a rank busy
-                store.add(keys[missing[index]], own)
-    accelerator.wait_for_everyone()
-
-
-def _run_key(trainer: SilkieDPOTrainer) -> str:
-    """Hash of everything besides a group that its reference log-probs depend on."""
-    args = trainer.args
-    facts = {
-        "weights": sorted(_gather([trainer.reference_hash])),
-        "encoder": trainer.encoder.fingerprint(),
-        "layout": [trainer.choice.layout, trainer.choice.backend],
-        "dtype": [str(trainer.model.dtype), args.bf16, args.fp16, args.tf32],
-        "kernel": [args.use_fused_logprob, args.logprob_impl, trainer.accelerator.device.type],
-        "versions": [silkie.__version__, torch.__version__, transformers.__version__],
-    }
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+def _by_group(flat: Tensor, batch: Batch, *, tokens: bool) -> list[list[np.ndarray]]:
+    """Per group, per response: the values of its tokens [n], or its sum [1]."""
+    numbers = flat.float().cpu().numpy()
+    ends = np.cumsum(batch["lengths"].tolist())[:-1] if tokens else np.arange(1, len(numbers))
+    values = iter(np.split(numbers, ends))
+    return [[next(values) for _ in range(count)] for count in torch.bincount(batch["group"]).tolist()]
 
 
 def _gather(parts: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from silkie.model.families import causal_lm
 from silkie.training import checkpoints
-from silkie.training.guards import FiniteWatch
+from silkie.training.non_finite import FiniteWatch
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class RecoverableTrainer(Trainer):
 
         Raises:
             silkie.training.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged or missing.
-            silkie.training.guards.NonFiniteError: a loss or gradient is not finite.
+            silkie.training.non_finite.NonFiniteError: a loss or gradient is not finite.
         """
         directory = str(self.args.output_dir)
         if resume_from_checkpoint is True:

@@ -14,7 +14,8 @@ from silkie.batch.packing import visible
 from silkie.model.attention import api, segments
 from silkie.model.families import FAMILIES as SUPPORTED
 from silkie.model.families import backbone, vision_parameters
-from silkie.model.layout import LayoutMismatch, choose_layout
+from silkie.model.layout import choose_layout
+from silkie.training.self_test import LayoutMismatch
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
 from tests.support.scoring import gradients, groups, score, stock_logps

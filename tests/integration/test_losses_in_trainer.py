@@ -58,7 +58,7 @@ def test_layouts_and_precomputed_reference_agree(tmp_path, name):
     if packed.reference is not None:
         stored = make(tmp_path, precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), **options)
         stored.train()
-        assert stored.reference_table is not None
+        assert stored.passes.table is not None
         assert losses(stored) == pytest.approx(losses(packed), rel=1e-4, abs=1e-5)
 
 

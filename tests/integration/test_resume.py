@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from silkie.training import checkpoints
-from silkie.training.guards import NonFiniteError
+from silkie.training.non_finite import NonFiniteError
 from tests.integration.test_distributed import ROOT
 from tests.support import train_run
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.model.families import vision_parameters
 from silkie.report.collect import collect
-from silkie.training.guards import NonFiniteError
+from silkie.training.non_finite import NonFiniteError
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
 from tests.support.families import family_model, family_processor
 from tests.support.tiny import image, tiny_model, tiny_processor

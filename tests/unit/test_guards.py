@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from silkie.training import guards
+from silkie.training.non_finite import FiniteWatch, NonFiniteError
 
 
 def accelerator(processes=1, kind=DistributedType.NO, stage=0):
@@ -94,17 +95,17 @@ def test_fsdp2_returns_log_probs_unrounded():
 
 
 def test_a_non_finite_loss_names_its_groups_and_those_before():
-    watch = guards.FiniteWatch()
+    watch = FiniteWatch()
     watch.add(torch.tensor(1.0), ["group a"])
     watch.add(torch.tensor(float("nan")), ["group b", "group c"])
-    with pytest.raises(guards.NonFiniteError, match="nan on: group b; group c.*before it: group a"):
+    with pytest.raises(NonFiniteError, match="nan on: group b; group c.*before it: group a"):
         watch.check()
     watch.check()  # forgotten
 
 
 def test_a_non_finite_gradient_names_the_groups_of_its_step():
     """Looked at long after: the losses of later steps, which it ruined, do not hide it."""
-    watch = guards.FiniteWatch()
+    watch = FiniteWatch()
     for step, norm in enumerate((0.5, torch.tensor(float("inf")), float("nan"))):
         watch.begin_step()
         for micro in range(2):
@@ -112,7 +113,7 @@ def test_a_non_finite_gradient_names_the_groups_of_its_step():
         watch.end_step(norm)
         watch.add(torch.tensor(1.0), ["evaluated"])
     with pytest.raises(
-        guards.NonFiniteError, match=r"gradient norm is inf; groups of that step: group 1\.0; group 1\.1\. Training"
+        NonFiniteError, match=r"gradient norm is inf; groups of that step: group 1\.0; group 1\.1\. Training"
     ):
         watch.check()
     watch.begin_step()
@@ -122,10 +123,10 @@ def test_a_non_finite_gradient_names_the_groups_of_its_step():
 
 
 def test_a_non_finite_loss_is_named_before_the_gradient_that_it_ruins():
-    watch = guards.FiniteWatch()
+    watch = FiniteWatch()
     watch.begin_step()
     watch.add(torch.tensor(1.0), ["group a"])
     watch.add(torch.tensor(float("inf")), ["group b"])
     watch.end_step(float("nan"))
-    with pytest.raises(guards.NonFiniteError, match="The loss is inf on: group b"):
+    with pytest.raises(NonFiniteError, match="The loss is inf on: group b"):
         watch.check()

@@ -25,7 +25,7 @@ def epoch(source, number):
 @MANY
 @given(st.one_of(COSTS, SHAPES), BUDGET, st.integers(1, 4), st.integers(0, 5), st.booleans())
 def test_every_group_comes_exactly_once_and_every_rank_has_as_many_batches(costs, budget, world, seed, padded):
-    source = sampler(costs, budget, world=world, seed=seed, padded=padded)
+    source = sampler(costs, budget, world_size=world, seed=seed, padded=padded)
     for number in range(3):
         batches = epoch(source, number)
         real = [i for batch in batches for i in batch if i < len(costs)]
@@ -69,7 +69,7 @@ def test_groups_of_a_batch_cost_about_the_same():
 def test_batches_of_a_round_cost_about_the_same():
     """Ranks wait for the slowest: neighbours in cost go together."""
     costs = [10 * i + 50 for i in range(64)]
-    batches = list(sampler(costs, 2000, world=2))
+    batches = list(sampler(costs, 2000, world_size=2))
     for a, b in zip(batches[::2], batches[1::2], strict=True):
         top = [max(costs[i] for i in batch) * len(batch) for batch in (a, b)]
         assert max(top) <= 2000 and min(top) > 0.4 * max(top)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from silkie.batch.batch import Batch
 from silkie.batch.packing import PROMPT_SEGMENT, visible
 from silkie.model.attention import flex, segments, varlen
 from silkie.model.families import family_of, layer_types, sliding_window
@@ -31,7 +32,7 @@ ONE_GROUP_PER_ROW: tuple[Backend, ...] = (
     "segments",
 )  # a dense mask over several groups would be mostly empty
 
-_KEPT = "_attention_inputs"
+_KEPT: Final = "_attention_inputs"
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Attention:
     backend: Backend
     layout: Literal["packed", "rows"]
 
-    def inputs(self, config: PretrainedConfig, batch: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model's forward: `attention_mask`."""
         if self.layout == "rows":
             return {"attention_mask": (batch["segment_ids"] >= 0).long()}
@@ -58,7 +59,7 @@ class Attention:
             batch[_KEPT] = self._packed(config, batch)
         return batch[_KEPT]
 
-    def _packed(self, config: PretrainedConfig, batch: dict[str, Any]) -> dict[str, Any]:
+    def _packed(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
         two_way = _two_way_blocks(config, batch)
         build = _BUILDERS[self.backend]
         masks = {
@@ -85,13 +86,13 @@ def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.
     return varlen.why_no_kernel() if backend == "varlen" else None
 
 
-def _dense_bool(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
+def _dense_bool(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
     return visible(
         batch["group_ids"], batch["segment_ids"], batch["logical_positions"], window=window, bidirectional=two_way
     )
 
 
-def _dense_float(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
+def _dense_float(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
     """Eager attention adds the mask to the scores: a boolean one would add 0 and 1."""
     mask = _dense_bool(batch, window, two_way)
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(
@@ -99,7 +100,7 @@ def _dense_float(batch: dict[str, Any], window: int | None, two_way: Tensor | No
     )
 
 
-def _segments(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
+def _segments(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
     """Long rows segment by segment, short ones with the dense mask."""
     if batch["segment_ids"].shape[1] < segments.SHORTEST_ROW:
         return _dense_bool(batch, window, two_way)
@@ -107,13 +108,13 @@ def _segments(batch: dict[str, Any], window: int | None, two_way: Tensor | None)
     return segments.segment_mask(batch["segments"], batch["segment_ids"].device, window=window)
 
 
-def _flex(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Any:
+def _flex(batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
     return flex.block_mask(
         batch["group_ids"], batch["segment_ids"], batch["logical_positions"], window=window, bidirectional=two_way
     )
 
 
-def _varlen(batch: dict[str, Any], window: int | None, two_way: Tensor | None) -> Tensor:
+def _varlen(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
     _refuse_two_way("varlen", two_way)
     return varlen.segment_plan(
         batch["segments"], batch["segment_ids"].shape[1], batch["segment_ids"].device, window=window
@@ -127,7 +128,7 @@ def _refuse_two_way(backend: Backend, two_way: Tensor | None) -> None:
         )
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], int | None, Tensor | None], Any]] = {
+_BUILDERS: dict[str, Callable[[Batch, int | None, Tensor | None], Any]] = {
     "sdpa": _dense_bool,
     "eager": _dense_float,
     "segments": _segments,
@@ -136,7 +137,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], int | None, Tensor | None], Any]]
 }
 
 
-def _two_way_blocks(config: PretrainedConfig, batch: dict[str, Any]) -> Tensor | None:
+def _two_way_blocks(config: PretrainedConfig, batch: Batch) -> Tensor | None:
     """[B, T] block numbers of tokens that see each other in both directions, -1 elsewhere."""
     kind = family_of(config).two_way
     if kind == "none":

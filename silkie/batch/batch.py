@@ -1,0 +1,74 @@
+"""The tensors of one micro-batch, from `GroupCollator` to the losses.
+
+Legend: G groups, R responses (flat over groups), P pairs, N scored tokens, B rows, T tokens of a row, A rating aspects,
+C position channels (3 for Qwen's temporal, height and width; 1 elsewhere).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+from torch import Tensor
+
+from silkie.batch.packing import Segment
+
+
+class Batch(TypedDict):
+    """One micro-batch. A plain dict at run time, so that data workers, pinned memory and transformers can move it.
+
+    Rows of the forward pass:
+        input_ids, segment_ids, group_ids, logical_positions, token_types: [B, T], see `silkie.batch.packing`.
+        position_ids: [C, B, T] rotary positions.
+        vision: the processor's image tensors.
+        corrupted_vision: those of the corrupted images, for mDPO's second pass only.
+        row_groups, segments: groups that a row holds, and the segments of all rows, as plain numbers.
+        image_tokens: image tokens of each group.
+
+    Scored tokens:
+        gather: [N] flat position (b * T + t) of the hidden state that predicts a token.
+        target: [N] its id.
+        owner: [N] its response, in [0, R), never decreasing.
+        offset: [N] its place within the response.
+        lengths: [R] scored tokens of each response.
+        longest: the largest of `lengths`.
+
+    Preferences:
+        group: [R] group of each response.
+        pairs: [P, 2] (chosen, rejected) indices into R.
+        pair_weights: fp32 [P].
+        ratings: [R], aspect_ratings: [R, A], NaN where there is none. Only where the data has ratings.
+
+    For people and caches:
+        names: name of each group, for error messages.
+        rows: row of each group in the dataset.
+    """
+
+    input_ids: Tensor
+    segment_ids: Tensor
+    group_ids: Tensor
+    logical_positions: Tensor
+    token_types: Tensor
+    position_ids: Tensor
+    vision: dict[str, Tensor]
+    corrupted_vision: NotRequired[dict[str, Tensor]]
+    row_groups: list[list[int]]
+    segments: list[Segment]
+    image_tokens: list[int]
+
+    gather: Tensor
+    target: Tensor
+    owner: Tensor
+    offset: Tensor
+    lengths: Tensor
+    longest: int
+
+    group: Tensor
+    pairs: Tensor
+    pair_weights: Tensor
+    ratings: NotRequired[Tensor]
+    aspect_ratings: NotRequired[Tensor]
+
+    names: list[str]
+    rows: list[Any]
+
+    _attention_inputs: NotRequired[dict[str, Any]]  # masks that `silkie.model.attention` keeps for the reference pass

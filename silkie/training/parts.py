@@ -1,0 +1,100 @@
+"""Builds the parts of a run from its options (encoder, collator, passes) and checks the model that TRL loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision
+from silkie.batch.encoding import GroupEncoder
+from silkie.config import SilkieDPOConfig
+from silkie.losses import Objective
+from silkie.model.attention import Attention
+from silkie.model.families import PromptPositions, causal_lm, check_merges_images, keep_used_conversions
+from silkie.model.forward import Scorer
+from silkie.model.layout import LayoutChoice
+from silkie.training import guards
+from silkie.training.passes import Passes
+from silkie.training.reference import Reference
+
+
+def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
+    """The encoder of a run's groups."""
+    return GroupEncoder(
+        processor,
+        max_length=args.max_length,
+        max_response_length=args.max_response_length,
+        response_end=args.response_end,
+    )
+
+
+def check_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerator, *, deepspeed: bool) -> None:
+    """What can only be checked, or kept right, once TRL has loaded and wrapped the model.
+
+    Raises:
+        silkie.training.guards.LaunchError: launcher, optimizer or dtypes cannot work together.
+        ValueError: the model does not merge images as silkie needs it.
+    """
+    guards.check_process_count(args, accelerator)
+    guards.check_optimizer(args, accelerator)
+    guards.check_adapter_dtypes(model, deepspeed)
+    guards.keep_trainable_4bit(model)
+    keep_used_conversions(model)
+    check_merges_images(model)
+
+
+def build_collator(
+    model: Any,
+    encoder: GroupEncoder,
+    tokenizer: Any,
+    choice: LayoutChoice,
+    args: SilkieDPOConfig,
+    *,
+    aspects: tuple[str, ...],
+    corrupted: bool,
+    dummy_image: bool,
+) -> GroupCollator:
+    """The collator of a run.
+
+    Args:
+        aspects: rating aspects of the training data.
+        corrupted: whether a loss scores corrupted images.
+        dummy_image: whether a micro-batch without images must run the vision tower (`guards.needs_dummy_image`).
+    """
+    corruption = ImageCorruption(kind=args.corruption, strength=args.corruption_strength, seed=args.seed)
+    return GroupCollator(
+        encoder=encoder,
+        positions=PromptPositions(model),
+        layout=choice.layout,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        image_token_id=getattr(causal_lm(model).config, "image_token_id", None),
+        groups_per_row=choice.groups_per_row,
+        aspects=aspects,
+        corruption=corruption if corrupted else None,
+        dummy_vision=blank_vision(encoder) if dummy_image else None,
+    )
+
+
+def build_passes(
+    objective: Objective,
+    choice: LayoutChoice,
+    reference: Reference | None,
+    args: SilkieDPOConfig,
+    *,
+    frozen_vision: bool,
+    aspects: tuple[str, ...],
+) -> Passes:
+    """The forward passes that the losses of a run need."""
+    return Passes(
+        scorer=Scorer(
+            attention=Attention(backend=choice.backend, layout=choice.layout),
+            fused=args.use_fused_logprob,
+            impl=args.logprob_impl,
+        ),
+        reference=reference,
+        frozen_vision=frozen_vision,
+        corrupted="corrupted" in objective.needs,
+        token_stats=args.log_token_stats or "stats" in objective.needs,
+        aspects=aspects,
+    )

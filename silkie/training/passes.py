@@ -1,0 +1,94 @@
+"""Forward passes of a micro-batch: the reference's and the policy's, and both again on corrupted images for mDPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from silkie.batch.batch import Batch
+from silkie.losses import GroupLogps
+from silkie.model.forward import Scorer, Scores
+from silkie.model.vision import FeatureCache
+from silkie.training.reference import Reference
+from silkie.training.reference_cache import ReferenceTable
+
+
+@dataclass(slots=True, kw_only=True)
+class Passes:
+    """The forward passes that a run's losses need.
+
+    Attributes:
+        scorer: the forward.
+        reference: None where the losses need none.
+        frozen_vision: the vision tower does not train, so its features are shared between the passes.
+        corrupted: also score the groups with corrupted images.
+        token_stats: also return per-token statistics of the policy.
+        aspects: rating aspects of the data.
+        table: reference log-probs of the training data; None: the reference runs on every batch.
+    """
+
+    scorer: Scorer
+    reference: Reference | None
+    frozen_vision: bool
+    corrupted: bool
+    token_stats: bool
+    aspects: tuple[str, ...] = ()
+    table: ReferenceTable | None = None
+
+    def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[Scores, GroupLogps]:
+        """The policy's scores, and everything that the losses read.
+
+        Args:
+            policy: the policy as the training loop calls it.
+            use_table: whether the batch is of the training data; evaluation data is not in the table.
+        """
+        cache = self._new_cache()
+        reference = self._reference(policy, batch, cache, use_table)
+        scores = self.scorer(
+            policy, batch, frozen_vision=self.frozen_vision, cache=cache, return_stats=self.token_stats
+        )
+        logps = preferences_of(batch, self.aspects)
+        logps.logps, logps.per_token_logps = scores.logps, scores.per_token_logps
+        logps.log_sum_sq_probs = scores.stats.log_sum_sq_probs if scores.stats else None
+        if reference is not None:
+            logps.ref_logps, logps.ref_per_token_logps = reference.logps, reference.per_token_logps
+        if self.corrupted:
+            self._score_corrupted(policy, batch, logps)
+        return scores, logps
+
+    def _new_cache(self) -> FeatureCache | None:
+        return FeatureCache() if self.frozen_vision else None
+
+    def _reference(self, policy: Any, batch: Batch, cache: FeatureCache | None, use_table: bool) -> Scores | None:
+        if self.reference is None:
+            return None
+        if self.table is not None and use_table:
+            return self.table.lookup(batch)
+        return self._score_reference(self.reference, policy, batch, cache)
+
+    def _score_reference(self, reference: Reference, policy: Any, batch: Batch, cache: FeatureCache | None) -> Scores:
+        shared = cache if reference.shares_vision else None
+        with reference.active(policy) as model:
+            return self.scorer(model, batch, frozen_vision=True, cache=shared)
+
+    def _score_corrupted(self, policy: Any, batch: Batch, logps: GroupLogps) -> None:
+        assert self.reference is not None  # mdpo_image asks for it
+        corrupted: Batch = {**batch, "vision": batch["corrupted_vision"]}
+        cache = self._new_cache()
+        logps.ref_corrupted_logps = self._score_reference(self.reference, policy, corrupted, cache).logps
+        logps.corrupted_logps = self.scorer(policy, corrupted, frozen_vision=self.frozen_vision, cache=cache).logps
+
+
+def preferences_of(batch: Batch, aspects: tuple[str, ...]) -> GroupLogps:
+    """What the losses know of a batch before any model runs: pairs, weights, ratings and lengths."""
+    return GroupLogps(
+        lengths=batch["lengths"],
+        pairs=batch["pairs"],
+        pair_weights=batch["pair_weights"],
+        group=batch["group"],
+        ratings=batch.get("ratings"),
+        aspect_ratings=batch.get("aspect_ratings"),
+        aspects=aspects,
+        owner=batch["owner"],
+        token_ids=batch["target"],
+    )
