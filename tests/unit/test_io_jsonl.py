@@ -17,7 +17,7 @@ def test_lines_keep_their_numbers_and_broken_ones_say_why():
     assert [line.number for line in read] == [5, 7, 8, 9, 10]
     assert [line.value for line in read] == [{"a": 1}, None, None, None, "\u2028"]
     assert [line.error is None for line in read] == [True, False, False, False, True]
-    assert read[1].problem.startswith("Expecting value at column 8 of")
+    assert read[1].problem.startswith("Expecting value at column 7 of")
     assert "utf-8" in read[2].problem and read[3].problem.startswith("nested too deeply to be read in '[[[")
 
 
