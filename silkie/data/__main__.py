@@ -2,105 +2,92 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import datasets
+from annotated_types import Ge
 
 from silkie.data import SOURCES, DataError
-from silkie.data.gallery import write_gallery
 from silkie.data.inspect import inspect_preferences
 from silkie.data.rendering import to_text
+from silkie.io.options import Command, argument, option, parse_command
+
+FORMATS = ", ".join(sorted(SOURCES))
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m silkie.data", description="Preference data: look at it before training on it."
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Options of `inspect`."""
+
+    source: str = argument("a file, a directory, a zip archive or a dataset name on the hub", metavar="SOURCE")
+    image_root: str | None = option(None, "directory or zip archive with the images", metavar="DIR")
+    split: str = option("train", "split of the data")
+    format: str | None = option(None, f"one of {FORMATS}; default: detected", metavar="NAME")
+    pairs: str = option("all", "how pairs are built: all, best_vs_worst, best_vs_rest, random, longest, model:NAME")
+    on_error: Literal["skip", "raise"] = option("skip", "broken rows: list them, or stop")
+    allow_remote_images: bool = option(False, "fetch images that are http(s) addresses")
+    tokenizer: str | None = option(
+        None, "measure lengths in the tokens of this tokenizer instead of in words", metavar="DIR"
     )
-    commands = top.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="figures of a preference dataset, and a gallery of its groups")
-    inspect.add_argument(
-        "source", metavar="SOURCE", help="a file, a directory, a zip archive or a dataset name on the hub"
-    )
-    inspect.add_argument("--image-root", metavar="DIR", help="directory or zip archive with the images")
-    inspect.add_argument("--split", default="train", help="default: %(default)s")
-    inspect.add_argument(
-        "--format",
-        choices=sorted(SOURCES),
-        metavar="NAME",
-        help=f"one of {', '.join(sorted(SOURCES))}; default: detected",
-    )
-    inspect.add_argument(
-        "--pairs",
-        default="all",
-        help="how pairs are built: all, best_vs_worst, best_vs_rest, random, longest, model:NAME",
-    )
-    inspect.add_argument(
-        "--on-error", choices=("skip", "raise"), default="skip", help="broken rows: list them (default) or stop"
-    )
-    inspect.add_argument("--allow-remote-images", action="store_true", help="fetch images that are http(s) addresses")
-    inspect.add_argument(
-        "--tokenizer", metavar="DIR", help="measure lengths in the tokens of this tokenizer instead of in words"
-    )
-    inspect.add_argument("--no-images", action="store_true", help="do not read image headers")
-    inspect.add_argument("--num-proc", type=at_least(1), metavar="N", help="worker processes")
-    inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
-    inspect.add_argument("--html", metavar="FILE", help="write a page with figures and random groups")
-    inspect.add_argument(
-        "--groups", type=at_least(0), default=24, metavar="N", help="groups on the page (default: %(default)s)"
-    )
-    inspect.add_argument("--seed", type=int, default=0, help="of the random groups")
-    return top
+    no_images: bool = option(False, "do not read image headers")
+    num_proc: Annotated[int, Ge(1)] | None = option(None, "worker processes", metavar="N")
+    json: bool = option(False, "print the figures as JSON")
+    html: str | None = option(None, "write a page with figures and random groups", metavar="FILE")
+    groups: Annotated[int, Ge(0)] = option(24, "groups on the page", metavar="N")
+    seed: int = option(0, "seed of the random groups")
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `low`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
-        return int(text)
-
-    return parse
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the return value is the exit status."""
-    args = parser().parse_args(arguments)
+def run_inspect(options: InspectOptions) -> int:
     logging.basicConfig(level=logging.ERROR)
     datasets.disable_progress_bars()
     try:
         inspection = inspect_preferences(
-            args.source,
-            image_root=args.image_root,
-            split=args.split,
-            format=args.format,
-            pairs=args.pairs,
-            on_error=args.on_error,
-            allow_remote_images=args.allow_remote_images,
-            tokenizer=load_tokenizer(args.tokenizer),
-            read_images=not args.no_images,
-            num_proc=args.num_proc,
+            options.source,
+            image_root=options.image_root,
+            split=options.split,
+            format=options.format,
+            pairs=options.pairs,
+            on_error=options.on_error,
+            allow_remote_images=options.allow_remote_images,
+            tokenizer=load_tokenizer(options.tokenizer),
+            read_images=not options.no_images,
+            num_proc=options.num_proc,
         )
-        if args.html:
-            write_gallery(inspection, args.html, groups=args.groups, seed=args.seed)
+        if options.html:
+            from silkie.data.gallery import write_gallery
+
+            write_gallery(inspection, options.html, groups=options.groups, seed=options.seed)
     except (DataError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(inspection.to_json(), indent=2) if args.json else to_text(inspection))
+    print(json.dumps(inspection.to_json(), indent=2) if options.json else to_text(inspection))
     return 0
 
 
-def load_tokenizer(name: str | None):
+def load_tokenizer(name: str | None) -> Any:
     """The tokenizer of `--tokenizer`; None without one."""
     if name is None:
         return None
     from transformers import AutoTokenizer  # takes seconds to import, and few calls need it
 
     return AutoTokenizer.from_pretrained(name)
+
+
+COMMANDS = (
+    Command("inspect", "figures of a preference dataset, and a gallery of its groups", InspectOptions, run_inspect),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the return value is the exit status."""
+    about = "Preference data: look at it before training on it."
+    command, options = parse_command("python -m silkie.data", about, COMMANDS, argv)
+    return command.run(options)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from silkie.data.images import zip_archive
 from silkie.data.registry import SOURCES
 from silkie.data.schema import DataError
+from silkie.io.jsonl import json_lines
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -294,13 +295,8 @@ def _until(file: Any, stop: int) -> Iterator[bytes]:
 
 
 def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=first + 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            yield f"line {number}", error
+    for line in json_lines(lines, first=first + 1):
+        yield f"line {line.number}", line.value if line.error is None else line.error
 
 
 def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:

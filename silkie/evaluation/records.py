@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from silkie.io.jsonl import json_lines
+
 __all__ = ["Question", "Record", "ResultError", "answer_of", "check_unique", "find_beside", "read_records", "read_text"]
 
 # What the tools of the field call a model's answer, most specific first.
@@ -151,20 +153,10 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
     if (single := _pretty_printed(path, text)) is not None:
         return [Record(path, 1, single)]
     records = []
-    # split at "\n" alone: JSON strings may hold other line separators (U+2028) as they are
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ResultError(
-                path,
-                number,
-                f"not a JSON object: {error.msg} at column {error.colno} of {line[:80]!r}. Expected one JSON object a"
-                " line.",
-            ) from None
-        records.append(_as_record(path, number, value))
+    for line in json_lines(text.split("\n")):
+        if line.error is not None:
+            raise ResultError(path, line.number, f"not a JSON object: {line.problem}. Expected one JSON object a line.")
+        records.append(_as_record(path, line.number, line.value))
     return records
 
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from silkie.evaluation.answerers import Answerer
 from silkie.evaluation.records import Question, ResultError
 from silkie.evaluation.registry import Benchmark
+from silkie.io.journal import Appender, scan, truncate
 
 __all__ = ["Task", "answer_tasks", "meta_path", "question_tasks", "read_meta"]
 
@@ -114,7 +115,7 @@ def answer_tasks(
     batches = [range(start, min(start + batch_size, len(tasks))) for start in range(first, len(tasks), batch_size)]
     pixels = any(answerer.wants_pixels for answerer in answerers.values())
     with ExitStack() as stack:
-        files = {file: stack.enter_context(file.open("a", encoding="utf-8", newline="\n")) for file in answerers}
+        files = {file: stack.enter_context(closing(Appender(file, sync=False))) for file in answerers}
         bar = stack.enter_context(
             tqdm(total=len(tasks), initial=first, unit="question", disable=not progress, smoothing=0.1)
         )
@@ -132,8 +133,7 @@ def answer_tasks(
                     json.dumps({**task.record, field: text}, ensure_ascii=False) + "\n"
                     for task, text in zip(own, answers, strict=True)
                 ]
-                files[file].write("".join(lines))
-                files[file].flush()
+                files[file].write("".join(lines).encode())
             bar.update(len(rows))
 
 
@@ -178,24 +178,23 @@ def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_
 
 
 def _cut_to_whole_batches(file: Path, tasks: Sequence[Task], batch_size: int) -> int:
-    data = file.read_bytes()
-    lines = data.split(b"\n")[:-1]  # what follows the last line end is a line that was being written
-    for number, (line, task) in enumerate(zip(lines, tasks, strict=False), 1):
-        try:
-            identity = json.loads(line)["id"]
-        except (ValueError, KeyError, TypeError):
+    ends = [0]  # of the answers that are complete; a line without its line break was being written
+    for entry in scan(file):
+        if not entry.ended:
+            break
+        if entry.number > len(tasks):
+            raise ResultError(file, entry.number, f"more answers than the {len(tasks)} questions.")
+        if entry.record is None or "id" not in entry.record:
             raise ResultError(
-                file, number, "not an answer that `run` wrote. Repair or remove the file, or --overwrite."
-            ) from None
-        if identity != task.record["id"]:
-            raise ResultError(file, number, f"answers question {identity!r}, expected {task.record['id']!r}.")
-    if len(lines) > len(tasks):
-        raise ResultError(file, len(tasks) + 1, f"more answers than the {len(tasks)} questions.")
-    whole = len(lines) if len(lines) == len(tasks) else len(lines) // batch_size * batch_size
-    kept = sum(len(line) + 1 for line in lines[:whole])
-    if kept != len(data):
-        with file.open("r+b") as handle:
-            handle.truncate(kept)
+                file, entry.number, "not an answer that `run` wrote. Repair or remove the file, or --overwrite."
+            )
+        identity, expected = entry.record["id"], tasks[entry.number - 1].record["id"]
+        if identity != expected:
+            raise ResultError(file, entry.number, f"answers question {identity!r}, expected {expected!r}.")
+        ends.append(entry.end)
+    answered = len(ends) - 1
+    whole = answered if answered == len(tasks) else answered // batch_size * batch_size
+    truncate(file, ends[whole])
     return whole
 
 

@@ -21,6 +21,7 @@ from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
 from silkie.feedback.records import RecordError, read_items, with_images
 from silkie.feedback.vlfeedback import write_vlfeedback
+from silkie.io.jsonl import json_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +73,12 @@ def read_reference(path: str | Path) -> dict[str, list[Row]]:
     the order of the responses file. A journal (of an oracle, of a stronger judge) is such a file. Raises
     RecordError."""
     reference: dict[str, list[Row]] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    with Path(path).open("rb") as file:
+        for line in json_lines(file):
             try:
-                record = json.loads(line)
+                if line.error is not None:
+                    raise line.error
+                record = line.value
                 if record.get("status") == "failed":
                     continue
                 rows: list[Row] = [
@@ -86,7 +87,7 @@ def read_reference(path: str | Path) -> dict[str, list[Row]]:
                 reference[str(record["id"])] = rows
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RecordError(
-                    f'{path}, line {number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}'
+                    f'{path}, line {line.number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}'
                 ) from error
     return reference
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from silkie.io.journal import Appender, scan, sync_directory, truncate
 
 logger = logging.getLogger(__name__)
 
@@ -42,25 +43,19 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def _scan(path: Path) -> Iterator[tuple[Record, int]]:
-    """Every record with the offset at which its line ends."""
+    """Every record with the offset at which its line ends. A record without its line break is whole: its JSON object is
+    closed."""
     broken: int | None = None
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if broken is not None:
-                raise JournalError(
-                    f"{path}: line {broken} is not a JSON object, and more lines follow. Journals are only appended to,"
-                    " so something else changed this file: restore it, or remove that line"
-                )
-            end += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):  # also without its line break: a JSON object that is closed is whole
-                yield record, end
-            else:
-                broken = number
+    for entry in scan(path):
+        if broken is not None:
+            raise JournalError(
+                f"{path}: line {broken} is not a JSON object, and more lines follow. Journals are only appended to, so"
+                " something else changed this file: restore it, or remove that line"
+            )
+        if entry.record is None:
+            broken = entry.number
+        else:
+            yield entry.record, entry.end
 
 
 def record_offsets(path: str | Path) -> dict[str, int]:
@@ -86,7 +81,7 @@ class Journal:
         self.path = Path(path)
         self._on_record = on_record or (lambda record: None)
         self._lock = FileLock(str(self.path) + ".lock")
-        self._descriptor: int | None = None
+        self._file: Appender | None = None
         self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
 
@@ -101,17 +96,17 @@ class Journal:
             ) from error
         try:
             self._recover()
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            _sync_directory(self.path.parent)
+            self._file = Appender(self.path, sync=True)
+            sync_directory(self.path.parent)
         except BaseException:
             self._lock.release()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._lock.release()
 
     async def append(self, record: Mapping[str, Any]) -> None:
@@ -139,18 +134,9 @@ class Journal:
         self._flusher = None
 
     def _write(self, data: bytes) -> None:
-        if self._descriptor is None:
+        if self._file is None:
             raise JournalError(f"{self.path}: the journal is closed")
-        before = os.fstat(self._descriptor).st_size
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-            os.fsync(self._descriptor)
-        except OSError as error:
-            os.ftruncate(self._descriptor, before)
-            error.filename = str(self.path)
-            raise
+        self._file.write(data)
 
     def _recover(self) -> None:
         """Report every whole record, and remove what a kill or a power cut left of a last line."""
@@ -165,27 +151,14 @@ class Journal:
                     f"{self.path}: line {number} is a JSON object of another kind ({error!r}): not the journal of such"
                     " a run. Pass another file"
                 ) from error
-        with self.path.open("r+b") as file:
-            if not end and file.readline().strip(b"\0\n")[:1] not in (b"", b"{"):
-                raise JournalError(f"{self.path} is not a journal: it holds no JSON line; pass another file")
-            torn = file.seek(0, os.SEEK_END) - end
-            if torn:
-                logger.warning("%s: removed a torn last line of %d bytes; its item will be done again", self.path, torn)
-                file.truncate(end)
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":  # a whole record whose line break was cut off
-                    file.write(b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if not end and _first_line(self.path).strip(b"\0\n")[:1] not in (b"", b"{"):
+            raise JournalError(f"{self.path} is not a journal: it holds no JSON line; pass another file")
+        if torn := truncate(self.path, end):
+            logger.warning(
+                "%s: truncated an incomplete last line (%d bytes); its item will be retried", self.path, torn
+            )
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make a new or renamed file's name durable (POSIX only: other systems cannot open a directory)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline()

@@ -10,6 +10,7 @@ from typing import Any
 
 from silkie.endpoint.media import resolve_image
 from silkie.feedback.items import JudgeItem, whole_text
+from silkie.io.jsonl import json_lines
 
 
 class RecordError(ValueError):
@@ -94,22 +95,18 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-                if b"\\ud" in line.lower():
-                    record = json.loads(whole_text(json.dumps(record, ensure_ascii=False)))
-            except (ValueError, RecursionError) as error:
-                raise RecordError(f"{where}: not valid JSON: {error}") from error
+        for line in json_lines(file):
+            where, record = f"{path}, line {line.number}", line.value
+            if line.error is not None:
+                raise RecordError(f"{where}: not valid JSON: {line.error}") from line.error
+            if b"\\ud" in line.raw.lower():
+                record = json.loads(whole_text(json.dumps(record, ensure_ascii=False)))
             item = parse_item(
-                record, where, need_responses=need_responses, default_id=None if need_responses else str(number)
+                record, where, need_responses=need_responses, default_id=None if need_responses else str(line.number)
             )
             if item.id in seen:
                 raise _fail(where, "id", item.id, f"an id that is unique in the file (line {seen[item.id]} has it too)")
-            seen[item.id] = number
+            seen[item.id] = line.number
             yield item
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from silkie.data.images import read_bytes
+from silkie.io.journal import Appender, scan
 from silkie.model.families import causal_lm, vision_parameters
 
 logger = logging.getLogger(__name__)
@@ -180,22 +181,22 @@ class ReferenceStore:
         self.values: dict[
             str, list[np.ndarray]
         ] = {}  # group key -> per response its log-prob [1], or those of its tokens [n]
-        self._file: Any = None
+        self._file: Appender | None = None
 
     def load(self) -> int:
         """Reads what earlier passes wrote; returns the number of groups."""
         for file in sorted(
             f for f in self.directory.glob("*.jsonl") if f.is_file()
         ):  # a device or pipe may have no end
-            for line in file.read_text(errors="replace").splitlines():
+            for entry in scan(file):
+                record = entry.record or {}  # empty: what a killed writer or a broken disk left of a line
                 try:
-                    record = json.loads(line)
                     if record["tokens"] == self.tokens:
                         self.values[record["key"]] = [
                             np.frombuffer(base64.b64decode(v, validate=True), dtype="<f4") for v in record["logps"]
                         ]
-                except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                    continue  # what a killed writer or a broken disk left of a line
+                except (KeyError, TypeError, ValueError):
+                    continue
         return len(self.values)
 
     def add(self, key: str, values: list[np.ndarray]) -> None:
@@ -206,18 +207,13 @@ class ReferenceStore:
         """
         if self._file is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = (self.directory / f"{platform.node()}-{os.getpid()}.jsonl").open("a")
-            if (
-                self._file.tell()
-            ):  # a process of the same number wrote here before; it may have been killed in the middle of a line
-                self._file.write("\n")
+            self._file = Appender(self.directory / f"{platform.node()}-{os.getpid()}.jsonl", sync=False)
+            # a process of the same number may have been killed here in the middle of a line
+            if self._file.size:
+                self._file.write(b"\n")
         self.values[key] = values
         packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in values]
-        try:
-            self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+        self._file.write(json.dumps({"key": key, "tokens": self.tokens, "logps": packed}).encode() + b"\n")
 
     def close(self) -> None:
         if self._file is not None:

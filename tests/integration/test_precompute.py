@@ -285,9 +285,7 @@ def test_numbers_are_kept_bit_for_bit(tmp_path):
 def test_a_writer_with_the_number_of_a_killed_one_loses_nothing(tmp_path):
     first = ReferenceStore(tmp_path, "key")
     first.add("one", [torch.ones(1).numpy()])
-    first._file.write('{"key": "tw')
-    first._file.flush()
-    first._file.buffer.write(b"\xff\x00")  # what a disk may hold after a power cut
+    first._file.write(b'{"key": "tw\xff\x00')  # what a disk may hold after a power cut
     first.close()
     second = ReferenceStore(tmp_path, "key")
     second.load()

@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-from silkie.feedback import journal as module
 from silkie.feedback.journal import Journal, JournalError, encode_line, read_records, record_offsets
+from silkie.io import journal as module
 
 
 def append_all(journal: Journal, records: list[dict]) -> None:
@@ -59,7 +59,7 @@ def test_a_damaged_last_line_is_removed(tmp_path, tail, caplog):
     with Journal(path):
         pass
     assert path.read_bytes() == b'{"id": "a"}\n'
-    assert "torn last line" in caplog.text
+    assert "incomplete last line" in caplog.text
 
 
 def test_a_file_that_never_was_a_journal_is_kept(tmp_path):
