@@ -1,11 +1,18 @@
 """Every loss on the same preference data of the embedded world, over several seeds: what each does, and what a step of
 it costs.
 
+    python recipes/studies/losses.py --out outputs/losses         # 3 seeds; about half an hour a seed on one quiet core
+    python recipes/studies/losses.py --out outputs/losses --seeds 0 --losses sigmoid ipo "simpo, beta 2"
+
+Run it again to resume; processes with different --seeds may share a folder. Writes losses.json, losses.md and
+losses.png.
+
 Not a ranking: every loss runs once with the defaults that examples/losses.md gives, the same learning rate and the same
 number of steps."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import statistics
@@ -14,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from silkie.demo.ablation import cached, evaluate_policy, held_out
 from silkie.demo.data import preference_items
-from silkie.demo.loop import Recipe, Sizes, Watch, feedback, load_base, make_trainer, preferences
+from silkie.demo.loop import evaluate_policy, feedback, held_out, load_base, make_trainer, preferences
 from silkie.demo.model import BASE_DIR
+from silkie.demo.results import Recipe, Sizes, Watch, cached
 
 __all__ = ["COLUMNS", "SIZES", "VARIANTS", "markdown", "merge", "plot", "run_study"]
 
@@ -218,3 +225,30 @@ def _file(name: str) -> str:
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.fmean(values), min(values), max(values)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/losses"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="LOSS",
+        help=f"of: {'; '.join(VARIANTS)}",
+    )
+    arguments = parser.parse_args()
+    result = run_study(arguments.out, arguments.seeds, arguments.losses)
+    (arguments.out / "losses.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = markdown(result) + "\n"
+    (arguments.out / "losses.md").write_text(text, encoding="utf-8")
+    plot(result, arguments.out / "losses.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
