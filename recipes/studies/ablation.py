@@ -20,6 +20,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,12 @@ def run_ablation(
     for seed in seeds:
         result["scores"]["base"][str(seed)] = base["scores"]
         place = folder / f"seed{seed}"
-        means = cached(place / "pool.json", lambda s=seed, p=place: sample_pool(s, p / "data", sizes, base_dir))
+        means = cached(place / "pool.json", partial(sample_pool, seed, place / "data", sizes, base_dir))
         result["pool"][str(seed)] = means
         for name in recipes:
             trained = cached(
                 place / f"{name}.json",
-                lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir),
+                partial(_train, RECIPES[name], seed, place, means, test, base_dir),
             )
             result["scores"].setdefault(name, {})[str(seed)] = trained["scores"]
             result["pairs"].setdefault(name, {})[str(seed)] = trained["pairs"]

@@ -18,6 +18,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,11 @@ def run_study(
     found: dict[str, dict[str, Any]] = {name: {} for name in variants}
     for seed in seeds:
         place = folder / f"seed{seed}"
-        cached(place / "data.json", lambda s=seed, p=place: _sample(s, p, sizes, base_dir))
+        cached(place / "data.json", partial(_sample, seed, place, sizes, base_dir))
         for n, name in enumerate(variants):
             logger.info("seed %d, loss %d of %d: %s", seed, n + 1, len(variants), name)
             found[name][str(seed)] = cached(
-                place / f"{_file(name)}.json", lambda r=VARIANTS[name], s=seed, p=place: _train(r, s, p, test, base_dir)
+                place / f"{_file(name)}.json", partial(_train, VARIANTS[name], seed, place, test, base_dir)
             )
     return {"seeds": list(seeds), "base": base, "scores": found}
 

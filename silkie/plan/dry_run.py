@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainingArguments
 
+from silkie.config import SilkieDPOConfig
 from silkie.plan.workload import plan_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def dry_run(trainer: SilkieDPOTrainer) -> None:
         print("\n".join(["", "Plan", *(f"  {line}" for line in (*trainer.plan_lines(), *estimated, measured))]))
 
 
-def one_step(args: TrainingArguments, train: Callable[[], object]) -> str:
+def one_step(args: SilkieDPOConfig, train: Callable[[], object]) -> str:
     """Run `train` for one optimizer step without saving or evaluating; a line with its time and peak memory."""
     args.max_steps, args.save_strategy, args.eval_strategy, args.logging_steps = 1, "no", "no", 1
     # The precomputation runs over all groups; the step computes the reference of its own groups instead.
