@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from silkie.data.inspect import Inspection
+from silkie.io.table import table
 
 BAR = 30  # characters of the longest bar
 
@@ -37,16 +38,8 @@ def to_text(inspection: Inspection) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  " + align(line, widths) for line in lines)
-
-
-def align(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    return table([head, *rows], indent="  ")
 
 
 def bars(counts: Mapping[str, int]) -> str:
@@ -61,7 +54,7 @@ def bars(counts: Mapping[str, int]) -> str:
 
 def _counts(figures: dict[str, Any]) -> str:
     pairs = figures["pairs_per_group"]
-    return table(
+    return _table(
         ("counts", ""),
         [
             ("groups", number(figures["groups"])),
@@ -123,7 +116,7 @@ def _ratings(figures: dict[str, Any]) -> str:
         for aspect, shares in ratings.items()
     ]
     step = figures["rating_step"]
-    return table(
+    return _table(
         ("ratings" if step is None else f"ratings, in steps of {step:g}", *values, "mean", "not a number"), rows
     )
 
@@ -134,7 +127,7 @@ def _agreement(figures: dict[str, Any]) -> str:
         for name, row in figures["agreement"].items()
     ]
     return (
-        table(("aspects: do they order two responses alike?", "same order", "tie in one", "correlation"), rows)
+        _table(("aspects: do they order two responses alike?", "same order", "tie in one", "correlation"), rows)
         if rows
         else ""
     )
@@ -148,7 +141,7 @@ def _diversity(figures: dict[str, Any]) -> str:
         (aspect, *(percent(row[name]) for name in ("for", "tie", "against", "alone")))
         for aspect, row in diversity["aspects"].items()
     ]
-    text = table(("pairs: does the aspect prefer the chosen one?", "yes", "tie", "no", "decides alone"), rows)
+    text = _table(("pairs: does the aspect prefer the chosen one?", "yes", "tie", "no", "decides alone"), rows)
     conflicts = f"aspects contradict each other in {percent(diversity['aspects_conflict'])}"
     return f"{text}\n  {conflicts} of {number(diversity['rated_pairs'])} rated pairs"
 
@@ -166,7 +159,7 @@ def _models(figures: dict[str, Any]) -> str:
         for name, row in figures["models"].items()
     ]
     return (
-        table(("source model", "wins", "pairs", "rating", figures["length_unit"], "longer when it wins"), rows)
+        _table(("source model", "wins", "pairs", "rating", figures["length_unit"], "longer when it wins"), rows)
         if rows
         else ""
     )
@@ -183,7 +176,7 @@ def _length_bias(figures: dict[str, Any]) -> str:
 def _flags(figures: dict[str, Any]) -> str:
     flags = figures["judge_flags"]
     return (
-        table(("judge, look at these", "groups"), ((flag, number(count)) for flag, count in flags.items()))
+        _table(("judge, look at these", "groups"), ((flag, number(count)) for flag, count in flags.items()))
         if flags
         else ""
     )

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from silkie.evaluation.compare import Comparison, MetricDifference
 from silkie.evaluation.scoring import Score
+from silkie.io.table import table
 
-__all__ = ["comparison_text", "score_text", "table"]
+__all__ = ["comparison_text", "score_text"]
 
 
 def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None = None) -> str:
@@ -56,21 +57,6 @@ def comparison_text(comparison: Comparison, shown_flips: int = 10) -> str:
         if len(pairs) > shown_flips:
             parts.append(f"... {len(pairs) - shown_flips} more {title}; --json lists all, --html shows them")
     return "\n\n".join(parts)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    width = max(map(len, rows), default=0)
-    padded = [[*row, *[""] * (width - len(row))] for row in rows]
-    sizes = [max(len(row[i]) for row in padded) for i in range(width)]
-    lines = [
-        "  ".join(
-            cell.ljust(size) if i == 0 else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(row, sizes, strict=True))
-        )
-        for row in padded
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def number(value: float | None) -> str:

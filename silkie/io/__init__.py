@@ -1,0 +1,1 @@
+"""Text in and out, shared by every room: JSON lines, journals, command lines and tables."""
