@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from silkie.evaluation.compare import Comparison, MetricDifference
 from silkie.evaluation.scoring import Score

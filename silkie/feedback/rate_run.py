@@ -23,7 +23,8 @@ from typing import Any
 
 from silkie.endpoint.budget import Budget
 from silkie.endpoint.client import TRANSPORT_KINDS
-from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Usage
+from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record, read_records
 from silkie.feedback.judges import Judge, OpenAIJudge
 from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from silkie.endpoint.errors import ItemError, StopRun
 from silkie.feedback import (
     AnswerError,
     AspectRating,
@@ -23,7 +24,7 @@ from silkie.feedback import (
     rate_items,
 )
 from silkie.feedback.build import build_dataset
-from silkie.feedback.items import ItemError, StopRun, prompt_text
+from silkie.feedback.items import prompt_text
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.rate import UnusableAnswers, shown_order, unshuffle
 from silkie.feedback.rate_run import RateOptions, rate_file, rated_records
