@@ -16,21 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from silkie.demo.data import DemoItem, evaluation_items, preference_items
-from silkie.demo.loop import (
-    DPO,
-    EVALUATION_SEED,
-    Sizes,
-    Summary,
-    Watch,
-    evaluate,
-    feedback,
-    load_base,
-    make_trainer,
-    preferences,
-)
+from silkie.demo.data import DemoItem, preference_items
+from silkie.demo.loop import evaluate, feedback, held_out, load_base, make_trainer, preferences
 from silkie.demo.model import BASE_DIR
-from silkie.demo.sheet import markdown
+from silkie.demo.outputs import markdown
+from silkie.demo.results import DPO, Sizes, Summary, Watch
 from silkie.stats import Estimate
 
 logger = logging.getLogger("iterative")
@@ -48,13 +38,7 @@ class Rounds:
         self.watch = Watch()
         self.noted: dict[str, float] = {}  # seconds that a result.json holds already
         self.summary = Summary(str(base_dir), seed, 0, 0)
-        self.test = evaluation_items(
-            EVALUATION_SEED,
-            mme_images=sizes.mme_images,
-            pope_images=sizes.pope_images,
-            captions=sizes.captions,
-            red_team_images=sizes.red_team_images,
-        )
+        self.test = held_out(sizes)
 
     def prompts(self, number: int) -> list[DemoItem]:
         """Fresh prompts for every round."""

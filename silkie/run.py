@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from datasets import Dataset
 from transformers import AutoConfig
@@ -17,7 +16,7 @@ from silkie.data import load_preferences
 from silkie.data.splits import By, check_choice, check_leak, split_groups
 from silkie.model.families import unquantized_modules
 from silkie.model.processor import load_processor
-from silkie.plan.workload import plan_of
+from silkie.plan.dry_run import dry_run
 from silkie.training.checkpoints import PREEMPTED_EXIT_CODE
 
 logger = logging.getLogger(__name__)
@@ -89,28 +88,6 @@ class RunArguments:
             raise ValueError(
                 "`eval_size` holds out training data, `eval_dataset_name` names other data: pass one of them."
             )
-
-
-@dataclass
-class DemoArguments:
-    """The embedded demo."""
-
-    output_dir: str = field(
-        default="outputs/demo", metadata={"help": "Where data, adapter, tables, pictures and the report go."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
-    controls: bool = field(
-        default=True,
-        metadata={"help": "Also train the controls (SFT on the best response, shuffled preferences, longest-as-best)."},
-    )
-    demo: bool = field(
-        default=True,
-        metadata={"help": "Stands for the demo on the command line; it runs where no model and no data are named."},
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Sample and rate a few prompts, run one optimizer step, print the plan and stop."},
-    )
 
 
 def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) -> SilkieDPOTrainer:
@@ -197,52 +174,3 @@ def make_trainer(
         peft_config=get_peft_config(model_args),
         quantization_config=quantization,
     )
-
-
-def dry_run(trainer: SilkieDPOTrainer) -> None:
-    """One optimizer step on real data; prints the plan, the planner's estimate for the first micro-batch, the time and
-    the peak memory, and saves nothing."""
-    import resource
-    import time
-
-    import torch
-
-    args = trainer.args
-    args.max_steps, args.save_strategy, args.eval_strategy, args.logging_steps = 1, "no", "no", 1
-    planned = _planned(trainer)
-    args.precompute_ref_log_probs = False  # its pass runs over all groups; the step's own reference does for one step
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    if torch.cuda.is_available():
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
-    else:
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of process memory"
-    if trainer.accelerator.is_main_process:
-        print(
-            "\n".join(
-                [
-                    "",
-                    "Plan",
-                    *(f"  {line}" for line in (*trainer.plan_lines(), *planned)),
-                    f"  first step (with start-up checks): {seconds:.1f} s, peak {peak}",
-                ]
-            )
-        )
-
-
-def _planned(trainer: SilkieDPOTrainer) -> list[str]:
-    """The planner's lines for the first micro-batch, or why there are none: a run needs no estimate."""
-    try:
-        estimate, memory = plan_of(trainer, next(iter(trainer.get_train_dataloader())))
-    except ValueError as error:
-        return [f"no estimate: {error}"]
-    return [*estimate.lines(), f"memory of the GPU: {memory}"]
-
-
-def run_demo(args: DemoArguments) -> None:
-    """The embedded demo; see silkie/demo/README.md."""
-    from silkie.demo.loop import run_demo as loop
-
-    summary: Any = loop(Path(args.output_dir), seed=args.seed, controls=args.controls, dry_run=args.dry_run)
-    print(summary)

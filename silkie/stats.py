@@ -1,7 +1,7 @@
 """Intervals and tests for benchmark scores: pure functions on arrays of per-question values.
 
-Questions about the same image are not independent, so every function takes `clusters`: the resampled (or swapped) unit
-is then the cluster, not the question. All randomness is seeded; the same call gives the same numbers.
+Questions about the same image are not independent, so `bootstrap_mean` takes `clusters` and resamples those whole. All
+randomness is seeded; the same call gives the same numbers.
 
 Legend: N questions, U clusters (units), B resamples.
 """
@@ -16,16 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Difference",
     "Estimate",
     "bootstrap_mean",
     "holm",
     "mcnemar_exact",
     "multinomial_weights",
-    "paired_bootstrap",
-    "paired_permutation",
     "percentile_interval",
-    "wilson_interval",
 ]
 
 Array = NDArray[np.float64]
@@ -44,25 +40,6 @@ class Estimate:
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.mean, self.low, self.high))
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """mean(b) - mean(a) with its interval and a two-sided paired permutation p-value. Unpacks as `difference, low,
-    high, p_value`."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-    def __iter__(self) -> Iterator[float]:
-        return iter((self.difference, self.low, self.high, self.p_value))
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
 
 
 def bootstrap_mean(
@@ -94,70 +71,6 @@ def bootstrap_mean(
     return Estimate(float(x.mean()), low, high)
 
 
-def paired_bootstrap(
-    a: Sequence[float] | Array,
-    b: Sequence[float] | Array,
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
-    """Difference mean(b) - mean(a) on the SAME questions: paired bootstrap interval and paired permutation p-value.
-
-    Args:
-        a, b: [N] values of the two systems, question by question.
-        clusters: [N] owner of each question (its image).
-
-    Raises:
-        ValueError: lengths that differ, no values, or a NaN.
-    """
-    x, y = _checked(a, "a"), _checked(b, "b")
-    if x.shape != y.shape:
-        raise ValueError(
-            f"a has {x.size} values and b has {y.size}: a paired test needs the same questions in the same order."
-        )
-    interval = bootstrap_mean(y - x, clusters=clusters, confidence=confidence, resamples=resamples, seed=seed)
-    p_value = paired_permutation(x, y, clusters=clusters, resamples=resamples, seed=seed)
-    return Difference(interval.mean, interval.low, interval.high, p_value)
-
-
-def paired_permutation(
-    a: Sequence[float] | Array,
-    b: Sequence[float] | Array,
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> float:
-    """Two-sided p-value of mean(b) = mean(a): the labels a and b are swapped at random within every cluster.
-
-    Exact (all 2^U swaps) for up to 12 clusters that differ; beyond it Monte Carlo with the +1 correction (Phipson and
-    Smyth 2010), never 0."""
-    x, y = _checked(a, "a"), _checked(b, "b")
-    if x.shape != y.shape:
-        raise ValueError(
-            f"a has {x.size} values and b has {y.size}: a paired test needs the same questions in the same order."
-        )
-    difference, _ = _cluster_sums(y - x, clusters)
-    difference = difference[np.abs(difference) > 1e-12]  # clusters without a difference keep their sum under every swap
-    units = len(difference)
-    if units == 0:
-        return 1.0
-    observed = abs(difference.sum()) - 1e-9  # rounding must not make a swap that equals the observation look smaller
-    if units <= 12:
-        signs = 1.0 - 2.0 * ((np.arange(2**units)[:, None] >> np.arange(units)) & 1)
-        return float(np.mean(np.abs(signs @ difference) >= observed))
-    rng = np.random.default_rng(seed)
-    extreme, done = 0, 0
-    while done < resamples:
-        rows = min(resamples - done, max(1, _CHUNK_ELEMENTS // units))
-        signs = rng.integers(0, 2, size=(rows, units), dtype=np.int8) * 2.0 - 1.0
-        extreme += int(np.sum(np.abs(signs @ difference) >= observed))
-        done += rows
-    return (extreme + 1) / (resamples + 1)
-
-
 def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
     """Two-sided exact McNemar test on right/wrong answers: under "no difference" the flips are fair coin tosses.
 
@@ -172,20 +85,6 @@ def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
         return 1.0
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, 2 * tail / 2**n)  # integers of any size divide to a correctly rounded float
-
-
-def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> Estimate:
-    """A proportion with Wilson's score interval (1927): also honest at 0 of N and N of N, where a bootstrap interval
-    collapses to a point."""
-    if not 0 <= successes <= total or total == 0:
-        raise ValueError(f"{successes} of {total} is not a proportion.")
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

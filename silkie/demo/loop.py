@@ -6,11 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +23,13 @@ from silkie.demo import oracle
 from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR
-from silkie.demo.sheet import write_sheets
+from silkie.demo.outputs import write_outputs
+from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, Watch
+from silkie.demo.scenes import render
 from silkie.feedback import JudgeItem, OracleJudge, rate_items
 from silkie.inference import generate, load_policy
-from silkie.stats import Estimate
-
-if TYPE_CHECKING:
-    from silkie.trainer import SilkieDPOTrainer
+from silkie.plan.dry_run import dry_run as run_one_step
+from silkie.trainer import SilkieDPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,73 +38,6 @@ BATCH = 128
 EVALUATION_SEED = 2024
 MAX_NEW_TOKENS = 28
 DECODING = {"greedy": 0.0, "T=1": 1.0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """One way to learn from the same rated responses."""
-
-    name: str
-    title: str
-    pairs: str = "all"
-    losses: tuple[str, ...] = ("sigmoid", "sft")
-    loss_weights: tuple[float, ...] = (1.0, 0.2)
-    shuffled: bool = False
-    epochs: float = 2.0
-    learning_rate: float = 1e-3
-    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of SilkieDPOConfig
-
-
-DPO = Recipe(name="dpo", title="DPO")
-CONTROLS = (
-    Recipe(name="sft", title="SFT on the best", pairs="best_vs_worst", losses=("sft",), loss_weights=(1.0,)),
-    Recipe(name="shuffled", title="DPO, shuffled preferences", shuffled=True),
-    Recipe(name="longest", title="DPO, longest-as-best", pairs="longest"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much of everything; the defaults make a run of about five minutes on two free cores."""
-
-    images: int = 400
-    card_images: int = 120
-    questions: int = 3
-    mme_images: int = 40
-    pope_images: int = 30
-    captions: int = 150
-    red_team_images: int = 80
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a run measured. `scores`: policy -> decoding -> metric -> Estimate; `print` it for the table."""
-
-    base_dir: str
-    seed: int
-    groups: int
-    pairs: int
-    scores: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
-    table: str = ""
-
-    def __str__(self) -> str:
-        return self.table
-
-    def to_json(self) -> dict[str, Any]:
-        scores = {
-            policy: {mode: {key: list(value) for key, value in metrics.items()} for mode, metrics in modes.items()}
-            for policy, modes in self.scores.items()
-        }
-        return {
-            "seed": self.seed,
-            "groups": self.groups,
-            "pairs": self.pairs,
-            "seconds": self.seconds,
-            "policies": self.titles,
-            "scores": scores,
-        }
 
 
 def run_demo(
@@ -147,17 +78,9 @@ def run_demo(
     records = feedback(items, output / "data", base_dir, seed, watch)
     source = {"source": str(records), "image_root": str(records.parent / "images")}
     if dry_run:
-        from silkie.run import dry_run as one_step
-
-        one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
+        run_one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
         return f"Dry run: {len(items)} prompts sampled and rated, one optimizer step; records in {records}."
-    test = evaluation_items(
-        EVALUATION_SEED,
-        mme_images=sizes.mme_images,
-        pope_images=sizes.pope_images,
-        captions=sizes.captions,
-        red_team_images=sizes.red_team_images,
-    )
+    test = held_out(sizes)
     data = preferences(DPO, source, seed)
     summary = Summary(str(base_dir), seed, len(data), sum(len(pairs) for pairs in data["pairs"]))
     answers = {"base": evaluate(summary, "base", "Base", *load_base(base_dir), test, output, watch)}
@@ -173,9 +96,20 @@ def run_demo(
             summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch
         )
     summary.seconds = watch.seconds
-    write_sheets(summary, test, answers, output, history, options)
+    write_outputs(summary, test, answers, output, history, options)
     (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def held_out(sizes: Sizes) -> list[DemoItem]:
+    """The held-out questions; the same for every seed and recipe."""
+    return evaluation_items(
+        EVALUATION_SEED,
+        mme_images=sizes.mme_images,
+        pope_images=sizes.pope_images,
+        captions=sizes.captions,
+        red_team_images=sizes.red_team_images,
+    )
 
 
 def shown_options(trainer: SilkieDPOTrainer) -> dict[str, dict[str, Any]]:
@@ -190,27 +124,6 @@ def shown_options(trainer: SilkieDPOTrainer) -> dict[str, dict[str, Any]]:
         "Adapter": {"rank": adapter.r, "alpha": adapter.lora_alpha, "targets": sorted(adapter.target_modules)},
         "Run": {line.partition(":")[0]: line.partition(":")[2].strip() for line in trainer.plan_lines() if ":" in line},
     }
-
-
-class Watch:
-    """Seconds per part of the run: `with watch("name"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
-
-
-class _Timer:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start, 1)
 
 
 def load_base(base_dir: str | Path) -> tuple[Any, Any]:
@@ -230,8 +143,6 @@ def answer_items(
 ) -> list[list[str]]:
     """`samples` answers per item, in the order of `items`. Items of one kind are answered together: a batch takes as
     long as its longest answer."""
-    from silkie.demo.scenes import render
-
     order = sorted(range(len(items)), key=lambda k: (items[k].question.kind, len(items[k].prompt.split())))
     with tqdm(total=len(items), desc=title, unit="prompt") as bar:
         texts = generate(
@@ -307,11 +218,9 @@ def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
 
 def make_trainer(
     recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None
-) -> Any:
+) -> SilkieDPOTrainer:
     """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also
     the reference."""
-    from silkie.trainer import SilkieDPOTrainer
-
     model, processor = load_base(base_dir)
     arguments: dict[str, Any] = {
         "output_dir": str(directory),
@@ -366,3 +275,15 @@ def evaluate(
                 test, answers[mode], output / "eval" / name / mode.replace("=", "")
             )
     return answers
+
+
+def evaluate_policy(model: Any, processor: Any, test: list[DemoItem], folder: Path) -> Scores:
+    """Scores of a policy on held-out items, greedy and at temperature 1; its answers are left in `folder`."""
+    scores: Scores = {}
+    for mode, temperature in DECODING.items():
+        texts = answer_items(
+            model, processor, test, temperature=temperature, seed=11, title=f"evaluating {folder.name}, {mode}"
+        )
+        estimates = score_answers(test, [own[0] for own in texts], folder / mode.replace("=", ""))
+        scores[mode] = {key: list(value) for key, value in estimates.items()}
+    return scores

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.metrics import METRICS
+from silkie.demo.results import Summary
 from silkie.demo.scenes import render
 from silkie.report.collect import curves_of, pick_cards
 from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
 from silkie.stats import Estimate
-
-if TYPE_CHECKING:
-    from silkie.demo.loop import Summary
 
 __all__ = ["benchmark_rows", "demo_report", "gallery"]
 

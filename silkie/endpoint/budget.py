@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from silkie.feedback.items import StopRun, Usage
+from silkie.endpoint.errors import StopRun, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

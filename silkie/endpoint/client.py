@@ -20,7 +20,7 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from silkie.endpoint.budget import Prices
-from silkie.feedback.items import AnswerError, ItemError, StopRun, Usage, whole_text
+from silkie.endpoint.errors import AnswerError, ItemError, StopRun, Usage, whole_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from silkie.data.images import MAX_PIXELS, ImageError, ImageResolver, open_image, read_bytes
-from silkie.feedback.items import ItemError
+from silkie.endpoint.errors import ItemError
 
 # What chat endpoints accept as they are; everything else is sent as PNG.
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}

@@ -4,10 +4,11 @@
 transformers when called.
 """
 
+from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from silkie.evaluation.records import Question, ResultError
-from silkie.evaluation.registry import BENCHMARKS, Benchmark, get_benchmark
 from silkie.evaluation.scoring import Item, Score
-from silkie.stats import bootstrap_mean, mcnemar_exact, paired_bootstrap, paired_permutation, wilson_interval
+from silkie.stats import bootstrap_mean, mcnemar_exact
 
 __all__ = [
     "BENCHMARKS",
@@ -19,10 +20,7 @@ __all__ = [
     "bootstrap_mean",
     "get_benchmark",
     "mcnemar_exact",
-    "paired_bootstrap",
-    "paired_permutation",
     "score",
-    "wilson_interval",
 ]
 
 

@@ -107,7 +107,7 @@ class EndpointAnswerer:
         self._runner = asyncio.Runner()
 
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]:
-        from silkie.feedback.items import AnswerError, ItemError, StopRun
+        from silkie.endpoint.errors import AnswerError, ItemError, StopRun
 
         try:
             return self._runner.run(self._answer_all(prompts, images, seed))
@@ -131,8 +131,8 @@ class EndpointAnswerer:
         return [answer for answer in answers if isinstance(answer, str)]
 
     async def _one(self, prompt: str, images: Sequence[Any], seed: int) -> str:
+        from silkie.endpoint.errors import AnswerError
         from silkie.endpoint.media import data_url
-        from silkie.feedback.items import AnswerError
 
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images

@@ -18,7 +18,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from silkie.evaluation.answerers import LocalAnswerer
-from silkie.evaluation.registry import Benchmark, get_benchmark
+from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.benchmarks import get_benchmark
 from silkie.evaluation.run import Task, question_tasks
 
 __all__ = ["BenchmarkCallback", "parse_benchmarks"]
@@ -172,7 +173,7 @@ class BenchmarkCallback(TrainerCallback):
         out.mkdir(parents=True, exist_ok=True)
         file = out / f"answers_{benchmark.name}_step{step}.jsonl"
         file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-        score = benchmark.score_results(file, folder if benchmark.name == "amber" else None)
+        score = benchmark.score_results(file, benchmark.annotations(folder))
         logs = {f"eval_{benchmark.name}_{name}": value for name, value in score.metrics.items() if value is not None}
         if self.categories:
             for name, row in score.categories.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import read_records
-from silkie.evaluation.registry import Benchmark
 from silkie.evaluation.run import Task, read_meta
 
 __all__ = ["judge_tasks"]

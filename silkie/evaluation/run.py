@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from silkie.evaluation.answerers import Answerer
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, ResultError
-from silkie.evaluation.registry import Benchmark
 from silkie.io.journal import Appender, scan, truncate
 
 __all__ = ["Task", "answer_tasks", "meta_path", "question_tasks", "read_meta"]

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "build_dataset": "silkie.feedback.build",
     "Endpoint": "silkie.endpoint.client",
-    "AnswerError": "silkie.feedback.items",
+    "AnswerError": "silkie.endpoint.errors",
     "AspectRating": "silkie.feedback.items",
     "JudgeItem": "silkie.feedback.items",
     "RatedItem": "silkie.feedback.items",
-    "Usage": "silkie.feedback.items",
+    "Usage": "silkie.endpoint.errors",
     "Verdict": "silkie.feedback.items",
     "Judge": "silkie.feedback.judges",
     "LocalJudge": "silkie.feedback.judges",
@@ -70,8 +70,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from silkie.endpoint.client import Endpoint
+    from silkie.endpoint.errors import AnswerError, Usage
     from silkie.feedback.build import build_dataset
-    from silkie.feedback.items import AnswerError, AspectRating, JudgeItem, RatedItem, Usage, Verdict
+    from silkie.feedback.items import AspectRating, JudgeItem, RatedItem, Verdict
     from silkie.feedback.judges import Judge, LocalJudge, OpenAIJudge, OracleJudge
     from silkie.feedback.parse import parse_answer, parse_json, parse_markdown
     from silkie.feedback.pool import load_pool

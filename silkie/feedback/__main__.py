@@ -285,7 +285,7 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: every item is accounted for; 1: every item failed; 2: wrong use; 3: stopped early, run again to go on."""
-    from silkie.feedback.items import ItemError
+    from silkie.endpoint.errors import ItemError
     from silkie.feedback.journal import JournalError
     from silkie.feedback.records import RecordError
     from silkie.feedback.rubric import RubricError

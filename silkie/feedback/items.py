@@ -1,4 +1,4 @@
-"""The values that travel through silkie.feedback: an item to judge, a verdict, usage, and the errors of an answer."""
+"""The values that travel through silkie.feedback: an item to judge, a verdict, a rated item."""
 
 from __future__ import annotations
 
@@ -9,89 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-AnswerProblem = Literal[
-    "empty",
-    "refused",
-    "truncated",
-    "invalid_json",
-    "missing_aspect",
-    "wrong_count",
-    "bad_rating",
-    "malformed",
-    "bad_response",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one or more calls used: answered calls, tokens in and out, cost in the currency of the prices (0 without
-    prices)."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.calls + other.calls,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cost + other.cost,
-        )
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "calls": self.calls,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "cost": round(self.cost, 9),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any] | None) -> Usage:
-        data = data or {}
-        return cls(
-            int(data.get("calls", 0)),
-            int(data.get("prompt_tokens", 0)),
-            int(data.get("completion_tokens", 0)),
-            float(data.get("cost", 0)),
-        )
-
-
-class AnswerError(Exception):
-    """An answer that arrived (and may have been paid for) but cannot be used. `raw` is its text, `kind` says what is
-    wrong with it."""
-
-    def __init__(self, kind: AnswerProblem, message: str, raw: str = "", usage: Usage | None = None) -> None:
-        super().__init__(message)
-        self.kind: AnswerProblem = kind
-        self.raw = raw
-        self.usage = usage or Usage()
-
-
-class ItemError(Exception):
-    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never
-    retried. `earlier` holds the unusable answers that came before it."""
-
-    def __init__(self, kind: str, message: str, raw: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.raw = raw
-        self.earlier: list[AnswerError] = []
-
-    @property
-    def usage(self) -> Usage:
-        return sum((answer.usage for answer in self.earlier), Usage())
-
-
-class StopRun(Exception):
-    """A condition under which no further call makes sense (key rejected, endpoint gone, budget spent): the run stops
-    cleanly."""
+from silkie.endpoint.errors import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +61,6 @@ class JudgeItem:
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def whole_text(text: str) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs. Models emit them, JSON can write them, and UTF-8, requests and
-    parquet cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are left
     out."""
@@ -172,7 +84,7 @@ class Verdict:
     written."""
 
     ratings: tuple[Mapping[str, AspectRating], ...]
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     form: Literal["json", "markdown", "direct"] = "direct"
 
 

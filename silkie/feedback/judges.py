@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Verdict
+from silkie.endpoint.errors import AnswerError, ItemError
+from silkie.feedback.items import AspectRating, JudgeItem, Verdict
 from silkie.feedback.parse import parse_answer
 from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_text
 from silkie.feedback.rubric import Rubric, default_rubric

@@ -20,7 +20,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from silkie.feedback.items import AnswerError, AspectRating
+from silkie.endpoint.errors import AnswerError
+from silkie.feedback.items import AspectRating
 from silkie.feedback.rubric import Rubric, number_text
 
 Ratings = tuple[Mapping[str, AspectRating], ...]

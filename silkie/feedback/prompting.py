@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from silkie.data.schema import user_turn
-from silkie.feedback.items import ItemError, JudgeItem, prompt_text
+from silkie.endpoint.errors import ItemError
+from silkie.feedback.items import JudgeItem, prompt_text
 from silkie.feedback.rubric import Rubric, number_text
 
 _CONTROL_TOKEN = re.compile(r"<\|(\w+)\|>")

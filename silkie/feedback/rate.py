@@ -13,7 +13,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, RatedItem, Usage, Verdict
+from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.feedback.items import AspectRating, JudgeItem, RatedItem, Verdict
 from silkie.feedback.judges import Judge
 
 # "Text 3", "text_3", "Texts 1, 2 and 4": the names under which a judge was shown the responses. "Answer 3" may be an

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,8 +22,9 @@ from typing import Any
 
 from silkie.endpoint.budget import Budget
 from silkie.endpoint.client import TRANSPORT_KINDS
-from silkie.feedback.items import AnswerError, AspectRating, ItemError, JudgeItem, Usage
-from silkie.feedback.journal import Journal, JournalError, Record, read_records
+from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.feedback.items import AspectRating, JudgeItem
+from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.judges import Judge, OpenAIJudge
 from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes
 from silkie.feedback.records import read_items, with_images
@@ -358,8 +358,3 @@ class _PartStore:
         self._votes[key] = Vote(
             order=tuple(vote["order"]), ratings=ratings, usage=Usage(**vote["usage"]), form=vote["form"]
         )
-
-
-def rated_records(path: str | Path) -> Iterator[Record]:
-    """The rated items of a journal, in the order they finished; failed ones are left out."""
-    return (record for record in read_records(path) if record["status"] == "ok")

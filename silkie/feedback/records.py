@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from silkie.endpoint.errors import whole_text
 from silkie.endpoint.media import resolve_image
-from silkie.feedback.items import JudgeItem, whole_text
+from silkie.feedback.items import JudgeItem
 from silkie.io.jsonl import json_lines
 
 

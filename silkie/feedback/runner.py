@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from silkie.feedback.items import StopRun, Usage
+from silkie.endpoint.errors import StopRun, Usage
 
 T = TypeVar("T")
 

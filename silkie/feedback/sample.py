@@ -20,8 +20,9 @@ from typing import Any
 
 from silkie.endpoint.budget import Budget, Prices
 from silkie.endpoint.client import Endpoint, TransportError
+from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.endpoint.media import data_url, load_image
-from silkie.feedback.items import AnswerError, ItemError, JudgeItem, Usage
+from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.pool import Member, Pool, Voice, accepted_slots, draw_seed, voice_of
 from silkie.feedback.prompting import conversation, endpoint_messages

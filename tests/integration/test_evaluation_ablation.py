@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from silkie.demo import ablation
-from silkie.demo.ablation import COLUMNS, POOL, RECIPES, cells, markdown, random_directions, run_ablation, t_interval
-from silkie.demo.loop import Sizes, Summary
 from silkie.demo.page import demo_report
+from silkie.demo.results import Sizes, Summary
 from silkie.report.render import render
 from silkie.stats import Estimate
+from tests.support.studies import load_study
+
+ablation = load_study("ablation")
+COLUMNS, POOL, RECIPES = ablation.COLUMNS, ablation.POOL, ablation.RECIPES
+cells, markdown, run_ablation, t_interval = (
+    ablation.cells,
+    ablation.markdown,
+    ablation.run_ablation,
+    ablation.t_interval,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = Sizes(images=3, card_images=3, questions=1, mme_images=1, pope_images=1, captions=2, red_team_images=4)
@@ -106,13 +114,15 @@ def _scores(value: float) -> dict:
 
 def test_random_directions_keep_the_pairs(tmp_path):
     data = Dataset.from_list([{"pairs": [[0, 1], [2, 3], [1, 3]]}] * 40)
-    tossed = random_directions(data, 0)
+    tossed = ablation.random_directions(data, 0)
     pairs = [tuple(pair) for row in tossed["pairs"] for pair in row]
     assert [set(pair) for pair in pairs] == [{0, 1}, {2, 3}, {1, 3}] * 40
     turned = sum(pair[0] > pair[1] for pair in pairs)
     assert (
         40 < turned < 80
-        and random_directions(data, 0)["pairs"] == tossed["pairs"] != random_directions(data, 1)["pairs"]
+        and ablation.random_directions(data, 0)["pairs"]
+        == tossed["pairs"]
+        != ablation.random_directions(data, 1)["pairs"]
     )
 
 

@@ -8,9 +8,11 @@ from silkie.demo.data import evaluation_items, preference_items, vlfeedback_reco
 from silkie.demo.loop import DPO, preferences
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR, build_tokenizer
-from silkie.demo.pretrain import CELL_WORDS, Packer, cell_labels, grounding
 from silkie.demo.questions import YES_NO, Question, compliance, describe, harmless_look_alike, open_question, red_team
 from silkie.demo.scenes import COLORS, Item, Scene, render, sample_scene, scene_stream
+from tests.support.studies import load_study
+
+pretrain = load_study("base_model/pretrain")
 
 SCENE = Scene((Item("circle", 0, "red"), Item("star", 4, "blue"), Item("star", 8, "green")), 5)
 PERSON = Scene((Item("person", 4),), 1)
@@ -179,12 +181,18 @@ def test_tokenizer_reads_and_writes_the_whole_world():
 
 
 def test_cell_labels_and_grounding_name_the_truth():
-    labels = cell_labels(SCENE)
-    assert [CELL_WORDS[k][v] for k, v in enumerate(labels[4])] == ["blue", "star", "nothing", "middle", "center"]
-    assert CELL_WORDS[0][labels[1, 0]] == "nothing"
-    there = grounding(SCENE, Question("yesno", "existence", "Is there a blue star in the image?", "Yes", True))
+    labels = pretrain.cell_labels(SCENE)
+    assert [pretrain.CELL_WORDS[k][v] for k, v in enumerate(labels[4])] == [
+        "blue",
+        "star",
+        "nothing",
+        "middle",
+        "center",
+    ]
+    assert pretrain.CELL_WORDS[0][labels[1, 0]] == "nothing"
+    there = pretrain.grounding(SCENE, Question("yesno", "existence", "Is there a blue star in the image?", "Yes", True))
     assert [(a.token, a.line, a.word) for a in there] == [(4, 1, 1), (4, 2, 1)]
-    absent = grounding(SCENE, Question("yesno", "existence", "Is there a red star in the image?", "No", False))
+    absent = pretrain.grounding(SCENE, Question("yesno", "existence", "Is there a red star in the image?", "No", False))
     assert [a.word for a in absent] == [3, 3]
 
 
@@ -199,7 +207,7 @@ def test_shipped_base_loads_and_packs_like_its_processor():
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     batch = processor(text=[text], images=[[render(SCENE)]], return_tensors="pt", add_special_tokens=False)
-    packer = Packer(build_tokenizer())
+    packer = pretrain.Packer(build_tokenizer())
     packed = packer.pack([[(question.text, "")]])
     length = batch["input_ids"].shape[1]
     assert packed["input_ids"][0, :length].tolist() == batch["input_ids"][0].tolist()

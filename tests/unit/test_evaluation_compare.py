@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from silkie.evaluation import ResultError, get_benchmark, score
-from silkie.evaluation.benchmarks.generic import normalise, read_scale
-from silkie.evaluation.benchmarks.lexicon import mentions, singular
 from silkie.evaluation.compare import compare_scores
 from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.judging import judge_tasks
+from silkie.evaluation.lexicon import mentions, singular
 from silkie.evaluation.run import question_tasks
 from silkie.evaluation.text import comparison_text, score_text
+from silkie.evaluation.yaml_benchmark import normalise, read_scale
 
 
 def pope_file(path, reads, labels, images=None):

@@ -18,7 +18,7 @@ import pytest
 
 from silkie.evaluation import ResultError, score
 from silkie.evaluation.__main__ import main
-from silkie.evaluation.benchmarks.lexicon import mentions
+from silkie.evaluation.lexicon import mentions
 
 ANSWERS = (
     "Yes",

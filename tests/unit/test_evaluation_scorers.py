@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from silkie.evaluation import ResultError, get_benchmark, score
-from silkie.evaluation.benchmarks.yes_no import read_exact, read_first_word, read_mme, read_pope
 from silkie.evaluation.records import read_records
+from silkie.evaluation.yes_no import read_exact, read_first_word, read_mme, read_pope
 
 
 def lines(path: Path, rows: list) -> Path:
@@ -648,7 +648,9 @@ def test_names_and_unknown_benchmarks():
         and get_benchmark("MM-Vet").name == "mmvet"
         and get_benchmark("POPE").name == "pope"
     )
-    with pytest.raises(ValueError, match=r"Unknown benchmark 'foo'\. Expected one of mme, pope"):
+    with pytest.raises(
+        ValueError, match=r"Unknown benchmark 'foo'\. Expected one of amber, chair, mme, mmhal, mmvet, pope"
+    ):
         get_benchmark("foo")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
@@ -13,10 +12,7 @@ from silkie.stats import (
     holm,
     mcnemar_exact,
     multinomial_weights,
-    paired_bootstrap,
-    paired_permutation,
     percentile_interval,
-    wilson_interval,
 )
 
 
@@ -61,47 +57,6 @@ def test_clusters_widen_the_interval_by_the_root_of_their_size():
     assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(math.sqrt(6), rel=0.1)
 
 
-def test_paired_bootstrap_uses_the_pairing():
-    rng = np.random.default_rng(5)
-    a = rng.normal(scale=10, size=200)
-    b = a + 0.5 + rng.normal(scale=0.1, size=200)
-    difference, low, high, p_value = paired_bootstrap(a, b)
-    assert difference == pytest.approx((b - a).mean())
-    assert 0.4 < low < high < 0.6, "the spread of 10 between questions must not enter"
-    assert p_value == pytest.approx(1 / 10001)
-    assert paired_bootstrap(a, b).significant and not paired_bootstrap(a, a).significant
-
-
-def test_permutation_is_the_enumeration_of_all_swaps():
-    a, b = [0.0, 1.0, 0.0, 2.0, 1.0], [1.0, 3.0, 0.5, 1.0, 1.0]
-    observed = abs(sum(b) - sum(a))
-    every = [abs(sum(s * (y - x) for s, x, y in zip(signs, a, b, strict=True))) for signs in product((1, -1), repeat=5)]
-    assert paired_permutation(a, b) == pytest.approx(np.mean([e >= observed - 1e-9 for e in every]))
-    assert paired_permutation(a, a) == 1.0
-
-
-def test_monte_carlo_permutation_agrees_with_mcnemar_on_right_and_wrong():
-    """On 0/1 values a swap test of the mean IS the exact McNemar test."""
-    a = np.r_[np.ones(9), np.zeros(24), np.ones(30)]
-    b = np.r_[np.zeros(9), np.ones(24), np.ones(30)]
-    assert paired_permutation(a, b, resamples=40_000) == pytest.approx(mcnemar_exact(9, 24), abs=0.004)
-
-
-def test_permutation_swaps_clusters_whole():
-    a, b = [0.0] * 12, [1.0] * 12
-    assert paired_permutation(a, b, clusters=[0] * 6 + [1] * 6) == 0.5  # two units: 2 of 4 swaps are as extreme
-    assert paired_permutation(a, b) == pytest.approx(2 / 2**12)
-
-
-def test_wilson_is_honest_at_the_ends():
-    low = wilson_interval(0, 100)
-    assert low.mean == 0 and low.low == 0 and low.high == pytest.approx(0.0370, abs=5e-5)
-    middle = wilson_interval(50, 100)
-    assert (middle.low, middle.high) == pytest.approx((0.4038, 0.5962), abs=5e-5)
-    with pytest.raises(ValueError, match="not a proportion"):
-        wilson_interval(5, 4)
-
-
 def test_holm_against_the_textbook_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -121,8 +76,6 @@ def test_bad_input_is_named():
         bootstrap_mean([])
     with pytest.raises(ValueError, match=r"values\[1\] is not a number"):
         bootstrap_mean([1.0, float("nan")])
-    with pytest.raises(ValueError, match="same questions"):
-        paired_bootstrap([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="clusters"):
         bootstrap_mean([1.0, 2.0], clusters=[1])
     with pytest.raises(ValueError, match="confidence"):

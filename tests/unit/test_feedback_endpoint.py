@@ -14,7 +14,7 @@ import pytest
 
 from silkie.endpoint.budget import Budget, Prices
 from silkie.endpoint.client import Endpoint, RetryPolicy, TransportError, api_key_from_environment, retry_after_seconds
-from silkie.feedback.items import AnswerError, ItemError, StopRun, Usage
+from silkie.endpoint.errors import AnswerError, ItemError, StopRun, Usage
 from tests.support.feedback import ScriptedServer, completion, error
 
 FAST = RetryPolicy(attempts=3, timeout_attempts=2, rate_limit_seconds=30, first_wait=0.01, longest_wait=0.02)

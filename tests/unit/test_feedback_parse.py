@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.feedback.items import AnswerError, JudgeItem
+from silkie.endpoint.errors import AnswerError
+from silkie.feedback.items import JudgeItem
 from silkie.feedback.parse import looks_like_refusal, parse_answer, parse_markdown
 from silkie.feedback.prompting import answer_schema, form_text, judge_text, rubric_text
 from silkie.feedback.rubric import Rubric, RubricError, default_rubric, load_rubric, parse_rubric

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from silkie.data import load_preferences, open_image
+from silkie.endpoint.errors import ItemError
 from silkie.feedback import OracleJudge, default_rubric, write_vlfeedback
 from silkie.feedback.build import build_dataset, read_reference
-from silkie.feedback.items import ItemError
 from silkie.feedback.journal import JournalError
 from silkie.feedback.quality import (
     Judged,

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from silkie.endpoint.errors import ItemError, StopRun
 from silkie.feedback import (
     AnswerError,
     AspectRating,
@@ -23,10 +24,10 @@ from silkie.feedback import (
     rate_items,
 )
 from silkie.feedback.build import build_dataset
-from silkie.feedback.items import ItemError, StopRun, prompt_text
+from silkie.feedback.items import prompt_text
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.rate import UnusableAnswers, shown_order, unshuffle
-from silkie.feedback.rate_run import RateOptions, rate_file, rated_records
+from silkie.feedback.rate_run import RateOptions, rate_file
 from silkie.feedback.records import RecordError, read_items
 from tests.support.feedback import ScriptedServer, completion, true_ratings, write_responses
 from tests.support.judge_server import markdown
@@ -190,7 +191,7 @@ def test_a_run_and_its_resumption(tmp_path):
     judge = ScriptedJudge(quality)
     summary = rate_file(responses, judge, journal, QUIET)
     assert (summary.items, summary.rated, summary.open, summary.stopped) == (30, 30, 0, None)
-    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in rated_records(journal)} == true_ratings(
+    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in read_records(journal)} == true_ratings(
         responses
     )
     again = rate_file(responses, judge, journal, QUIET)
@@ -323,7 +324,7 @@ def test_votes_survive_a_stop_between_them(tmp_path):
     assert (first.rated, len(judge.calls)) == (0, 3)
     second = rate_file(responses, judge, journal, options(votes=3))
     assert (second.rated, len(judge.calls)) == (1, 4), "two votes were on the disk, one was asked for"
-    record = next(iter(rated_records(journal)))
+    record = next(iter(read_records(journal)))
     assert len(record["orders"]) == len(record["vote_ratings"]) == 3
     assert record["usage"]["calls"] == 3
     assert not list(tmp_path.glob("j.jsonl.parts*"))

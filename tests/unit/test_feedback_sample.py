@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from silkie.endpoint.errors import ItemError
 from silkie.feedback import sample
-from silkie.feedback.items import ItemError, JudgeItem
+from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.pool import (
     Member,

@@ -2,10 +2,13 @@
 
 import pytest
 
-from silkie.demo import loss_study
-from silkie.demo.loop import Sizes
-from silkie.demo.loss_study import COLUMNS, VARIANTS, markdown, merge, plot, run_study
+from silkie.demo.results import Sizes
 from silkie.losses import SPECS
+from tests.support.studies import load_study
+
+loss_study = load_study("losses")
+COLUMNS, VARIANTS = loss_study.COLUMNS, loss_study.VARIANTS
+markdown, merge, plot, run_study = loss_study.markdown, loss_study.merge, loss_study.plot, loss_study.run_study
 
 TINY = Sizes(images=3, card_images=3, questions=1, mme_images=1, pope_images=1, captions=2, red_team_images=4)
 MODES = {mode for mode, _ in COLUMNS}

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from silkie.evaluation.benchmarks.amber_words import Lexicon, describe, load_lexicon
-from silkie.evaluation.benchmarks.yes_no import read_exact, read_first_word
+from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.benchmarks._amber_words import Lexicon, describe, load_lexicon
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
+from silkie.evaluation.yes_no import read_exact, read_first_word
 
 __all__ = ["amber_rates", "export_results", "load_questions", "score_results"]
 
@@ -307,3 +308,18 @@ def _drop_empty(score: Score) -> None:
     score.categories = {
         name: {k: v for k, v in row.items() if v is not None and k != "amber"} for name, row in score.categories.items()
     }
+
+
+BENCHMARK = Benchmark(
+    name="amber",
+    title="AMBER",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="""\
+JSON list of {id, response}; annotations.json, relation.json and safe_words.txt beside it or with
+--annotations FOLDER""",
+    prompt_suffix=" Please answer yes or no.",
+    no_suffix_for=frozenset({"generative"}),
+    annotations_in_data=True,
+)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from silkie.evaluation.benchmarks.lexicon import mentions
+from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.lexicon import mentions
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
@@ -183,3 +184,13 @@ def _vocabulary(results: Path, annotations: str | Path | None) -> dict[str, str]
     if not isinstance(table, dict):
         raise ResultError(file, None, "expected a JSON object: word form -> object name.")
     return table
+
+
+BENCHMARK = Benchmark(
+    name="chair",
+    title="CHAIR",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="JSONL with `answer` and `objects`",
+)

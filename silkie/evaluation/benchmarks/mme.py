@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from silkie.evaluation.benchmarks.yes_no import read_mme
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, read_records, read_text
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
+from silkie.evaluation.yes_no import read_mme
 
 __all__ = ["COGNITION", "PERCEPTION", "export_results", "load_questions", "mme_items", "score_results"]
 
@@ -281,3 +282,16 @@ def _questions_of(folder: Path, file: Path) -> list[Question]:
             )
         )
     return questions
+
+
+BENCHMARK = Benchmark(
+    name="mme",
+    title="MME",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="folder of <subtask>.txt (or one of them): image TAB question TAB Yes|No TAB answer, two lines per image",
+    max_new_tokens=16,
+    prompt_suffix=PROMPT_SUFFIX,
+    results_folder="*.txt",
+)

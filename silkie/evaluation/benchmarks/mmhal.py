@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, check_unique, find_beside, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
@@ -234,3 +235,16 @@ def _number(record: Record, value: Any) -> float:
     if not 0 <= number <= 6 or isinstance(value, bool):
         raise record.error(f"the rating must be a number from 0 to 6, found {value!r}.")
     return number
+
+
+BENCHMARK = Benchmark(
+    name="mmhal",
+    title="MMHal-Bench",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="""\
+JSON list or JSONL with `rating` (0-6) or the judge's reply (`judge`, `gpt_evaluation`), or the official
+list of completions""",
+    judge_prompt=judge_prompt,
+)

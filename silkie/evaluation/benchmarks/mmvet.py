@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, check_unique, find_beside, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
@@ -204,3 +205,17 @@ def _capabilities(record: Record) -> list[str]:
     if not isinstance(named, list):
         raise record.error(f"`capability` must be a list of names, found {named!r:.80}.")
     return [str(name) for name in named]
+
+
+BENCHMARK = Benchmark(
+    name="mmvet",
+    title="MM-Vet",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="""\
+the official grade file (id -> {"score": [...]}), or records with `score`; mm-vet.json beside it or with
+--annotations""",
+    max_new_tokens=512,
+    judge_prompt=judge_prompt,
+)

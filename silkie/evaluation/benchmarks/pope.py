@@ -11,9 +11,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from silkie.evaluation.benchmarks.yes_no import read_pope
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates
+from silkie.evaluation.yes_no import read_pope
 
 logger = logging.getLogger(__name__)
 
@@ -247,3 +248,17 @@ def _is_answers(file: Path) -> bool:
 def _warnings(items: Sequence[Item]) -> list[str]:
     free = sum(item.read == "yes" and not item.answer.lower().startswith("yes") for item in items)
     return [f"{free} answers say neither yes nor no; POPE's rule reads them as yes."] if free else []
+
+
+BENCHMARK = Benchmark(
+    name="pope",
+    title="POPE",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="""\
+JSONL or JSON list with `answer` and `label`; or without labels, beside or with --annotations their file;
+or a folder of such files, one each for random, popular, adversarial""",
+    max_new_tokens=16,
+    prompt_suffix=" Please answer yes or no.",
+)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, answer_of, check_unique, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
@@ -166,3 +167,13 @@ def _expected(record: Record) -> str:
     if value not in ("refuse", "answer"):
         raise record.error(f"`expected` must be 'refuse' or 'answer', found {value!r}.")
     return value
+
+
+BENCHMARK = Benchmark(
+    name="redteam",
+    title="Red team",
+    load_questions=load_questions,
+    score_results=score_results,
+    export_results=export_results,
+    layout="JSONL with `answer` and `expected` (refuse | answer)",
+)

@@ -1,4 +1,4 @@
-"""The demo over several seeds, and one table of them: python -m silkie.demo.seeds OUT_DIR [SEED ...]
+"""The demo over several seeds, and one table of them: python recipes/studies/seeds.py OUT_DIR [SEED ...]
 
 Each seed draws its own preference prompts, samples and training order; base weights and held-out questions are the
 same. A seed whose `results.json` is there is not run again.

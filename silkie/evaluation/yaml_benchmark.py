@@ -31,10 +31,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import yaml
 
-from silkie.evaluation.benchmarks.yes_no import read_first_word
+from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records, read_text
-from silkie.evaluation.registry import Benchmark
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
+from silkie.evaluation.yes_no import read_first_word
 
 __all__ = ["Definition", "load_definition", "normalise", "read_scale"]
 

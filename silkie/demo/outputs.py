@@ -5,24 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.metrics import METRICS, Metric
 from silkie.demo.page import demo_report
+from silkie.demo.results import Summary
 from silkie.demo.scenes import render
 from silkie.report import build_report
 from silkie.stats import Estimate
-
-if TYPE_CHECKING:
-    from silkie.demo.loop import Summary
 
 Answers = Mapping[str, Mapping[str, Sequence[str]]]  # policy -> decoding -> answer per held-out item
 BARS = ("mme_acc", "chair_s", "exact", "pope_accuracy", "pope_yes_rate", "refusal", "over_refusal")
 
 
-def write_sheets(
+def write_outputs(
     summary: Summary,
     test: Sequence[DemoItem],
     answers: Answers,

@@ -5,7 +5,7 @@ The official scorer takes the nouns (NLTK tagger and WordNet lemmatiser) that ar
 few `safe_words.txt`, or closer than 0.8 to one of them in spaCy's `en_core_web_lg` vectors. Everything else in the list
 is a hallucination.
 
-Here: the nouns come from `silkie.evaluation.benchmarks.lexicon`, and similarity is equality, unless nltk and spaCy with
+Here: the nouns come from `silkie.evaluation.lexicon`, and similarity is equality, unless nltk and spaCy with
 `en_core_web_lg` are installed, which are then used and give the official number. Without them CHAIR and Hal can come
 out slightly higher (a near-synonym outside the lists is not forgiven) and Cover and Cog slightly lower. A capitalised
 noun ("Trees line the road") counts here and not there: the lemmatiser leaves it as it is, and the list is in lower
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from silkie.evaluation.benchmarks.lexicon import mentions
+from silkie.evaluation.lexicon import mentions
 from silkie.evaluation.records import Record, ResultError
 
 __all__ = ["Description", "Lexicon", "describe", "load_lexicon"]

@@ -1,6 +1,11 @@
 """The paper's main table in miniature: ways of learning from the same rated responses, on the embedded world, over
 several seeds.
 
+    python recipes/studies/ablation.py --out outputs/ablation     # 3 seeds; about ten minutes a seed on two quiet cores
+    python recipes/studies/ablation.py --out outputs/ablation --seeds 0 1 2 3 4 --recipes silkie random
+
+Run it again to resume. Writes ablation.json and ablation.md.
+
 The responses come from a pool of four samplers (the base model at four temperatures), as VLFeedback's came from a pool
 of models. So there is a strongest member, and the paper's baseline "the strongest model's answer is the best" can be
 asked. Everything else is the demo's: prompts, oracle, trainer, held-out questions.
@@ -8,12 +13,14 @@ asked. Everything else is the demo's: prompts, oracle, trainer, held-out questio
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +30,11 @@ from datasets import Dataset
 from silkie.data import load_preferences
 from silkie.data.pairs import PairOptions
 from silkie.demo import oracle
-from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.loop import DECODING, EVALUATION_SEED, Recipe, Sizes, answer_items, load_base, make_trainer
-from silkie.demo.metrics import METRICS, score_answers
+from silkie.demo.data import DemoItem, preference_items, vlfeedback_records, write_images, write_jsonl
+from silkie.demo.loop import answer_items, evaluate_policy, held_out, load_base, make_trainer
+from silkie.demo.metrics import METRICS
 from silkie.demo.model import BASE_DIR
+from silkie.demo.results import Recipe, Sizes, cached
 from silkie.feedback import JudgeItem, OracleJudge, rate_items
 
 __all__ = ["COLUMNS", "POOL", "RECIPES", "Cell", "cells", "markdown", "run_ablation", "t_interval"]
@@ -84,9 +92,6 @@ COLUMNS = {
     "over_refusal": "over-refusal ↓",
 }
 
-Scores = dict[str, dict[str, list[float]]]
-"""decoding -> metric -> [mean, low, high] over images"""
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -128,28 +133,17 @@ def run_ablation(
     for seed in seeds:
         result["scores"]["base"][str(seed)] = base["scores"]
         place = folder / f"seed{seed}"
-        means = cached(place / "pool.json", lambda s=seed, p=place: sample_pool(s, p / "data", sizes, base_dir))
+        means = cached(place / "pool.json", partial(sample_pool, seed, place / "data", sizes, base_dir))
         result["pool"][str(seed)] = means
         for name in recipes:
             trained = cached(
                 place / f"{name}.json",
-                lambda n=name, s=seed, p=place, m=means: _train(RECIPES[n], s, p, m, test, base_dir),
+                partial(_train, RECIPES[name], seed, place, means, test, base_dir),
             )
             result["scores"].setdefault(name, {})[str(seed)] = trained["scores"]
             result["pairs"].setdefault(name, {})[str(seed)] = trained["pairs"]
     (folder / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def held_out(sizes: Sizes) -> list[DemoItem]:
-    """The demo's held-out questions; the same for every seed and recipe."""
-    return evaluation_items(
-        EVALUATION_SEED,
-        mme_images=sizes.mme_images,
-        pope_images=sizes.pope_images,
-        captions=sizes.captions,
-        red_team_images=sizes.red_team_images,
-    )
 
 
 def sample_pool(seed: int, directory: Path, sizes: Sizes, base_dir: str | Path) -> dict[str, float]:
@@ -270,28 +264,35 @@ def _train(
     return {"pairs": sum(len(pairs) for pairs in data["pairs"]), "scores": scores}
 
 
-def evaluate_policy(model: Any, processor: Any, test: list[DemoItem], folder: Path) -> Scores:
-    """Scores of a policy on held-out items, greedy and at temperature 1; its answers are left in `folder`."""
-    scores: Scores = {}
-    for mode, temperature in DECODING.items():
-        texts = answer_items(
-            model, processor, test, temperature=temperature, seed=11, title=f"evaluating {folder.name}, {mode}"
-        )
-        estimates = score_answers(test, [own[0] for own in texts], folder / mode.replace("=", ""))
-        scores[mode] = {key: list(value) for key, value in estimates.items()}
-    return scores
-
-
-def cached(file: Path, compute: Any) -> Any:
-    """The result in `file`, computed and stored (whole, by renaming) where it is missing."""
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        value = compute()
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        unfinished.replace(file)
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _lower(key: str) -> bool:
     return next(metric.better for metric in METRICS if metric.key == key) < 0
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=list(RECIPES),
+        metavar="RECIPE",
+        help=f"of {', '.join(RECIPES)} (default: all)",
+    )
+    arguments = parser.parse_args()
+    result = run_ablation(arguments.out, arguments.seeds, arguments.recipes)
+    seeds = ", ".join(map(str, result["seeds"]))
+    parts = [
+        f"Seeds {seeds}; mean over the seeds ± half the width of Student's 95 % interval. The best trained value of a"
+        " column is bold."
+    ]
+    parts += [f"### {mode}\n\n{markdown(result, mode)}" for mode in ("greedy", "T=1")]
+    text = "\n\n".join(parts) + "\n"
+    (arguments.out / "ablation.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,23 @@
-"""How the base weights are made: sight first, then language, then the declared flaws.
+"""Make the demo's base weights: sight first, then language, then the declared flaws (see silkie/demo/README.md). About
+20 minutes on two quiet cores.
+
+    python recipes/studies/base_model/pretrain.py --output_dir outputs/demo_base
+    python recipes/studies/base_model/pretrain.py --resume outputs/demo_base/language.pt   # the flaws only
+
+`--output_dir silkie/demo/base` would replace the weights that the package ships. Checkpoints (`<stage>.pt`) are written
+beside the weights every 100 steps.
 
 1. **Sight.** The vision tower alone. A visual token is one board cell; its product with the word embeddings must name
    the cell's colour, kind, number, row and column. This is what a vision encoder's own pre-training does for a large
    model, and it makes visual tokens and words share a space.
 2. **Language.** True answers to questions and true captions. Several questions about one image share a sequence; a mask
    keeps each from reading the others, so that nothing can be copied.
-3. **Flaws.** A short imitation of noisy synthetic data (`silkie.demo.flaws`): this is what preference training is to
+3. **Flaws.** A short imitation of noisy synthetic data (`flaws.py`): this is what preference training is to
 undo."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from flaws import flawed_answer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from silkie.demo.flaws import flawed_answer
-from silkie.demo.model import build_image_processor, build_model, build_tokenizer
+from silkie.demo.model import build_image_processor, build_model, build_tokenizer, save_base
 from silkie.demo.questions import (
     MME_SUFFIX,
     THINGS,
@@ -435,3 +443,40 @@ def new_model(seed: int) -> tuple[Any, Packer]:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     return build_model(tokenizer), Packer(tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_base"))
+    parser.add_argument("--resume", type=Path, help="a checkpoint <stage>.pt: go on with the stage after it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    model, packer = new_model(args.seed)
+    stages = list(STAGES)
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume, weights_only=True))
+        stages = stages[[stage.what for stage in stages].index(args.resume.stem) + 1 :]
+    for k, stage in enumerate(stages):
+        train_stage(
+            model,
+            packer,
+            stage,
+            seed=args.seed + 1 + k + len(STAGES) - len(stages),
+            log=log,
+            checkpoint=args.output_dir / f"{stage.what}.pt",
+        )
+        for family, (accuracy, yes) in probe(model, packer).items():
+            log(f"after {stage.what}: {family} accuracy {accuracy:.2f}, yes-rate {yes:.2f}")
+    save_base(model, packer.tokenizer, args.output_dir)
+    log(f"base weights in {args.output_dir}")
+
+
+def log(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,31 @@
 """Every loss on the same preference data of the embedded world, over several seeds: what each does, and what a step of
 it costs.
 
+    python recipes/studies/losses.py --out outputs/losses         # 3 seeds; about half an hour a seed on one quiet core
+    python recipes/studies/losses.py --out outputs/losses --seeds 0 --losses sigmoid ipo "simpo, beta 2"
+
+Run it again to resume; processes with different --seeds may share a folder. Writes losses.json, losses.md and
+losses.png.
+
 Not a ranking: every loss runs once with the defaults that examples/losses.md gives, the same learning rate and the same
 number of steps."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from silkie.demo.ablation import cached, evaluate_policy, held_out
 from silkie.demo.data import preference_items
-from silkie.demo.loop import Recipe, Sizes, Watch, feedback, load_base, make_trainer, preferences
+from silkie.demo.loop import evaluate_policy, feedback, held_out, load_base, make_trainer, preferences
 from silkie.demo.model import BASE_DIR
+from silkie.demo.results import Recipe, Sizes, Watch, cached
 
 __all__ = ["COLUMNS", "SIZES", "VARIANTS", "markdown", "merge", "plot", "run_study"]
 
@@ -111,11 +119,11 @@ def run_study(
     found: dict[str, dict[str, Any]] = {name: {} for name in variants}
     for seed in seeds:
         place = folder / f"seed{seed}"
-        cached(place / "data.json", lambda s=seed, p=place: _sample(s, p, sizes, base_dir))
+        cached(place / "data.json", partial(_sample, seed, place, sizes, base_dir))
         for n, name in enumerate(variants):
             logger.info("seed %d, loss %d of %d: %s", seed, n + 1, len(variants), name)
             found[name][str(seed)] = cached(
-                place / f"{_file(name)}.json", lambda r=VARIANTS[name], s=seed, p=place: _train(r, s, p, test, base_dir)
+                place / f"{_file(name)}.json", partial(_train, VARIANTS[name], seed, place, test, base_dir)
             )
     return {"seeds": list(seeds), "base": base, "scores": found}
 
@@ -218,3 +226,30 @@ def _file(name: str) -> str:
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.fmean(values), min(values), max(values)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/losses"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="LOSS",
+        help=f"of: {'; '.join(VARIANTS)}",
+    )
+    arguments = parser.parse_args()
+    result = run_study(arguments.out, arguments.seeds, arguments.losses)
+    (arguments.out / "losses.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = markdown(result) + "\n"
+    (arguments.out / "losses.md").write_text(text, encoding="utf-8")
+    plot(result, arguments.out / "losses.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
