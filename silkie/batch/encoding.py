@@ -80,24 +80,34 @@ class _Tail:
         before: number of tokens of the prompt before the special token, images not expanded.
         prompt: the prompt's tokens from the special token on.
         conversations: the same of the K conversations.
-        shared: number of leading tokens that all of these have in common.
         special: whether there is such a special token; without one the tail is the whole text.
     """
 
     before: int
     prompt: list[int]
     conversations: list[list[int]]
-    shared: int
     special: bool
 
     @property
-    def unlike(self) -> int:
-        """Last tokens of the prompt that no conversation has."""
-        return len(self.prompt) - self.shared
+    def shared(self) -> int:
+        """Number of leading tokens that the prompt and all conversations have in common."""
+        return min(_shared(self.prompt, ids) for ids in self.conversations)
 
-    @property
-    def responses(self) -> list[list[int]]:
-        return [ids[self.shared :] for ids in self.conversations]
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class _Split:
+    """Where the prompt of a group ends and its responses start.
+
+    Attributes:
+        length: tokens of the prompt, images expanded.
+        responses: K responses, not cut.
+        header, unlike: see `GroupLengths`.
+    """
+
+    length: int
+    responses: list[list[int]]
+    header: tuple[int, ...]
+    unlike: int
 
 
 class GroupEncoder:
@@ -148,13 +158,12 @@ class GroupEncoder:
         ]
         try:
             texts = self.template.write(row)
-            tail = self._tail(texts)
             out = self._process(texts.prompt, images)
             prompt_ids = out["input_ids"][0]
-            length = self._prompt_length(prompt_ids.tolist(), texts, tail)
+            split = self._split(texts, prompt_ids.tolist())
         except TemplateMismatch as error:
             raise ValueError(f"{describe(row)}: {error}.") from error
-        responses = self._cut(self._ended(tail.responses), length)
+        length, responses = split.length, self._cut(split.responses, split.length)
         if not all(len(r) for r in responses):
             raise ValueError(
                 f"{describe(row)}: the prompt has {length} tokens and max_length is {self.max_length}: no room"
@@ -179,21 +188,19 @@ class GroupEncoder:
             TemplateMismatch: the chat template cannot write the row.
         """
         texts = self.template.write(row)
-        tail = self._tail(texts)
         if image_sizes and not self._counts_image_tokens:
             images = [open_image(image, where=describe(row)) for image in row["images"]]
-            prompt = self._prompt_length(self._process(texts.prompt, images)["input_ids"][0].tolist(), texts, tail)
+            split = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
         else:
-            prompt = self._counted_length(texts.prompt, tail, image_sizes)
-        whole = self._ended(tail.responses)
-        ids = self._cut(whole, prompt)
+            split = self._counted_split(texts, image_sizes)
+        ids = self._cut(split.responses, split.length)
         return GroupLengths(
-            prompt=prompt,
+            prompt=split.length,
             responses=tuple(map(len, ids)),
-            cut=sum(len(a) > len(b) for a, b in zip(whole, ids, strict=True)),
+            cut=sum(len(a) > len(b) for a, b in zip(split.responses, ids, strict=True)),
             equal_to=tuple(ids.index(r) for r in ids),
-            header=tuple(_shared(tail.prompt, ids) - tail.shared for ids in tail.conversations),
-            unlike=tail.unlike,
+            header=split.header,
+            unlike=split.unlike,
         )
 
     def render(self, row: Mapping[str, Any]) -> str:
@@ -250,38 +257,33 @@ class GroupEncoder:
         return whole[:start], whole[start + len(plain) :]
 
     @cached_property
-    def _split_tokens(self) -> frozenset[int]:
-        """Ids of the tokens at which the tokenizer splits a text before it does anything else."""
+    def _split_tokens(self) -> dict[int, str]:
+        """The tokens, by id, at which the tokenizer splits a text before it does anything else."""
         decoder = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return frozenset(i for i, token in decoder.items() if not token.single_word)
+        return {i: token.content for i, token in decoder.items() if not token.single_word}
 
     def _tail(self, texts: GroupTexts) -> _Tail:
-        at, before, prompt = self._last_split(texts)
-        conversations = self.tokenizer([c[at:] for c in texts.conversations], add_special_tokens=False)["input_ids"]
+        at, before, prompt, special = self._last_split(texts)
         after = self._added(texts.prompt)[1]
-        conversations = [[*ids, *after] for ids in conversations]
-        shared = min(_shared(prompt, ids) for ids in conversations)
-        if any(len(ids) == shared for ids in conversations):
-            raise TemplateMismatch(
-                "the chat template writes nothing for a response after the prompt",
-                "Give the response a text, or set another chat template",
-            )
-        return _Tail(before=before, prompt=prompt, conversations=conversations, shared=shared, special=at > 0)
+        ids = self.tokenizer([c[at:] for c in texts.conversations], add_special_tokens=False)["input_ids"]
+        return _Tail(before=before, prompt=prompt, conversations=[[*c, *after] for c in ids], special=special)
 
-    def _last_split(self, texts: GroupTexts) -> tuple[int, int, list[int]]:
+    def _last_split(self, texts: GroupTexts) -> tuple[int, int, list[int], bool]:
         """Where the last special token starts that prompt and conversations share: its character, its place in the
-        tokens of the prompt, and the tokens from there on. 0, 0 and all tokens where there is none."""
+        tokens of the prompt, and the tokens from there on. 0, 0, all tokens and False where there is none."""
         if not getattr(self.tokenizer, "is_fast", False):  # gives no characters of tokens
-            return 0, 0, self.tokenizer(texts.prompt, add_special_tokens=False)["input_ids"]
+            return 0, 0, self.tokenizer(texts.prompt, add_special_tokens=False)["input_ids"], False
         encoded = self.tokenizer(texts.prompt, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         for i in range(len(ids) - 1, -1, -1):
-            if ids[i] in self._split_tokens and spans[i][1] <= texts.shared:
-                return spans[i][0], i, ids[i:]
-        return 0, 0, ids
+            start, end = spans[i]
+            written = self._split_tokens.get(ids[i])  # also the id of an unknown word, which is no split
+            if written is not None and end <= texts.shared and written in texts.prompt[start:end]:
+                return start, i, ids[i:], True
+        return 0, 0, ids, False
 
-    def _prompt_length(self, ids: list[int], texts: GroupTexts, tail: _Tail) -> int:
-        """How many of the processor's tokens of the prompt are the prompt of all responses.
+    def _split(self, texts: GroupTexts, ids: list[int]) -> _Split:
+        """Splits a group into its prompt and its responses.
 
         Args:
             ids: what the processor makes of the prompt.
@@ -289,22 +291,50 @@ class GroupEncoder:
         Raises:
             TemplateMismatch: its last tokens are not those of the text.
         """
-        after = self._added(texts.prompt)[1]
+        tail, after = self._tail(texts), self._added(texts.prompt)[1]
         if after and ids[-len(after) :] == after:
             ids = ids[: -len(after)]
         # The special token itself may stand for an image, which the processor writes in its own way.
         text = tail.prompt[1:] if tail.special else tail.prompt
-        for appended in range(_MOST_APPENDED + 1):
-            end = len(ids) - appended
-            if end >= len(text) and ids[end - len(text) : end] == text:
-                if not appended:
-                    return end - tail.unlike
-                if not tail.unlike:  # the processor ends every prompt in its own way; the response follows that
-                    return len(ids)
+        if _ends_with(ids, text):
+            return self._split_at(len(ids) - len(tail.prompt) + tail.shared, tail)
+        # Or the processor ends every prompt in its own way (PaliGemma: a line break), and the response follows that.
+        if texts.shared == len(texts.prompt):
+            for appended in range(1, _MOST_APPENDED + 1):
+                if _ends_with(ids[:-appended], text):
+                    answers = [c[texts.shared :] for c in texts.conversations]
+                    responses = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+                    return self._split_off(len(ids), responses, header=(0,) * len(responses), unlike=0)
         raise TemplateMismatch(
             f"{type(self.processor).__name__} writes other tokens for the end of the prompt than its tokenizer",
             "silkie cannot tell where the responses start: use a chat template with a special token after the images",
         )
+
+    def _split_at(self, length: int, tail: _Tail) -> _Split:
+        shared = tail.shared
+        return self._split_off(
+            length,
+            [ids[shared:] for ids in tail.conversations],
+            header=tuple(_shared(tail.prompt, ids) - shared for ids in tail.conversations),
+            unlike=len(tail.prompt) - shared,
+        )
+
+    def _split_off(self, length: int, responses: list[list[int]], **facts: Any) -> _Split:
+        if not all(responses):
+            raise TemplateMismatch(
+                "the chat template writes nothing for a response after the prompt",
+                "Give the response a text, or set another chat template",
+            )
+        return _Split(length=length, responses=self._ended(responses), **facts)
+
+    def _counted_split(self, texts: GroupTexts, image_sizes: Sequence[tuple[int, int]]) -> _Split:
+        """`_split` without the images, where the processor can count their tokens."""
+        tail = self._tail(texts)
+        length = len(self._added(texts.prompt)[0]) + tail.before + tail.shared - len(image_sizes)
+        if image_sizes:
+            sizes = [list(size) for size in image_sizes]
+            length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        return self._split_at(length, tail)
 
     @cached_property
     def _counts_image_tokens(self) -> bool:
@@ -317,18 +347,10 @@ class GroupEncoder:
             images = [Image.new("RGB", (width, height)) for height, width in sizes]
             content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "x"}]
             texts = self.template.write({"prompt": [{"role": "user", "content": content}], "responses": ["x"]})
-            tail = self._tail(texts)
-            encoded = self._prompt_length(self._process(texts.prompt, images)["input_ids"][0].tolist(), texts, tail)
-            if encoded != self._counted_length(texts.prompt, tail, sizes):
+            encoded = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
+            if encoded.length != self._counted_split(texts, sizes).length:
                 return False
         return True
-
-    def _counted_length(self, prompt: str, tail: _Tail, image_sizes: Sequence[tuple[int, int]]) -> int:
-        length = len(self._added(prompt)[0]) + tail.before + tail.shared - len(image_sizes)
-        if image_sizes:
-            sizes = [list(size) for size in image_sizes]
-            length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
-        return length
 
     def _ended(self, responses: list[list[int]]) -> list[list[int]]:
         """Responses as `response_end` wants them to end."""
@@ -367,6 +389,10 @@ def describe(row: Mapping[str, Any]) -> str:
 def _shared(first: list[int], second: list[int]) -> int:
     """Number of leading tokens that two sequences have in common."""
     return len(os.path.commonprefix([first, second]))
+
+
+def _ends_with(ids: list[int], end: list[int]) -> bool:
+    return len(ids) >= len(end) and ids[len(ids) - len(end) :] == end
 
 
 def _up_to(ids: list[int], token: int, times: int) -> list[int]:
