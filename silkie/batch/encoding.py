@@ -1,5 +1,7 @@
-"""One preference group -> token ids and image tensors. The prompt is encoded once, each response on its own.
+"""One preference group -> token ids and image tensors, as the model's chat template and processor write them.
 
+The truth is the tokens of `apply_chat_template(prompt + [answer])`. The prompt is what these share, over all answers of a
+group, with the tokens of the prompt alone; a response is the rest. TRL splits a pair of text rows in the same way.
 Legend: L prompt tokens (image tokens included), K responses.
 """
 
@@ -8,23 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from silkie.batch.template import ChatTemplate, GroupTexts, TemplateMismatch
 from silkie.data.images import open_image
-from silkie.data.schema import to_messages
 
 logger = logging.getLogger(__name__)
 
 ResponseEnd = Literal["template", "end_of_turn"]
 
-# Per-token inputs of the processor; everything else it returns describes images.
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-_MARK = "silkieresponse"
+_MOST_APPENDED = 8  # tokens that a processor may write after a prompt (PaliGemma: a line break)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class EncodedGroup:
         prompt_ids: [L] prompt with its image tokens expanded and the assistant header at the end.
         token_types: [L] 0 text, 1 image (2 video), from the processor; zeros where it gives none.
         responses: K tensors of token ids, each ending with the end-of-turn token unless its tail was cut.
+        token_inputs: every other [L] output of the processor that has one number per token, under its own name
+            (`token_type_ids`, `mm_token_type_ids`, ...).
         vision: image tensors of the processor (`pixel_values`, `image_grid_thw`, ...); empty for a text-only group.
         n_images: images of the group.
     """
@@ -42,6 +47,7 @@ class EncodedGroup:
     prompt_ids: Tensor
     token_types: Tensor
     responses: list[Tensor]
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
     n_images: int = 0
 
@@ -54,6 +60,8 @@ class GroupLengths:
     responses: tuple[int, ...]
     cut: int  # responses whose tail was cut
     equal_to: tuple[int, ...]  # of each response, the first one with the same tokens after cutting
+    header: tuple[int, ...]  # of each response, how many of its first tokens also stand in the generation prompt
+    unlike: int  # last tokens of the generation prompt that are not part of the prompt, as no answer follows them
 
     @property
     def fits(self) -> bool:
@@ -61,18 +69,61 @@ class GroupLengths:
         return all(n > 0 for n in self.responses)
 
 
+@dataclass(slots=True, frozen=True, kw_only=True)
+class _Tail:
+    """The tokens of a group after its last special token that prompt and conversations share.
+
+    A tokenizer splits a text at special tokens first, so what follows one is tokenised in the same way whatever stands
+    before it: the K conversations need not be tokenised whole, nor their images processed K times.
+
+    Attributes:
+        before: number of tokens of the prompt before the special token, images not expanded.
+        prompt: the prompt's tokens from the special token on.
+        conversations: the same of the K conversations.
+        special: whether there is such a special token; without one the tail is the whole text.
+    """
+
+    before: int
+    prompt: list[int]
+    conversations: list[list[int]]
+    special: bool
+
+    @property
+    def shared(self) -> int:
+        """Number of leading tokens that the prompt and all conversations have in common."""
+        return min(_shared(self.prompt, ids) for ids in self.conversations)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class _Split:
+    """Where the prompt of a group ends and its responses start.
+
+    Attributes:
+        length: tokens of the prompt, images expanded.
+        responses: K responses, not cut.
+        header, unlike: see `GroupLengths`.
+    """
+
+    length: int
+    responses: list[list[int]]
+    header: tuple[int, ...]
+    unlike: int
+
+
 class GroupEncoder:
     """Encodes groups with a processor.
 
     Args:
-        processor: VLM processor with a chat template.
+        processor: VLM processor with a chat template, or the tokenizer of a text-only model.
         max_length: limit on prompt + response tokens; only response tails are cut to hold it. None: no limit.
         max_response_length: limit on the tokens of a response. None: no limit.
         response_end: "template" scores what the chat template writes after an answer (for Qwen `<|im_end|>` and a line
             break), as TRL does; "end_of_turn" stops at the end-of-turn token.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`; a row's column of this name
+            wins over them.
 
     Raises:
-        ValueError: the processor has no chat template.
+        ValueError: the processor has no chat template that writes prompts and answers.
     """
 
     def __init__(
@@ -82,75 +133,79 @@ class GroupEncoder:
         max_length: int | None = None,
         max_response_length: int | None = None,
         response_end: ResponseEnd = "template",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(
-                f"{type(processor).__name__} has no chat template. Pass the processor of an instruction-tuned model, or"
-                " set `processor.chat_template`."
-            )
+        self.template = ChatTemplate(processor=processor, kwargs=dict(chat_template_kwargs or {}))
         self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self.max_response_length = max_response_length
         self.response_end = response_end
-        self.suffix = self._turn_suffix()
+        self._end = self._end_of_turn()
 
     def encode(self, row: Mapping[str, Any]) -> EncodedGroup:
         """Encodes a row of a preference-group dataset.
 
+        A response of the row is a string, or a list of turns (an answer in several turns).
+
         Raises:
             silkie.data.DataError: an image cannot be decoded.
-            ValueError: the prompt leaves no room for the responses (such rows are dropped before training starts).
+            ValueError: the prompt leaves no room for the responses (such rows are dropped before training starts), or
+                the chat template cannot write the row.
         """
         images = [
             open_image(image, where=f"{describe(row)}, image {i}") for i, image in enumerate(row.get("images") or [])
         ]
-        text = self.render(row)
-        arguments: dict[str, Any] = {"images": [images]} if images else {}
-        # The template already holds the special tokens, so the tokenizer must not add them again.
-        out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **arguments)
-        prompt_ids = out["input_ids"][0]
-        types = out.get("mm_token_type_ids", out.get("token_type_ids"))
-        responses = self._cut(self._tokenize(row["responses"]), len(prompt_ids))
+        try:
+            texts = self.template.write(row)
+            out = self._process(texts.prompt, images)
+            prompt_ids = out["input_ids"][0]
+            split = self._split(texts, prompt_ids.tolist())
+        except TemplateMismatch as error:
+            raise ValueError(f"{describe(row)}: {error}.") from error
+        length, responses = split.length, self._cut(split.responses, split.length)
         if not all(len(r) for r in responses):
             raise ValueError(
-                f"{describe(row)}: the prompt has {len(prompt_ids)} tokens and max_length is {self.max_length}: no room"
+                f"{describe(row)}: the prompt has {length} tokens and max_length is {self.max_length}: no room"
                 " for a response."
             )
+        per_token = {k: v[0, :length] for k, v in out.items() if _is_per_token(v, out["input_ids"])}
+        types = per_token.get("mm_token_type_ids", per_token.get("token_type_ids"))
         return EncodedGroup(
-            prompt_ids=prompt_ids,
-            token_types=types[0].long() if types is not None else torch.zeros_like(prompt_ids),
+            prompt_ids=prompt_ids[:length],
+            token_types=types.long() if types is not None else torch.zeros_like(prompt_ids[:length]),
             responses=[torch.tensor(r, dtype=torch.long) for r in responses],
-            vision={k: v for k, v in out.items() if k not in _TOKEN_INPUTS},
+            token_inputs={k: v for k, v in per_token.items() if k not in ("input_ids", "attention_mask", "labels")},
+            vision={k: v for k, v in out.items() if k not in per_token},
             n_images=len(images),
         )
 
     def measure(self, row: Mapping[str, Any], image_sizes: Sequence[tuple[int, int]]) -> GroupLengths:
-        """Token counts of a row, from its text and the (height, width) of its images, without decoding them where the
-        processor can count."""
-        images = len(image_sizes)
-        if images and not hasattr(self.processor.image_processor, "get_number_of_image_patches"):
-            prompt = len(self.encode(row).prompt_ids)
+        """Token counts of a row, from its text and the (height, width) of its images, without processing them where the
+        processor can count.
+
+        Raises:
+            TemplateMismatch: the chat template cannot write the row.
+        """
+        texts = self.template.write(row)
+        if image_sizes and not self._counts_image_tokens:
+            images = [open_image(image, where=describe(row)) for image in row["images"]]
+            split = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
         else:
-            prompt = len(self.tokenizer(self.render(row), add_special_tokens=False)["input_ids"]) - images
-            if images:
-                prompt += sum(
-                    self.processor._get_num_multimodal_tokens(image_sizes=[list(s) for s in image_sizes])[
-                        "num_image_tokens"
-                    ]
-                )
-        whole = self._tokenize(row["responses"])
-        ids = self._cut(whole, prompt)
-        cut = sum(len(a) > len(b) for a, b in zip(whole, ids, strict=True))
+            split = self._counted_split(texts, image_sizes)
+        ids = self._cut(split.responses, split.length)
         return GroupLengths(
-            prompt=prompt, responses=tuple(map(len, ids)), cut=cut, equal_to=tuple(ids.index(r) for r in ids)
+            prompt=split.length,
+            responses=tuple(map(len, ids)),
+            cut=sum(len(a) > len(b) for a, b in zip(split.responses, ids, strict=True)),
+            equal_to=tuple(ids.index(r) for r in ids),
+            header=split.header,
+            unlike=split.unlike,
         )
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text of a row's prompt, as the chat template writes it up to the answer, with one mark per image."""
-        return self.processor.apply_chat_template(
-            to_messages(row["prompt"]), tokenize=False, add_generation_prompt=True
-        )
+        return self.template.prompt(row)
 
     @property
     def media_tokens(self) -> tuple[str, ...]:
@@ -159,8 +214,8 @@ class GroupEncoder:
         return tuple(token for token in tokens if isinstance(token, str))
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the tokens: tokenizer, its special tokens (templates write them), template,
-        settings of the processor, limits."""
+        """Hash of everything that decides the tokens: tokenizer, its special tokens (templates write them), template
+        and its variables, settings of the processor, limits."""
         state = {
             "tokenizer": (
                 self.tokenizer.backend_tokenizer.to_str()
@@ -169,14 +224,140 @@ class GroupEncoder:
             ),
             "special_tokens": self.tokenizer.special_tokens_map,
             "template": self.processor.chat_template,
-            "processor": self.processor.to_dict(),
-            "limits": [self.max_length, self.max_response_length, self.suffix],
+            "template_kwargs": dict(self.template.kwargs),
+            "processor": self.processor.to_dict() if hasattr(self.processor, "to_dict") else None,
+            "limits": [self.max_length, self.max_response_length, self.response_end],
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _tokenize(self, responses: Sequence[str]) -> list[list[int]]:
-        # A leading line break would follow the assistant header's own and is not what the model writes.
-        return self.tokenizer([r.lstrip("\n") + self.suffix for r in responses], add_special_tokens=False)["input_ids"]
+    def _process(self, text: str, images: Sequence[Image.Image]) -> Any:
+        """What the processor makes of a rendered text."""
+        arguments: dict[str, Any] = {"images": [images]} if images else {}
+        if self._holds_special_tokens(text):
+            arguments["add_special_tokens"] = False
+        return self.processor(text=[text], return_tensors="pt", **arguments)
+
+    def _holds_special_tokens(self, text: str) -> bool:
+        """Whether a rendered text has its special tokens already: the rule of transformers' `apply_chat_template`."""
+        if self.tokenizer is self.processor:
+            return True
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
+    def _added(self, text: str) -> tuple[list[int], list[int]]:
+        """The special tokens that the processor adds before and after a rendered text."""
+        return ([], []) if self._holds_special_tokens(text) else self._added_by_default
+
+    @cached_property
+    def _added_by_default(self) -> tuple[list[int], list[int]]:
+        plain = self.tokenizer("x", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("x")["input_ids"]
+        if whole == plain or self._process("x", [])["input_ids"][0].tolist() == plain:
+            return [], []
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:start], whole[start + len(plain) :]
+
+    @cached_property
+    def _split_tokens(self) -> dict[int, str]:
+        """The tokens, by id, at which the tokenizer splits a text before it does anything else."""
+        decoder = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {i: token.content for i, token in decoder.items() if not token.single_word}
+
+    def _tail(self, texts: GroupTexts) -> _Tail:
+        at, before, prompt, special = self._last_split(texts)
+        after = self._added(texts.prompt)[1]
+        ids = self.tokenizer([c[at:] for c in texts.conversations], add_special_tokens=False)["input_ids"]
+        return _Tail(before=before, prompt=prompt, conversations=[[*c, *after] for c in ids], special=special)
+
+    def _last_split(self, texts: GroupTexts) -> tuple[int, int, list[int], bool]:
+        """Where the last special token starts that prompt and conversations share: its character, its place in the
+        tokens of the prompt, and the tokens from there on. 0, 0, all tokens and False where there is none."""
+        if not getattr(self.tokenizer, "is_fast", False):  # gives no characters of tokens
+            return 0, 0, self.tokenizer(texts.prompt, add_special_tokens=False)["input_ids"], False
+        encoded = self.tokenizer(texts.prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        for i in range(len(ids) - 1, -1, -1):
+            start, end = spans[i]
+            written = self._split_tokens.get(ids[i])  # also the id of an unknown word, which is no split
+            if written is not None and end <= texts.shared and written in texts.prompt[start:end]:
+                return start, i, ids[i:], True
+        return 0, 0, ids, False
+
+    def _split(self, texts: GroupTexts, ids: list[int]) -> _Split:
+        """Splits a group into its prompt and its responses.
+
+        Args:
+            ids: what the processor makes of the prompt.
+
+        Raises:
+            TemplateMismatch: its last tokens are not those of the text.
+        """
+        tail, after = self._tail(texts), self._added(texts.prompt)[1]
+        if after and ids[-len(after) :] == after:
+            ids = ids[: -len(after)]
+        # The special token itself may stand for an image, which the processor writes in its own way.
+        text = tail.prompt[1:] if tail.special else tail.prompt
+        if _ends_with(ids, text):
+            return self._split_at(len(ids) - len(tail.prompt) + tail.shared, tail)
+        # Or the processor ends every prompt in its own way (PaliGemma: a line break), and the response follows that.
+        if texts.shared == len(texts.prompt):
+            for appended in range(1, _MOST_APPENDED + 1):
+                if _ends_with(ids[:-appended], text):
+                    answers = [c[texts.shared :] for c in texts.conversations]
+                    responses = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+                    return self._split_off(len(ids), responses, header=(0,) * len(responses), unlike=0)
+        raise TemplateMismatch(
+            f"{type(self.processor).__name__} writes other tokens for the end of the prompt than its tokenizer",
+            "silkie cannot tell where the responses start: use a chat template with a special token after the images",
+        )
+
+    def _split_at(self, length: int, tail: _Tail) -> _Split:
+        shared = tail.shared
+        return self._split_off(
+            length,
+            [ids[shared:] for ids in tail.conversations],
+            header=tuple(_shared(tail.prompt, ids) - shared for ids in tail.conversations),
+            unlike=len(tail.prompt) - shared,
+        )
+
+    def _split_off(self, length: int, responses: list[list[int]], **facts: Any) -> _Split:
+        if not all(responses):
+            raise TemplateMismatch(
+                "the chat template writes nothing for a response after the prompt",
+                "Give the response a text, or set another chat template",
+            )
+        return _Split(length=length, responses=self._ended(responses), **facts)
+
+    def _counted_split(self, texts: GroupTexts, image_sizes: Sequence[tuple[int, int]]) -> _Split:
+        """`_split` without the images, where the processor can count their tokens."""
+        tail = self._tail(texts)
+        length = len(self._added(texts.prompt)[0]) + tail.before + tail.shared - len(image_sizes)
+        if image_sizes:
+            sizes = [list(size) for size in image_sizes]
+            length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        return self._split_at(length, tail)
+
+    @cached_property
+    def _counts_image_tokens(self) -> bool:
+        """Whether the processor can count the tokens of images of a given size, and counts as it encodes. Tried on
+        small images, alone and together."""
+        if not hasattr(getattr(self.processor, "image_processor", None), "get_number_of_image_patches"):
+            return False
+        shapes = [(56, 56), (84, 140), (300, 64)]
+        for sizes in ([shapes[0]], [shapes[1]], shapes):
+            images = [Image.new("RGB", (width, height)) for height, width in sizes]
+            content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "x"}]
+            texts = self.template.write({"prompt": [{"role": "user", "content": content}], "responses": ["x"]})
+            encoded = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
+            if encoded.length != self._counted_split(texts, sizes).length:
+                return False
+        return True
+
+    def _ended(self, responses: list[list[int]]) -> list[list[int]]:
+        """Responses as `response_end` wants them to end."""
+        if self.response_end == "template":
+            return responses
+        token, times = self._end
+        return [_up_to(ids, token, times) for ids in responses]
 
     def _cut(self, responses: list[list[int]], prompt_length: int) -> list[list[int]]:
         room = min(
@@ -185,23 +366,16 @@ class GroupEncoder:
         )
         return [ids[: max(room, 0)] for ids in responses]
 
-    def _turn_suffix(self) -> str:
-        """What the chat template writes after an assistant turn's text."""
-        user = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-        answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
-        rendered = self.processor.apply_chat_template([user, answer], tokenize=False)
-        suffix = rendered.rsplit(_MARK, 1)[-1] if _MARK in rendered else ""
-        ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
-        special = [i for i, token in enumerate(ids) if token in self.tokenizer.all_special_ids]
-        if not special:
-            logger.warning(
-                "The chat template does not end an assistant turn with a special token; responses end with %r.",
-                self.tokenizer.eos_token,
-            )
-            return self.tokenizer.eos_token
-        if self.response_end == "end_of_turn":
-            return self.tokenizer.convert_ids_to_tokens(ids[special[0]])
-        return suffix
+    def _end_of_turn(self) -> tuple[int, int]:
+        """The first special token that the chat template writes after an answer, and how often it comes there; the
+        end-of-sequence token and 0 where it writes none."""
+        ids = self.tokenizer(self.template.suffix(), add_special_tokens=False)["input_ids"]
+        special = [token for token in ids if token in self.tokenizer.all_special_ids]
+        if special:
+            return special[0], ids.count(special[0])
+        added = "" if self.response_end == "template" else f"; responses end with {self.tokenizer.eos_token!r}"
+        logger.warning("The chat template does not end an assistant turn with a special token%s.", added)
+        return self.tokenizer.eos_token_id, 0
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -210,3 +384,25 @@ def describe(row: Mapping[str, Any]) -> str:
     if row.get("id"):
         parts.append(f"id {row['id']!r}")
     return ", ".join(parts) or "row without id"
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Number of leading tokens that two sequences have in common."""
+    return len(os.path.commonprefix([first, second]))
+
+
+def _ends_with(ids: list[int], end: list[int]) -> bool:
+    return len(ids) >= len(end) and ids[len(ids) - len(end) :] == end
+
+
+def _up_to(ids: list[int], token: int, times: int) -> list[int]:
+    """`ids` up to the `times`-th last `token`; with `times` 0, all of them and the token."""
+    if not times:
+        return [*ids, token]
+    places = [i for i, each in enumerate(ids) if each == token]
+    return ids[: places[-times] + 1] if len(places) >= times else ids
+
+
+def _is_per_token(value: Any, input_ids: Tensor) -> bool:
+    """Whether an output of the processor holds one number per token."""
+    return isinstance(value, Tensor) and value.shape == input_ids.shape and not value.is_floating_point()

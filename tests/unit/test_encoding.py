@@ -41,11 +41,13 @@ def test_response_ends_as_the_template_ends_a_turn(processor):
     assert tok.convert_ids_to_tokens(end_of_turn.tolist()) == ["a", "red", "cat", "<|im_end|>"]
 
 
-def test_leading_line_breaks_of_a_response_are_stripped(processor):
+def test_a_response_keeps_the_white_space_that_the_template_keeps(processor):
     row = mixed_groups()[0]
-    plain = GroupEncoder(processor).encode(row).responses
-    broken = GroupEncoder(processor).encode({**row, "responses": ["\n\n" + r for r in row["responses"]]}).responses
-    assert all((a == b).all() for a, b in zip(plain, broken, strict=True))
+    encoder = GroupEncoder(processor)
+    plain = encoder.encode(row).responses
+    spaced = encoder.encode({**row, "responses": ["\n\n" + r for r in row["responses"]]}).responses
+    line_break = processor.tokenizer.convert_tokens_to_ids("\n")
+    assert [s.tolist() for s in spaced] == [[line_break] * 2 + p.tolist() for p in plain]
 
 
 def test_only_response_tails_are_cut(processor):
