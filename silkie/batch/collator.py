@@ -35,7 +35,8 @@ class GroupCollator:
         corruption: makes the images of mDPO's second pass. None: there is none.
 
     A batch is a dict of tensors (G groups, K responses of a group, R responses, P pairs, N scored tokens, B rows, T
-        tokens): input_ids, segment_ids, group_ids, logical_positions, token_types [B, T], position_ids [C, B, T]
+        tokens): input_ids, segment_ids, segment_index, subtree_end, logical_positions, token_types [B, T],
+        position_ids [C, B, T]
         gather, target, owner, offset [N]; lengths, group [R]; pairs [P, 2]; pair_weights [P] ratings [R] and
         aspect_ratings [R, A] (NaN where there is none)
         vision: the processor's image tensors; corrupted_vision: those of the corrupted images
@@ -79,7 +80,8 @@ class GroupCollator:
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
             "segment_ids": packed.segment_ids,
-            "group_ids": packed.group_ids,
+            "segment_index": packed.segment_index,
+            "subtree_end": packed.subtree_end,
             "logical_positions": packed.logical_positions,
             "token_types": packed.token_types,
             "gather": packed.gather,
