@@ -17,7 +17,8 @@ class Batch(TypedDict):
     """One micro-batch. A plain dict at run time, so that data workers, pinned memory and transformers can move it.
 
     Rows of the forward pass:
-        input_ids, segment_ids, group_ids, logical_positions, token_types: [B, T], see `silkie.batch.packing`.
+        input_ids, segment_ids, segment_index, subtree_end, logical_positions, token_types: [B, T], see
+            `silkie.batch.packing`.
         position_ids: [C, B, T] rotary positions.
         vision: the processor's image tensors.
         corrupted_vision: those of the corrupted images, for mDPO's second pass only.
@@ -45,7 +46,8 @@ class Batch(TypedDict):
 
     input_ids: Tensor
     segment_ids: Tensor
-    group_ids: Tensor
+    segment_index: Tensor
+    subtree_end: Tensor
     logical_positions: Tensor
     token_types: Tensor
     position_ids: Tensor

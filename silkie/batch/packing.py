@@ -7,8 +7,13 @@ Two layouts of a group with prompt p and responses r1 ... rk:
 
 Positions restart after the prompt for every response. The first token of every response is predicted by the last prompt
 token.
+
+Prompts and responses are the segments of a row. A segment names its parent, the one that it continues: the segments of a
+group form a tree (here of depth two), and a token sees the earlier tokens of its own segment and of its ancestors.
+Segments are listed in preorder, parents before children and subtrees unbroken, so that "descends from" is a comparison
+of numbers.
 Legend: G groups, K responses of a group, R responses (flat over groups), B rows, T tokens of a row, N scored tokens, L
-prompt tokens."""
+prompt tokens, S segments."""
 
 from __future__ import annotations
 
@@ -44,13 +49,45 @@ class PromptAndResponses:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens start..end of a row, and the tokens of the prompt that they follow (none for a prompt and for padding)."""
+    """Tokens start..end of a row.
+
+    Attributes:
+        parent: index, in the batch's list of segments, of the segment that this one continues; None for a prompt and for
+            padding.
+        padding: whether the tokens are the padding of a row. A flag, so that nobody has to ask the device.
+    """
 
     row: int
     start: int
     end: int
-    prompt_start: int = 0
-    prompt_end: int = 0
+    parent: int | None = None
+    padding: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def lineage(segments: Sequence[Segment], index: int) -> list[Segment]:
+    """The ancestors of a segment from the root on, and the segment itself."""
+    found, at = [], index
+    while True:
+        found.append(segments[at])
+        parent = segments[at].parent
+        if parent is None:
+            return found[::-1]
+        at = parent
+
+
+def subtree_ends(segments: Sequence[Segment]) -> list[int]:
+    """[S] per segment, one past the last of its descendants (itself without any); 0 for padding, which no other token
+    sees."""
+    ends = [0 if s.padding else n + 1 for n, s in enumerate(segments)]
+    for n in range(len(segments) - 1, -1, -1):
+        parent = segments[n].parent
+        if parent is not None:
+            ends[parent] = max(ends[parent], ends[n])
+    return ends
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,8 +98,9 @@ class PackedBatch:
         input_ids: [B, T].
         position_ids: [C, B, T] rotary positions.
         segment_ids: [B, T] -1 padding, 0 prompt, 1 ... K response within its group.
-        group_ids: [B, T] group of a token, -1 padding.
-        logical_positions: [B, T] distance from the start of the group's prompt along (prompt, own response); sliding
+        segment_index: [B, T] number of a token's segment in `segments`.
+        subtree_end: [B, T] one past the last segment that descends from the token's own; 0 padding.
+        logical_positions: [B, T] distance from the start of the group's prompt along (ancestors, own segment); sliding
             windows count these.
         token_types: [B, T] 0 text, 1 image.
         gather: [N] flat index (b * T + t) of the hidden state that predicts a scored token.
@@ -71,13 +109,14 @@ class PackedBatch:
         offset: [N] its place within the response.
         row_groups: groups that a row holds, per row.
         segments: the prompts, responses and paddings of all rows in order; they cover every token once. Plain numbers,
-            so that attention by segment need not ask the device for them.
+            so that attention by segment and forks need not ask the device for them.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segment_ids: Tensor
-    group_ids: Tensor
+    segment_index: Tensor
+    subtree_end: Tensor
     logical_positions: Tensor
     token_types: Tensor
     gather: Tensor
@@ -123,7 +162,6 @@ def pack(
     input_ids = torch.full((b, t), pad_id, dtype=torch.long)
     position_ids = torch.zeros((channels, b, t), dtype=torch.long)
     segment_ids = torch.full((b, t), PAD_SEGMENT, dtype=torch.long)
-    group_ids = torch.full((b, t), -1, dtype=torch.long)
     logical = torch.zeros((b, t), dtype=torch.long)
     token_types = torch.zeros((b, t), dtype=torch.long)
     gather, target, owner, offset = [], [], [], []
@@ -140,6 +178,7 @@ def pack(
             segment_ids[i, prompt] = PROMPT_SEGMENT
             logical[i, prompt] = torch.arange(size)
             token_types[i, prompt] = group.token_types
+            parent = len(segments)
             segments.append(Segment(i, prompt.start, prompt.stop))
             restart = int(group.prompt_positions.max()) + 1
             last_prompt_token = at + size - 1
@@ -153,22 +192,23 @@ def pack(
                 position_ids[:, i, own] = restart + steps
                 segment_ids[i, own] = k + 1
                 logical[i, own] = size + steps
-                segments.append(Segment(i, own.start, own.stop, prompt.start, prompt.stop))
+                segments.append(Segment(i, own.start, own.stop, parent))
                 predictor = torch.cat([torch.tensor([last_prompt_token]), torch.arange(at, at + n - 1)])
                 gather.append(i * t + predictor)
                 target.append(ids)
                 owner.append(torch.full((n,), first[g] + k, dtype=torch.long))
                 offset.append(steps)
                 at += n
-            group_ids[i, prompt.start : at] = g
         if at < t:
-            segments.append(Segment(i, at, t))
+            segments.append(Segment(i, at, t, padding=True))
+    segment_index, subtree_end = _numbered(segments, b, t)
 
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         segment_ids=segment_ids,
-        group_ids=group_ids,
+        segment_index=segment_index,
+        subtree_end=subtree_end,
         logical_positions=logical,
         token_types=token_types,
         gather=torch.cat(gather),
@@ -180,9 +220,19 @@ def pack(
     )
 
 
+def _numbered(segments: Sequence[Segment], b: int, t: int) -> tuple[Tensor, Tensor]:
+    """[B, T] each: `segment_index` and `subtree_end`."""
+    index = torch.empty((b, t), dtype=torch.long)
+    end = torch.empty((b, t), dtype=torch.long)
+    for n, (s, subtree) in enumerate(zip(segments, subtree_ends(segments), strict=True)):
+        index[s.row, s.start : s.end] = n
+        end[s.row, s.start : s.end] = subtree
+    return index, end
+
+
 def visible(
-    group_ids: Tensor,
-    segment_ids: Tensor,
+    segment_index: Tensor,
+    subtree_end: Tensor,
     logical_positions: Tensor,
     *,
     window: int | None = None,
@@ -190,28 +240,24 @@ def visible(
 ) -> Tensor:
     """Dense attention mask of packed rows.
 
-    A query sees a key of the same group that is in the prompt or in the query's own response and not later; padding
-    sees itself, so that no row of the mask is empty.
+    A query sees a key that is not later and lies in the query's own segment or in one of its ancestors; padding sees
+    itself, so that no row of the mask is empty.
 
     Args:
-        group_ids, segment_ids, logical_positions: [B, T], see `PackedBatch`.
+        segment_index, subtree_end, logical_positions: [B, T], see `PackedBatch`.
         window: sliding-window layers: a query sees keys less than `window` logical positions back, also within a block.
-        bidirectional: [B, T] tokens with the same value >= 0 see each other in both directions within a group (image
+        bidirectional: [B, T] tokens with the same value >= 0 see each other in both directions within a segment (image
             blocks, PaliGemma's prefix); -1 elsewhere.
 
     Returns:
         bool [B, 1, T, T], True where query (dim 2) may attend to key (dim 3).
     """
-    same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids >= 0)[:, :, None]
-    key_segment, query_segment = segment_ids[:, None, :], segment_ids[:, :, None]
+    query, key = segment_index[:, :, None], segment_index[:, None, :]
     distance = logical_positions[:, :, None] - logical_positions[:, None, :]
-    mask = ((key_segment == PROMPT_SEGMENT) | (key_segment == query_segment)) & (distance >= 0)
+    mask = (key <= query) & (query < subtree_end[:, None, :]) & (distance >= 0)
     if bidirectional is not None:
-        mask |= (bidirectional[:, :, None] == bidirectional[:, None, :]) & (bidirectional >= 0)[:, :, None]
-    mask &= same_group
+        same_block = (bidirectional[:, :, None] == bidirectional[:, None, :]) & (bidirectional >= 0)[:, :, None]
+        mask |= same_block & (query == key)
     if window is not None:
         mask &= distance < window
-    t = segment_ids.shape[1]
-    padding = (segment_ids == PAD_SEGMENT)[:, :, None]
-    mask |= padding & torch.eye(t, dtype=torch.bool, device=mask.device)
-    return mask[:, None]
+    return (mask | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device))[:, None]

@@ -41,10 +41,11 @@ ROWS = (
 
 
 def one_row(prompt: int, response: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group ids, segment ids and positions [1, T] of a group."""
+    """Segment indices, subtree ends and positions [1, T] of a group."""
     segment = torch.cat([torch.zeros(prompt, dtype=torch.long), torch.arange(1, k + 1).repeat_interleave(response)])
     position = torch.cat([torch.arange(prompt), torch.arange(prompt, prompt + response).repeat(k)])
-    return torch.zeros_like(segment)[None], segment[None], position[None]
+    end = torch.where(segment == 0, k + 1, segment + 1)
+    return segment[None], end[None], position[None]
 
 
 def seconds(run: Callable[[], Tensor], repeats: int) -> float:
@@ -58,18 +59,18 @@ def seconds(run: Callable[[], Tensor], repeats: int) -> float:
 
 def measure(shape: tuple[int, int, int], rows: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
     (heads, kv_heads, size), (batch, prompt, response, k) = shape, rows
-    group, segment, position = (x.expand(batch, -1) for x in one_row(prompt, response, k))
-    starts = [prompt + i * response for i in range(k)]
-    spans = [
-        span
-        for row in range(batch)
-        for span in (Segment(row, 0, prompt), *(Segment(row, start, start + response, 0, prompt) for start in starts))
-    ]
+    segment, end, position = (x.expand(batch, -1) for x in one_row(prompt, response, k))
+    spans = []
+    for row in range(batch):
+        parent = len(spans)
+        spans.append(Segment(row, 0, prompt))
+        starts = range(prompt, prompt + k * response, response)
+        spans += [Segment(row, start, start + response, parent) for start in starts]
     torch.manual_seed(0)
     tensors = [torch.randn(batch, h, segment.shape[1], size, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
 
     def dense() -> Tensor:
-        mask = visible(group, segment, position)
+        mask = visible(segment, end, position)
         return torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True).transpose(
             1, 2
         )

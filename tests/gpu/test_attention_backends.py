@@ -75,7 +75,7 @@ def test_a_wrong_block_mask_shows(truth):
     rows = groups(FAMILY) * 8
     batch = on_cuda(collate(model, processor, rows, "packed", None))
     same = batch["segment_ids"] >= 1
-    batch["segment_ids"] = batch["segment_ids"].clamp(max=1)
+    batch["subtree_end"] = torch.where(same, len(batch["segments"]), batch["subtree_end"])
     batch["logical_positions"] = torch.where(
         same, torch.arange(same.shape[1], device="cuda")[None], batch["logical_positions"]
     )

@@ -8,7 +8,7 @@ from silkie.batch.packing import visible
 from silkie.model.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model
-from tests.unit.test_packing import build, pack
+from tests.unit.test_packing import build, pack, tree
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -17,14 +17,27 @@ def batch(per_row=None, sizes=((5, [3, 2, 4]), (3, [1, 2]), (4, [2, 2]))):
     packed = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
     return {
         name: getattr(packed, name)
-        for name in ("group_ids", "segment_ids", "logical_positions", "token_types", "segments")
+        for name in ("segment_ids", "segment_index", "subtree_end", "logical_positions", "token_types", "segments")
+    }
+
+
+def deep_batch():
+    """A tree of depth three in one row."""
+    found, index, end, logical = tree()
+    ids = torch.where(end == 0, -1, 0)
+    return {
+        "segment_ids": ids,
+        "segment_index": index,
+        "subtree_end": end,
+        "logical_positions": logical,
+        "segments": found,
     }
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("per_row", [1, 2, None])
+@pytest.mark.parametrize("per_row", [1, 2, None, "tree"])
 def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
-    one = batch(per_row)
+    one = deep_batch() if per_row == "tree" else batch(per_row)
     b, t = one["segment_ids"].shape
     torch.manual_seed(0)
     query, key, value = (
@@ -32,12 +45,12 @@ def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
         torch.randn(b, 2, t, 8).double(),
         torch.randn(b, 2, t, 8).double(),
     )
-    mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
+    mask = visible(one["segment_index"], one["subtree_end"], one["logical_positions"], window=window)
     truth = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, enable_gqa=True
     ).transpose(1, 2)
     plan = varlen.segment_plan(one["segments"], t, CPU, window=window)
-    blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"], window=window)
+    blocks = flex.block_mask(one["segment_index"], one["subtree_end"], one["logical_positions"], window=window)
     module = torch.nn.Identity()
     real = (one["segment_ids"] >= 0)[..., None, None]  # varlen lets the padding of a row see itself as a sequence
     spans = segments.segment_mask(one["segments"], CPU, window=window)
@@ -60,7 +73,7 @@ def test_blocks_are_those_that_pytorch_makes_of_the_rule(window, monkeypatch):
     b, t = one["segment_ids"].shape
     two_way = torch.where(one["logical_positions"] < 140, 0, -1).masked_fill(one["segment_ids"] != 0, -1)
     found = flex.block_mask(
-        one["group_ids"], one["segment_ids"], one["logical_positions"], window=window, bidirectional=two_way
+        one["segment_index"], one["subtree_end"], one["logical_positions"], window=window, bidirectional=two_way
     )
     expected = create_block_mask(found.mask_mod, b, None, t, t, device="cpu")
     assert found.shape == expected.shape and (window is not None or expected.full_kv_num_blocks.sum() > 0)
@@ -85,7 +98,7 @@ def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
     one = batch()
     t = one["segment_ids"].shape[1]
     query = torch.randn(1, 2, t, 8, requires_grad=True)
-    blocks = flex.block_mask(one["group_ids"], one["segment_ids"], one["logical_positions"])
+    blocks = flex.block_mask(one["segment_index"], one["subtree_end"], one["logical_positions"])
     with pytest.raises(RuntimeError, match="no backward pass on the CPU"):
         flex.attention(torch.nn.Identity(), query, query, query, blocks)
 
@@ -96,7 +109,7 @@ def test_gradients_by_segment_are_those_of_the_dense_mask():
     torch.manual_seed(0)
     inputs = [torch.randn(b, heads, t, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     weights = torch.randn(b, t, 4, 8, dtype=torch.float64) * (one["segment_ids"] >= 0)[..., None, None]
-    mask = visible(one["group_ids"], one["segment_ids"], one["logical_positions"])
+    mask = visible(one["segment_index"], one["subtree_end"], one["logical_positions"])
     truth = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     found, _ = segments.attention(torch.nn.Identity(), *inputs, segments.segment_mask(one["segments"], CPU))
     for expected, own in zip(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.batch.packing import PromptAndResponses, pack, visible
+from silkie.batch.packing import PromptAndResponses, Segment, lineage, pack, subtree_ends, visible
 
 SIZES = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4
@@ -70,7 +70,7 @@ def test_positions_restart_after_the_prompt(sizes, per_row):
 def test_a_token_sees_its_prompt_and_the_earlier_of_its_own_response(sizes, per_row, window):
     groups = build(sizes)
     batch = pack(groups, "packed", pad_id=0, groups_per_row=per_row)
-    mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, window=window)[:, 0]
+    mask = visible(batch.segment_index, batch.subtree_end, batch.logical_positions, window=window)[:, 0]
     sequences = [[*g.prompt_ids.tolist(), *r.tolist()] for g in groups for r in g.responses]
     for b, row in enumerate(batch.input_ids.tolist()):
         for q, query in enumerate(row):
@@ -83,17 +83,48 @@ def test_a_token_sees_its_prompt_and_the_earlier_of_its_own_response(sizes, per_
             assert seen == set(sequence[max(0, at - window + 1) if window else 0 : at + 1])
 
 
-def test_image_blocks_see_both_ways_within_their_group_and_window():
+def test_image_blocks_see_both_ways_within_their_segment_and_window():
     batch = pack(build([(4, [2]), (3, [1])]), "packed", pad_id=0, groups_per_row=None)
     blocks = torch.tensor(
         [[-1, 0, 0, 0, -1, -1, 0, -1, -1, -1]]
-    )  # the number 0 again in the second group: other groups stay hidden
-    mask = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks)[0, 0]
+    )  # the number 0 again in the second group: other segments stay hidden
+    mask = visible(batch.segment_index, batch.subtree_end, batch.logical_positions, bidirectional=blocks)[0, 0]
     assert mask[1, 3] and mask[3, 1] and not mask[1, 6] and not mask[0, 1]
-    narrow = visible(batch.group_ids, batch.segment_ids, batch.logical_positions, bidirectional=blocks, window=2)[0, 0]
+    narrow = visible(batch.segment_index, batch.subtree_end, batch.logical_positions, bidirectional=blocks, window=2)[
+        0, 0
+    ]
     assert (
         narrow[1, 3] and narrow[3, 2] and not narrow[3, 1]
     )  # the window ends what lies behind; ahead the block decides
+
+
+# one image, two questions about it, two and one responses; then a group of depth two, and the padding of the row
+TREE = [(4, None), (2, 0), (3, 1), (1, 1), (3, 0), (2, 4), (5, None), (2, 6), (2, None)]
+
+
+def tree(padded=True):
+    """The segments of one row of 24 tokens, and the tensors that the masks read."""
+    found, at = [], 0
+    for length, parent in TREE:
+        found.append(Segment(0, at, at + length, parent, padding=padded and at == 22))
+        at += length
+    index, end, logical = (torch.zeros(1, at, dtype=torch.long) for _ in range(3))
+    for n, (s, subtree) in enumerate(zip(found, subtree_ends(found), strict=True)):
+        before = sum(a.length for a in lineage(found, n)[:-1])
+        index[0, s.start : s.end], end[0, s.start : s.end] = n, subtree
+        logical[0, s.start : s.end] = 0 if s.padding else torch.arange(before, before + s.length)
+    return found, index, end, logical
+
+
+def test_a_segment_sees_its_ancestors_whatever_their_depth():
+    found, index, end, logical = tree()
+    assert subtree_ends(found) == [6, 4, 3, 4, 6, 6, 8, 8, 0]
+    mask = visible(index, end, logical)[0, 0]
+    for n, own in enumerate(found):
+        ancestors = [t for a in lineage(found, n)[:-1] for t in range(a.start, a.end)]
+        for query in range(own.start, own.end):
+            expected = [query] if own.padding else [*ancestors, *range(own.start, query + 1)]
+            assert mask[query].nonzero().flatten().tolist() == expected
 
 
 def test_rows_hold_each_response_once_not_once_per_pair():

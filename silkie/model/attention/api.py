@@ -88,7 +88,7 @@ def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.
 
 def _dense_bool(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
     return visible(
-        batch["group_ids"], batch["segment_ids"], batch["logical_positions"], window=window, bidirectional=two_way
+        batch["segment_index"], batch["subtree_end"], batch["logical_positions"], window=window, bidirectional=two_way
     )
 
 
@@ -110,7 +110,7 @@ def _segments(batch: Batch, window: int | None, two_way: Tensor | None) -> Tenso
 
 def _flex(batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
     return flex.block_mask(
-        batch["group_ids"], batch["segment_ids"], batch["logical_positions"], window=window, bidirectional=two_way
+        batch["segment_index"], batch["subtree_end"], batch["logical_positions"], window=window, bidirectional=two_way
     )
 
 

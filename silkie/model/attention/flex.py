@@ -19,8 +19,6 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.batch.packing import PROMPT_SEGMENT
-
 NAME = "silkie_flex"
 
 _BLOCK = 128  # tokens of a block's side, FlexAttention's own default
@@ -28,30 +26,28 @@ _QUERIES = 1024  # whose visibility is computed at a time
 
 
 def block_mask(
-    group_ids: Tensor,
-    segment_ids: Tensor,
+    segment_index: Tensor,
+    subtree_end: Tensor,
     logical_positions: Tensor,
     *,
     window: int | None = None,
     bidirectional: Tensor | None = None,
 ) -> BlockMask:
     """The rule of `silkie.batch.packing.visible`, token by token, for FlexAttention. Arguments as there, all [B, T]."""
-    b, t = segment_ids.shape
+    b, t = segment_index.shape
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        group = group_ids[row, query]
-        same_group = (group == group_ids[row, key]) & (group >= 0)
-        key_segment = segment_ids[row, key]
+        own, other = segment_index[row, query], segment_index[row, key]
         distance = logical_positions[row, query] - logical_positions[row, key]
-        seen = ((key_segment == PROMPT_SEGMENT) | (key_segment == segment_ids[row, query])) & (distance >= 0)
+        seen = (other <= own) & (own < subtree_end[row, key]) & (distance >= 0)
         if bidirectional is not None:
             block = bidirectional[row, query]
-            seen = seen | ((block == bidirectional[row, key]) & (block >= 0))
+            seen = seen | ((block == bidirectional[row, key]) & (block >= 0) & (own == other))
         if window is not None:
             seen = seen & (distance < window)
-        return (same_group & seen) | ((group < 0) & (query == key))  # padding sees itself
+        return seen | (query == key)  # so does padding, which sees nothing else
 
-    return _blocks(rule, b, t, segment_ids.device)
+    return _blocks(rule, b, t, segment_index.device)
 
 
 def _blocks(

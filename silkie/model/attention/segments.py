@@ -1,5 +1,5 @@
-"""PyTorch's sdpa, segment by segment: a prompt meets itself causally, a response its prompt and itself, and nothing
-else is computed.
+"""PyTorch's sdpa, segment by segment: a segment meets its ancestors and itself (a prompt itself, a response its prompt
+and itself), causally, and nothing else is computed.
 
 A dense mask makes sdpa compute all T x T scores of a row and drop most of them. For a prompt of P tokens and k
 responses of L this is P^2 / 2 + k L (P + L) scores, and no mask of T x T. It pays where rows are long; short rows are
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.batch.packing import Segment
+from silkie.batch.packing import Segment, lineage
 
 NAME = "silkie_segments"
 
@@ -63,22 +63,19 @@ def attention(
         )
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     shapes: dict[tuple[int, int], Tensor] = {}  # responses of one length after one prompt share a mask
-    for s in attention_mask.segments:
-        own_query, keys, values = query[s.row, None, :, s.start : s.end], key[s.row, None], value[s.row, None]
-        own_keys, own_values = keys[:, :, s.start : s.end], values[:, :, s.start : s.end]
-        mask, prompt = None, s.prompt_end - s.prompt_start
-        if prompt:
-            own_keys = torch.cat([keys[:, :, s.prompt_start : s.prompt_end], own_keys], dim=2)
-            own_values = torch.cat([values[:, :, s.prompt_start : s.prompt_end], own_values], dim=2)
-        if prompt or attention_mask.window is not None:
-            shape = (s.end - s.start, prompt)
+    for n, s in enumerate(attention_mask.segments):
+        spans = [slice(a.start, a.end) for a in lineage(attention_mask.segments, n)]
+        before = sum(span.stop - span.start for span in spans[:-1])
+        mask = None
+        if before or attention_mask.window is not None:
+            shape = (s.length, before)
             if shape not in shapes:
                 shapes[shape] = _causal(*shape, attention_mask.window, query.device)
             mask = shapes[shape]
         seen = nn.functional.scaled_dot_product_attention(
-            own_query,
-            own_keys,
-            own_values,
+            query[s.row, None, :, s.start : s.end],
+            _joined(key[s.row, None], spans),
+            _joined(value[s.row, None], spans),
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=dropout,
@@ -90,9 +87,14 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _causal(own: int, prompt: int, window: int | None, device: torch.device) -> Tensor:
-    """[own, prompt + own] what the tokens of a segment see, of the prompt before them and of themselves."""
-    distance = torch.arange(prompt, prompt + own, device=device)[:, None] - torch.arange(prompt + own, device=device)
+def _joined(x: Tensor, spans: list[slice]) -> Tensor:
+    """[1, H, T, D] -> [1, H, tokens of the spans, D]; a view where there is one span."""
+    return x[:, :, spans[0]] if len(spans) == 1 else torch.cat([x[:, :, span] for span in spans], dim=2)
+
+
+def _causal(own: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """[own, before + own] what the tokens of a segment see, of its ancestors and of themselves."""
+    distance = torch.arange(before, before + own, device=device)[:, None] - torch.arange(before + own, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 

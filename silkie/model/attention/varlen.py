@@ -1,5 +1,5 @@
-"""Flash attention over segments: every segment's queries meet the keys of its prompt and its own, gathered in that
-order.
+"""Flash attention over segments: every segment's queries meet the keys of its ancestors and its own, gathered in
+that order.
 
 The keys of a segment then are one causal sequence that ends where the queries end, which is what flash attention's
 causal mask means when a sequence has more keys than queries. On the CPU `segment_attention` computes the same segment
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.batch.packing import Segment
+from silkie.batch.packing import Segment, lineage
 
 NAME = "silkie_varlen"
 
@@ -50,10 +50,10 @@ def segment_plan(
 ) -> SegmentPlan:
     """The plan of packed rows of `row_length` tokens. The padding of a row is a segment that meets itself."""
     keys = []
-    for s in segments:
-        prompt, own = torch.arange(s.prompt_start, s.prompt_end), torch.arange(s.start, s.end)
-        keys.append(s.row * row_length + torch.cat([prompt, own]))
-    lengths, counts = [s.end - s.start for s in segments], [len(k) for k in keys]
+    for n, s in enumerate(segments):
+        met = torch.cat([torch.arange(a.start, a.end) for a in lineage(segments, n)])
+        keys.append(s.row * row_length + met)
+    lengths, counts = [s.length for s in segments], [len(k) for k in keys]
 
     def bounds(sizes: list[int]) -> Tensor:
         # a blocking copy would wait for all that the device still has to do
