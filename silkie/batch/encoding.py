@@ -1,7 +1,7 @@
 """One preference group -> token ids and image tensors, as the model's chat template and processor write them.
 
-The truth is the tokens of `apply_chat_template(prompt + [answer])`. The prompt is what these share, over all answers of a
-group, with the tokens of the prompt alone; a response is the rest. TRL splits a pair of text rows in the same way.
+The truth is the tokens of `apply_chat_template(prompt + [answer])`. The prompt is what these share, over all answers of
+a group, with the tokens of the prompt alone; a response is the rest. TRL splits a pair of text rows in the same way.
 Legend: L prompt tokens (image tokens included), K responses.
 """
 

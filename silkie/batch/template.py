@@ -1,8 +1,8 @@
 """The texts of a preference group, as the model's chat template writes them.
 
-A response is what the template writes for `prompt + [answer]` after what that text shares with the prompt: templates add
-a space, close an empty thinking block or trim the answer, so an answer put after the prompt by hand is another text than
-the one that TRL trains and that the model was trained on.
+A response is what the template writes for `prompt + [answer]` after what that text shares with the prompt: templates
+add a space, close an empty thinking block or trim the answer, so an answer put after the prompt by hand is another text
+than the one that TRL trains and that the model was trained on.
 Legend: K responses of a group.
 """
 
