@@ -7,12 +7,13 @@ import re
 from html.parser import HTMLParser
 
 import datasets
+import numpy as np
 import pytest
 
 from silkie.data.__main__ import main
 from silkie.data.inspect import inspect_preferences
 from silkie.data.rendering import to_text
-from silkie.data.statistics import Moments, histogram, quantile
+from silkie.data.statistics import correlation, histogram, summary
 from silkie.report.gallery import card, write_gallery
 from silkie.report.pictures import PictureBook
 from tests.support import preference_files as files
@@ -179,12 +180,10 @@ def test_lengths_in_tokens(tmp_path):
 
 
 def test_helpers():
-    from collections import Counter
-
-    assert histogram(Counter({0: 1, 1: 2, 5: 1, 9: 4})) == {"0": 1, "1": 2, "2-3": 0, "4-7": 1, "8-15": 4}
-    assert [quantile(Counter({1: 1, 2: 2, 10: 1}), q) for q in (0.25, 0.5, 0.95)] == [1, 2, 10]
-    moments = Moments()
-    for x, y in ((1, 2), (2, 4), (3, 6)):
-        moments.add(x, y)
-    assert moments.correlation() == pytest.approx(1.0)
-    assert Moments().correlation() is None
+    assert histogram(np.array([0, 1, 1, 5, 9, 9, 9, 9])) == {"0": 1, "1": 2, "2-3": 0, "4-7": 1, "8-15": 4}
+    assert histogram(np.array([], dtype=int)) == {}
+    figures = summary(np.array([1, 2, 2, 10]))
+    assert (figures["p50"], figures["p95"], figures["mean"]) == (2, 10, 3.75)
+    assert summary(np.array([7, 1, 3, 5]))["p50"] == 3, "a value that occurs"
+    assert correlation(np.array([1, 2, 3]), np.array([2, 4, 6])) == pytest.approx(1.0)
+    assert correlation(np.array([1, 1]), np.array([1, 2])) is None and correlation(np.array([]), np.array([])) is None
