@@ -5,7 +5,7 @@ python examples/build_pairs.py SOURCE [--image-root DIR] [--best-model NAME]
 
 import argparse
 
-from silkie.data import PairOptions, aspects_of, load_preferences, repair_pairs
+from silkie.data import PairOptions, aspects_of, load_preferences, rebuild_pairs
 from silkie.data.loading import count_pairs
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     groups = load_preferences(args.source, image_root=args.image_root, keep_unpaired=True)
     for name, pairs in strategies(aspects_of(groups.features), args.best_model).items():
-        paired, dropped = repair_pairs(groups, pairs)
+        paired, dropped = rebuild_pairs(groups, pairs)
         print(
             f"{name:40} {len(paired):>8,} groups {count_pairs(paired):>9,} pairs, {len(dropped):,} groups without a"
             " pair"

@@ -7,6 +7,7 @@ Legend: L prompt tokens, K responses.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
-from silkie.data.images import open_image
-from silkie.data.schema import DataError
+from silkie.data.check import check_distinct, check_group
+from silkie.data.images import ImageResolver, open_image
+from silkie.data.registry import Found, Row
+from silkie.data.schema import DataError, RowError
 from silkie.data.stamps import image_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -83,8 +86,8 @@ class PreparationReport:
             out.append(f"{name}: {self.cut_responses} responses were cut at the tail to hold the length limits")
         if self.equal_pairs:
             out.append(
-                f"{name}: {self.equal_pairs} pairs have equal responses after the cut and teach nothing; raise the"
-                " length limits"
+                f"{name}: {self.equal_pairs} pairs have identical responses after truncation and contribute no"
+                " gradient; raise the length limits"
             )
         for reason, rows in self.dropped.items():
             more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
@@ -202,9 +205,9 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
     except DataError as error:
         if raise_errors:
             raise GroupError(
-                f"{error} Mend or remove the row, or set on_bad_row='skip' to drop and count such rows."
+                f"{error} Fix or remove the row, or set on_bad_row='skip' to drop and count such rows."
             ) from error
-        return {**facts, "problem": getattr(error, "reason", None) or type(error).__name__ + ": image or row is broken"}
+        return {**facts, "problem": _reason(error)}
     if not pairs:
         return {**facts, "problem": "no preference pairs (ties, one response, or no ratings)"}
     if not lengths.fits:
@@ -219,67 +222,32 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
     }
 
 
-class _RowProblem(DataError):
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(f"{where}: {detail}.")
-        self.reason = reason
+class _EncodingError(DataError):
+    """The processor cannot encode a row."""
+
+    def __init__(self, where: str, error: Exception) -> None:
+        self.reason = f"the processor refuses it: {error}"
+        super().__init__(f"{where}: {self.reason}.")
 
 
 def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
-    where, responses = describe(row), row["responses"]
-    if not row["prompt"]:
-        raise _RowProblem(where, "empty prompt", "the prompt has no turns")
-    if not responses:
-        raise _RowProblem(where, "no responses", "there are no responses")
-    for i, response in enumerate(responses):
-        if not (response or "").strip():
-            raise _RowProblem(where, "empty response", f"response {i} of {len(responses)} is empty")
-    _check_pairs(row, where)
-    parts = [part for turn in row["prompt"] if not isinstance(turn["content"], str) for part in turn["content"] or []]
-    in_prompt, images = sum(part["type"] == "image" for part in parts), len(row.get("images") or [])
-    if in_prompt != images:
-        raise _RowProblem(
-            where, "images do not match", f"the prompt has {in_prompt} image parts and the row {images} images"
-        )
-    texts = [turn["content"] for turn in row["prompt"] if isinstance(turn["content"], str)] + [
-        part.get("text") or "" for part in parts
-    ]
-    for name, text in (
-        *(("the prompt", text) for text in texts),
-        *((f"response {i}", text) for i, text in enumerate(responses)),
-    ):
+    checked = Row(row, "groups", describe(row), ImageResolver(None, None))
+    check_group(row, checked)
+    if row["pairs"]:
+        check_distinct(row, checked)
+    texts = [(f"prompt[{i}]", part["text"] or "") for i, turn in enumerate(row["prompt"]) for part in turn["content"]]
+    texts += [(f"responses[{i}]", response) for i, response in enumerate(row["responses"])]
+    for column, text in texts:
         for token in media_tokens:
             if token in text:  # the model would look for the features of an image that is not there
-                raise _RowProblem(
-                    where, "image token in the text", f"{name} holds the model's special token {token} as text"
-                )
+                raise checked.error(column, Found(f"the model's special token {token}"), "text without it")
 
 
-def _check_pairs(row: Mapping[str, Any], where: str) -> None:
-    responses, pairs, k = row["responses"], row["pairs"] or [], len(row["responses"])
-    for pair in pairs:
-        if len(pair) != 2 or not all(i is not None and 0 <= i < k for i in pair) or pair[0] == pair[1]:
-            raise _RowProblem(
-                where, "pair out of range", f"pair {list(pair)} does not name two of the {k} responses (0 ... {k - 1})"
-            )
-        chosen, rejected = pair
-        if responses[chosen].strip() == responses[rejected].strip():
-            raise _RowProblem(
-                where,
-                "identical responses in a pair",
-                f"responses {chosen} and {rejected} are identical, so they cannot be a preference pair",
-            )
-    weights, ratings = row.get("pair_weights") or [], row.get("ratings") or []
-    for weight in weights:
-        if weight is None or not 0 <= weight < float("inf"):
-            raise _RowProblem(where, "bad pair weight", f"pair weight {weight} is not a finite number >= 0")
-    # One too few or too many would shift those of every later group in the batch.
-    if weights and len(weights) != len(pairs):
-        raise _RowProblem(
-            where, "pair weights do not match", f"there are {len(weights)} pair weights for {len(pairs)} pairs"
-        )
-    if ratings and len(ratings) != k:
-        raise _RowProblem(where, "ratings do not match", f"there are {len(ratings)} ratings for {k} responses")
+def _reason(error: DataError) -> str:
+    """Why a row is dropped, equal for rows that are broken in the same way."""
+    if isinstance(error, RowError):
+        return re.sub(r"\[\d+\]", "", error.reason)
+    return error.reason if isinstance(error, _EncodingError) else f"{type(error).__name__}: image or row is broken"
 
 
 def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: GroupEncoder) -> GroupLengths:
@@ -290,9 +258,7 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
         TypeError,
         TemplateError,
     ) as error:  # an image of extreme shape, roles that the chat template refuses
-        raise _RowProblem(
-            describe(row), f"the processor refuses it: {error}", f"the processor refuses it: {error}"
-        ) from error
+        raise _EncodingError(describe(row), error) from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:

@@ -2,13 +2,13 @@
 `register_source`."""
 
 from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
-from silkie.data.loading import load_preferences
+from silkie.data.loading import load_preferences, load_with_report
 from silkie.data.mixing import mix
 from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
+from silkie.data.rebuild import rebuild_pairs, repair_pairs
 from silkie.data.registry import SOURCES, Row, Source, register_source
-from silkie.data.regroup import RegroupReport, regroup
-from silkie.data.repair import repair_pairs
-from silkie.data.reports import LoadReport, Problem, ValidationReport
+from silkie.data.regroup import regroup, regroup_with_report
+from silkie.data.reports import LoadReport, Problem, RegroupReport, ValidationReport
 from silkie.data.schema import (
     VLFEEDBACK_ASPECTS,
     DataError,
@@ -24,7 +24,7 @@ from silkie.data.schema import (
     user_turn,
 )
 from silkie.data.splits import Leak, LeakError, check_leak, split_groups
-from silkie.data.validation import validate
+from silkie.data.validation import validate, validate_with_report
 
 __all__ = [
     "SOURCES",
@@ -52,13 +52,16 @@ __all__ = [
     "image_digest",
     "is_group_features",
     "load_preferences",
+    "load_with_report",
     "mean_rating",
     "mix",
     "open_image",
     "parse_rating",
     "read_bytes",
+    "rebuild_pairs",
     "register_source",
     "regroup",
+    "regroup_with_report",
     "repair_pairs",
     "split_groups",
     "text_turn",
@@ -66,4 +69,5 @@ __all__ = [
     "to_rgb",
     "user_turn",
     "validate",
+    "validate_with_report",
 ]

@@ -59,7 +59,7 @@ def run_inspect(options: InspectOptions) -> int:
             num_proc=options.num_proc,
         )
         if options.html:
-            from silkie.data.gallery import write_gallery
+            from silkie.report.gallery import write_gallery  # the report room stands beside data and imports it
 
             write_gallery(inspection, options.html, groups=options.groups, seed=options.seed)
     except (DataError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:

@@ -9,29 +9,27 @@ import os
 import pickle
 import re
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data import records as raw
-from silkie.data.finish import NoPairs, finish
 from silkie.data.images import ImageError, ImageResolver
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
-from silkie.data.reports import LoadReport, Problem
+from silkie.data.reports import LoadReport, OnError, Problem, unforeseen
 from silkie.data.schema import DataError, RowError, SkipRow, group_features
+from silkie.data.stored import NoPairs, stored_row
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
 STARTED = "started"  # a file that says that a block is being converted, and does not come from the cache
 REMEDY = "Repair the row, or drop and count such rows with on_error='skip' (in training: on_bad_row='skip')."
-OnError = Literal["raise", "skip"]
 
 
 class Lookup(NamedTuple):
@@ -195,7 +193,7 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
             )
         name = f"{settings.name.rsplit(' (', 1)[0]}:{row.location.replace(' ', '-')}"
         group = settings.source.adapt(row)
-        stored, notes = finish(
+        stored, notes = stored_row(
             group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs
         )
         return {**stored, PROBLEM: None, NOTES: notes}
@@ -228,13 +226,6 @@ def _broken_row(error: RowError, row: Row, settings: Settings) -> dict[str, Any]
         )
     lookup = None if row.lacking is None else Lookup(row.resolver.explicit_root, row.resolver.beside, row.lacking)
     return {**settings.empty_row(), PROBLEM: _pack("error", row, error.reason, str(error), lookup), NOTES: []}
-
-
-def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
-    """Any exception as an error that names the row; the line is the only trace that crosses from a worker process."""
-    frame = traceback.extract_tb(problem.__traceback__)[-1]
-    found = f"a record that raised {type(problem).__name__}: {problem} (in {frame.name}, line {frame.lineno})"
-    return row.error("(record)", Found(found), f"one that format {format!r} and the pair function can read")
 
 
 def _folder(shard: raw.Shard) -> str | None:

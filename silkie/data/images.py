@@ -28,7 +28,6 @@ MAX_PIXELS = 89_478_485  # PIL's own warning limit: a quarter of a GiB as RGB
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 512 * 2**20  # of an encoded image; a member of a zip file can unpack to a thousand times its size
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
-FLAT_STEP = 3  # grey levels: smaller steps are noise of the encoder
 BACKGROUND = (255, 255, 255)
 # What Pillow's decoders raise for damaged files, found by damaging files of every format; UnidentifiedImageError is an
 # OSError.
@@ -200,15 +199,6 @@ def image_digest(value: Any, *, where: str = "image") -> str:
     if isinstance(value, Image.Image):
         return hashlib.blake2b(repr((value.mode, value.size)).encode() + value.tobytes(), digest_size=16).hexdigest()
     return hashlib.blake2b(read_bytes(value, where=where), digest_size=16).hexdigest()
-
-
-def difference_hash(value: Any, *, where: str = "image", size: int = 16) -> int:
-    """Perceptual hash of `size * size` bits: where brightness rises to the right, nearly unchanged by re-encoding and
-    resizing."""
-    grey = open_image(value, where=where).convert("L").resize((size + 1, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(grey, dtype=np.int16)
-    bits = (pixels[:, 1:] - pixels[:, :-1] > FLAT_STEP).reshape(-1)
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def is_remote(path: str) -> bool:

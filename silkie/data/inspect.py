@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 
 from silkie.data.images import ImageError, image_size
-from silkie.data.loading import load_preferences
+from silkie.data.loading import load_with_report
 from silkie.data.registry import code_digest
 from silkie.data.reports import LoadReport
+from silkie.data.schema import aspects_of
 from silkie.data.stamps import image_fingerprint
 from silkie.data.statistics import Length, Statistics, count_words, histogram
 
@@ -58,12 +60,15 @@ def inspect_preferences(
         load_options: as for `load_preferences`.
     """
     options = {"on_error": "skip", "keep_unpaired": True, **load_options}
-    dataset, report = load_preferences(source, num_proc=num_proc, return_report=True, **options)
-    statistics = Statistics(length=_token_length(tokenizer), unit="words" if tokenizer is None else "tokens")
+    dataset, report = load_with_report(source, num_proc=num_proc, **options)
+    statistics = Statistics(
+        aspects=aspects_of(dataset.features),
+        length=_token_length(tokenizer),
+        unit="words" if tokenizer is None else "tokens",
+    )
     columns = [column for column in dataset.column_names if column != "images"]
     for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
-        for group in batch.to_pylist():
-            statistics.add(group)
+        statistics.add(batch.to_pylist())
     figures = statistics.figures()
     figures["image_sizes"] = image_figures(dataset, num_proc) if read_images else None
     return Inspection(dataset=dataset, report=report, figures=figures)
@@ -94,14 +99,12 @@ def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dic
     for batch in sizes.with_format("arrow").iter(batch_size=BATCH):
         counts.update(tuple(size) for group in batch["sizes"].to_pylist() for size in group)
         broken += [message for message in batch["broken"].to_pylist() if message]
-    sides: Counter[int] = Counter()
-    for size, count in counts.items():
-        sides[max(size)] += count
+    sides = np.repeat(np.array([max(size) for size in counts], dtype=np.int64), list(counts.values()))
     return {
         "images": counts.total(),
         "different_sizes": len(counts),
         "most_frequent": {f"{width} x {height}": count for (width, height), count in counts.most_common(5)},
-        "longer_side": histogram(sides) if sides else {},
+        "longer_side": histogram(sides),
         "mean_megapixels": sum(w * h * count for (w, h), count in counts.items()) / 1e6 / counts.total()
         if counts
         else None,

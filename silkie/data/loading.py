@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, cast
 
 import datasets
 
 from silkie.data import records as raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
-from silkie.data.convert import OnError, Settings, collect, write_groups
+from silkie.data.convert import Settings, collect, write_groups
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
+from silkie.data.rebuild import rebuild_with_report
 from silkie.data.registry import Source, detect_source, get_source, source_for_hub_name
-from silkie.data.regroup import regroup
-from silkie.data.repair import rebuild
-from silkie.data.reports import LoadReport, Problem
+from silkie.data.regroup import regroup_with_report
+from silkie.data.reports import LoadReport, OnError, Problem
 from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
@@ -29,42 +29,6 @@ HINTS = {  # for what is passed instead of a source
     "list": "datasets.Dataset.from_list(rows) makes one",
     "DataFrame": "datasets.Dataset.from_pandas(frame) makes one",
 }
-
-
-@overload
-def load_preferences(
-    source: str | os.PathLike | datasets.Dataset,
-    *,
-    return_report: Literal[False] = False,
-    image_root: str | os.PathLike | None = ...,
-    split: str = ...,
-    pairs: str | PairOptions | PairFunction = ...,
-    on_error: OnError = ...,
-    allow_remote_images: bool = ...,
-    format: str | None = ...,
-    aspects: Sequence[str] | None = ...,
-    regroup_pairs: bool = ...,
-    keep_unpaired: bool = ...,
-    num_proc: int | None = ...,
-    cache_dir: str | os.PathLike | None = ...,
-) -> datasets.Dataset: ...
-@overload
-def load_preferences(
-    source: str | os.PathLike | datasets.Dataset,
-    *,
-    return_report: Literal[True],
-    image_root: str | os.PathLike | None = ...,
-    split: str = ...,
-    pairs: str | PairOptions | PairFunction = ...,
-    on_error: OnError = ...,
-    allow_remote_images: bool = ...,
-    format: str | None = ...,
-    aspects: Sequence[str] | None = ...,
-    regroup_pairs: bool = ...,
-    keep_unpaired: bool = ...,
-    num_proc: int | None = ...,
-    cache_dir: str | os.PathLike | None = ...,
-) -> tuple[datasets.Dataset, LoadReport]: ...
 
 
 def load_preferences(
@@ -82,7 +46,7 @@ def load_preferences(
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     return_report: bool = False,
-) -> datasets.Dataset | tuple[datasets.Dataset, LoadReport]:
+) -> datasets.Dataset:
     """Load preference groups from any supported source.
 
     Args:
@@ -105,7 +69,7 @@ def load_preferences(
         keep_unpaired: keep groups without any pair (for sampling or inspection; they cannot be trained on).
         num_proc: worker processes.
         cache_dir: where the Arrow files go; default: the cache of `datasets`.
-        return_report: return (dataset, LoadReport).
+        return_report: return what `load_with_report` does, (dataset, LoadReport).
 
     Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values:
     `silkie.data.open_image`
@@ -147,11 +111,11 @@ def load_preferences(
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
     dataset = collect(written, report)
     if regrouping and len(dataset):
-        dataset, report.regrouped = regroup(
-            dataset, return_report=True, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
+        dataset, report.regrouped = regroup_with_report(
+            dataset, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
         )
         if options != PairOptions():
-            dataset, problems = rebuild(
+            dataset, problems = rebuild_with_report(
                 dataset,
                 options,
                 source=settings.name,
@@ -161,6 +125,13 @@ def load_preferences(
             )
             report.problems += problems
     return _finished(dataset, report, return_report)
+
+
+def load_with_report(
+    source: str | os.PathLike | datasets.Dataset, **options: Any
+) -> tuple[datasets.Dataset, LoadReport]:
+    """`load_preferences` with the same options, and what it read and dropped."""
+    return cast(Any, load_preferences(source, **options, return_report=True))
 
 
 def _finished(dataset: datasets.Dataset, report: LoadReport, return_report: bool) -> Any:

@@ -197,7 +197,7 @@ def build_pairs(
     chosen_options = replace(PairOptions.parse(options or "all"), **changes)
     if chosen_options.function is not None:
         raise ValueError(
-            "build_pairs takes a strategy, not a function; load_preferences(pairs=function) and repair_pairs call one"
+            "build_pairs takes a strategy, not a function; load_preferences(pairs=function) and rebuild_pairs call one"
         )
     counts = {
         name: len(values)

@@ -5,71 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, cast
 
 import datasets
 from datasets.fingerprint import Hasher
 
-from silkie.data.schema import is_group_features
-
-
-@dataclass(slots=True, kw_only=True)
-class RegroupReport:
-    """What regrouping saved. A pair trainer runs image, prompt and response once per response of every pair.
-
-    Attributes:
-        rows, groups: before and after.
-        pairs: number of pairs (rows that repeat a pair add to its weight).
-        response_forwards, responses: sequences that a pair trainer runs per pass, and distinct responses.
-        contradictions: pairs of responses that occur in both orders.
-    """
-
-    rows: int
-    groups: int
-    pairs: int
-    response_forwards: int
-    responses: int
-    contradictions: int
-
-    @property
-    def prompt_forwards_saved(self) -> int:
-        """Passes over image and prompt that packing saves per epoch and per model (policy, reference)."""
-        return self.response_forwards - self.groups
-
-    def summary(self) -> str:
-        text = (
-            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences"
-            f" become {self.responses:,}, and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
-        )
-        return text + (f"; {self.contradictions:,} pairs occur in both orders" if self.contradictions else "")
-
-
-@overload
-def regroup(
-    dataset: datasets.Dataset, *, return_report: Literal[False] = False, cache_dir: str | None = ...
-) -> datasets.Dataset: ...
-@overload
-def regroup(
-    dataset: datasets.Dataset, *, return_report: Literal[True], cache_dir: str | None = ...
-) -> tuple[datasets.Dataset, RegroupReport]: ...
+from silkie.data.reports import RegroupReport
+from silkie.data.schema import DataError, is_group_features
 
 
 def regroup(
     dataset: datasets.Dataset, *, return_report: bool = False, cache_dir: str | None = None
-) -> datasets.Dataset | tuple[datasets.Dataset, RegroupReport]:
-    """Join the rows that share images and prompt. Takes groups, or TRL pair rows as they are.
+) -> datasets.Dataset:
+    """Join the groups that share images and prompt. `load_preferences` does so by itself.
 
     Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the
     weighted mean over all pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, or,
     where only a path is stored, when the path is. Groups come in the order of their first row. A dataset without
-    repeats is returned as it is."""
-    if not is_group_features(dataset.features):
-        from silkie.data.loading import (
-            load_preferences,  # a cycle at import time only: loading regroups what it has read
-        )
+    repeats is returned as it is. With `return_report` the result is that of `regroup_with_report`.
 
-        dataset = load_preferences(dataset, regroup_pairs=False, cache_dir=cache_dir)
+    Raises DataError where `dataset` does not hold preference groups."""
+    joined, report = regroup_with_report(dataset, cache_dir=cache_dir)
+    return cast(Any, (joined, report)) if return_report else joined
+
+
+def regroup_with_report(
+    dataset: datasets.Dataset, *, cache_dir: str | None = None
+) -> tuple[datasets.Dataset, RegroupReport]:
+    """`regroup`, and what it saved."""
+    if not is_group_features(dataset.features):
+        raise DataError(
+            f"not preference groups (columns {', '.join(dataset.column_names)}): load them with load_preferences, which"
+            " also joins the rows that share images and prompt"
+        )
     clusters = _clusters(dataset)
     if len(clusters) == len(dataset):
         joined = dataset
@@ -82,7 +50,7 @@ def regroup(
             cache_dir=cache_dir,
             fingerprint=Hasher.hash(["regroup", 1, dataset._fingerprint]),
         )
-    return (joined, _report(dataset, joined)) if return_report else joined
+    return joined, _report(dataset, joined)
 
 
 def _clusters(dataset: datasets.Dataset) -> list[list[int]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
-from silkie.data.regroup import RegroupReport
+from silkie.data.registry import Found, Row
+from silkie.data.schema import RowError
+
+OnError = Literal["raise", "skip"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,6 +21,37 @@ class Problem:
     row: str
     reason: str
     message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class RegroupReport:
+    """What regrouping saved. A pair trainer runs image, prompt and response once per response of every pair.
+
+    Attributes:
+        rows, groups: before and after.
+        pairs: number of pairs (rows that repeat a pair add to its weight).
+        response_forwards, responses: sequences that a pair trainer runs per pass, and distinct responses.
+        contradictions: pairs of responses that occur in both orders.
+    """
+
+    rows: int
+    groups: int
+    pairs: int
+    response_forwards: int
+    responses: int
+    contradictions: int
+
+    @property
+    def prompt_forwards_saved(self) -> int:
+        """Passes over image and prompt that packing saves per epoch and per model (policy, reference)."""
+        return self.response_forwards - self.groups
+
+    def summary(self) -> str:
+        text = (
+            f"regrouped {self.rows:,} pair rows into {self.groups:,} groups: {self.response_forwards:,} sequences"
+            f" become {self.responses:,}, and {self.prompt_forwards_saved:,} passes over image and prompt are saved"
+        )
+        return text + (f"; {self.contradictions:,} pairs occur in both orders" if self.contradictions else "")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,3 +114,10 @@ class ValidationReport:
         lines += [f"  {reason}: {count:,}" for reason, count in self.reasons().most_common()]
         lines += [f"  judge, {flag}: {len(rows):,} groups (first: {rows[0]})" for flag, rows in self.flags.items()]
         return "\n".join(lines)
+
+
+def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
+    """Any exception as an error that names the row; the line is the only trace that crosses from a worker process."""
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    found = f"a record that raised {type(problem).__name__}: {problem} (in {frame.name}, line {frame.lineno})"
+    return row.error("(record)", Found(found), f"one that format {format!r} and the pair function can read")

@@ -16,15 +16,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import datasets
 
-from silkie.data.images import difference_hash, image_digest
+from silkie.data.images import image_digest
 from silkie.data.registry import code_digest
 from silkie.data.schema import IMAGE_PLACEHOLDER, DataError
 from silkie.data.stamps import image_fingerprint
 
 By = Literal["both", "image", "prompt"]
-Near = Literal["exact", "perceptual"]
-HASH_BITS = 256  # of `difference_hash`
-NEAR_BITS = 7  # perceptual hashes that differ in at most so many bits count as the same image
 IMAGE_COLUMNS = ("images", "image")
 PROMPT_COLUMNS = ("prompt", "question", "conversations", "messages", "instruction", "text")
 
@@ -113,7 +110,6 @@ def check_leak(
     evaluation: datasets.Dataset,
     *,
     by: By = "both",
-    near: Near = "exact",
     num_proc: int | None = None,
 ) -> None:
     """Raise LeakError, naming rows, where evaluation data share an image or a prompt with training data.
@@ -122,15 +118,11 @@ def check_leak(
         evaluation: groups, or benchmark rows with an `image` / `images` column and a `prompt` / `question` / `text`
             column.
         by: "both" refuses a shared image as well as a shared prompt text (compared without case and white space).
-        near: "exact" compares encoded files. "perceptual" also finds images that were resized or encoded again; it
-            decodes every image, and images that differ in small details only (rendered scenes, charts) may be called
-            equal.
     """
     check_choice("by", by, By)
-    check_choice("near", near, Near)
-    train_keys = row_keys(train, near=near, num_proc=num_proc)
-    eval_keys = row_keys(evaluation, near=near, num_proc=num_proc)
-    leaks = list(_leaks(train_keys, eval_keys, by, near))
+    train_keys = row_keys(train, num_proc=num_proc)
+    eval_keys = row_keys(evaluation, num_proc=num_proc)
+    leaks = list(_leaks(train_keys, eval_keys, by))
     if not leaks:
         return
     kinds = Counter(leak.kind for leak in leaks)
@@ -148,47 +140,23 @@ def check_leak(
     raise LeakError(f"evaluation data leak into the training data: {counts}. {examples}{more}. {advice}", leaks)
 
 
-def _leaks(train: Sequence[RowKeys], evaluation: Sequence[RowKeys], by: By, near: Near) -> Iterable[Leak]:
+def _leaks(train: Sequence[RowKeys], evaluation: Sequence[RowKeys], by: By) -> Iterable[Leak]:
     """One leak per kind for every evaluation row that has one."""
-    prompts: dict[str, int] = {}
-    images: dict[str, dict[str, int]] = {}  # lookup key -> image hash -> its first training row
+    prompts: dict[str, int] = {}  # key -> first training row
+    images: dict[str, int] = {}
     for index, key in enumerate(train):
         prompts.setdefault(key.prompt, index)
         for image in key.images:
-            for part in _parts(image, near):
-                images.setdefault(part, {}).setdefault(image, index)
-    tolerance = 0 if near == "exact" else NEAR_BITS
+            images.setdefault(image, index)
     for index, key in enumerate(evaluation):
-        if by != "prompt" and (row := _same_image(key, images, near, tolerance)) is not None:
-            yield Leak("image", row, index)
+        shared = next((images[image] for image in key.images if image in images), None)
+        if by != "prompt" and shared is not None:
+            yield Leak("image", shared, index)
         if (by != "image" or not key.images) and key.prompt in prompts:  # a text-only row has nothing but its prompt
             yield Leak("prompt", prompts[key.prompt], index)
 
 
-def _same_image(key: RowKeys, images: dict[str, dict[str, int]], near: Near, tolerance: int) -> int | None:
-    """The first training row that has one of the images of `key`, up to `tolerance` bits of the hash."""
-    for image in key.images:
-        for part in _parts(image, near):
-            for other, row in images.get(part, {}).items():
-                if _distance(image, other) <= tolerance:
-                    return row
-    return None
-
-
-def _parts(image: str, near: Near) -> list[str]:
-    """Lookup keys: the hash itself, or NEAR_BITS + 1 slices of it, one of which must agree where at most NEAR_BITS bits
-    differ."""
-    if near == "exact":
-        return [image]
-    width = len(image) // (NEAR_BITS + 1)
-    return [f"{start}:{image[start : start + width]}" for start in range(0, len(image), width)]
-
-
-def _distance(first: str, second: str) -> int:
-    return (int(first, 16) ^ int(second, 16)).bit_count()
-
-
-def row_keys(dataset: datasets.Dataset, *, near: Near = "exact", num_proc: int | None = None) -> list[RowKeys]:
+def row_keys(dataset: datasets.Dataset, *, num_proc: int | None = None) -> list[RowKeys]:
     """Hashes of every row's images and prompt, cached by `datasets`. Raises ImageError naming the row."""
     image_column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
     prompt_column = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
@@ -209,20 +177,20 @@ def row_keys(dataset: datasets.Dataset, *, near: Near = "exact", num_proc: int |
         remove_columns=columns,
         num_proc=num_proc,
         desc="hashing images and prompts",
-        fn_kwargs={"image_column": image_column, "prompt_column": prompt_column, "near": near},
+        fn_kwargs={"image_column": image_column, "prompt_column": prompt_column},
         features=features,
-        new_fingerprint=image_fingerprint(dataset, image_column, "hash", prompt_column, near, code_digest()),
+        new_fingerprint=image_fingerprint(dataset, image_column, "hash", prompt_column, code_digest()),
     )
     return [RowKeys(tuple(row["image_keys"]), row["prompt_key"]) for row in hashed.with_format(None)]
 
 
-def _hash_batch(batch: Any, indices: list[int], image_column: str | None, prompt_column: str, near: Near) -> Any:
+def _hash_batch(batch: Any, indices: list[int], image_column: str | None, prompt_column: str) -> Any:
     import pyarrow as pa
 
     prompts = [prompt_key(value) for value in batch[prompt_column].to_pylist()]
     images = batch[image_column].to_pylist() if image_column else [None] * len(prompts)
     keys = [
-        [_image_key(image, near, f"row {index}, image {i}") for i, image in enumerate(_listed(value))]
+        [image_digest(image, where=f"row {index}, image {i}") for i, image in enumerate(_listed(value))]
         for index, value in zip(indices, images, strict=True)
     ]
     return pa.table({"image_keys": pa.array(keys, pa.list_(pa.string())), "prompt_key": pa.array(prompts, pa.string())})
@@ -230,14 +198,6 @@ def _hash_batch(batch: Any, indices: list[int], image_column: str | None, prompt
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _image_key(image: Any, near: Near, where: str) -> str:
-    return (
-        image_digest(image, where=where)
-        if near == "exact"
-        else f"{difference_hash(image, where=where):0{HASH_BITS // 4}x}"
-    )
 
 
 def prompt_key(prompt: Any) -> str:

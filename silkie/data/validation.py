@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Literal, overload
+from typing import Any, cast
 
 import datasets
 
-from silkie.data.finish import check, check_pairs
+from silkie.data.check import check_distinct, check_group
 from silkie.data.images import ImageError, ImageResolver, open_image
 from silkie.data.judge_checks import judge_flags
-from silkie.data.pairs import is_weight, same_text
 from silkie.data.registry import Found, Row, code_digest
-from silkie.data.reports import Problem, ValidationReport
-from silkie.data.schema import DataError, Group, RowError, aspects_of
+from silkie.data.reports import OnError, Problem, ValidationReport
+from silkie.data.schema import DataError, RowError, aspects_of
 from silkie.data.stamps import image_fingerprint
 
 REQUIRED = ("images", "prompt", "responses", "pairs")
-OnError = Literal["raise", "skip"]
-
-
-@overload
-def validate(
-    dataset: datasets.Dataset,
-    *,
-    return_report: Literal[False] = False,
-    on_error: OnError = ...,
-    decode_images: bool = ...,
-    num_proc: int | None = ...,
-) -> datasets.Dataset: ...
-@overload
-def validate(
-    dataset: datasets.Dataset,
-    *,
-    return_report: Literal[True],
-    on_error: OnError = ...,
-    decode_images: bool = ...,
-    num_proc: int | None = ...,
-) -> tuple[datasets.Dataset, ValidationReport]: ...
 
 
 def validate(
@@ -48,7 +26,7 @@ def validate(
     decode_images: bool = True,
     num_proc: int | None = None,
     return_report: bool = False,
-) -> datasets.Dataset | tuple[datasets.Dataset, ValidationReport]:
+) -> datasets.Dataset:
     """Check preference groups before a long run: images that decode, texts, finite ratings, possible pairs.
 
     Args:
@@ -57,7 +35,19 @@ def validate(
         decode_images: decode every image in full; without it images are not opened.
 
     Signs of a judge that swapped or repeated texts are reported as flags, never dropped (see
-    `silkie.data.judge_checks`)."""
+    `silkie.data.judge_checks`). With `return_report` the result is that of `validate_with_report`."""
+    kept, report = validate_with_report(dataset, on_error=on_error, decode_images=decode_images, num_proc=num_proc)
+    return cast(Any, (kept, report)) if return_report else kept
+
+
+def validate_with_report(
+    dataset: datasets.Dataset,
+    *,
+    on_error: OnError = "raise",
+    decode_images: bool = True,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, ValidationReport]:
+    """`validate`, and what it found."""
     missing = [column for column in REQUIRED if column not in dataset.column_names]
     if missing:
         columns = ", ".join(map(repr, dataset.column_names))
@@ -91,7 +81,7 @@ def validate(
             raise error
         report.problems.append(Problem(kind="error", row=error.row, reason=error.reason, message=str(error)))
     kept = dataset if len(sound) == len(dataset) else dataset.select(sound)
-    return (kept, report) if return_report else kept
+    return kept, report
 
 
 def _examine(group: dict[str, Any], index: int, aspects: tuple[str, ...], decode_images: bool) -> dict[str, Any]:
@@ -106,44 +96,17 @@ def _examine(group: dict[str, Any], index: int, aspects: tuple[str, ...], decode
 def _check(group: dict[str, Any], row: Row, aspects: tuple[str, ...], decode_images: bool) -> None:
     for column in REQUIRED:
         row.require(column, list, "a list")
-    if not group["prompt"]:
-        raise row.error("prompt", [], "a conversation that ends with a user turn")
-    for index, response in enumerate(group["responses"]):
-        row.check_text(response, f"responses[{index}]")
-    names = ("images", "prompt", "responses", "pairs", "ratings", "rationales", "models")
-    fields: dict[str, Any] = {name: group.get(name) for name in names}
-    check(Group(**fields), row, aspects)
+    check_group(group, row, aspects=aspects)
     for index, rating in enumerate(group.get("ratings") or []):
         for aspect, value in rating.items():
             if value is not None and not math.isfinite(value):
                 raise row.error(f"ratings[{index}].{aspect}", value, "a finite number, or null for no rating")
-    check_weights(group, row)
     if not group["pairs"]:
         raise row.error("pairs", [], "at least one pair")
-    check_pairs(group["pairs"], len(group["responses"]), row)
-    for chosen, rejected in group["pairs"]:
-        if same_text(group["responses"][chosen], group["responses"][rejected]):
-            raise row.error(
-                "pairs",
-                Found(f"responses {chosen} and {rejected}, which are identical"),
-                "pairs of different responses",
-            )
+    check_distinct(group, row)
     if decode_images:
         for index, image in enumerate(group["images"]):
             try:
                 open_image(image, where=f"image {index}")
             except ImageError as error:
                 raise row.error(f"images[{index}]", Found(str(error)), "an image that decodes") from error
-
-
-def check_weights(group: dict[str, Any], row: Row) -> None:
-    """Pair weights, where present, are finite, >= 0, and one per pair."""
-    weights = group.get("pair_weights")
-    if weights is None:
-        return
-    if len(weights) != len(group["pairs"]):
-        raise row.error(
-            "pair_weights", Found(f"{len(weights)} weights"), f"one for each of the {len(group['pairs'])} pairs"
-        )
-    if not all(map(is_weight, weights)):
-        raise row.error("pair_weights", weights, "finite weights >= 0")

@@ -15,7 +15,17 @@ from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.run import read_meta
 from silkie.evaluation.scoring import Item, Score
 from silkie.report.names import metric_name
-from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Report, System, card_of, row_of
+from silkie.report.schema import (
+    Answer,
+    BenchmarkRow,
+    Card,
+    Curve,
+    Evaluation,
+    Report,
+    RunFile,
+    System,
+    read_run_file,
+)
 
 __all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
 
@@ -58,70 +68,40 @@ def collect(run_dir: str | Path) -> Report:
         ValueError: `report.json` is not as the schema says.
     """
     root = Path(run_dir)
-    described = _json(root / "report.json") if (root / "report.json").is_file() else {}
-    state_file = root / described["trainer_state"] if described.get("trainer_state") else _trainer_state(root)
-    if not described and state_file is None:
+    file = root / "report.json"
+    described = read_run_file(file) if file.is_file() else None
+    given = described or RunFile()
+    state_file = root / given.trainer_state if given.trainer_state else _trainer_state(root)
+    if described is None and state_file is None:
         raise FileNotFoundError(
             f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output"
             " directory?"
         )
-    _check_fields(root / "report.json", described)
-    history = described.get("log_history") or (_json(state_file).get("log_history", []) if state_file else [])
+    history = given.log_history or (_json(state_file).get("log_history", []) if state_file else [])
     saved = _saved_run(root)
     report = Report(
-        title=described.get("title") or root.resolve().name,
-        summary=described.get("summary", ""),
-        configuration=_sections(described.get("configuration", {})) or saved["configuration"],
-        data=_sections(described.get("data", {})) or saved["data"],
+        title=given.title or root.resolve().name,
+        summary=given.summary,
+        configuration=_sections(given.configuration) or saved["configuration"],
+        data=_sections(given.data) or saved["data"],
         curves=curves_of(history),
-        notes=list(described.get("notes", [])),
+        notes=list(given.notes),
     )
-    for evaluation in reversed(described.get("evaluations", [])):
-        report.names = _compared(root, evaluation) or report.names  # of the first evaluation that compares
-    for evaluation in described.get("evaluations", []):
+    if compared := [evaluation.compared for evaluation in given.evaluations if evaluation.compared]:
+        report.names = compared[0]
+    for evaluation in given.evaluations:
         rows, cards, notes = _evaluation(root, evaluation)
         report.benchmarks += rows
         report.gallery += cards
         report.notes += notes
-    try:
-        report.benchmarks += [row_of(row) for row in described.get("benchmarks", [])]
-        given = [card_of(card) for card in described.get("gallery", [])]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{root / 'report.json'}: {error}") from None
+    report.benchmarks += given.benchmarks
     report.gallery += [
-        replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card for card in given
+        replace(card, image=_existing(root, card.image)) if isinstance(card.image, str) else card
+        for card in given.gallery
     ]
     report.gallery_counts = Counter(card.flip for card in report.gallery)
     report.gallery = pick_cards(report.gallery, MAX_CARDS)
     return report
-
-
-# Fields of report.json: what they are, and of what the lists are.
-_TEXT, _LIST, _SECTIONS = (str, None), (list, dict), (dict, None)
-_FIELDS: dict[str, tuple[type, type | None]] = {
-    "title": _TEXT,
-    "summary": _TEXT,
-    "trainer_state": _TEXT,
-    "configuration": _SECTIONS,
-    "data": _SECTIONS,
-    "log_history": _LIST,
-    "evaluations": _LIST,
-    "benchmarks": _LIST,
-    "gallery": _LIST,
-    "notes": (list, str),
-}
-_KINDS: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
-
-
-def _check_fields(file: Path, described: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(described) - set(_FIELDS)):
-        raise ValueError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
-    for name, value in described.items():
-        kind, inner = _FIELDS[name]
-        elements = value if isinstance(value, list) and inner is not None else []
-        if not isinstance(value, kind) or not all(isinstance(element, inner or object) for element in elements):
-            expected = _KINDS[kind] + (f" whose elements are each {_KINDS[inner]}" if inner else "")
-            raise ValueError(f"{file}: `{name}` must be {expected}, found {value!r:.80}.")
 
 
 def comparison_report(comparison: Comparison, image_root: str | Path | None, names: tuple[str, str]) -> Report:
@@ -208,36 +188,11 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
     return list(values) if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
 
 
-def _compared(root: Path, described: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The two systems whose answers the gallery shows: the first, and `compare_with` or the second. None where there is
-    one alone.
-
-    Raises:
-        ValueError: no benchmark or systems, or a system to compare with that is not among them.
-    """
-    systems = described.get("systems")
-    named = isinstance(systems, dict) and systems and all(isinstance(file, str) for file in systems.values())
-    if not isinstance(described.get("benchmark"), str) or not isinstance(systems, dict) or not named:
-        raise ValueError(
-            f"{root / 'report.json'}: an evaluation needs `benchmark` and `systems` (name -> results file), found"
-            f" {described!r:.160}."
-        )
-    base, *others = systems
-    other = described.get("compare_with") or (others[0] if others else None)
-    if other is not None and other not in others:
-        raise ValueError(
-            f"{root / 'report.json'}: `compare_with` must be one of {', '.join(others) or 'two systems'}, found"
-            f" {other!r}."
-        )
-    return (base, other) if other is not None else None
-
-
-def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
+def _evaluation(root: Path, described: Evaluation) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
     """Score the results files of one evaluation and compare every system with the first: rows, cards, notes."""
-    compared = _compared(root, described)
-    benchmark = get_benchmark(described["benchmark"])
-    files = {name: root / file for name, file in described["systems"].items()}
-    annotations = root / described["annotations"] if described.get("annotations") else None
+    compared, benchmark = described.compared, get_benchmark(described.benchmark)
+    files = {name: root / file for name, file in described.systems.items()}
+    annotations = root / described.annotations if described.annotations else None
     scores = {name: benchmark.score_results(file, annotations) for name, file in files.items()}
     base_name, base = next(iter(scores.items()))
     intervals = {name: metric_intervals(score) for name, score in scores.items()}
@@ -246,7 +201,7 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
         for name, score in scores.items()
         if name != base_name
     }
-    title = described.get("name") or benchmark.title
+    title = described.name or benchmark.title
     rows = [
         BenchmarkRow(
             name=title,
@@ -262,11 +217,9 @@ def _evaluation(root: Path, described: Mapping[str, Any]) -> tuple[list[Benchmar
         for metric in base.metrics
         if metric not in ("unreadable", "ungraded")
     ]
-    if not described.get("gallery", True) or compared is None:
+    if not described.gallery or compared is None:
         return rows, [], []
-    images = (
-        root / described["images"] if described.get("images") else Path(read_meta(files[base_name]).get("data", root))
-    )
+    images = root / described.images if described.images else Path(read_meta(files[base_name]).get("data", root))
     other = {item.id: item for item in scores[compared[1]].items}
     return rows, *_cards([(item, other[item.id]) for item in base.items if item.id in other], images, title)
 

@@ -19,12 +19,12 @@ class PictureBook:
         self.longest_side = longest_side
         self.uris: dict[str, str] = {}
 
-    def add(self, image: Any) -> str:
-        """The key of an image (path, bytes or PIL image) in `uris`. Small flat pictures stay PNG; photographs become
-        JPEG."""
+    def add(self, image: Any, *, where: str = "image") -> str:
+        """The key in `uris` of an image in any form that `open_image` takes. Small flat pictures stay PNG; photographs
+        become JPEG. Raises ImageError naming `where`."""
         from silkie.data.images import open_image
 
-        picture = open_image(image)
+        picture = open_image(image, where=where)
         picture.thumbnail((self.longest_side, self.longest_side))
         png = _encoded(picture, "PNG", optimize=True)
         jpeg = _encoded(picture, "JPEG", quality=85)

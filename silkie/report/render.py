@@ -17,7 +17,7 @@ from silkie.report.names import metric_name
 from silkie.report.pictures import PictureBook
 from silkie.report.schema import Answer, BenchmarkRow, Card, Flip, Report, System
 
-__all__ = ["render"]
+__all__ = ["page", "render"]
 
 NEUTRAL = ("yes_rate", "objects_per_answer")
 FLIP_NAMES: dict[Flip, str] = {
@@ -31,21 +31,15 @@ FLIP_NAMES: dict[Flip, str] = {
 
 def render(report: Report) -> str:
     """The page. All texts are escaped; only this package's own markup is not."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("silkie.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"value": format_value, "number": format_number, "signed": signed}
     book = PictureBook()
     cards = [_card(card, book) for card in mixed(report.gallery)]
     shown = Counter(card.flip for card in report.gallery)
-    return environment.get_template("page.html.j2").render(
+    return page(
+        "page.html.j2",
+        report.title,
+        report.summary,
+        filters={"value": format_value, "number": format_number, "signed": signed},
         report=report,
-        style=Markup(_resource("style.css")),
-        script=Markup(_resource("script.js")),
         tiles=[
             _tile(row)
             for row in report.benchmarks
@@ -62,6 +56,20 @@ def render(report: Report) -> str:
         left_out=_left_out(report),
         pictures=book.uris,
     )
+
+
+def page(template: str, title: str, summary: str, *, filters: dict[str, Any], **values: Any) -> str:
+    """A template of this package as one page with its style and script inside. Texts are escaped, `Markup` is not."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("silkie.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= filters
+    style, script = Markup(_resource("style.css")), Markup(_resource("script.js"))
+    return environment.get_template(template).render(title=title, summary=summary, style=style, script=script, **values)
 
 
 def _left_out(report: Report) -> str:

@@ -30,13 +30,28 @@ second). Configuration, data and curves that are not given are those that the tr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from math import isfinite
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-__all__ = ["Answer", "BenchmarkRow", "Card", "Curve", "Report", "System", "card_of", "row_of"]
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+__all__ = [
+    "Answer",
+    "BenchmarkRow",
+    "Card",
+    "Curve",
+    "Evaluation",
+    "Report",
+    "RunFile",
+    "System",
+    "read_run_file",
+]
+
+FORBID = ConfigDict(extra="forbid")  # an unknown field is an error, not an option that nobody reads
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: `true` is no number
 Flip = Literal["fixed", "broken", "right", "wrong", "unjudged"]
 
 
@@ -46,13 +61,15 @@ class System:
     where known."""
 
     name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    p_value: float | None = None
+    value: Number | None
+    low: Number | None = None
+    high: Number | None = None
+    difference: Number | None = None
+    difference_low: Number | None = None
+    difference_high: Number | None = None
+    p_value: Number | None = None
+
+    __pydantic_config__ = FORBID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +81,12 @@ class BenchmarkRow:
     metric: str = ""
     lower_is_better: bool = False
     neutral: bool = False
-    systems: tuple[System, ...] = ()
+    systems: tuple[System, ...]
     headline: bool = False
     questions: int | None = None
     group: str = ""
+
+    __pydantic_config__ = FORBID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +97,30 @@ class Answer:
     invented: tuple[str, ...] = ()
     note: str = ""
 
+    __pydantic_config__ = FORBID
+
+
+def _answer(value: Any) -> Any:
+    return {"answer": value} if isinstance(value, str) else value
+
+
+GivenAnswer = Annotated[Answer, BeforeValidator(_answer)]  # in `report.json` a text is enough
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """A question of the gallery. `image` is a path, bytes or PIL image; None for a text-only question."""
 
-    id: str
+    id: Annotated[str, BeforeValidator(str)] = ""
     prompt: str
-    base: Answer
-    trained: Answer
+    base: GivenAnswer
+    trained: GivenAnswer
     image: Any = None
     category: str = ""
     benchmark: str = ""
     reference: str = ""
+
+    __pydantic_config__ = FORBID
 
     @property
     def flip(self) -> Flip:
@@ -124,42 +154,76 @@ class Report:
     """Questions by what changed, where `gallery` shows only some of them."""
 
 
-def row_of(data: Mapping[str, Any]) -> BenchmarkRow:
-    """A benchmark row of `report.json`. Raises ValueError where a field is missing or unknown."""
-    systems = data.get("systems")
-    if not isinstance(systems, list) or "name" not in data:
-        raise ValueError(f"a benchmark needs `name` and a list of `systems`, found {dict(data)!r:.160}.")
-    rows = tuple(System(**system) for system in systems)
-    for field_name in (f.name for f in fields(System) if f.name != "name"):
-        for system in rows:
-            value = getattr(system, field_name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
-            ):
-                raise ValueError(
-                    f"benchmark {data['name']!r}: `{field_name}` of {system.name!r} must be a number, found {value!r}."
-                )
-    return BenchmarkRow(**{**data, "systems": rows})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Results files of one benchmark, the first system's the base; `compare_with` names the other one of the gallery
+    (default: the second)."""
 
+    benchmark: str
+    systems: dict[str, str]
+    name: str | None = None
+    annotations: str | None = None
+    images: str | None = None
+    gallery: bool = True
+    compare_with: str | None = None
 
-def card_of(data: Mapping[str, Any]) -> Card:
-    """A gallery card of `report.json`; `base` and `trained` may be plain texts."""
+    __pydantic_config__ = FORBID
 
-    def answer(value: Any) -> Answer:
-        if isinstance(value, str):
-            return Answer(answer=value)
-        if not isinstance(value, Mapping) or "answer" not in value:
+    def __post_init__(self) -> None:
+        others = list(self.systems)[1:]
+        if not self.systems:
+            raise ValueError("`systems` is empty; expected name -> results file")
+        if self.compare_with is not None and self.compare_with not in others:
             raise ValueError(
-                f"gallery card {data.get('id')!r}: `base` and `trained` are texts or objects with `answer`, found"
-                f" {value!r:.120}."
+                f"`compare_with` must be one of {', '.join(others) or 'two systems'}, found {self.compare_with!r}"
             )
-        return Answer(**{**value, "invented": tuple(value.get("invented", ()))})
 
-    return Card(
-        **{
-            **data,
-            "id": str(data.get("id", "")),
-            "base": answer(data.get("base")),
-            "trained": answer(data.get("trained")),
-        }
-    )
+    @property
+    def compared(self) -> tuple[str, str] | None:
+        """The two systems whose answers the gallery shows; None where there is one alone."""
+        base, *others = self.systems
+        return (base, self.compare_with or others[0]) if others else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """`report.json`."""
+
+    title: str = ""
+    summary: str = ""
+    trainer_state: str = ""
+    configuration: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    benchmarks: list[BenchmarkRow] = field(default_factory=list)
+    gallery: list[Card] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    __pydantic_config__ = FORBID
+
+
+def read_run_file(file: Path) -> RunFile:
+    """Read and check a `report.json`. Raises ValueError naming file, field and what was found."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from None
+    try:
+        return TypeAdapter(RunFile).validate_python(data)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {_problem(error)}.") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """The first thing that is wrong, in a sentence."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    if first["type"] == "unexpected_keyword_argument":
+        known = f"; expected {', '.join(sorted(f.name for f in fields(RunFile)))}" if len(first["loc"]) == 1 else ""
+        return f"unknown field `{where}`{known}"
+    if first["type"] == "missing":
+        return f"`{where}` is missing"
+    if first["type"] == "value_error":
+        return f"`{where}`: {first['ctx']['error']}"
+    return f"`{where}`: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r:.80}"

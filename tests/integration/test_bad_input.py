@@ -43,19 +43,19 @@ TRUNCATED = png(image(3))["bytes"][:-60]
     [
         (broken(images=[{"bytes": b"no image", "path": None}, png(image(1))]), "row 1.*image 0"),
         (broken(images=[png(image(1)), {"bytes": TRUNCATED, "path": None}]), "row 1.*image 1.*truncated"),
-        (broken(images=[png(image(1))]), "2 image parts and the row 1 images"),
-        (broken(responses=["a cat", " "]), "row 1.*response 1 of 2 is empty"),
+        (broken(images=[png(image(1))]), r"row 1.*2 image part\(s\) for 1 image\(s\)"),
+        (broken(responses=["a cat", " "]), r"row 1.*column 'responses\[1\]': found ' '; expected a non-empty string"),
         (broken(responses=["a cat", "a cat"]), "row 1.*identical"),
         (broken(pairs=[[0, 2]]), r"row 1.*\[0, 2\]"),
-        (broken(pair_weights=[float("nan")]), "row 1.*weight nan"),
-        (broken(pair_weights=[1.0, 2.0]), "row 1.*2 pair weights for 1 pairs"),
+        (broken(pair_weights=[float("nan")]), "row 1.*pair_weights.*nan.*finite weights"),
+        (broken(pair_weights=[1.0, 2.0]), "row 1.*2 weights; expected one for each of the 1 pairs"),
         (broken(pairs=[[0, 1, 1]]), r"row 1.*\[0, 1, 1\]"),
-        (broken(responses=None, pairs=[]), "row 1.*no responses"),
-        (broken(prompt=[], images=[]), "row 1.*prompt has no turns"),
-        (broken(responses=["a <|image_pad|>", "one"]), r"row 1.*response 0 holds.*<\|image_pad\|>"),
+        (broken(responses=None, pairs=[]), "row 1.*at least one response"),
+        (broken(prompt=[], images=[]), "row 1.*prompt.*a conversation that ends with a user turn"),
+        (broken(responses=["a <|image_pad|>", "one"]), r"row 1.*responses\[0\].*special token <\|image_pad\|>"),
         (
             broken(prompt=group([], "is <|video_pad|> a cat", [], [])["prompt"], images=[]),
-            r"row 1.*the prompt holds.*<\|video_pad\|>",
+            r"row 1.*prompt\[0\].*special token <\|video_pad\|>",
         ),
         (broken(images=[png(image(1, 2000, 4)), png(image(2))]), "row 1.*aspect ratio"),
     ],
@@ -91,7 +91,7 @@ def test_ratings_that_do_not_match_the_responses_are_named(tmp_path):
         {**row, "ratings": [{"Helpfulness": 1.0}] * len(row["responses"]), "rationales": None} for row in mixed_groups()
     ]
     rows[1]["ratings"] = rows[1]["ratings"] * 2
-    with pytest.raises(DataError, match="row 1.*4 ratings for 2 responses"):
+    with pytest.raises(DataError, match="row 1.*ratings.*4 entries; expected one entry for each of the 2 responses"):
         make(dataset(rows, aspects=("Helpfulness",)), tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_an_image_that_breaks_between_two_runs_is_found(tmp_path):
 def test_pairs_that_a_cut_makes_equal_are_counted(tmp_path):
     rows = mixed_groups()
     rows[0] = {**rows[0], "responses": ["a red cat", "a red dog", "no", "is it ?"]}
-    assert "1 pairs have equal responses after the cut" in "".join(
+    assert "1 pairs have identical responses after truncation" in "".join(
         make(rows, tmp_path, max_response_length=2).plan_lines()
     )
     assert make(rows, tmp_path).reports["train"].equal_pairs == 0

@@ -230,8 +230,7 @@ def add_and_die(self, key, values):
     add(self, key, values)
     done.append(key)
     if len(done) == 2:
-        self._file.write('{"key": "half a li')
-        self._file.flush()
+        self._file.write(b'{"key": "half a li')
         os.kill(os.getpid(), signal.SIGKILL)
 ReferenceStore.add = add_and_die
 make(Path(sys.argv[1]), per_device_train_batch_size=1).train()

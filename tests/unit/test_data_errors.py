@@ -610,7 +610,7 @@ def test_an_image_that_turns_up_later_is_no_longer_reported(root, tmp_path, monk
             (tmp_path / "deep" / "img" / f"{name}.png").write_bytes(files.png(0))
         groups, report = load_preferences(source, **options)
         assert (len(groups), len(report.problems)) == (3 - left, left)
-    monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
+    monkeypatch.setattr("silkie.data.convert.stored_row", lambda *_, **__: pytest.fail("a row was converted again"))
     assert len(load_preferences(source, **options)[0]) == 3
 
 

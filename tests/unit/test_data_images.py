@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from silkie.data import ImageError, ImageResolver, image_digest, load_preferences, open_image, to_rgb
-from silkie.data.images import difference_hash, image_size
+from silkie.data.images import image_size
 from tests.support import preference_files as files
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
@@ -326,15 +326,3 @@ def test_remote_images_are_fetched_once_on_request(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-
-
-def test_the_perceptual_hash_survives_resizing_and_encoding():
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(
-        (256, 192), Image.Resampling.BICUBIC
-    )
-    other = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(
-        (256, 192), Image.Resampling.BICUBIC
-    )
-    base = difference_hash(smooth)
-    assert (base ^ difference_hash(encoded(smooth.resize((200, 150)), "JPEG", quality=80))).bit_count() <= 7
-    assert (base ^ difference_hash(other)).bit_count() > 60

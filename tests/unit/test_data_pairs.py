@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silkie.data import PairOptions, RowError, build_pairs, load_preferences, parse_rating, repair_pairs
+from silkie.data import PairOptions, RowError, build_pairs, load_preferences, parse_rating, rebuild_pairs, repair_pairs
 from silkie.data.pairs import filter_given, score
 from silkie.data.regroup import join_groups
 from tests.support import preference_files as files
@@ -282,19 +282,23 @@ def test_pairs_of_stored_groups_are_those_of_the_records(strategy, stored):
     record = files.group_record(images=[], responses=["p", "longest", "q", "r"], ratings=ratings)
     expected = build_pairs(ratings, strategy, key="g")
     for first in ("all", "longest", "best_vs_worst"):
-        groups, dropped = repair_pairs(stored(record, pairs=first), strategy)
+        groups, dropped = rebuild_pairs(stored(record, pairs=first), strategy)
         assert [tuple(pair) for pair in groups[0]["pairs"]] == list(expected) and not dropped
     assert groups[0]["ratings"][0] == ratings[0]
 
 
-def test_repairing_keeps_what_has_no_ratings_and_names_the_row_that_fails(stored):
+def test_the_name_of_earlier_versions_still_works():
+    assert repair_pairs is rebuild_pairs
+
+
+def test_rebuilding_keeps_what_has_no_ratings_and_names_the_row_that_fails(stored):
     groups = stored(
         files.group_record(images=[], ratings=..., pairs=[[1, 0]]),
         files.group_record(images=[], ratings=[{"Help": 1}] * 2),
     )
-    kept, dropped = repair_pairs(groups, "all")
+    kept, dropped = rebuild_pairs(groups, "all")
     assert kept["pairs"][:] == [[[1, 0]]] and dropped == [("row 1", "no pairs: tie")]
     with pytest.raises(
         RowError, match=r"mine, row 0, column '\(record\)': found a record that raised ZeroDivisionError"
     ):
-        repair_pairs(groups, lambda group: 1 / 0, source="mine")
+        rebuild_pairs(groups, lambda group: 1 / 0, source="mine")

@@ -78,7 +78,7 @@ def test_a_second_load_reads_nothing(tmp_path, monkeypatch):
         tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(5)]
     )
     first = load_preferences(path, cache_dir=tmp_path)
-    monkeypatch.setattr("silkie.data.convert.finish", lambda *_, **__: pytest.fail("a row was converted again"))
+    monkeypatch.setattr("silkie.data.convert.stored_row", lambda *_, **__: pytest.fail("a row was converted again"))
     assert load_preferences(path, cache_dir=tmp_path).to_list() == first.to_list()
 
 
@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch)
     )
     from silkie.data import convert
 
-    real, converted = convert.finish, []
+    real, converted = convert.stored_row, []
 
     def stop_at_30(group, *arguments, **options):
         if group.id == "30" and "stopped" not in converted:
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch)
         converted.append(group.id)
         return real(group, *arguments, **options)
 
-    monkeypatch.setattr(convert, "finish", stop_at_30)
+    monkeypatch.setattr(convert, "stored_row", stop_at_30)
     with pytest.raises(DataError, match="the power went out"):
         load_preferences(path, cache_dir=tmp_path)
     before = converted.index("stopped")

@@ -204,22 +204,30 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     assert "neither report.json nor trainer_state.json" in capsys.readouterr().err
     for text, message in [
         ('{"title": 1,\n oops}', "report.json:2: not valid JSON"),
-        ('{"titel": "x"}', "unknown fields titel; expected benchmarks"),
-        ('{"evaluations": {"a": 1}}', "`evaluations` must be a list whose elements are each an object, found {'a': 1}"),
-        ('{"gallery": [5, null]}', "`gallery` must be a list whose elements are each an object, found [5, None]"),
-        ('{"notes": "one"}', "`notes` must be a list whose elements are each text, found 'one'"),
-        ('{"data": [1]}', "`data` must be an object, found [1]"),
+        ('{"titel": "x"}', "unknown field `titel`; expected benchmarks, configuration"),
+        ('{"evaluations": {"a": 1}}', "`evaluations`: input should be a valid list, found {'a': 1}"),
+        ('{"gallery": [5, null]}', "`gallery.0`: input should be a dictionary or an instance of Card, found 5"),
+        ('{"notes": "one"}', "`notes`: input should be a valid list, found 'one'"),
+        ('{"data": [1]}', "`data`: input should be a valid dictionary, found [1]"),
         (
             '{"evaluations": [{"benchmark": "pope", "systems": {"base": 5}}]}',
-            "an evaluation needs `benchmark` and `systems`",
+            "`evaluations.0.systems.base`: input should be a valid string, found 5",
         ),
         (
             '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": "high"}]}]}',
-            "benchmark 'x': `value` of 'base' must be a number, found 'high'",
+            "`benchmarks.0.systems.0.value`: input should be a valid number, found 'high'",
         ),
-        ('{"evaluations": [{"benchmark": "pope"}]}', "an evaluation needs `benchmark` and `systems`"),
-        ('{"benchmarks": [{"name": "x"}]}', "a benchmark needs `name` and a list of `systems`"),
-        ('{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}', "`base` and `trained` are texts or objects"),
+        (
+            '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": true}]}]}',
+            "`benchmarks.0.systems.0.value`: input should be a valid number, found True",
+        ),
+        (
+            '{"evaluations": [{"benchmark": "pope", "systems": {"base": "a"}, "galery": false}]}',
+            "unknown field `evaluations.0.galery`",
+        ),
+        ('{"evaluations": [{"benchmark": "pope"}]}', "`evaluations.0.systems` is missing"),
+        ('{"benchmarks": [{"name": "x"}]}', "`benchmarks.0.systems` is missing"),
+        ('{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}', "`gallery.0.trained` is missing"),
         (
             '{"gallery": [{"id": 1, "prompt": "p", "base": "a", "trained": "b", "image": "gone.png"}]}',
             "names the image gone.png, which is not there",

@@ -1,27 +1,7 @@
-"""The built-in sources. Importing this package registers all of them."""
+"""The built-in sources. Importing this package imports every module in it, and each registers its format."""
 
-from silkie.data.sources import (
-    groups,
-    llava_rlhf,
-    mm_rlhf,
-    mmpr,
-    rlaif_v,
-    rlhf_v,
-    sharegpt,
-    spa_vl,
-    trl_pairs,
-    vlfeedback,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "groups",
-    "llava_rlhf",
-    "mm_rlhf",
-    "mmpr",
-    "rlaif_v",
-    "rlhf_v",
-    "sharegpt",
-    "spa_vl",
-    "trl_pairs",
-    "vlfeedback",
-]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,51 +1,48 @@
-"""An inspection as one HTML file: figures, and random groups with images, ratings and rationales. It loads nothing from
-elsewhere."""
+"""An inspection of preference data as one page: figures, and random groups with images, ratings and rationales.
+
+python -m silkie.data inspect SOURCE --html FILE
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
-from silkie.data.images import ImageError, open_image
+from silkie.data.images import ImageError
 from silkie.data.inspect import Inspection, sample_rows
 from silkie.data.rendering import number, percent
 from silkie.data.schema import prompt_text
 from silkie.data.statistics import mean_or_none
+from silkie.report.pictures import PictureBook
+from silkie.report.render import page
 
-THUMBNAIL = 420  # pixels of the longer side
+__all__ = ["write_gallery"]
 
 
 def write_gallery(inspection: Inspection, path: str | Path, *, groups: int = 24, seed: int = 0) -> None:
-    """Write the HTML page with `groups` random groups."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(percent=percent, number=number)
+    """Write the page with `groups` random groups."""
+    report, figures, book = inspection.report, inspection.figures, PictureBook()
     rows = sample_rows(inspection.dataset, groups, seed)
-    page = environment.get_template("gallery.html.j2").render(
-        report=inspection.report,
-        figures=inspection.figures,
-        rating_values=sorted(
-            {value for aspect in inspection.figures["ratings"].values() for value in aspect["share"]}, key=float
-        ),
-        groups=[card(inspection.dataset[row], row) for row in rows],
+    summary = f"Format {report.format}, {report.rows:,} rows read."
+    html = page(
+        "gallery.html.j2",
+        report.source,
+        f"{summary} {report.regrouped.summary()}." if report.regrouped else summary,
+        filters={"percent": percent, "number": number},
+        report=report,
+        figures=figures,
+        rating_values=sorted({value for aspect in figures["ratings"].values() for value in aspect["share"]}, key=float),
+        groups=[card(inspection.dataset[row], row, book) for row in rows],
+        pictures=book.uris,
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).write_text(html, encoding="utf-8")
 
 
-def card(group: dict[str, Any], row: int) -> dict[str, Any]:
-    """What the page shows of one group. Responses are ordered from best to worst."""
+def card(group: Mapping[str, Any], row: int, book: PictureBook) -> dict[str, Any]:
+    """What the page shows of one group. Responses are ordered from best to worst; images go into `book`."""
     ratings, rationales = group.get("ratings"), group.get("rationales")
     wins = {index: sum(pair[0] == index for pair in group["pairs"]) for index in range(len(group["responses"]))}
     losses = {index: sum(pair[1] == index for pair in group["pairs"]) for index in range(len(group["responses"]))}
@@ -71,7 +68,7 @@ def card(group: dict[str, Any], row: int) -> dict[str, Any]:
         "row": row,
         "id": group["id"],
         "turns": [{"role": turn["role"], "text": prompt_text([turn])} for turn in group["prompt"]],
-        "images": [thumbnail(image, f"row {row}, image {number}") for number, image in enumerate(group["images"])],
+        "images": [picture(image, f"row {row}, image {number}", book) for number, image in enumerate(group["images"])],
         "responses": responses,
         "pairs": len(group["pairs"]),
     }
@@ -83,18 +80,9 @@ def _rank(response: dict[str, Any]) -> tuple[float, int]:
     return (math.inf if mean is None else -mean, response["losses"] - response["wins"])
 
 
-def thumbnail(value: Any, where: str) -> dict[str, str | None]:
-    """A small JPEG as a data URI, or the error where the image cannot be decoded."""
+def picture(value: Any, where: str, book: PictureBook) -> dict[str, str | None]:
+    """The key of an image in `book`, or the error where the image cannot be decoded."""
     try:
-        image = open_image(value, where=where)
+        return {"key": book.add(value, where=where), "error": None}
     except ImageError as error:
-        return {"uri": None, "error": str(error), "size": None}
-    size = f"{image.width} x {image.height}"
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return {
-        "uri": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
-        "error": None,
-        "size": size,
-    }
+        return {"key": None, "error": str(error)}

@@ -1,4 +1,4 @@
-"""Pairs built anew on groups that are already stored."""
+"""New pairs for groups that are already stored."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 import datasets
 
-from silkie.data.convert import OnError, unforeseen
-from silkie.data.finish import pair_up, why_no_pairs
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
 from silkie.data.registry import Row
-from silkie.data.reports import Problem
+from silkie.data.reports import OnError, Problem, unforeseen
 from silkie.data.schema import RowError
+from silkie.data.stored import pair_up, why_no_pairs
 
 PROBLEM = "_problem"
 
 
-def repair_pairs(
+def rebuild_pairs(
     dataset: datasets.Dataset,
     pairs: str | PairOptions | PairFunction,
     *,
@@ -35,11 +34,16 @@ def repair_pairs(
     Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them.
     Raises RowError where the strategy needs what a group lacks, or the function fails.
     """
-    kept, problems = rebuild(dataset, PairOptions.parse(pairs), source=source, need_pairs=need_pairs, num_proc=num_proc)
+    kept, problems = rebuild_with_report(
+        dataset, PairOptions.parse(pairs), source=source, need_pairs=need_pairs, num_proc=num_proc
+    )
     return kept, [(problem.row, problem.reason) for problem in problems]
 
 
-def rebuild(
+repair_pairs = rebuild_pairs  # its name until 0.1.0
+
+
+def rebuild_with_report(
     dataset: datasets.Dataset,
     options: PairOptions,
     *,
@@ -48,12 +52,12 @@ def rebuild(
     num_proc: int | None,
     on_error: OnError = "raise",
 ) -> tuple[datasets.Dataset, list[Problem]]:
-    """`repair_pairs` with a problem for every group without a pair. With `on_error="skip"` groups that raise are
+    """`rebuild_pairs` with a problem for every group without a pair. With `on_error="skip"` groups that raise are
     problems, too."""
     features = dataset.features.copy()
     features[PROBLEM] = datasets.Value("string")
     changed = dataset.map(
-        _repair,
+        _rebuild,
         with_indices=True,
         features=features,
         fn_kwargs={"options": options, "source": source, "on_error": on_error},
@@ -69,7 +73,7 @@ def rebuild(
     )
 
 
-def _repair(group: dict[str, Any], index: int, options: PairOptions, source: str, on_error: OnError) -> dict[str, Any]:
+def _rebuild(group: dict[str, Any], index: int, options: PairOptions, source: str, on_error: OnError) -> dict[str, Any]:
     row = Row(group, source, f"row {index}", ImageResolver(None, None))
     rated = options.needs_ratings and group.get("ratings") is not None
     problem = None

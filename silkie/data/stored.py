@@ -1,13 +1,14 @@
-"""From a source's group to the stored row: checks, pairs, and the counts of what was left out."""
+"""From a source's group to the stored row: the check, its pairs, and the reasons of what was dropped from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
+from silkie.data.check import check_group, check_pairs, check_storable
 from silkie.data.pairs import PairOptions, build_pairs, filter_given, is_weight, same_text
 from silkie.data.registry import Found, Row
-from silkie.data.schema import Group, count_images
+from silkie.data.schema import Group
 
 
 class NoPairs(Exception):
@@ -18,7 +19,7 @@ class NoPairs(Exception):
         self.notes = notes
 
 
-def finish(
+def stored_row(
     group: Group, row: Row, options: PairOptions, aspects: tuple[str, ...], *, fallback_id: str, need_pairs: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Check a group, build its pairs and return (stored row, notes). A note is the reason of one dropped response or
@@ -26,7 +27,7 @@ def finish(
 
     Raises RowError for a broken group and NoPairs for a sound one without a pair.
     """
-    check(group, row, aspects)
+    check_group({field.name: getattr(group, field.name) for field in fields(group)}, row, aspects=aspects)
     stored: dict[str, Any] = {
         "id": str(group.id) if group.id is not None else fallback_id,
         "images": group.images,
@@ -48,7 +49,7 @@ def finish(
         stored | {"pairs": group.pairs, "pair_weights": group.pair_weights, "ratings": group.ratings}, options, row
     )
     stored["pairs"], stored["pair_weights"] = pairs, weights
-    check_strings(stored, row)
+    check_storable(stored, row)
     if not pairs and need_pairs:
         raise NoPairs(why_no_pairs(len(group.responses), notes), notes)
     return stored, notes
@@ -100,81 +101,6 @@ def _from_function(result: Any, count: int, row: Row) -> tuple[list[list[int]], 
             raise row.error("pair_weights", item, "a finite weight >= 0 from the pair function")
     check_pairs(pairs, count, row)
     return pairs, weights, []
-
-
-def check(group: Group, row: Row, aspects: tuple[str, ...]) -> None:
-    """Every rule of the group schema that an adapter could break."""
-    if not group.responses:
-        raise row.error("responses", [], "at least one response")
-    if not group.prompt:
-        raise row.error("prompt", [], "a conversation that ends with a user turn")
-    if count_images(group.prompt) != len(group.images):
-        raise row.error(
-            "prompt",
-            Found(f"{count_images(group.prompt)} image part(s) for {len(group.images)} image(s)"),
-            "one image part per image",
-        )
-    if group.prompt[-1]["role"] != "user":
-        raise row.error(
-            "prompt",
-            Found(f"a last turn of role {group.prompt[-1]['role']!r}"),
-            "a conversation that ends with a user turn",
-        )
-    for name in ("ratings", "rationales", "models"):
-        values = getattr(group, name)
-        if values is not None and len(values) != len(group.responses):
-            raise row.error(
-                name, Found(f"{len(values)} entries"), f"one entry for each of the {len(group.responses)} responses"
-            )
-    unknown = sorted({aspect for rating in group.ratings or [] for aspect in rating} - set(aspects))
-    if unknown:
-        raise row.error(
-            "ratings",
-            Found(f"aspect {unknown[0]!r}"),
-            f"one of the aspects {', '.join(map(repr, aspects)) or '(none)'}",
-            f"The aspects are read off the first records; pass aspects=(..., {unknown[0]!r}) to name them all.",
-        )
-    if group.pairs is not None:
-        check_pairs(group.pairs, len(group.responses), row)
-
-
-def check_pairs(pairs: Sequence[Sequence[int]], count: int, row: Row) -> None:
-    """Pairs are two different indices into the responses."""
-    if not isinstance(pairs, (list, tuple)):
-        raise row.error("pairs", pairs, "a list of [chosen, rejected]")
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)):
-            raise row.error("pairs", pair, "[chosen, rejected]")
-        if (
-            len(pair) != 2
-            or not all(isinstance(index, int) and 0 <= index < count for index in pair)
-            or pair[0] == pair[1]
-        ):
-            raise row.error("pairs", list(pair), f"two different indices from 0 to {count - 1}")
-
-
-def check_strings(stored: dict[str, Any], row: Row) -> None:
-    """Every text of a row is null or a string that Arrow can write."""
-    for column, value in _strings(stored):
-        if value is not None and not isinstance(value, str):
-            raise row.error(column, value, "text")
-        if value and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise row.error(
-                column,
-                value,
-                "text that UTF-8 can hold",
-                "It has half of a surrogate pair: an emoji that was cut in two.",
-            )
-
-
-def _strings(stored: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "id", stored["id"]
-    for index, turn in enumerate(stored["prompt"]):
-        yield from ((f"prompt[{index}]", part["text"]) for part in turn["content"])
-    for name in ("responses", "models"):
-        yield from ((f"{name}[{index}]", value) for index, value in enumerate(stored[name] or []))
-    for index, texts in enumerate(stored.get("rationales") or []):
-        yield from ((f"rationales[{index}].{aspect}", text) for aspect, text in texts.items())
 
 
 def why_no_pairs(count: int, notes: list[str]) -> str:
