@@ -85,14 +85,23 @@ def test_the_same_text_counts_once():
     [
         ("members: []", "one or more pool members"),
         ("[1]", "list `members`"),
-        ("members: [x]", "with a `name`"),
+        ("members: [x]", r"`members\[0\]`: expected an element of a list of mappings with `name`, found 'x'"),
         ("members: [{name: a}]", "either `base_url`"),
         ("members: [{name: a, base_url: 'http://h/v1', local: d, model: m}]", "either `base_url`"),
         ("members: [{name: a, base_url: 'http://h/v1'}]", "needs `model`"),
-        ("members: [{name: a, local: d, temperature: 1}]", "unknown keys"),
-        ("members: [{name: a, local: d, temperatures: [-1]}]", "temperatures >= 0"),
-        ("members: [{name: a, local: d, temperatures: [hot]}]", r"members\[0\] \(a\): a value is of the wrong type"),
-        ("members: [{name: a, local: d, max_tokens: '9'}]", "wrong type"),
+        ("members: [{name: a, local: d, temperature: 1}]", r"unknown field `temperature` of `members\[0\]`"),
+        (
+            "members: [{name: a, local: d, temperatures: [-1]}]",
+            r"`members\[0\]\.temperatures\[0\]`: expected an element of one or more temperatures >= 0, found -1",
+        ),
+        (
+            "members: [{name: a, local: d, temperatures: [hot]}]",
+            r"temperatures\[0\]`: expected an element of one or more temperatures >= 0, found 'hot'",
+        ),
+        (
+            "members: [{name: a, local: d, max_tokens: '9'}]",
+            r"`members\[0\]\.max_tokens`: expected a whole number of 1 or more, found '9'",
+        ),
         ("members: [{name: a, local: d, concurrency: 0}]", "concurrency of 1 or more"),
         ("members: [{name: a, local: d}, {name: a, local: e}]", "distinct names"),
         ("members: [", "cannot read the pool"),
