@@ -108,7 +108,7 @@ class _File(BaseModel, frozen=True):
     judge: JudgeRules = Field(default=JudgeRules(), description="a mapping with scale, pass_at, sees_image, prompt")
 
 
-class Definition(_File):
+class Definition(_File, frozen=True):
     """A YAML definition, checked, and the file it is from."""
 
     file: Path

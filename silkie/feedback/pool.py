@@ -109,31 +109,34 @@ def load_pool(path: str | Path) -> Pool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Voice:
+class Sampler:
     """A member at one temperature."""
 
     member: Member
     temperature: float
 
 
-def voices(pool: Pool, item_id: str, seed: int) -> list[Voice]:
-    """The voices of an item in the order in which its slots use them: every member once, in a seeded weighted order, at
-    its first temperature; then every member that has a second temperature; and so on. So k draws come from k members
-    where the pool has as many."""
+def samplers(pool: Pool, item_id: str, seed: int) -> list[Sampler]:
+    """The samplers of an item in the order in which its slots use them: every member once, in a seeded weighted order,
+    at its first temperature; then every member that has a second temperature; and so on. So k draws come from k
+    members where the pool has as many."""
     rng = random.Random(f"{seed}|{item_id}|members")
     order = sorted(
         pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight))
     )  # weighted sampling without replacement
     rounds = max(len(member.temperatures) for member in order)
     return [
-        Voice(member, member.temperatures[i]) for i in range(rounds) for member in order if i < len(member.temperatures)
+        Sampler(member, member.temperatures[i])
+        for i in range(rounds)
+        for member in order
+        if i < len(member.temperatures)
     ]
 
 
-def voice_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Voice:
-    """The voice that draws response `slot` of an item; a repeated draw (`attempt` > 0) goes on to the voices that no
+def sampler_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Sampler:
+    """The sampler that draws response `slot` of an item; a repeated draw (`attempt` > 0) moves on to samplers that no
     slot has used."""
-    order = voices(pool, item_id, seed)
+    order = samplers(pool, item_id, seed)
     return order[(slot + attempt * k) % len(order)]
 
 
