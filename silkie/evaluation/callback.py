@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from silkie.evaluation.answerers import LocalAnswerer
 from silkie.evaluation.benchmark import Benchmark
@@ -47,6 +47,20 @@ def parse_benchmarks(entries: Mapping[str, str] | Sequence[str]) -> dict[str, st
     return parsed
 
 
+class Host(Protocol):
+    """What the callback takes from the trainer it is attached to; every `transformers.Trainer` has it. The events of
+    transformers bring the model and the arguments, but not the wrapped model, the accelerator and the log."""
+
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    accelerator: Any
+    args: Any
+    control: TrainerControl
+
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
 class BenchmarkCallback(TrainerCallback):
     """Runs rule-scored benchmarks every N steps and after the last one.
 
@@ -60,7 +74,7 @@ class BenchmarkCallback(TrainerCallback):
         categories: also log each category's first metric.
         at_start: also before the first step (the base policy).
         output_dir: where `answers_<benchmark>_step<N>.jsonl` go. Default: `<trainer's output_dir>/benchmarks`.
-        trainer: set it here, or as an attribute, before training starts.
+        trainer: the trainer (see `Host`): set it here, or as an attribute, before training starts.
 
     Raises:
         ValueError: a benchmark that needs a judge, an unknown one, or every_n_steps < 1.
@@ -77,7 +91,7 @@ class BenchmarkCallback(TrainerCallback):
         categories: bool = False,
         at_start: bool = False,
         output_dir: str | Path | None = None,
-        trainer: Trainer | None = None,
+        trainer: Host | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
@@ -116,37 +130,35 @@ class BenchmarkCallback(TrainerCallback):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Answer all sets with the policy as it is now, and log the scores. Every rank must call it."""
-        assert self.trainer is not None
+        host = self.trainer
+        assert host is not None
         self._last_step = step
         logs: dict[str, float] = {}
-        model: Any = self.trainer.model
-        training = model.training
+        training = host.model.training
         with preserved_random_state():
             for benchmark, folder, tasks in self.sets:
-                logs |= self._scores(benchmark, folder, self._answers(benchmark, tasks), step)
+                logs |= self._scores(host, benchmark, folder, self._answers(host, benchmark, tasks), step)
             # in evaluation mode, TRL's trainers do not flush the running means of the training metrics into this entry
-            model.eval()
-            due = self.trainer.control.should_log
-            self.trainer.log(logs)
-            self.trainer.control.should_log = due  # logging clears it, and the step's own entry would be left out
-        model.train(training)
+            host.model.eval()
+            due = host.control.should_log
+            host.log(logs)
+            host.control.should_log = due  # logging clears it, and the step's own entry would be missing
+        host.model.train(training)
         return logs
 
-    def _answers(self, benchmark: Benchmark, tasks: list[Task]) -> list[dict[str, Any]]:
+    def _answers(self, host: Host, benchmark: Benchmark, tasks: list[Task]) -> list[dict[str, Any]]:
         """Every rank answers its share (padded: under ZeRO-3 and FSDP all ranks must generate equally often); all get
         all records."""
         from trl.models.utils import unwrap_model_for_generation
 
         from silkie.data.images import open_image
 
-        trainer = self.trainer
-        assert trainer is not None
-        rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        rank, ranks = host.accelerator.process_index, host.accelerator.num_processes
         share = -(-len(tasks) // ranks)
         own = [tasks[min(i, len(tasks) - 1)] for i in range(rank * share, (rank + 1) * share)]
         records: list[dict[str, Any]] = []
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            answerer = LocalAnswerer(model, trainer.processing_class, max_new_tokens=benchmark.max_new_tokens)
+        with unwrap_model_for_generation(host.model_wrapped, host.accelerator) as model:
+            answerer = LocalAnswerer(model, host.processing_class, max_new_tokens=benchmark.max_new_tokens)
             for start in range(0, len(own), self.batch_size):
                 batch = own[start : start + self.batch_size]
                 images = [
@@ -157,19 +169,21 @@ class BenchmarkCallback(TrainerCallback):
         every = gather_object(records) if ranks > 1 else records
         return list({record["id"]: record for record in every}.values())
 
-    def _scores(self, benchmark: Benchmark, folder: str, records: list[dict[str, Any]], step: int) -> dict[str, float]:
-        """The main process writes the answers and scores them; the others are told the numbers."""
-        assert self.trainer is not None
-        told: list[dict[str, float]] = [{}]
-        if self.trainer.accelerator.is_main_process:
-            told = [self._score(benchmark, folder, records, step)]
-        if self.trainer.accelerator.num_processes > 1:
-            broadcast_object_list(told)
-        return told[0]
+    def _scores(
+        self, host: Host, benchmark: Benchmark, folder: str, records: list[dict[str, Any]], step: int
+    ) -> dict[str, float]:
+        """The main process writes the answers and scores them; the scores are broadcast to the other ranks."""
+        scores: list[dict[str, float]] = [{}]
+        if host.accelerator.is_main_process:
+            out = Path(self.output_dir or Path(host.args.output_dir or tempfile.gettempdir()) / "benchmarks")
+            scores = [self._score(out, benchmark, folder, records, step)]
+        if host.accelerator.num_processes > 1:
+            broadcast_object_list(scores)
+        return scores[0]
 
-    def _score(self, benchmark: Benchmark, folder: str, records: list[dict[str, Any]], step: int) -> dict[str, float]:
-        assert self.trainer is not None
-        out = Path(self.output_dir or Path(self.trainer.args.output_dir or tempfile.gettempdir()) / "benchmarks")
+    def _score(
+        self, out: Path, benchmark: Benchmark, folder: str, records: list[dict[str, Any]], step: int
+    ) -> dict[str, float]:
         out.mkdir(parents=True, exist_ok=True)
         file = out / f"answers_{benchmark.name}_step{step}.jsonl"
         file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

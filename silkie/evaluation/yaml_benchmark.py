@@ -1,4 +1,4 @@
-"""A person's own benchmark, defined in YAML over a folder of images.
+"""A benchmark of one's own, defined in YAML over a folder of images.
 
     name: kitchen
     kind: yesno                    # yesno | exact | judge
@@ -24,70 +24,105 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import yaml
+from annotated_types import Ge
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict, model_validator
 
 from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records, read_text
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 from silkie.evaluation.yes_no import read_first_word
+from silkie.io.checked import CHECKED, FieldError, check
 
 __all__ = ["Definition", "load_definition", "normalise", "read_scale"]
 
 Kind = Literal["yesno", "exact", "judge"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeRules:
-    scale: tuple[float, float] = (1.0, 5.0)
-    pass_at: float | None = None
-    sees_image: bool = True
-    prompt: str = (
-        "Question: {question}\nReference: {label}\nAnswer: {answer}\n"
-        "Is the answer right, and is all of it in the image?"
+def _template(text: str) -> str:
+    """A prompt that `str.format` can fill by name."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"not a template: {error}. Write {{{{ for a brace") from None
+    if wrong := [name for name in fields if not name.isidentifier()]:
+        raise ValueError(f"expected names of a question's fields, such as {{question}}, found {{{wrong[0]}}}")
+    return text
+
+
+def _increasing(scale: tuple[float, float]) -> tuple[float, float]:
+    if not scale[0] < scale[1]:
+        raise ValueError(f"expected [lowest, highest], found {list(scale)}")
+    return scale
+
+
+Template = Annotated[str, AfterValidator(_template)]
+Number = Annotated[float, Strict()]  # not true, which is a 1 to Python, nor "5"
+
+
+class JudgeRules(BaseModel, frozen=True):
+    """How a judge is asked, and how its ratings are read."""
+
+    model_config = CHECKED
+
+    scale: Annotated[tuple[Number, Number], AfterValidator(_increasing)] = Field(
+        default=(1.0, 5.0), description="[lowest, highest]"
+    )
+    pass_at: Number | None = Field(default=None, description="a number on the scale")
+    sees_image: bool = Field(default=True, description="true or false", strict=True)
+    prompt: Template = Field(
+        default="Question: {question}\nReference: {label}\nAnswer: {answer}\n"
+        "Is the answer right, and is all of it in the image?",
+        description="text",
     )
 
+    @model_validator(mode="after")
+    def _pass_is_on_the_scale(self) -> JudgeRules:
+        if self.pass_at is not None and not self.scale[0] <= self.pass_at <= self.scale[1]:
+            low, high = self.scale
+            raise ValueError(f"expected `pass_at` on the scale [{low:g}, {high:g}], found {self.pass_at:g}")
+        return self
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Definition:
-    """A YAML definition, checked."""
 
-    name: str
-    kind: Kind
+class _File(BaseModel, frozen=True):
+    """The fields of a YAML definition."""
+
+    model_config = CHECKED
+
+    name: str = Field(description="text")
+    kind: Kind = Field(description=f"one of {', '.join(get_args(Kind))}")
+    questions: str | Annotated[list[dict[str, Any]], Field(min_length=1)] = Field(
+        default="questions.jsonl", description="a list of mappings such as {question: ..., label: ...}, or a file name"
+    )
+    images: str = Field(default=".", description="the name of a folder")
+    prompt: Template = Field(default="{question}", description="text")
+    max_new_tokens: Annotated[int, Strict(), Ge(1)] = Field(default=256, description="a whole number of at least 1")
+    # YAML reads a bare yes / no as a boolean
+    positive: Annotated[Literal["yes", "no"], BeforeValidator(lambda v: {True: "yes", False: "no"}.get(v, v))] = Field(
+        default="yes", description="yes or no"
+    )
+    judge: JudgeRules = Field(default=JudgeRules(), description="a mapping with scale, pass_at, sees_image, prompt")
+
+
+class Definition(_File, frozen=True):
+    """A YAML definition, checked, and the file it is from."""
+
     file: Path
-    questions: str | list[dict[str, Any]] = "questions.jsonl"
-    images: str = "."
-    prompt: str = "{question}"
-    max_new_tokens: int = 256
-    positive: Literal["yes", "no"] = "yes"
-    judge: JudgeRules = field(default_factory=JudgeRules)
 
     @property
     def folder(self) -> Path:
         return self.file.parent
 
 
-# Field -> (types, how a message calls them); also the fields of `judge`.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "name": ((str,), "text"),
-    "questions": ((str, list), "a file name or a list of questions"),
-    "images": ((str,), "the name of a folder"),
-    "prompt": ((str,), "text"),
-    "max_new_tokens": ((int,), "a whole number"),
-    "pass_at": ((int, float, type(None)), "a number"),
-    "sees_image": ((bool,), "true or false"),
-}
-
-
 def load_definition(path: str | Path) -> Benchmark:
     """A benchmark from its YAML file.
 
     Raises:
-        ResultError: not YAML (with the line), an unknown field, or a value of the wrong kind.
+        ResultError: not YAML (with the line), an unknown field, or a value of the wrong kind; with the field.
     """
     definition = _read(Path(path))
     judged = definition.kind == "judge"
@@ -127,84 +162,11 @@ def _read(path: Path) -> Definition:
         ) from None
     if not isinstance(raw, dict):
         raise ResultError(path, None, "expected a mapping with `kind` and `questions`.")
-    known = {"name", "kind", "questions", "images", "prompt", "max_new_tokens", "positive", "judge"}
-    if unknown := sorted(set(raw) - known):
-        raise ResultError(
-            path,
-            None,
-            f"unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}. Expected {', '.join(sorted(known))}.",
-        )
-    if raw.get("kind") not in get_args(Kind):
-        raise ResultError(path, None, f"`kind` must be one of {', '.join(get_args(Kind))}, found {raw.get('kind')!r}.")
-    # YAML reads a bare yes / no as a boolean
-    positive = {True: "yes", False: "no"}.get(raw.get("positive", "yes"), raw.get("positive", "yes"))
-    if positive not in ("yes", "no"):
-        raise ResultError(path, None, f"`positive` must be yes or no, found {positive!r}.")
-    _check_values(path, "", raw)
-    if (tokens := raw.get("max_new_tokens", 1)) < 1:
-        raise ResultError(path, None, f"`max_new_tokens` must be at least 1, found {tokens}.")
-    questions = raw.get("questions")
-    if (
-        isinstance(questions, list)
-        and (strange := next((row for row in questions if not isinstance(row, dict)), None)) is not None
-    ):
-        raise ResultError(
-            path,
-            None,
-            f"`questions` must be a list of mappings such as {{question: ..., label: ...}}, found {strange!r:.80}.",
-        )
-    if questions == []:
-        raise ResultError(path, None, "`questions` is empty.")
-    return Definition(
-        **{
-            "name": path.stem,
-            **raw,
-            "positive": positive,
-            "file": path,
-            "judge": _judge_rules(path, raw.get("judge", {})),
-        }
-    )
-
-
-def _judge_rules(path: Path, raw: Any) -> JudgeRules:
-    if not isinstance(raw, dict) or set(raw) - {"scale", "pass_at", "sees_image", "prompt"}:
-        raise ResultError(
-            path, None, f"`judge` must be a mapping with scale, pass_at, sees_image, prompt; found {raw!r:.80}."
-        )
-    _check_values(path, "judge.", raw)
-    scale = raw.get("scale", [1, 5])
-    if not (
-        isinstance(scale, list)
-        and len(scale) == 2
-        and all(isinstance(end, int | float) for end in scale)
-        and scale[0] < scale[1]
-    ):
-        raise ResultError(path, None, f"`judge.scale` must be [lowest, highest], found {scale!r}.")
-    if (threshold := raw.get("pass_at")) is not None and not scale[0] <= threshold <= scale[1]:
-        raise ResultError(path, None, f"`judge.pass_at` must be on the scale {scale}, found {threshold}.")
-    return JudgeRules(**{**raw, "scale": (float(scale[0]), float(scale[1]))})
-
-
-def _check_values(path: Path, prefix: str, raw: Mapping[str, Any]) -> None:
-    """Types, and templates that `str.format` can fill by name."""
-    for name, value in raw.items():
-        types, expected = _TYPES.get(name, ((object,), ""))
-        # a boolean is an int to Python
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
-            raise ResultError(path, None, f"`{prefix}{name}` must be {expected}, found {value!r:.80}.")
-    if "prompt" in raw:
-        try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(raw["prompt"]) if name is not None]
-        except ValueError as error:
-            raise ResultError(
-                path, None, f"`{prefix}prompt` is not a template: {error}. Write {{{{ for a brace."
-            ) from None
-        if wrong := [name for name in fields if not name.isidentifier()]:
-            raise ResultError(
-                path,
-                None,
-                f"`{prefix}prompt` must name fields of a question, such as {{question}}, found {{{wrong[0]}}}.",
-            )
+    try:
+        fields = check(_File, {"name": path.stem, **raw})
+    except FieldError as error:
+        raise ResultError(path, None, f"{error}.") from None
+    return Definition(**dict(fields), file=path)
 
 
 def _questions(definition: Definition, data: str | Path) -> list[Question]:

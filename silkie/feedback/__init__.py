@@ -30,12 +30,12 @@ _EXPORTS = {
     "load_pool": "silkie.feedback.pool",
     "rate_item": "silkie.feedback.rate",
     "rate_items": "silkie.feedback.rate",
-    "RateOptions": "silkie.feedback.rate_run",
+    "RateOptions": "silkie.feedback.options",
     "rate_file": "silkie.feedback.rate_run",
     "Rubric": "silkie.feedback.rubric",
     "default_rubric": "silkie.feedback.rubric",
     "load_rubric": "silkie.feedback.rubric",
-    "SampleOptions": "silkie.feedback.sample",
+    "SampleOptions": "silkie.feedback.options",
     "sample_file": "silkie.feedback.sample",
     "write_vlfeedback": "silkie.feedback.vlfeedback",
 }
@@ -74,12 +74,13 @@ if TYPE_CHECKING:
     from silkie.feedback.build import build_dataset
     from silkie.feedback.items import AspectRating, JudgeItem, RatedItem, Verdict
     from silkie.feedback.judges import Judge, LocalJudge, OpenAIJudge, OracleJudge
+    from silkie.feedback.options import RateOptions, SampleOptions
     from silkie.feedback.parse import parse_answer, parse_json, parse_markdown
     from silkie.feedback.pool import load_pool
     from silkie.feedback.rate import rate_item, rate_items
-    from silkie.feedback.rate_run import RateOptions, rate_file
+    from silkie.feedback.rate_run import rate_file
     from silkie.feedback.rubric import Rubric, default_rubric, load_rubric
-    from silkie.feedback.sample import SampleOptions, sample_file
+    from silkie.feedback.sample import sample_file
     from silkie.feedback.vlfeedback import write_vlfeedback
 
 

@@ -8,71 +8,75 @@ members:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import Ge, Gt, MinLen
+from pydantic import BeforeValidator, Field, Strict
+from pydantic.dataclasses import dataclass
+
+from silkie.io.checked import CHECKED, FieldError, check
 
 
 class PoolError(ValueError):
     """A pool that cannot be used; the message names the member, the key and what was expected."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _as_list(value: Any) -> Any:
+    """One temperature may stand without a list."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+Positive = Annotated[int, Strict(), Ge(1)]
+Number = int | float  # kept as written: a fingerprint tells 2 from 2.0
+NotNegative = Annotated[Number, Ge(0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
 class Member:
     """One model of a pool: behind an endpoint (`base_url` and `model`) or in this process (`local`, a model or adapter
     directory).
 
-    temperatures: the n-th draw of one item from this member uses the n-th of them, and round again. weight: how often
-        it is chosen,
-    relative to the others. base_model: where an adapter's base is, if not where the adapter says. price_*: per million
-    tokens."""
+    temperatures: the n-th draw of one item from this member uses the n-th of them, and round again.
+    weight: how often it is chosen, relative to the others.
+    base_model: where an adapter's base is, if not where the adapter says.
+    price_*: per million tokens."""
 
-    name: str
-    base_url: str | None = None
-    model: str | None = None
-    key_variable: str | None = None
-    local: str | None = None
-    base_model: str | None = None
-    temperatures: tuple[float, ...] = (1.0,)
-    top_p: float | None = None
-    max_tokens: int = 512
-    weight: float = 1.0
-    concurrency: int | None = None
-    batch_size: int = 8
-    price_prompt: float = 0.0
-    price_completion: float = 0.0
+    name: str = Field(description="text")
+    base_url: str | None = Field(default=None, description="an address such as http://localhost:8000/v1")
+    model: str | None = Field(default=None, description="the name the server knows")
+    key_variable: str | None = Field(default=None, description="the name of an environment variable")
+    local: str | None = Field(default=None, description="a model or adapter directory")
+    base_model: str | None = Field(default=None, description="a model directory or hub name")
+    temperatures: Annotated[tuple[Annotated[float, Ge(0)], ...], MinLen(1), BeforeValidator(_as_list)] = Field(
+        default=(1.0,), description="one or more temperatures >= 0"
+    )
+    top_p: Number | None = Field(default=None, description="a number")
+    max_tokens: Positive = Field(default=512, description="a whole number of 1 or more")
+    weight: Annotated[Number, Gt(0)] = Field(default=1.0, description="a number above 0")
+    concurrency: Positive | None = Field(default=None, description="a concurrency of 1 or more")
+    batch_size: Positive = Field(default=8, description="a whole number of 1 or more")
+    price_prompt: NotNegative = Field(default=0.0, description="a price of 0 or more")
+    price_completion: NotNegative = Field(default=0.0, description="a price of 0 or more")
 
     def __post_init__(self) -> None:
         if (self.local is None) == (self.base_url is None):
             raise PoolError(f"pool member {self.name!r}: expected either `base_url` (and `model`) or `local`")
         if self.base_url is not None and not self.model:
             raise PoolError(f"pool member {self.name!r}: `base_url` needs `model`, the name the server knows")
-        if (
-            not self.temperatures
-            or min(self.temperatures) < 0
-            or self.weight <= 0
-            or min(self.max_tokens, self.batch_size) < 1
-        ):
-            raise PoolError(
-                f"pool member {self.name!r}: expected temperatures >= 0, weight > 0, max_tokens and batch_size >= 1;"
-                f" found temperatures {list(self.temperatures)}, weight {self.weight}, max_tokens {self.max_tokens},"
-                f" batch_size {self.batch_size}"
-            )
-        if self.concurrency is not None and self.concurrency < 1:
-            raise PoolError(f"pool member {self.name!r}: expected a concurrency of 1 or more, found {self.concurrency}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=CHECKED)
 class Pool:
     """The members, by distinct names."""
 
-    members: tuple[Member, ...]
+    members: tuple[Member, ...] = Field(description="a list of mappings with `name`")
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
@@ -84,28 +88,10 @@ class Pool:
         size or prices."""
         ignored = {"base_url", "concurrency", "batch_size", "price_prompt", "price_completion", "key_variable"}
         shaping = [
-            {key: value for key, value in asdict(member).items() if key not in ignored} for member in self.members
+            {key: value for key, value in dataclasses.asdict(member).items() if key not in ignored}
+            for member in self.members
         ]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _member(entry: Any, where: str) -> Member:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise PoolError(f"{where}: expected a mapping with a `name`, found {entry!r:.100}")
-    known = {field.name for field in fields(Member)}
-    unknown = sorted(set(entry) - known)
-    if unknown:
-        raise PoolError(f"{where} ({entry['name']}): unknown keys {unknown}; known are {', '.join(sorted(known))}")
-    values = dict(entry)
-    try:
-        if "temperatures" in values:
-            given = values["temperatures"]
-            values["temperatures"] = tuple(float(t) for t in (given if isinstance(given, (list, tuple)) else [given]))
-        return Member(**values)
-    except PoolError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise PoolError(f"{where} ({entry['name']}): a value is of the wrong type: {error}") from error
 
 
 def load_pool(path: str | Path) -> Pool:
@@ -114,37 +100,43 @@ def load_pool(path: str | Path) -> Pool:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise PoolError(f"cannot read the pool {path}: {error}") from error
-    if not isinstance(data, Mapping) or not isinstance(data.get("members"), list):
+    if not isinstance(data, Mapping):
         raise PoolError(f"{path}: expected a mapping with a list `members`")
-    return Pool(tuple(_member(entry, f"{path}: members[{i}]") for i, entry in enumerate(data["members"])))
+    try:
+        return check(Pool, data)
+    except FieldError as error:
+        raise PoolError(f"{path}: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Voice:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampler:
     """A member at one temperature."""
 
     member: Member
     temperature: float
 
 
-def voices(pool: Pool, item_id: str, seed: int) -> list[Voice]:
-    """The voices of an item in the order in which its slots use them: every member once, in a seeded weighted order, at
-    its first temperature; then every member that has a second temperature; and so on. So k draws come from k members
-    where the pool has as many."""
+def samplers(pool: Pool, item_id: str, seed: int) -> list[Sampler]:
+    """The samplers of an item in the order in which its slots use them: every member once, in a seeded weighted order,
+    at its first temperature; then every member that has a second temperature; and so on. So k draws come from k
+    members where the pool has as many."""
     rng = random.Random(f"{seed}|{item_id}|members")
     order = sorted(
         pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight))
     )  # weighted sampling without replacement
     rounds = max(len(member.temperatures) for member in order)
     return [
-        Voice(member, member.temperatures[i]) for i in range(rounds) for member in order if i < len(member.temperatures)
+        Sampler(member, member.temperatures[i])
+        for i in range(rounds)
+        for member in order
+        if i < len(member.temperatures)
     ]
 
 
-def voice_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Voice:
-    """The voice that draws response `slot` of an item; a repeated draw (`attempt` > 0) goes on to the voices that no
+def sampler_of(pool: Pool, item_id: str, slot: int, attempt: int, k: int, seed: int) -> Sampler:
+    """The sampler that draws response `slot` of an item; a repeated draw (`attempt` > 0) moves on to samplers that no
     slot has used."""
-    order = voices(pool, item_id, seed)
+    order = samplers(pool, item_id, seed)
     return order[(slot + attempt * k) % len(order)]
 
 

@@ -20,35 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from silkie.endpoint.budget import Budget
-from silkie.endpoint.client import TRANSPORT_KINDS
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.judges import Judge, OpenAIJudge
+from silkie.feedback.options import RateOptions
 from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes
 from silkie.feedback.records import read_items, with_images
-from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RateOptions:
-    """How a run of `rate` works.
-
-    votes: answers per item; more than half of them must be usable. attempts: answers per vote until one is usable.
-        max_tokens, max_cost:
-    budget over the whole journal. retry_failed: do items again that an earlier run recorded as failed (their new line
-    follows the old one)."""
-
-    image_root: str | None = None
-    concurrency: int = 16
-    votes: int = 1
-    attempts: int = 3
-    seed: int = 0
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    retry_failed: bool = False
-    progress: bool = True
+from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
 
 
 @dataclass(slots=True)
@@ -130,7 +109,7 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
         ids, waiting = _check(responses, judge, path, state, options)
         parts = _PartStore(stack, path, state)
         progress = Progress(total=len(ids), done=len(ids) - waiting, unit="item", show=options.progress)
-        run = _Run(judge, options, responses.parent, journal, parts, state, stop, progress)
+        run = RateRun(judge, options, responses.parent, journal, parts, state, stop, progress)
         if isinstance(judge, OpenAIJudge):
             stack.callback(setattr, judge.endpoint, "sleep", judge.endpoint.sleep)
             judge.endpoint.sleep = stop.sleep
@@ -141,7 +120,7 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
                 )
                 await run_bounded(pending, run.work, concurrency=options.concurrency, stop=stop)
                 if stop.reason is None:
-                    await run.write_held()
+                    await run.write_held(run.outage)
         finally:
             progress.close()
             if isinstance(judge, OpenAIJudge):
@@ -186,8 +165,8 @@ def _check(
     return ids, waiting
 
 
-class _Run:
-    """One run: what an item costs, where its line goes, and when to stop."""
+class RateRun(JournalRun):
+    """One run of `rate`: how an item is rated, and where its line goes."""
 
     def __init__(
         self,
@@ -200,43 +179,18 @@ class _Run:
         stop: StopSignal,
         progress: Progress,
     ) -> None:
+        super().__init__(options, spent=state.spent, items=len(state.fingerprints))
         self.judge, self.options, self.base = judge, options, base
         self.journal, self.parts, self.state, self.stop, self.progress = journal, parts, state, stop, progress
-        self.budget = Budget(
-            max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=len(state.fingerprints)
-        )
-        self.outage = OutageGuard(limit=2 * options.concurrency + 8)
+        self.outage = OutageGuard(limit=self.outage_limit)
         self.label = {"model": judge.name, "rubric": judge.rubric.fingerprint()}
         self.written = 0
 
     async def work(self, item: JudgeItem) -> None:
         """Rate one item and write its line."""
-        self.budget.start()
-        try:
-            record = await self._rate(item)
-        except BaseException:
-            self.budget.abandon()
-            raise
-        usage = Usage.from_json(record["usage"])
-        rated = record["status"] == "ok"
-        try:
-            if not rated and not usage.calls and record["error"]["kind"] in TRANSPORT_KINDS:
-                self.outage.hold(record, record["error"]["message"])
-            else:
-                held = (
-                    self.outage.release() if usage.calls else []
-                )  # before the write: items that fail meanwhile are not proved wrong by it
-                for line in (record, *held):
-                    await self._write(line)
-        finally:
-            self.budget.finish(usage, usable=rated)
+        await self.account(partial(self._rate, item), self.outage)
 
-    async def write_held(self) -> None:
-        """Write the items that got no answer although the endpoint answers others."""
-        for record in self.outage.release():
-            await self._write(record)
-
-    async def _write(self, record: Record) -> None:
+    async def write(self, record: Record) -> None:
         await self.journal.append(record)
         self.written += 1
         self.state.add(record)

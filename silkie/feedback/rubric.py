@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from silkie.io.checked import CHECKED, FieldError, check
 
 
 class RubricError(ValueError):
@@ -74,28 +76,42 @@ def number_text(value: float) -> str:
     return f"{round(float(value), 4):g}"
 
 
-def _aspect(entry: Any, where: str) -> Aspect:
-    if isinstance(entry, str):
-        return Aspect(name=entry)
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise RubricError(f"{where}: expected a name or a mapping with `name`, found {entry!r}")
-    unknown = set(entry) - {"name", "description", "aliases", "levels"}
-    if unknown:
-        raise RubricError(
-            f"{where} ({entry['name']}): unknown keys {sorted(unknown)}; known are name, description, aliases, levels"
+class _AspectEntry(BaseModel, frozen=True):
+    """An aspect as the YAML file has it."""
+
+    model_config = CHECKED | ConfigDict(coerce_numbers_to_str=True)
+
+    name: str = Field(description="the aspect's name")
+    description: str | None = Field(default=None, description="text")
+    aliases: list[str] | None = Field(default=None, description="a list of further headings")
+    levels: dict[float, str] | None = Field(default=None, description="a mapping of a number to a text")
+
+    def aspect(self) -> Aspect:
+        return Aspect(
+            name=self.name.strip(),
+            description=(self.description or "").strip(),
+            aliases=tuple(self.aliases or ()),
+            levels=tuple(sorted((self.levels or {}).items())),
         )
-    try:
-        levels = tuple(sorted((float(rating), str(meaning)) for rating, meaning in (entry.get("levels") or {}).items()))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RubricError(
-            f"{where} ({entry['name']}): levels must map a number to a text, found {entry.get('levels')!r}"
-        ) from error
-    return Aspect(
-        name=entry["name"].strip(),
-        description=str(entry.get("description") or "").strip(),
-        aliases=tuple(str(alias) for alias in entry.get("aliases") or ()),
-        levels=levels,
-    )
+
+
+class _Scale(BaseModel, frozen=True):
+    model_config = CHECKED
+
+    minimum: float = Field(default=1.0, description="a number")
+    maximum: float = Field(default=5.0, description="a number")
+    step: float = Field(default=1.0, description="a number")
+
+
+class _RubricFile(BaseModel, frozen=True):
+    """The keys of a rubric file."""
+
+    model_config = CHECKED
+
+    name: str | None = Field(default=None, description="text")
+    scale: _Scale | None = Field(default=None, description="a mapping of minimum, maximum, step")
+    introduction: str | None = Field(default=None, description="text")
+    aspects: list[str | _AspectEntry] = Field(description="a list of names, or of mappings with `name`")
 
 
 def parse_rubric(text: str, where: str) -> Rubric:
@@ -104,25 +120,19 @@ def parse_rubric(text: str, where: str) -> Rubric:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RubricError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(data, Mapping) or not isinstance(data.get("aspects"), list):
+    if not isinstance(data, Mapping):
         raise RubricError(
             f"{where}: expected a mapping with a list `aspects` (see silkie/feedback/rubrics/vlfeedback.yaml)"
         )
-    unknown = set(data) - {"name", "scale", "introduction", "aspects"}
-    if unknown:
-        raise RubricError(f"{where}: unknown keys {sorted(unknown)}; known are name, scale, introduction, aspects")
-    scale = data.get("scale") or {}
-    if not isinstance(scale, Mapping) or set(scale) - {"minimum", "maximum", "step"}:
-        raise RubricError(f"{where}: scale must be a mapping of minimum, maximum, step; found {scale!r}")
     try:
-        numbers = {key: float(value) for key, value in scale.items()}
-    except (TypeError, ValueError) as error:
-        raise RubricError(f"{where}: scale must hold numbers, found {scale!r}") from error
+        file = check(_RubricFile, data)
+    except FieldError as error:
+        raise RubricError(f"{where}: {error}") from None
     return Rubric(
-        name=str(data.get("name") or Path(where).stem),
-        introduction=str(data.get("introduction") or "Rate every answer to the instruction about the image.").strip(),
-        aspects=tuple(_aspect(entry, f"{where}: aspects[{i}]") for i, entry in enumerate(data["aspects"])),
-        **numbers,
+        name=file.name or Path(where).stem,
+        introduction=(file.introduction or "Rate every answer to the instruction about the image.").strip(),
+        aspects=tuple(Aspect(name=entry) if isinstance(entry, str) else entry.aspect() for entry in file.aspects),
+        **dict(file.scale or _Scale()),
     )
 
 

@@ -1,4 +1,5 @@
-"""Work through items with bounded concurrency, and stop cleanly: what `rate` and `sample` share."""
+"""Work through items with bounded concurrency, keep a budget, write a journal, and stop cleanly: what `rate` and
+`sample` share."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from silkie.endpoint.budget import Budget
+from silkie.endpoint.client import TRANSPORT_KINDS
 from silkie.endpoint.errors import StopRun, Usage
+from silkie.feedback.journal import Record
+from silkie.feedback.options import RunOptions
 
 T = TypeVar("T")
 
@@ -143,3 +148,44 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class JournalRun:
+    """A run that turns items into lines of a journal: what an item may cost, whether it got an answer, and when to stop
+    are the same for ratings and draws; `write` is theirs."""
+
+    def __init__(self, options: RunOptions, *, spent: Usage, items: int) -> None:
+        """spent, items: what the journal holds already."""
+        self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=spent, items=items)
+        self.outage_limit = 2 * options.concurrency + 8
+
+    async def write(self, record: Record) -> None:
+        """Append a line to the journal and account for it."""
+        raise NotImplementedError
+
+    async def account(self, make: Callable[[], Awaitable[Record]], guard: OutageGuard) -> None:
+        """Make an item's line within the budget and write it. A line without any answer waits until `guard` knows that
+        the endpoint answers others. StopRun passes through, also from the budget."""
+        self.budget.start()
+        try:
+            record = await make()
+        except BaseException:
+            self.budget.abandon()
+            raise
+        usage = Usage.from_json(record["usage"])
+        problem = record.get("error")
+        try:
+            if problem is not None and not usage.calls and problem["kind"] in TRANSPORT_KINDS:
+                guard.hold(record, problem["message"])
+            else:
+                # released before the write: items that fail during it are not proved wrong by this answer
+                held = guard.release() if usage.calls else []
+                for line in (record, *held):
+                    await self.write(line)
+        finally:
+            self.budget.finish(usage, usable=problem is None)
+
+    async def write_held(self, guard: OutageGuard) -> None:
+        """Write the items that got no answer although the endpoint answers others."""
+        for record in guard.release():
+            await self.write(record)

@@ -15,40 +15,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from silkie.endpoint.budget import Budget, Prices
-from silkie.endpoint.client import Endpoint, TransportError
+from silkie.endpoint.budget import Prices
+from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.endpoint.media import data_url, load_image
 from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
-from silkie.feedback.pool import Member, Pool, Voice, accepted_slots, draw_seed, voice_of
+from silkie.feedback.options import SampleOptions
+from silkie.feedback.pool import Member, Pool, Sampler, accepted_slots, draw_seed, sampler_of
 from silkie.feedback.prompting import conversation, endpoint_messages
 from silkie.feedback.records import read_items, with_images
-from silkie.feedback.runner import OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleOptions:
-    """How a run of `sample` works.
-
-    k: responses per prompt. minimum: items with fewer distinct ones are left out of the result. redraws: how often a
-    failed or repeated draw is tried again.
-    """
-
-    k: int = 4
-    minimum: int = 2
-    redraws: int = 3
-    seed: int = 0
-    image_root: str | None = None
-    concurrency: int = 16
-    timeout: float = 120.0
-    max_image_side: int | None = None
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    progress: bool = True
+from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +39,7 @@ class Draw:
     item: JudgeItem
     slot: int
     attempt: int
-    voice: Voice
+    sampler: Sampler
 
 
 @dataclass(slots=True)
@@ -139,7 +120,7 @@ async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOpti
         _check(items, pool, journal.path, state, options)
         done = sum(sum(accepted_slots(state.texts(item.id, options.k))) for item in items)
         progress = Progress(total=len(items) * options.k, done=done, unit="draw", show=options.progress)
-        run = _Run(pool, options, prompts.parent, journal, state, stop, progress)
+        run = SampleRun(pool, options, prompts.parent, journal, state, stop, progress)
         try:
             with stop_on_signals(stop):
                 for attempt in range(options.redraws + 1):
@@ -174,8 +155,8 @@ def _check(items: list[JudgeItem], pool: Pool, path: Path, state: DrawState, opt
             )
 
 
-class _Run:
-    """One run: the endpoints, the local model that is loaded, and where a draw's line goes."""
+class SampleRun(JournalRun):
+    """One run of `sample`: the endpoints, the local model that is loaded, and where a draw's line goes."""
 
     def __init__(
         self,
@@ -187,13 +168,11 @@ class _Run:
         stop: StopSignal,
         progress: Progress,
     ) -> None:
+        super().__init__(options, spent=state.spent, items=state.draws)
         self.pool, self.options, self.base = pool, options, base
         self.journal, self.state, self.stop, self.progress = journal, state, stop, progress
-        self.budget = Budget(
-            max_tokens=options.max_tokens, max_cost=options.max_cost, spent=state.spent, items=state.draws
-        )
         self.endpoints = {member.name: self._endpoint(member) for member in pool.members if member.base_url is not None}
-        self.outages = {name: OutageGuard(limit=2 * options.concurrency + 8) for name in self.endpoints}
+        self.outages = {name: OutageGuard(limit=self.outage_limit) for name in self.endpoints}
         self.local: tuple[str, Any, Any] | None = None  # (member name, model, processor): one at a time, they are large
 
     def _endpoint(self, member: Member) -> Endpoint:
@@ -216,7 +195,7 @@ class _Run:
         """Every draw of this round: the local members one after the other, then all endpoints side by side."""
         by_member: dict[str, list[Draw]] = defaultdict(list)
         for draw in self._draws(items, attempt):
-            by_member[draw.voice.member.name].append(draw)
+            by_member[draw.sampler.member.name].append(draw)
         for member in self.pool.members:
             if member.local is not None and self.stop.reason is None:
                 await self._draw_locally(member, by_member[member.name])
@@ -240,40 +219,25 @@ class _Run:
             for slot in range(k):
                 tried = slots[slot][0] + 1 if slot in slots else 0
                 if not kept[slot] and tried == attempt:
-                    yield Draw(item, slot, attempt, voice_of(self.pool, item.id, slot, attempt, k, self.options.seed))
+                    yield Draw(item, slot, attempt, sampler_of(self.pool, item.id, slot, attempt, k, self.options.seed))
 
     async def _draw_remotely(self, member: Member, draws: list[Draw]) -> None:
-        guard = self.outages[member.name]
         await run_bounded(
             iter(draws), self._draw_one, concurrency=member.concurrency or self.options.concurrency, stop=self.stop
         )
         if self.stop.reason is None:
-            for record in guard.release():
-                await self._write(record)
+            await self.write_held(self.outages[member.name])
 
     async def _draw_one(self, draw: Draw) -> None:
-        self.budget.start()
-        guard = self.outages[draw.voice.member.name]
-        usage, unanswered = Usage(), False
+        await self.account(partial(self._drawn, draw), self.outages[draw.sampler.member.name])
+
+    async def _drawn(self, draw: Draw) -> Record:
+        """The draw's line. Whatever is wrong with the answer is part of the line; StopRun passes through."""
         try:
-            try:
-                answer = await self._ask(draw)
-                usage, record = answer.usage, self._record(draw, answer.usage, response=answer.text.strip())
-            except (AnswerError, ItemError) as error:
-                usage, record = error.usage, self._record(draw, error.usage, error=error)
-                unanswered = isinstance(error, TransportError)
-        except BaseException:
-            self.budget.abandon()
-            raise
-        try:
-            if unanswered:
-                guard.hold(record, record["error"]["message"])
-            else:
-                held = guard.release() if usage.calls else []
-                for line in (record, *held):
-                    await self._write(line)
-        finally:
-            self.budget.finish(usage, usable="response" in record)
+            answer = await self._ask(draw)
+        except (AnswerError, ItemError) as error:
+            return self._record(draw, error.usage, error=error)
+        return self._record(draw, answer.usage, response=answer.text.strip())
 
     async def _ask(self, draw: Draw) -> Any:
         def messages() -> list[dict[str, Any]]:
@@ -284,11 +248,11 @@ class _Run:
             )
             return endpoint_messages(conversation(item), urls)
 
-        member = draw.voice.member
+        member = draw.sampler.member
         return await self.endpoints[member.name].chat(
             await asyncio.to_thread(messages),
             keep_truncated=True,
-            temperature=draw.voice.temperature,
+            temperature=draw.sampler.temperature,
             top_p=member.top_p,
             max_tokens=member.max_tokens,
             seed=draw_seed(self.options.seed, draw.item.id, draw.slot, draw.attempt),
@@ -297,13 +261,13 @@ class _Run:
     async def _draw_locally(self, member: Member, draws: list[Draw]) -> None:
         by_temperature: dict[float, list[Draw]] = defaultdict(list)
         for draw in draws:
-            by_temperature[draw.voice.temperature].append(draw)
+            by_temperature[draw.sampler.temperature].append(draw)
         for temperature, group in sorted(by_temperature.items()):
             for batch in _batches(group, member.batch_size):
                 if self.stop.reason is not None:
                     return
                 for record in await asyncio.to_thread(self._generate, member, temperature, batch):
-                    await self._write(record)
+                    await self.write(record)
 
     def _generate(self, member: Member, temperature: float, batch: tuple[Draw, ...]) -> list[Record]:
         from silkie.inference import generate, load_policy
@@ -346,8 +310,8 @@ class _Run:
             "id": draw.item.id,
             "slot": draw.slot,
             "attempt": draw.attempt,
-            "member": draw.voice.member.name,
-            "temperature": draw.voice.temperature,
+            "member": draw.sampler.member.name,
+            "temperature": draw.sampler.temperature,
             "item": draw.item.fingerprint(),
             "pool": self.pool.fingerprint(),
             "seed": self.options.seed,
@@ -358,7 +322,7 @@ class _Run:
             return record | {"error": {"kind": error.kind, "message": str(error), "raw": error.raw}}
         return record | {"response": response}
 
-    async def _write(self, record: Record) -> None:
+    async def write(self, record: Record) -> None:
         before = sum(accepted_slots(self.state.texts(record["id"], self.options.k)))
         await self.journal.append(record)
         self.state.add(record)

@@ -49,14 +49,23 @@ def argument(help: str, *, metavar: str | None = None) -> Any:
     return dataclasses.field(metadata={"help": help, "metavar": metavar, "positional": True})
 
 
-def option(default: Any = MISSING, help: str = "", *, metavar: str | None = None, aliases: Sequence[str] = ()) -> Any:
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    metavar: str | None = None,
+    aliases: Sequence[str] = (),
+    flag: str | None = None,
+) -> Any:
     """An option `--like-this` (`--like_this` is read too); without a default it must be given.
 
-    A `bool` is a switch (default False), a `Literal` lists its choices, and a `tuple` takes one or more values. The
-    help ends with the default, unless it says "default" itself.
+    A `bool` is a switch that negates its default, a `Literal` lists its choices, and a `tuple` takes one or more
+    values. The help ends with the default, unless it says "default" itself. `flag`: its name on the command line,
+    where the function that takes the options calls it something else (`progress` is turned off by `--quiet`).
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "metavar": metavar, "aliases": tuple(aliases), "positional": False}
+        default=default,
+        metadata={"help": help, "metavar": metavar, "aliases": tuple(aliases), "flag": flag, "positional": False},
     )
 
 
@@ -119,9 +128,11 @@ def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
         if about["positional"]:
             parser.add_argument(field.name, **settings)
             continue
-        flags = [f"--{field.name.replace('_', '-')}", *about["aliases"]]
+        flags = [about["flag"] or f"--{field.name.replace('_', '-')}", *about["aliases"]]
+        settings["dest"] = field.name
         if hint is bool:
-            parser.add_argument(*flags, action="store_true", help=settings["help"])
+            action = "store_false" if field.default is True else "store_true"
+            parser.add_argument(*flags, action=action, help=settings["help"], dest=field.name)
         else:
             required = field.default is MISSING
             parser.add_argument(*flags, **settings, required=required, default=None if required else field.default)
@@ -129,7 +140,7 @@ def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
 
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"].replace("%", "%%")
-    shown = field.default is not MISSING and field.default is not None and field.default is not False
+    shown = field.default is not MISSING and field.default is not None and not isinstance(field.default, bool)
     return f"{text} (default: {field.default})" if shown and "default" not in text else text
 
 

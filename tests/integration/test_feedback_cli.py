@@ -53,6 +53,14 @@ def rate(folder, server, *options) -> int:
     return main([*base, "--quiet", *map(str, options)])
 
 
+def status(run) -> int:
+    """The exit status, whether the parser or the command found the fault."""
+    try:
+        return run()
+    except SystemExit as end:
+        return end.code
+
+
 def test_rate_then_build(tmp_path, capsys):
     responses = write_responses(tmp_path, 6)
     with ScriptedServer(reply) as server:
@@ -114,12 +122,12 @@ def test_the_key_is_sent_but_never_written(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--concurrency", 0], "expected 1 or more"),
-        (["--votes", 0], "--votes 0: expected 1 or more"),
-        (["--max-image-side", 0], "--max-image-side 0: expected 1 or more"),
-        (["--timeout", 0], "--timeout 0.0: expected more than 0"),
-        (["--timeout", "nan"], "expected more than 0"),
-        (["--temperature", -1], "--temperature -1.0: expected 0 or more"),
+        (["--concurrency", 0], "--concurrency: expected a whole number of at least 1, found '0'"),
+        (["--votes", 0], "--votes: expected a whole number of at least 1, found '0'"),
+        (["--max-image-side", 0], "--max-image-side: expected a whole number of at least 1"),
+        (["--timeout", 0], "--timeout: expected a number of more than 0, found '0'"),
+        (["--timeout", "nan"], "expected a number of more than 0"),
+        (["--temperature", -1], "--temperature: expected a number of at least 0, found '-1'"),
         (["--max-cost", 1], "needs prices"),
         (["--rubric", "none.yaml"], "cannot read the rubric"),
         (["--key-variable", "NOT_SET_AT_ALL"], "NOT_SET_AT_ALL is not set"),
@@ -129,7 +137,7 @@ def test_the_key_is_sent_but_never_written(tmp_path, monkeypatch, capsys):
 def test_wrong_options_are_explained(tmp_path, capsys, options, message):
     write_responses(tmp_path, 1)
     with ScriptedServer(reply) as server:
-        assert rate(tmp_path, server, *options) == 2
+        assert status(lambda: rate(tmp_path, server, *options)) == 2
     assert message in capsys.readouterr().err
     assert not server.requests
 

@@ -213,26 +213,41 @@ def test_generic_exact_and_judge(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: maybe\n", "`kind` must be one of yesno, exact, judge, found 'maybe'"),
-        ("kind: exact\ncolour: red\n", "unknown field colour"),
+        ("kind: maybe\n", "`kind`: expected one of yesno, exact, judge, found 'maybe'"),
+        ("kind: exact\ncolour: red\n", "unknown field `colour`: expected some of images, judge, kind"),
         ("kind: exact\n  - x: [\n", ":2: not valid YAML"),
-        ("kind: judge\njudge:\n  scale: 5\n", "`judge.scale` must be"),
+        ("kind: judge\njudge:\n  scale: 5\n", "`judge.scale`: expected [lowest, highest], found 5"),
         ("- 1\n", "expected a mapping"),
-        ("kind: yesno\nname: 5\n", "`name` must be text, found 5"),
-        ("kind: yesno\nmax_new_tokens: many\n", "`max_new_tokens` must be a whole number, found 'many'"),
-        ("kind: yesno\nmax_new_tokens: yes\n", "`max_new_tokens` must be a whole number, found True"),
-        ("kind: yesno\nmax_new_tokens: 0\n", "`max_new_tokens` must be at least 1, found 0"),
-        ("kind: yesno\nquestions: 7\n", "`questions` must be a file name or a list of questions, found 7"),
+        ("kind: yesno\nname: 5\n", "`name`: expected text, found 5"),
+        (
+            "kind: yesno\nmax_new_tokens: many\n",
+            "`max_new_tokens`: expected a whole number of at least 1, found 'many'",
+        ),
+        ("kind: yesno\nmax_new_tokens: yes\n", "`max_new_tokens`: expected a whole number of at least 1, found True"),
+        ("kind: yesno\nmax_new_tokens: 0\n", "`max_new_tokens`: expected a whole number of at least 1, found 0"),
+        (
+            "kind: yesno\nquestions: 7\n",
+            "`questions`: expected a list of mappings such as {question: ..., label: ...}, or a file name, found 7",
+        ),
         (
             "kind: yesno\nquestions: [a]\n",
-            "`questions` must be a list of mappings such as {question: ..., label: ...}, found 'a'",
+            "`questions[0]`: expected an element of a list of mappings such as {question: ..., label: ...}, or a file name, found 'a'",
         ),
-        ("kind: yesno\nquestions: []\n", "`questions` is empty"),
-        ('kind: yesno\nprompt: "{question"\n', "`prompt` is not a template"),
-        ('kind: yesno\nprompt: "{} please"\n', "`prompt` must name fields of a question, such as {question}, found {}"),
-        ("kind: judge\njudge: {scale: [a, b]}\n", "`judge.scale` must be [lowest, highest], found ['a', 'b']"),
-        ("kind: judge\njudge: {pass_at: high}\n", "`judge.pass_at` must be a number, found 'high'"),
-        ("kind: judge\njudge: {pass_at: 9}\n", "`judge.pass_at` must be on the scale [1, 5], found 9"),
+        (
+            "kind: yesno\nquestions: []\n",
+            "`questions`: expected a list of mappings such as {question: ..., label: ...}, or a file name, found []",
+        ),
+        ('kind: yesno\nprompt: "{question"\n', "`prompt`: not a template"),
+        (
+            'kind: yesno\nprompt: "{} please"\n',
+            "`prompt`: expected names of a question's fields, such as {question}, found {}",
+        ),
+        (
+            "kind: judge\njudge: {scale: [a, b]}\n",
+            "`judge.scale[0]`: expected an element of [lowest, highest], found 'a'",
+        ),
+        ("kind: judge\njudge: {pass_at: high}\n", "`judge.pass_at`: expected a number on the scale, found 'high'"),
+        ("kind: judge\njudge: {pass_at: 9}\n", "`judge`: expected `pass_at` on the scale [1, 5], found 9"),
     ],
 )
 def test_generic_definitions_are_checked(tmp_path, text, message):

@@ -267,13 +267,21 @@ def test_a_rubric_of_ones_own(tmp_path):
     ("text", "message"),
     [
         ("aspects: []", "one or more aspects"),
-        ("scale: {minimum: 1}", "list `aspects`"),
+        ("scale: {minimum: 1}", r"`aspects`: missing; expected a list of names"),
         ("aspects: [A, a]", "distinct"),
         ("aspects: [A]\nscale: {minimum: 5, maximum: 1}", "minimum < maximum"),
-        ("aspects: [A]\nscale: {minimum: low}", "must hold numbers"),
-        ("aspects: [{name: A, level: x}]", "unknown keys"),
-        ("aspects: [{title: A}]", "with `name`"),
-        ("aspects: [A]\nprompt: x", "unknown keys"),
+        ("aspects: [A]\nscale: {minimum: low}", r"`scale\.minimum`: expected a number, found 'low'"),
+        ("aspects: [{name: A, level: x}]", r"unknown field `level` of `aspects\[0\]`: expected some of aliases, desc"),
+        ("aspects: [{title: A}]", r"`aspects\[0\]\.name`: missing"),
+        ("aspects: [A]\nprompt: x", "unknown field `prompt`: expected some of aspects, introduction"),
+        (
+            "aspects: [5]",
+            r"`aspects\[0\]`: expected an element of a list of names, or of mappings with `name`, found 5",
+        ),
+        (
+            "aspects: [{name: A, levels: {high: x}}]",
+            r"`aspects\[0\]\.levels`: expected a mapping of a number to a text",
+        ),
         ("aspects: [", "not valid YAML"),
     ],
 )

@@ -22,8 +22,8 @@ from silkie.feedback.pool import (
     draw_seed,
     load_pool,
     normalised,
-    voice_of,
-    voices,
+    sampler_of,
+    samplers,
 )
 from silkie.feedback.prompting import conversation, endpoint_messages
 from silkie.feedback.records import read_items
@@ -39,7 +39,7 @@ def test_k_draws_come_from_k_members_and_all_are_used_alike():
     pool = members("a", "b", "c", "d", "e")
     used: Counter[str] = Counter()
     for i in range(2000):
-        names = [voice_of(pool, f"item {i}", slot, 0, 4, 0).member.name for slot in range(4)]
+        names = [sampler_of(pool, f"item {i}", slot, 0, 4, 0).member.name for slot in range(4)]
         assert len(set(names)) == 4
         used.update(names)
     assert all(1500 < used[name] < 1700 for name in used), "4 of 5 each: 1600"
@@ -47,20 +47,20 @@ def test_k_draws_come_from_k_members_and_all_are_used_alike():
 
 def test_weights_decide_how_often_a_member_is_chosen():
     pool = Pool((*members("often", weight=3.0).members, *members("rare").members))
-    first = Counter(voice_of(pool, f"item {i}", 0, 0, 1, 0).member.name for i in range(4000))
+    first = Counter(sampler_of(pool, f"item {i}", 0, 0, 1, 0).member.name for i in range(4000))
     assert 0.72 < first["often"] / 4000 < 0.78
 
 
 def test_one_member_draws_at_all_its_temperatures():
     pool = members("a", temperatures=(0.2, 0.7, 1.2))
-    assert [voice_of(pool, "x", slot, 0, 4, 0).temperature for slot in range(4)] == [0.2, 0.7, 1.2, 0.2]
-    assert [voice.temperature for voice in voices(pool, "x", 0)] == [0.2, 0.7, 1.2]
+    assert [sampler_of(pool, "x", slot, 0, 4, 0).temperature for slot in range(4)] == [0.2, 0.7, 1.2, 0.2]
+    assert [sampler.temperature for sampler in samplers(pool, "x", 0)] == [0.2, 0.7, 1.2]
 
 
 def test_a_repeated_draw_moves_on_to_voices_that_no_slot_used():
     pool = members("a", "b", "c", "d", "e")
-    first = {voice_of(pool, "x", slot, 0, 4, 0).member.name for slot in range(4)}
-    assert voice_of(pool, "x", 0, 1, 4, 0).member.name not in first
+    first = {sampler_of(pool, "x", slot, 0, 4, 0).member.name for slot in range(4)}
+    assert sampler_of(pool, "x", 0, 1, 4, 0).member.name not in first
 
 
 def test_seeds_depend_on_every_part():
@@ -85,14 +85,23 @@ def test_the_same_text_counts_once():
     [
         ("members: []", "one or more pool members"),
         ("[1]", "list `members`"),
-        ("members: [x]", "with a `name`"),
+        ("members: [x]", r"`members\[0\]`: expected an element of a list of mappings with `name`, found 'x'"),
         ("members: [{name: a}]", "either `base_url`"),
         ("members: [{name: a, base_url: 'http://h/v1', local: d, model: m}]", "either `base_url`"),
         ("members: [{name: a, base_url: 'http://h/v1'}]", "needs `model`"),
-        ("members: [{name: a, local: d, temperature: 1}]", "unknown keys"),
-        ("members: [{name: a, local: d, temperatures: [-1]}]", "temperatures >= 0"),
-        ("members: [{name: a, local: d, temperatures: [hot]}]", r"members\[0\] \(a\): a value is of the wrong type"),
-        ("members: [{name: a, local: d, max_tokens: '9'}]", "wrong type"),
+        ("members: [{name: a, local: d, temperature: 1}]", r"unknown field `temperature` of `members\[0\]`"),
+        (
+            "members: [{name: a, local: d, temperatures: [-1]}]",
+            r"`members\[0\]\.temperatures\[0\]`: expected an element of one or more temperatures >= 0, found -1",
+        ),
+        (
+            "members: [{name: a, local: d, temperatures: [hot]}]",
+            r"temperatures\[0\]`: expected an element of one or more temperatures >= 0, found 'hot'",
+        ),
+        (
+            "members: [{name: a, local: d, max_tokens: '9'}]",
+            r"`members\[0\]\.max_tokens`: expected a whole number of 1 or more, found '9'",
+        ),
         ("members: [{name: a, local: d, concurrency: 0}]", "concurrency of 1 or more"),
         ("members: [{name: a, local: d}, {name: a, local: e}]", "distinct names"),
         ("members: [", "cannot read the pool"),
@@ -238,15 +247,15 @@ def test_a_server_that_moved_is_the_same_pool(tmp_path):
 
 def test_an_error_of_one_member_keeps_the_answers_of_another(tmp_path, monkeypatch):
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "r.jsonl"
-    ask = sample._Run._ask
+    ask = sample.SampleRun._ask
 
     async def broken(self, draw):
-        if draw.voice.member.name == "b":
+        if draw.sampler.member.name == "b":
             raise OSError("disk on fire")
         await asyncio.sleep(0.05)
         return await ask(self, draw)
 
-    monkeypatch.setattr(sample._Run, "_ask", broken)
+    monkeypatch.setattr(sample.SampleRun, "_ask", broken)
     with ScriptedServer(lambda n, body: completion("an answer")) as server:
         with pytest.raises(OSError, match="disk on fire"):
             sample_file(prompts, pool_of(server, "a", "b"), out, OPTIONS)

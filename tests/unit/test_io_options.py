@@ -28,6 +28,7 @@ class Draw(Shared):
     form: Literal["auto", "json"] = option("auto", "form of the answer")
     questions: str | None = option(None, "a file", aliases=("--annotations",))
     quiet: bool = option(False, "no progress line")
+    colour: bool = option(True, "no colours", flag="--plain")
 
 
 COMMANDS = [Command("draw", "draw items", Draw, lambda options: options.seed), Command("rate", "rate", Shared, id)]
@@ -44,6 +45,12 @@ def test_defaults_types_and_aliases():
     assert isinstance(got.temperatures[0], float)
     command, options = parse_command("prog", "about", COMMANDS, ["draw", "a", "--out", "b", "--seed", "7"])
     assert command.run(options) == 7
+
+
+def test_a_flag_may_have_another_name_than_its_field_and_turn_it_off():
+    assert parse("a", "--out", "b").colour is True and parse("a", "--out", "b", "--plain").colour is False
+    with pytest.raises(SystemExit):
+        parse("a", "--out", "b", "--colour")
 
 
 def test_a_flag_may_be_written_with_underscores_and_its_value_is_left_alone():
