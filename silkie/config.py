@@ -22,7 +22,7 @@ from silkie.model.attention import Backend
 class SilkieDPOConfig(LossFields, DPOConfig):
     """Options of `SilkieDPOTrainer`.
 
-    Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies; a batch counts preference groups, so
+    Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
     `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
     non-finite loss stops the run and names its rows).
@@ -120,7 +120,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         default=None, metadata={"help": "Questions per benchmark while training. None: all."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Kept off: a non-finite loss must stop the run, not be smoothed over."}
+        default=False, metadata={"help": "Leave it off: a non-finite loss must stop the run, not be hidden in the log."}
     )
 
     corruption: Corruption = field(
@@ -222,7 +222,7 @@ _NOT_READ: dict[str, tuple[Any, ...]] = {
 _INSTEAD = {
     "pad_to_multiple_of": "Rows are padded to the longest of a batch.",
     "truncation_mode": "Response tails are cut, prompts never.",
-    "train_sampling_strategy": "With `max_tokens_per_batch` groups of like length share a batch.",
-    "dataloader_drop_last": "Every group comes once an epoch.",
-    "router_aux_loss_coef": "The loss has no term for a router.",
+    "train_sampling_strategy": "With `max_tokens_per_batch`, groups of similar length share a batch.",
+    "dataloader_drop_last": "Every group is used once per epoch.",
+    "router_aux_loss_coef": "The loss has no router term.",
 }

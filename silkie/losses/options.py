@@ -70,8 +70,8 @@ class LossOptions(LossFields):
         f_divergence_type / f_alpha_divergence_coef: regulariser of the losses of a score difference.
         ld_alpha: LD-DPO's weight of the tokens beyond the shared length, in [0, 1]; None is off.
         use_weighting: WPO weights.
-        aspect_weights: aspect -> weight, >= 0. Ratings are mixed anew with these weights; pairs that tie or contradict
-            get weight 0. (A command line gives JSON text, so the config declares it with another type.)
+        aspect_weights: aspect -> weight, >= 0. Ratings are averaged with these weights; pairs that tie or contradict
+            the new mean get weight 0. (A command line gives JSON text, so the config declares it with another type.)
     """
 
     beta: float = 0.1

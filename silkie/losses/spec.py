@@ -1,4 +1,4 @@
-"""What the objective must know of a loss, declared above its function."""
+"""`@loss(...)`: declares a function as a preference loss, with everything that the objective must know of it."""
 
 from __future__ import annotations
 
