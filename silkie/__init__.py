@@ -4,8 +4,31 @@
     from silkie.data import load_preferences                # any preference data
     from silkie.inference import generate, load_policy      # use what was trained
 
+The rooms, in the order in which data flows through them; each imports only from those above it in this list:
+
+    data/        any source -> preference groups (one prompt with its images, k responses, pairs over them)
+    batch/       groups -> the tensors of a micro-batch: prompt and images once, every response after it
+    logprob/     hidden states -> log-probs of tokens, without building the logits (torch and triton only)
+    model/       what differs between VLMs: families, vision tower, attention masks; and the one forward
+    losses/      log-probs -> loss: pure functions with their equations, and their weighted mean (torch only)
+    config.py    every option of a run
+    training/    what keeps a run right: passes, reference, self-test, guards, checkpoints, metrics, model card
+    trainer.py   `SilkieDPOTrainer`, the wiring
+
+Beside the flow:
+
+    run.py       a training run from options; `recipes/dpo_silkie.py` calls it
+    inference.py load what was trained and generate with it
+    feedback/    sample responses and have judges rate them
+    evaluation/  answer benchmarks, score as their official scorers do, compare runs
+    report/      HTML pages of runs and comparisons
+    plan/        memory and layout of a run before it is started
+    demo/        the whole loop on a small embedded world; nothing imports it
+
+Shared ground: endpoint/ (OpenAI-compatible servers), stats.py (intervals and tests).
+
 Config and trainer are imported when first used, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used
-alone without loading the trainer stack.
+alone without loading the trainer stack. `tests/unit/test_import_direction.py` holds the order.
 """
 
 from typing import TYPE_CHECKING

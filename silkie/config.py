@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import DPOConfig
 
-from silkie.batch.corruption import CORRUPTIONS
+from silkie.batch.corruption import Corruption
+from silkie.batch.encoding import ResponseEnd
+from silkie.batch.packing import Layout
+from silkie.batch.preparation import OnBadRow
+from silkie.logprob import Impl
 from silkie.losses import build_objective
-from silkie.losses.options import LossOptions, validate
+from silkie.losses.options import LossFields, LossOptions, validate
+from silkie.model.attention import Backend
 
 
 @dataclass
-class SilkieDPOConfig(DPOConfig):
+class SilkieDPOConfig(LossFields, DPOConfig):
     """Options of `SilkieDPOTrainer`.
 
-    Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies; a batch counts preference groups, so
+    Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
     `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
     non-finite loss stops the run and names its rows).
@@ -25,7 +31,7 @@ class SilkieDPOConfig(DPOConfig):
     # TRL parses these from JSON strings
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]  # noqa: RUF012
 
-    layout: Literal["auto", "packed", "rows"] = field(
+    layout: Literal["auto", Layout] = field(
         default="auto",
         metadata={
             "help": (
@@ -34,7 +40,7 @@ class SilkieDPOConfig(DPOConfig):
             )
         },
     )
-    attention_backend: Literal["auto", "sdpa", "eager", "segments", "flex", "varlen"] = field(
+    attention_backend: Literal["auto", Backend] = field(
         default="auto",
         metadata={
             "help": (
@@ -46,9 +52,7 @@ class SilkieDPOConfig(DPOConfig):
     use_fused_logprob: bool = field(
         default=True, metadata={"help": "Score tokens with silkie.logprob; False builds the logits (for comparison)."}
     )
-    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = field(
-        default="auto", metadata={"help": "Implementation of the fused log-prob."}
-    )
+    logprob_impl: Impl = field(default="auto", metadata={"help": "Implementation of the fused log-prob."})
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -65,7 +69,7 @@ class SilkieDPOConfig(DPOConfig):
     max_response_length: int | None = field(
         default=None, metadata={"help": "Limit on response tokens; the tail is cut. None: no limit."}
     )
-    response_end: Literal["template", "end_of_turn"] = field(
+    response_end: ResponseEnd = field(
         default="template",
         metadata={
             "help": (
@@ -80,7 +84,7 @@ class SilkieDPOConfig(DPOConfig):
             "help": "Freeze the vision tower and its projector (full fine-tuning; an adapter trains what it is put on)."
         },
     )
-    on_bad_row: Literal["raise", "skip"] = field(
+    on_bad_row: OnBadRow = field(
         default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
     )
     self_test: bool = field(
@@ -116,44 +120,25 @@ class SilkieDPOConfig(DPOConfig):
         default=None, metadata={"help": "Questions per benchmark while training. None: all."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Kept off: a non-finite loss must stop the run, not be smoothed over."}
+        default=False, metadata={"help": "Leave it off: a non-finite loss must stop the run, not be hidden in the log."}
     )
 
-    # Losses (silkie.losses.options.LossOptions)
-    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
-    bco_reward_shift: Literal["none", "running_mean"] = field(
-        default="none",
-        metadata={
-            "help": (
-                "running_mean subtracts the mean reward of past steps in bco_pair (the paper's form); none is TRL's."
-            )
-        },
-    )
-    margin: Literal["none", "offset", "weight"] = field(
-        default="none", metadata={"help": "Use of a pair's rating gap: logit offset or pair weight."}
-    )
-    margin_scale: float = field(default=1.0, metadata={"help": "Scale of the rating gap."})
-    mdpo_anchor: float = field(
-        default=0.0, metadata={"help": "Reward that mdpo_anchor holds the chosen response above."}
-    )
-    ddpo_gamma: float | None = field(
-        default=None, metadata={"help": "DDPO: weight of the tokens that differ between the two responses of a pair."}
-    )
-    ddpo_normalize: bool = field(default=True, metadata={"help": "DDPO: divide by the sum of token weights."})
-    corruption: Literal["crop", "noise", "blur", "other_image"] = field(
+    corruption: Corruption = field(
         default="crop", metadata={"help": "mDPO: how the image of its second pass is corrupted."}
     )
     corruption_strength: float = field(default=1.0, metadata={"help": "mDPO: strength of the corruption, in (0, 1]."})
-    aspect_weights: dict[str, float] | str | None = field(
+    aspect_weights: dict[str, float] | str | None = field(  # a command line gives JSON text
         default=None,
         metadata={
-            "help": "Aspect -> weight: mix the ratings anew at training time; pairs that contradict get weight 0."
+            "help": (
+                "Aspect -> weight: re-weight aspects at training time; pairs that contradict the new mean get weight 0."
+            )
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in _CHOICES.items():
+        for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
         for name in (
@@ -217,14 +202,14 @@ class SilkieDPOConfig(DPOConfig):
         return LossOptions.from_config(self)
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "layout": ("auto", "packed", "rows"),
-    "attention_backend": ("auto", "sdpa", "eager", "segments", "flex", "varlen"),
-    "logprob_impl": ("auto", "reference", "tiled", "triton"),
-    "corruption": CORRUPTIONS,
-    "response_end": ("template", "end_of_turn"),
-    "on_bad_row": ("raise", "skip"),
-}
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """silkie's own options that take one of a few words, with the words; the losses check theirs."""
+    hints = get_type_hints(SilkieDPOConfig)
+    return {
+        name: get_args(hints[name]) for name in SilkieDPOConfig.__annotations__ if get_origin(hints[name]) is Literal
+    }
+
 
 # Options of TRL and transformers that nothing in silkie reads, with the values that ask for nothing.
 _NOT_READ: dict[str, tuple[Any, ...]] = {
@@ -237,7 +222,7 @@ _NOT_READ: dict[str, tuple[Any, ...]] = {
 _INSTEAD = {
     "pad_to_multiple_of": "Rows are padded to the longest of a batch.",
     "truncation_mode": "Response tails are cut, prompts never.",
-    "train_sampling_strategy": "With `max_tokens_per_batch` groups of like length share a batch.",
-    "dataloader_drop_last": "Every group comes once an epoch.",
-    "router_aux_loss_coef": "The loss has no term for a router.",
+    "train_sampling_strategy": "With `max_tokens_per_batch`, groups of similar length share a batch.",
+    "dataloader_drop_last": "Every group is used once per epoch.",
+    "router_aux_loss_coef": "The loss has no router term.",
 }

@@ -33,8 +33,7 @@ def load_policy(
 
     Args:
         path: a directory or hub name: a LoRA adapter (has `adapter_config.json`), or a full model.
-        base_model: where the adapter's base model is now. Default: the place that the adapter recorded when it was
-            trained.
+        base_model: where the adapter's base model is now. Default: the place recorded in the adapter.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         device: where to put the model. Default: CUDA when there is one, else CPU.
         merge: fold the adapter into the weights (faster generation; the adapter can no longer be switched off).
@@ -45,7 +44,7 @@ def load_policy(
         (model in eval mode, processor).
 
     Raises:
-        FileNotFoundError: the adapter's base model is not where the adapter says, and `base_model` is not given.
+        FileNotFoundError: the adapter's base model is not at its recorded place, and `base_model` is not given.
         ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
             given.
     """
@@ -59,7 +58,7 @@ def load_policy(
         )
     if adapter and base_model is None and looks_local(base) and not Path(base).is_dir():
         raise FileNotFoundError(
-            f"The adapter in {path} was trained on {base}, which is not there. Pass base_model=<directory or hub name"
+            f"The adapter in {path} was trained on {base}, which does not exist. Pass base_model=<directory or hub name"
             " of the base model>."
         )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")

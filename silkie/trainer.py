@@ -54,7 +54,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             chosen / rejected / images), which are regrouped so that pairs over the same prompt and images share their
             forward pass. `eval_dataset` may be a dict of them.
         processing_class: the model's processor; None loads it from the model's name.
-        peft_config: LoRA config; without `target_modules` it goes on the language model's attention and MLP
+        peft_config: LoRA config; without `target_modules` it adapts the language model's attention and MLP
             projections.
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
 

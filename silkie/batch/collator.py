@@ -38,9 +38,9 @@ class GroupCollator:
         pad_id: token id of padding.
         image_token_id: id of the placeholder that an image feature replaces.
         aspects: rating aspects, the columns of `aspect_ratings`.
-        dummy_vision: image tensors for a micro-batch without images; their features are thrown away. None: no tower is
-            run for it.
-        corruption: makes the images of mDPO's second pass. None: there is none.
+        dummy_vision: image tensors for a micro-batch without images; their features are not used. None: such a
+            micro-batch does not run the vision tower.
+        corruption: makes the images of mDPO's second pass. None: there is no such pass.
     """
 
     encoder: GroupEncoder
@@ -120,8 +120,8 @@ class GroupCollator:
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class ImageCorruption:
-    """Corrupts the images of a batch; the same row is always corrupted in the same way, so that a resumed run sees what
-    the first one saw."""
+    """Corrupts the images of a batch. The same row is always corrupted in the same way, so that a resumed run sees the
+    same images."""
 
     kind: Corruption
     strength: float

@@ -22,20 +22,19 @@ _COST_STEP = 64
 
 
 class GroupBatchSampler(Sampler[list[int]]):
-    """Yields the batches of all ranks in turn: batch i belongs to rank i % world_size (accelerate's `BatchSamplerShard`
-    deals them out).
+    """Yields the batches of all ranks in turn: batch i belongs to rank i % world_size, as accelerate's
+    `BatchSamplerShard` deals them out.
 
     Args:
-        shapes: (rows, tokens of its longest row) of each group in the layout that runs.
-        batch_size: groups per batch, where there is no budget; with a budget, not used.
-        max_tokens: token budget of a batch, padding included. A group above it gets a batch of its own.
+        shapes: (rows, tokens of the longest row) of each group, in the run's layout.
+        batch_size: groups per batch; ignored with a token budget.
+        max_tokens: token budget of a batch, padding included. A group above it is a batch by itself.
         world_size: number of ranks; the number of batches is a multiple of it.
-        seed: of the order.
-        padded: cost of a batch is (rows) * (longest row), as rows are padded to the longest; False: the sum of its
-            groups.
+        seed: decides the order, with the epoch.
+        padded: rows are padded to the longest, so a batch costs (rows) * (longest row); False: the sum of its groups.
 
-    With fewer groups than ranks in the last round, indices beyond the dataset are yielded: `WithEmptyGroups` turns them
-    into copies with weight 0, which keep a rank busy and change nothing.
+    Where the last round has fewer groups than ranks, indices beyond the dataset fill it up: `WithEmptyGroups` turns
+    them into copies of weight 0, which keep a rank busy and do not change the loss.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         return -(-length // _COST_STEP), rows
 
     def _budget_sizes(self) -> list[int]:
-        """Number of groups of each batch, over the groups sorted by step: a batch's last group is its longest."""
+        """Groups in each batch, for groups sorted by step, so that the last group of a batch is its longest."""
         assert self.max_tokens is not None
         sizes, count, in_batch, total = [], 0, 0, 0
         for steps, rows in sorted(self._step(i) for i in range(len(self.shapes))):
@@ -113,6 +112,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         return sizes
 
     def _fill(self, batches: list[list[int]]) -> list[list[int]]:
+        """Adds batches until every rank has one in every round."""
         missing = len(self) - len(batches)
         if not missing:
             return batches

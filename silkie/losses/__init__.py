@@ -9,7 +9,8 @@ from .listwise import plackett_luce
 from .multimodal import mdpo_anchor, mdpo_image
 from .objective import Objective, build_objective
 from .options import LossOptions, option_users, validate
-from .registry import LOSSES, SPECS, LossSpec
+from .registry import LOSSES, SPECS
+from .spec import LossSpec
 from .tokens import changed_tokens, ddpo_token_weights, ld_token_weights, wpo_response_weights
 
 dpo_loss = LOSSES["sigmoid"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spec import BETA, loss
 
+
+@loss("listwise", BETA, unit="group")
 def plackett_luce(
     logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1, active: Tensor | None = None
 ) -> Tensor:

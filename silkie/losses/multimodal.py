@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairwise import sigmoid
+from .spec import BETA, loss
 
 
+@loss("image", BETA)
 def mdpo_image(
     chosen_logps: Tensor,
     corrupted_logps: Tensor,
@@ -24,6 +26,7 @@ def mdpo_image(
     return sigmoid(chosen_logps, corrupted_logps, ref_chosen_logps, ref_corrupted_logps, beta=beta)
 
 
+@loss("anchor", {"beta": "beta", "anchor": "mdpo_anchor"})
 def mdpo_anchor(chosen_logps: Tensor, ref_chosen_logps: Tensor, *, beta: float = 0.1, anchor: float = 0.0) -> Tensor:
     """Anchored reward of the chosen response: -log s(beta r_w - anchor), which keeps its reward above `anchor`. [P]"""
     return -F.logsigmoid(beta * (chosen_logps - ref_chosen_logps) - anchor)

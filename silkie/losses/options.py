@@ -4,21 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .divergence import Divergence
 from .registry import DIFFERENCE, SPECS
 
 _REFERENCE = frozenset(name for name, spec in SPECS.items() if spec.inputs == "reference")
 _PER_PAIR = _REFERENCE - {name for name, spec in SPECS.items() if spec.permutes}
-OFFSET_USERS = frozenset({"sigmoid", "hinge", "exo_pair", "robust", "discopop", "simpo", "cpo"})
+OFFSET_USERS = frozenset(name for name, spec in SPECS.items() if spec.offset)
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
-class LossOptions:
-    """Options of all losses; each is read by some of them only (`option_users`).
+RewardShift = Literal["none", "running_mean"]
+Margin = Literal["none", "offset", "weight"]
+
+
+@dataclass(kw_only=True)
+class LossFields:
+    """Options of the losses that TRL's `DPOConfig` does not have: their only declaration, shared by `LossOptions` and
+    `silkie.config.SilkieDPOConfig`, whose command line shows the help texts."""
+
+    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
+    bco_reward_shift: RewardShift = field(
+        default="none",
+        metadata={
+            "help": (
+                "running_mean subtracts the mean reward of past optimizer steps in bco_pair (the paper's form); none is"
+                " TRL's."
+            )
+        },
+    )
+    margin: Margin = field(
+        default="none",
+        metadata={
+            "help": (
+                "Use of a pair's rating gap. offset: its logit must exceed margin_scale * gap; weight: its weight is"
+                " multiplied by 1 + margin_scale * gap."
+            )
+        },
+    )
+    margin_scale: float = field(default=1.0, metadata={"help": "Scale of the rating gap."})
+    mdpo_anchor: float = field(
+        default=0.0, metadata={"help": "Reward that mdpo_anchor holds the chosen response above."}
+    )
+    ddpo_gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "DDPO: weight of the tokens that differ between the two responses of a pair (RLHF-V: 5). None: off."
+        },
+    )
+    ddpo_normalize: bool = field(default=True, metadata={"help": "DDPO: divide by the sum of token weights."})
+
+
+@dataclass(kw_only=True)
+class LossOptions(LossFields):
+    """Options of all losses: TRL's here, silkie's own in `LossFields`. Each is read by some losses only
+    (`option_users`).
 
     Attributes:
         beta: strength of the pull towards the reference; IPO's tau, ORPO's lambda, the reward scale of SimPO (2.0
@@ -28,16 +70,8 @@ class LossOptions:
         f_divergence_type / f_alpha_divergence_coef: regulariser of the losses of a score difference.
         ld_alpha: LD-DPO's weight of the tokens beyond the shared length, in [0, 1]; None is off.
         use_weighting: WPO weights.
-        simpo_gamma: target margin of SimPO.
-        bco_reward_shift: "running_mean" subtracts the mean reward of the past optimizer steps from bco_pair's rewards;
-            "none" is TRL's.
-        margin / margin_scale: use of the rating gap of a pair: an offset that its logit must exceed (scale * gap) or a
-            factor of its weight (1 + scale * gap).
-        mdpo_anchor: reward that mdpo_anchor holds the chosen response above.
-        ddpo_gamma / ddpo_normalize: weight of the tokens that differ between the two responses of a pair (RLHF-V: 5),
-            None is off; whether the weighted sum is divided by the sum of weights.
-        aspect_weights: aspect -> weight, >= 0. Ratings are mixed anew with these weights; pairs that tie or contradict
-            get weight 0.
+        aspect_weights: aspect -> weight, >= 0. Ratings are averaged with these weights; pairs that tie or contradict
+            the new mean get weight 0. (A command line gives JSON text, so the config declares it with another type.)
     """
 
     beta: float = 0.1
@@ -47,23 +81,18 @@ class LossOptions:
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: float | None = None
     use_weighting: bool = False
-    simpo_gamma: float = 0.5
-    bco_reward_shift: Literal["none", "running_mean"] = "none"
-    margin: Literal["none", "offset", "weight"] = "none"
-    margin_scale: float = 1.0
-    mdpo_anchor: float = 0.0
-    ddpo_gamma: float | None = None
-    ddpo_normalize: bool = True
     aspect_weights: dict[str, float] | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> LossOptions:
         """Read the fields by name from any object; a field that it lacks keeps its default."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)})
+        return cls(
+            **{option.name: getattr(config, option.name) for option in fields(cls) if hasattr(config, option.name)}
+        )
 
     def changed(self) -> list[str]:
         """Names of the options whose value is not the default."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return [option.name for option in fields(self) if getattr(self, option.name) != option.default]
 
     @property
     def token_weighted(self) -> bool:
@@ -114,16 +143,16 @@ def _is_number(value: object) -> bool:
 def _check_types(options: LossOptions) -> None:
     """A string where a number or a bool belongs (YAML reads `1e-3` as one) is named, before a comparison trips over
     it."""
-    for field in fields(options):
-        value, kind = getattr(options, field.name), str(field.type)
+    for option in fields(options):
+        value, kind = getattr(options, option.name), str(option.type)
         if value is None and kind.endswith("None"):
             continue
         if kind.startswith("float") and not _is_number(value):
             raise ValueError(
-                f"`{field.name}` must be a number, got {value!r}. (In YAML write 1.0e-3: it reads 1e-3 as text.)"
+                f"`{option.name}` must be a number, got {value!r}. (In YAML write 1.0e-3: it reads 1e-3 as text.)"
             )
         if kind == "bool" and not isinstance(value, bool):
-            raise ValueError(f"`{field.name}` must be true or false, got {value!r}.")
+            raise ValueError(f"`{option.name}` must be true or false, got {value!r}.")
     weights = options.aspect_weights
     if weights is not None and not (
         isinstance(weights, dict) and all(_is_number(weight) for weight in weights.values())
@@ -136,7 +165,7 @@ def _check_types(options: LossOptions) -> None:
 def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
     """Ranges, for every option whatever the losses."""
     _check_types(options)
-    numbers = {field.name: getattr(options, field.name) for field in fields(options)}
+    numbers = {option.name: getattr(options, option.name) for option in fields(options)}
     numbers |= {f"aspect_weights[{aspect!r}]": weight for aspect, weight in (options.aspect_weights or {}).items()}
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -145,14 +174,11 @@ def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
         "beta": (options.beta > 0, "> 0"),
         "label_smoothing": (0 <= options.label_smoothing < 1, "in [0, 1)"),
         "discopop_tau": (options.discopop_tau > 0, "> 0"),
-        "f_divergence_type": (
-            options.f_divergence_type in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
-            "one of 'reverse_kl', 'forward_kl', 'js_divergence', 'alpha_divergence'",
-        ),
+        "f_divergence_type": _one_of(options.f_divergence_type, Divergence),
         "ld_alpha": (options.ld_alpha is None or 0 <= options.ld_alpha <= 1, "in [0, 1], or None"),
         "ddpo_gamma": (options.ddpo_gamma is None or options.ddpo_gamma > 0, "> 0, or None"),
-        "bco_reward_shift": (options.bco_reward_shift in ("none", "running_mean"), "'none' or 'running_mean'"),
-        "margin": (options.margin in ("none", "offset", "weight"), "'none', 'offset' or 'weight'"),
+        "bco_reward_shift": _one_of(options.bco_reward_shift, RewardShift),
+        "margin": _one_of(options.margin, Margin),
         "margin_scale": (options.margin_scale >= 0, ">= 0"),
         "aspect_weights": (
             options.aspect_weights is None
@@ -170,6 +196,12 @@ def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
         raise ValueError(f"`label_smoothing` must be in [0, 0.5) for 'robust', got {options.label_smoothing}.")
     if "exo_pair" in loss_type and options.label_smoothing == 0:
         raise ValueError("`label_smoothing` must be > 0 for 'exo_pair'; its paper uses 1e-3.")
+
+
+def _one_of(value: str, choices: Any) -> tuple[bool, str]:
+    """Whether `value` is one of a Literal's, and the words that say so."""
+    allowed = get_args(choices)
+    return value in allowed, f"one of {', '.join(map(repr, allowed))}"
 
 
 def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spec import BETA, SMOOTHED, loss
+
 
 def logratio_margin(
     chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor
@@ -31,6 +33,7 @@ def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
     return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-logits)
 
 
+@loss("reference", SMOOTHED, difference=True, offset=True)
 def sigmoid(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -48,6 +51,7 @@ def sigmoid(
     return smoothed_logistic(beta * margin, label_smoothing)
 
 
+@loss("reference", SMOOTHED, normalized=True, difference=True)
 def sigmoid_norm(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -65,6 +69,7 @@ def sigmoid_norm(
     return smoothed_logistic(beta * (chosen - rejected), label_smoothing)
 
 
+@loss("reference", SMOOTHED, difference=True, offset=True)
 def robust(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -86,6 +91,7 @@ def robust(
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+@loss("reference", BETA, difference=True, offset=True)
 def hinge(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -99,6 +105,7 @@ def hinge(
     return torch.relu(1 - beta * logratio_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
 
 
+@loss("reference", BETA, normalized=True, difference=True)
 def ipo(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -124,6 +131,7 @@ def ipo(
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
+@loss("reference", SMOOTHED, difference=True, offset=True)
 def exo_pair(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -146,6 +154,7 @@ def exo_pair(
     return keep + flip
 
 
+@loss("reference", BETA)
 def nca_pair(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -164,6 +173,7 @@ def nca_pair(
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
+@loss("reference", BETA)
 def bco_pair(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -185,6 +195,7 @@ def bco_pair(
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
+@loss("reference", BETA)
 def sppo_hard(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -199,6 +210,7 @@ def sppo_hard(
     return (chosen_logps - ref_chosen_logps - target) ** 2 + (rejected_logps - ref_rejected_logps + target) ** 2
 
 
+@loss("reference", BETA)
 def apo_zero(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -217,6 +229,7 @@ def apo_zero(
     )
 
 
+@loss("reference", BETA)
 def apo_down(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -234,6 +247,7 @@ def apo_down(
     return torch.sigmoid(beta * (chosen_logps - ref_chosen_logps)) + torch.sigmoid(-beta * margin)
 
 
+@loss("reference", SMOOTHED, permutes=True)
 def aot(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -253,6 +267,7 @@ def aot(
     return smoothed_logistic(beta * (policy - reference), label_smoothing)
 
 
+@loss("reference", SMOOTHED, permutes=True)
 def aot_unpaired(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -272,6 +287,7 @@ def aot_unpaired(
     return smoothed_logistic(beta * (chosen - rejected), label_smoothing)
 
 
+@loss("reference", {"beta": "beta", "tau": "discopop_tau"}, difference=True, offset=True)
 def discopop(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

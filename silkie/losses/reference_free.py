@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairwise import smoothed_logistic
+from .spec import BETA, SMOOTHED, loss
 
 LOG_HALF = -0.6931471805599453
 
 
+@loss("lengths", {**SMOOTHED, "gamma": "simpo_gamma"}, offset=True)
 def simpo(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -29,6 +31,7 @@ def simpo(
     return smoothed_logistic(beta * margin - gamma, label_smoothing)
 
 
+@loss("lengths", SMOOTHED, offset=True)
 def cpo(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -53,6 +56,7 @@ def log1mexp(logps: Tensor) -> Tensor:
     return torch.where(logps > LOG_HALF, torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps)))
 
 
+@loss("lengths", BETA)
 def orpo(
     chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float = 0.1
 ) -> Tensor:
@@ -65,6 +69,7 @@ def orpo(
     return -beta * F.logsigmoid(log_odds)
 
 
+@loss("sft", {}, unit="token")
 def sft(chosen_logps: Tensor, chosen_lengths: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of the chosen response, [P].
 

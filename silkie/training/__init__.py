@@ -1,1 +1,1 @@
-"""What keeps a run right: reference, checks, checkpoints, metrics."""
+"""Parts of a training run: passes, reference, self-test, guards, checkpoints, metrics, model card."""

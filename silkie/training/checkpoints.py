@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: complete or ignored, whatever killed the run while they were written.
+"""Crash-safe checkpoints: each one is either complete or ignored, whatever killed the run while it was written.
 
-A checkpoint counts once `silkie_complete.json` is in it, which is written last, lists every file with its size, and is
-put in place by a rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are already in
-the directory are what a killed run left, or another run's that this one does not go on from: they never push out a new
-one, and stop counting once there is one."""
+A checkpoint is complete once it holds `silkie_complete.json`, which lists every file with its size, is written last and
+is put in place by a rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are already
+in the directory belong to a killed run, or to another run that is not being resumed: they never cause a new one to be
+deleted, and they are marked unusable as soon as there is one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "silkie_complete.json"
 STATE = "silkie_state.json"
-STOP_FILE = "stop"  # in output_dir: asks a run to save and stop, where a signal would not reach the processes in time
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again and it goes on
+STOP_FILE = "stop"  # a file in output_dir that asks a run to save and stop, for launchers that pass signals on too late
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again to resume
 _DISK_FULL = (
     "no space left on device",
     "disk quota exceeded",
@@ -44,7 +44,7 @@ class CheckpointError(RuntimeError):
 
 def clear_place(checkpoint: str | Path) -> None:
     """Removes what is in the place of a checkpoint about to be written: what a killed run left, or an older checkpoint
-    of the same step, which stops counting before its first file is touched."""
+    of the same step. Its completeness marker goes first, so that a kill in between leaves nothing that looks whole."""
     path = Path(checkpoint)
     (path / COMPLETE).unlink(missing_ok=True)
     if path.exists():
@@ -52,7 +52,7 @@ def clear_place(checkpoint: str | Path) -> None:
 
 
 def mark_complete(checkpoint: str | Path) -> None:
-    """Flushes a checkpoint to the disk and declares it complete. To be called once every rank has written its part."""
+    """Flushes a checkpoint to the disk and declares it complete. Call it once every rank has written its part."""
     path = Path(checkpoint)
     files = {
         str(f.relative_to(path)): f.stat().st_size
@@ -71,7 +71,7 @@ def mark_complete(checkpoint: str | Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """A machine that loses power must not keep the marker and lose a file."""
+    """Forces a file to the disk, so that a power loss cannot keep the marker and lose a file that it lists."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,8 +80,7 @@ def _flush(path: Path) -> None:
 
 
 def damage(checkpoint: str | Path) -> str | None:
-    """What keeps a checkpoint from counting, None where it was declared complete and all its files still have their
-    sizes."""
+    """Why a checkpoint is unusable, or None: it was declared complete and all its files still have their sizes."""
     path = Path(checkpoint)
     if not (path / COMPLETE).is_file():
         return f"it has no {COMPLETE}: the run was killed while writing it, or another trainer wrote it"
@@ -98,13 +97,13 @@ def damage(checkpoint: str | Path) -> str | None:
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint counts."""
+    """Whether a checkpoint can be resumed from."""
     return damage(checkpoint) is None
 
 
 def check_chosen(checkpoint: str | Path) -> None:
-    """Before a run goes on from a checkpoint that the user names: transformers would start the optimizer afresh where
-    its file is missing.
+    """Checks a checkpoint that the user names, before the run resumes from it: transformers would silently start with a
+    fresh optimizer where its file is missing.
 
     Raises:
         CheckpointError: there is no such directory, or a file that the checkpoint was complete with is missing or cut.
@@ -117,11 +116,11 @@ def check_chosen(checkpoint: str | Path) -> None:
         return
     if (Path(checkpoint) / COMPLETE).exists():
         raise CheckpointError(f"{checkpoint} is damaged: {problem}. Resume from another checkpoint.")
-    logger.warning("%s: %s; whether it is whole cannot be checked", checkpoint, problem)
+    logger.warning("%s: %s; cannot verify that it is complete", checkpoint, problem)
 
 
 def _by_step(output_dir: str | Path) -> dict[Path, int]:
-    """The checkpoints of a directory, complete or not, and their steps, in the order of these."""
+    """Checkpoint -> step of all checkpoints in a directory, complete or not, in ascending order of steps."""
     found = {
         path: re.fullmatch(r"checkpoint-(\d+)", path.name)
         for path in Path(output_dir).glob("checkpoint-*")
@@ -131,8 +130,8 @@ def _by_step(output_dir: str | Path) -> dict[Path, int]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in a directory, None where there is none. Later ones that do not
-    count are named in the log."""
+    """The complete checkpoint with the highest step in a directory, or None. Unusable later ones are named in the
+    log."""
     for path in reversed(_by_step(output_dir)):
         if not (problem := damage(path)):
             return str(path)
@@ -165,18 +164,16 @@ def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | No
 
 
 def _retire_later(checkpoint: Path) -> None:
-    """A run has no checkpoint beyond its own step: those are of an earlier run in the same directory, and resuming must
-    not pick them."""
+    """Marks checkpoints of later steps unusable: they belong to an earlier run in the same directory, and resuming this
+    run must not pick them."""
     steps = _by_step(checkpoint.parent)
     for path in (path for path, step in steps.items() if step > steps[checkpoint] and (path / COMPLETE).exists()):
-        logger.warning(
-            "%s is of an earlier run, which this one does not go on from: it no longer counts for resuming", path
-        )
+        logger.warning("%s belongs to an earlier run that is not being resumed; marking it unusable for resuming", path)
         (path / COMPLETE).unlink()
 
 
 def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
-    """Deletes all but `keep` checkpoints: first those that do not count, then the oldest."""
+    """Deletes all but `keep` checkpoints: unusable ones first, then the oldest."""
     found = sorted(_by_step(output_dir), key=is_complete)
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(keep, len(protected)))]:
@@ -186,9 +183,9 @@ def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
 def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Puts a checkpoint's weights into a model that is trained in full.
 
-    `save_pretrained` writes weights under the names of the family's published files, which are not those of the
-    modules; only `from_pretrained` turns them back. transformers' trainer loads them by the modules' names, finds none,
-    and warns.
+    `save_pretrained` writes weights under the names of the family's published files, which differ from the modules'
+    names; only `from_pretrained` maps them back. transformers' trainer looks for the modules' names, finds none, and
+    merely warns.
 
     Raises:
         CheckpointError: the files lack weights of the model, or hold others.
@@ -228,7 +225,7 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def clear_disk_errors(output_dir: str | Path) -> Iterator[None]:
-    """Within the context, a full disk is reported as what it is, with the checkpoint that is left."""
+    """Within the context, errors of a full disk are reported as such, with the last complete checkpoint."""
     try:
         yield
     except Exception as error:

@@ -14,7 +14,7 @@ class LaunchError(RuntimeError):
 
 
 def check_launch(args: Any) -> None:
-    """Before anything is loaded: will this process train with the others?
+    """Checks, before anything is loaded, that this process will train together with the others.
 
     Raises:
         LaunchError: several processes were launched but this one would train alone.
@@ -28,7 +28,7 @@ def check_launch(args: Any) -> None:
 
 
 def check_process_count(args: Any, accelerator: Any) -> None:
-    """After TRL's set-up, where accelerate has made up its mind: does it run what the launcher asked for?
+    """Checks, once accelerate has chosen its backend, that it runs what the launcher asked for.
 
     Raises:
         LaunchError: accelerate runs fewer processes than the launcher started, or ignores the DeepSpeed or FSDP config.
@@ -50,10 +50,10 @@ def check_process_count(args: Any, accelerator: Any) -> None:
 
 
 def check_optimizer(args: Any, accelerator: Any) -> None:
-    """bitsandbytes' optimizers take no sharded tensors.
+    """Refuses bitsandbytes' optimizers under FSDP: they cannot update sharded tensors.
 
     Raises:
-        LaunchError: one of them is asked for under FSDP.
+        LaunchError: FSDP, and an 8-bit or paged optimizer.
     """
     name = str(getattr(args.optim, "value", args.optim))
     if accelerator.distributed_type == DistributedType.FSDP and ("8bit" in name or "paged" in name):
@@ -64,10 +64,10 @@ def check_optimizer(args: Any, accelerator: Any) -> None:
 
 
 def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
-    """ZeRO-3 gathers parameters into one buffer of one dtype.
+    """Refuses parameters of several dtypes under ZeRO-3, which gathers them into one buffer.
 
     Raises:
-        LaunchError: trainable parameters of several dtypes under ZeRO-3.
+        LaunchError: there are several.
     """
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")] if deepspeed else []
     dtypes = {p.dtype for p in partitioned if p.dtype.is_floating_point}
@@ -80,8 +80,8 @@ def check_adapter_dtypes(model: Any, deepspeed: bool) -> None:
 
 
 def check_adapter_kind(config: Any) -> None:
-    """Prompt tuning and its like put virtual tokens in front of a row, which shift every position and mask that silkie
-    makes.
+    """Refuses prompt tuning and similar adapters: their virtual tokens in front of a row would shift every position and
+    mask that silkie makes.
 
     Raises:
         ValueError: the adapter is one of them.
@@ -94,7 +94,8 @@ def check_adapter_kind(config: Any) -> None:
 
 
 def check_adapter_init(config: Any) -> None:
-    """The reference is the policy with its adapter off, so an adapter must start as nothing on an unchanged base.
+    """Refuses initialisations that change the base weights: the reference is the policy with its adapter off, so the
+    base must be unchanged and the adapter must start without effect.
 
     Raises:
         LaunchError: an initialisation that moves part of the base weights into the adapter.
@@ -109,8 +110,8 @@ def check_adapter_init(config: Any) -> None:
 
 
 def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
-    """Whether a micro-batch without images must run the vision tower all the same: with sharded or synchronised vision
-    weights, ranks that skip it hang the others."""
+    """Whether a micro-batch without images must still run the vision tower: with sharded or synchronised vision
+    weights, a rank that skips it makes the others wait forever."""
     if accelerator.num_processes == 1:
         return False
     sharded = accelerator.distributed_type == DistributedType.FSDP or (
@@ -120,16 +121,17 @@ def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
 
 
 def keep_trainable_4bit(model: Any) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight the first time it is used in eval mode (by the
-    self-test or the reference), for a product without gradients, and stays with it: later training steps would get no
-    gradient through it."""
+    """Keeps bitsandbytes from repacking 4-bit weights for inference. On a CPU with AVX512-BF16 it does so the first
+    time a weight is used in eval mode (by the self-test or the reference) and never undoes it: later training steps
+    would get no gradient through that weight."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def keep_fp32_outputs(accelerator: Any) -> None:
-    """accelerate has FSDP2 round what every module returns to bf16, the log-probs of the output head with it."""
+    """Keeps log-probs in fp32 under FSDP2: accelerate makes it cast the output of every module to bf16, and here the
+    output head returns log-probs."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

@@ -1,4 +1,4 @@
-"""Metrics that stay on the device until they are logged: one reduction over ranks and one host synchronisation per
+"""Metrics kept on the device until they are logged: one reduction over ranks and one synchronisation with the host per
 logging step."""
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ class DeviceMeans:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def peek(self, name: str, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float:
-        """The sum under `name` over all ranks since the last `pop`. Every rank must call."""
+        """The sum under `name` over all ranks since the last `pop`. Every rank must call it."""
         pair = self._sums.get(name, torch.zeros(2, dtype=torch.float64, device=device))
         return float(reduce(pair.clone())[0])
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
-        """name -> (sum, count) over all ranks since the last call, and forgets them. `reduce` sums a tensor over the
-        ranks."""
+        """Returns and resets name -> (sum, count) over all ranks. `reduce` sums a tensor over the ranks."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -45,7 +44,7 @@ class DeviceMeans:
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class LogLine:
-    """What `RunMetrics` collected: metric -> mean, tokens seen, and the loss over an evaluation set (None in
+    """Result of `RunMetrics.pop`: metric -> mean, tokens seen, and the loss over an evaluation set (None in
     training)."""
 
     means: dict[str, float]
@@ -67,8 +66,8 @@ class RunMetrics:
 
     def add(self, batch: Batch, metrics: dict[str, Tensor], group_logps: GroupLogps, scores: Scores) -> None:
         """Keeps the metrics [P] of a micro-batch; no synchronisation."""
-        # A rank that ran out of groups works on a copy with weight 0, and options may take a pair out that its ratings
-        # contradict.
+        # Pairs of weight 0 are no part of a mean: copies that keep an idle rank busy, and pairs that contradict their
+        # ratings under `aspect_weights`.
         counted = self.objective.pair_weights(group_logps) > 0
         for name, value in metrics.items():
             self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
@@ -100,11 +99,11 @@ class RunMetrics:
             self._means.add(_LOSS + unit, share, total)
 
     def tokens(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> int:
-        """Tokens over all ranks since the last `pop`. Every rank must call."""
+        """Tokens over all ranks since the last `pop`. Every rank must call it."""
         return int(self._means.peek(_TOKENS, reduce, device))
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> LogLine:
-        """The means over all ranks since the last call, and forgets them. `reduce` sums a tensor over the ranks."""
+        """Returns and resets the means over all ranks. `reduce` sums a tensor over the ranks."""
         sums = self._means.pop(reduce)
         tokens, _ = sums.pop(_TOKENS, (0.0, 0.0))
         parts = [sums.pop(name) for name in list(sums) if name.startswith(_LOSS)]

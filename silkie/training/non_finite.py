@@ -25,15 +25,15 @@ class FiniteWatch:
         self._step_start = 0
 
     def begin_step(self) -> None:
-        """The losses from here on are of a new step."""
+        """Marks that the following losses belong to a new step."""
         self._step_start = len(self._seen)
 
     def add(self, loss: Tensor, names: Sequence[str]) -> None:
-        """Keeps a loss and the names of its groups; no synchronisation."""
+        """Records a loss and the names of its groups, without synchronisation."""
         self._seen.append((loss.detach(), names))
 
     def end_step(self, gradient_norm: Tensor | float) -> None:
-        """Keeps the gradient norm of a step, over all ranks; no synchronisation."""
+        """Records the gradient norm of a step over all ranks, without synchronisation."""
         self._steps.append((torch.as_tensor(gradient_norm).detach(), slice(self._step_start, len(self._seen))))
 
     def check(
@@ -42,15 +42,15 @@ class FiniteWatch:
         any_rank: Callable[[bool], bool] = bool,
         gather: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
-        """Looks at what came since the last check (one synchronisation), and forgets it. Every rank calls it, and all
-        raise together.
+        """Checks and forgets everything recorded since the last check (one synchronisation). Every rank calls it, and
+        all raise together.
 
         Args:
             any_rank: whether a flag is set on any rank.
             gather: joins the lists of all ranks.
 
         Raises:
-            NonFiniteError: a loss of any rank or a gradient norm is not finite; names the groups of the first one.
+            NonFiniteError: a loss of any rank or a gradient norm is not finite; it names the groups of the first one.
         """
         seen, steps = self._seen, self._steps
         self._seen, self._steps, self._step_start = [], [], 0
@@ -63,7 +63,7 @@ class FiniteWatch:
         if not any_rank(loss is not None or step is not None):
             return
         found, names = [], []
-        if step is not None:  # the same step on all ranks; what follows a ruined update tells nothing
+        if step is not None:  # the same step on all ranks; losses after a ruined update say nothing
             names = [name for _, group_names in seen[steps[step][1]] for name in group_names]
             loss = None if loss is not None and loss >= steps[step][1].stop else loss
         if loss is not None:

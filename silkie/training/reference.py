@@ -1,5 +1,4 @@
-"""Reference log-probs: the adapter switched off, a frozen copy of a pre-loaded adapter, a second model, or numbers
-computed once and kept on disk."""
+"""The reference policy (adapter off, frozen copy of a pre-loaded adapter, or second model) and its cache on disk."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ class Reference:
 
     @property
     def kind(self) -> str:
-        """How the reference is made, for the log."""
+        """How the reference is made, in words."""
         if self.model is not None:
             return "second model"
         return "copy of the initial adapter" if self._adapter else "adapter off"
@@ -110,8 +109,8 @@ class Reference:
         return digest.hexdigest()
 
     def _adapter_configs(self) -> dict[str, Any]:
-        """Configs of the adapters that are on in the reference: an adapter's scale (`lora_alpha`, `use_rslora`) is in
-        no weight."""
+        """Configs of the adapters that are active in the reference: the hash of the weights misses an adapter's scale
+        (`lora_alpha`, `use_rslora`)."""
         wrapped: Any = self.peft if self.model is None else _peft_model(self.model)
         active = (
             wrapped.active_adapters
@@ -124,7 +123,7 @@ class Reference:
 
 
 def _plain(value: Any) -> Any:
-    """Sets in a fixed order: their own differs between processes."""
+    """JSON-ready; sets are sorted, because their order differs between processes."""
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -138,7 +137,7 @@ def _peft_model(model: Any) -> PeftModel | None:
 
 def _same_weights(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Whether two towers hold the same numbers on all ranks. Under ZeRO-3 every rank compares its shards; FSDP2 shards
-    the reference before the policy, which cannot be compared then and counts as different."""
+    the reference before the policy, so they cannot be compared and are taken as different."""
     if any(isinstance(p, DTensor) for p in (*a, *b)):
         return False
     mine, other = ([getattr(p, "ds_tensor", p) for p in side] for side in (a, b))
@@ -166,7 +165,7 @@ class ReferenceStore:
     """Reference log-probs by group, on disk and in memory.
 
     One file of JSON lines per writer, only ever appended to: a killed pass loses at most its last lines and the next
-    run goes on from there. fp32 numbers are kept exactly.
+    run resumes from there. fp32 numbers are kept exactly.
 
     Args:
         directory: of the cache.

@@ -1,5 +1,4 @@
-"""A trainer whose runs may be killed, preempted or ruined and lose nothing: transformers' `Trainer` with checkpoints
-that can be trusted.
+"""Trainer base class that survives kills, preemption and non-finite losses.
 
 Of transformers' trainer it overrides `train`, `_save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`
 and `_get_grad_norm`.
@@ -25,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class RecoverableTrainer(Trainer):
-    """Checkpoints are complete or ignored, a preempted run saves itself, a full disk is named, a number that is not
-    finite stops the run.
+    """transformers' `Trainer` with crash-safe checkpoints: a preempted run saves a checkpoint and stops, a full disk is
+    reported as such, and a non-finite loss or gradient stops the run.
 
     Attributes:
         preempted: whether SIGTERM or the stop file ended the last run.
-        watch: what the subclass hands its losses to.
+        watch: checks losses; the subclass passes each of its losses to `watch.add`.
     """
 
     args: Any
@@ -44,11 +43,11 @@ class RecoverableTrainer(Trainer):
         self.add_callback(_RecoveryHooks(self))
 
     def run_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside transformers' own state, as JSON. Every rank calls it."""
+        """JSON values that a checkpoint keeps beside transformers' own state. Every rank calls it."""
         return {}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `run_state` gave when a checkpoint was written; {} for a checkpoint of another trainer."""
+        """Restores the state saved by `run_state`; {} for a checkpoint of another trainer."""
 
     def train(
         self,
@@ -63,7 +62,7 @@ class RecoverableTrainer(Trainer):
                 start where there is none.
 
         SIGTERM, or a file named `stop` in `output_dir`, makes the run save a checkpoint after the current step and
-        stop; `preempted` is True then.
+        stop; `preempted` is then True.
 
         Raises:
             silkie.training.checkpoints.CheckpointError: the disk is full, or the checkpoint is damaged or missing.
@@ -85,16 +84,14 @@ class RecoverableTrainer(Trainer):
             self.load_run_state(state)
             if (before := state.get("processes", self.accelerator.num_processes)) != self.accelerator.num_processes:
                 logger.warning(
-                    "%s was written by %d processes, this run has %d: the data order stays only if the groups per"
-                    " optimizer step do",
+                    "%s was written by %d processes, this run has %d: data order is preserved only if the number of"
+                    " groups per optimizer step is unchanged",
                     resume_from_checkpoint,
                     before,
                     self.accelerator.num_processes,
                 )
-        keep, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # old checkpoints go once the new one is complete
+        # transformers would delete old checkpoints before the new one is complete; `finish_checkpoint` does it after
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
         self._keep = keep
         try:
             with checkpoints.clear_disk_errors(directory), checkpoints.on_sigterm(self._preempt):
@@ -127,9 +124,7 @@ class RecoverableTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if (
-            norm is not None and not self.args.fp16
-        ):  # the loss scaler expects overflowing gradients and skips their steps
+        if norm is not None and not self.args.fp16:  # fp16's loss scaler expects overflows and skips their steps
             self.watch.end_step(norm)
         return norm
 
@@ -150,14 +145,14 @@ class RecoverableTrainer(Trainer):
         logger.warning("SIGTERM: saving a checkpoint after this step, then stopping")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:  # gathered from shards, where a tied tensor has become two
+        if state_dict is not None:  # gathered from shards, which split a tied tensor in two
             tied = causal_lm(self.model).all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
 
 class _RecoveryHooks(TrainerCallback):
-    """What a `RecoverableTrainer` does at the steps of transformers' training loop."""
+    """Hooks of a `RecoverableTrainer` on transformers' training loop."""
 
     def __init__(self, trainer: RecoverableTrainer) -> None:
         self.trainer = trainer
@@ -165,8 +160,8 @@ class _RecoveryHooks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             logger.warning(
-                "%s: the run is at step %d of %d, nothing is left to train. Train more epochs, or take another"
-                " output_dir for a new run",
+                "%s: training is already complete (step %d of %d). Train more epochs, or use a different output_dir"
+                " for a new run",
                 args.output_dir,
                 state.global_step,
                 state.max_steps,

@@ -238,7 +238,7 @@ def test_a_finished_run_says_that_nothing_is_left_and_trains_nothing(tmp_path, c
         trainer = make(tmp_path, **{**LONG, "max_steps": 2})  # ends within an epoch
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 2
-    assert caplog.text.count("the run is at step 2 of 2, nothing is left to train") == 1
+    assert caplog.text.count("training is already complete (step 2 of 2)") == 1
 
 
 def test_resuming_where_there_is_nothing_starts_afresh(tmp_path):

@@ -94,7 +94,7 @@ def test_a_new_run_in_a_used_directory_keeps_its_own_checkpoints(tmp_path, caplo
     for step in (1, 2, 3):
         c.finish_checkpoint(write(tmp_path, step, complete=False), {}, keep=keep, best=None)
         assert c.last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
-    assert caplog.text.count("checkpoint-8 is of an earlier run") == 1
+    assert caplog.text.count("checkpoint-8 belongs to an earlier run") == 1
     assert len(list(tmp_path.iterdir())) == (keep or 5) and (not keep or c.is_complete(tmp_path / "checkpoint-2"))
 
 

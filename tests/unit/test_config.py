@@ -29,7 +29,7 @@ def test_defaults_never_cut_a_prompt():
         ({"sync_ref_model": True, "loss_type": ["orpo"]}, "read none"),
         ({"self_test_tolerance": float("nan")}, "self_test_tolerance"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*no effect"),
-        ({"dataloader_drop_last": True}, "Every group comes once"),
+        ({"dataloader_drop_last": True}, "Every group is used once"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches"),
