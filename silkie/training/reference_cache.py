@@ -62,7 +62,8 @@ def precompute_reference(trainer: SilkieDPOTrainer) -> ReferenceTable:
     # Every rank hashes its share of the rows: the key depends on the image bytes as they are now, so it is never
     # cached.
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    columns = dataset.select_columns([c for c in ("prompt", "responses", "images") if c in dataset.column_names])
+    read = ("prompt", "responses", "images", "chat_template_kwargs")
+    columns = dataset.select_columns([c for c in read if c in dataset.column_names])
     hashed = {}
     for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
         row = columns[i]
