@@ -29,7 +29,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     """
 
     # TRL parses these from JSON strings
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights", "chat_template_kwargs"]  # noqa: RUF012
 
     layout: Literal["auto", Layout] = field(
         default="auto",
@@ -75,6 +75,14 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             "help": (
                 "template: score what the chat template writes after an answer, as TRL does; end_of_turn: stop at the "
                 "end-of-turn token."
+            )
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Variables of the chat template, such as enable_thinking; a row's column of this name wins over them."
             )
         },
     )

@@ -16,7 +16,17 @@ from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.data import load_preferences
 from silkie.data.schema import is_group_features
 
-GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings"]
+GROUP_COLUMNS = [
+    "id",
+    "row",
+    "images",
+    "prompt",
+    "responses",
+    "pairs",
+    "pair_weights",
+    "ratings",
+    "chat_template_kwargs",
+]
 
 _MEASURED = {"row", "prompt_length", "response_lengths"}  # what `silkie.batch.preparation` adds
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
+from silkie.batch.template import TemplateMismatch
 from silkie.data.check import check_distinct, check_group
 from silkie.data.images import ImageResolver, open_image
 from silkie.data.registry import Found, Row
@@ -26,6 +27,7 @@ from silkie.data.stamps import image_fingerprint
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["raise", "skip"]
+VIDEO_PLACEHOLDER = "<video>"  # what conversations write for a video, as <image> for an image
 _LISTED = 5  # rows listed per reason
 
 
@@ -43,6 +45,10 @@ class PreparationReport:
         longest_prompt, longest_response: in tokens.
         cut_responses: responses whose tail was cut to hold the length limits.
         equal_pairs: pairs whose responses have the same tokens once they are cut; they add nothing to the gradient.
+        open_headers: groups whose generation prompt ends in tokens that no answer follows (the open thinking block of a
+            template that closes it where an answer has none); the responses start before these, as in TRL.
+        header_pairs: pairs that share more of the generation prompt than their group does: both responses score those
+            tokens, which TRL counts to the prompt of such a pair.
         dropped: reason -> descriptions of the groups that were dropped for it.
     """
 
@@ -55,6 +61,8 @@ class PreparationReport:
     longest_response: int = 0
     cut_responses: int = 0
     equal_pairs: int = 0
+    open_headers: int = 0
+    header_pairs: int = 0
     images: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -71,7 +79,12 @@ class PreparationReport:
             "longest_response",
         )
         counts = {name.replace("_", " "): getattr(self, name) for name in always}
-        rare = {"responses cut at the tail": self.cut_responses, "pairs with equal responses": self.equal_pairs}
+        rare = {
+            "responses cut at the tail": self.cut_responses,
+            "pairs with equal responses": self.equal_pairs,
+            "groups whose answers rewrite the generation prompt": self.open_headers,
+            "pairs that score a part of the generation prompt": self.header_pairs,
+        }
         dropped = {f"dropped groups: {reason}": len(rows) for reason, rows in self.dropped.items()}
         return counts | {name: number for name, number in rare.items() if number} | dropped
 
@@ -88,6 +101,17 @@ class PreparationReport:
             out.append(
                 f"{name}: {self.equal_pairs} pairs have identical responses after truncation and contribute no"
                 " gradient; raise the length limits"
+            )
+        if self.open_headers:
+            out.append(
+                f"{name}: in {self.open_headers} groups the chat template ends the prompt differently once an answer"
+                " follows (an open thinking block that it closes, or tokens that merge); the responses start where the"
+                " two part"
+            )
+        if self.header_pairs:
+            out.append(
+                f"{name}: {self.header_pairs} pairs share more of the generation prompt than all responses of their"
+                " group do; both responses score these tokens, which cancel in the margin of a pair"
             )
         for reason, rows in self.dropped.items():
             more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
@@ -154,6 +178,8 @@ def prepare_groups(
                 "n_pairs",
                 "n_equal",
                 "n_images",
+                "open_header",
+                "n_header",
             )
             if c in measured.column_names
         ]
@@ -167,6 +193,8 @@ def prepare_groups(
         report.pairs += row["n_pairs"]
         report.equal_pairs += row["n_equal"]
         report.images += row["n_images"]
+        report.open_headers += row["open_header"]
+        report.header_pairs += row["n_header"]
         report.responses += len(row["response_lengths"])
         report.prompt_tokens += row["prompt_length"]
         report.response_tokens += sum(row["response_lengths"])
@@ -181,7 +209,7 @@ def prepare_groups(
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
         raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")
-    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_equal", "n_images"])
+    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_equal", "n_images", "open_header", "n_header"])
     return (measured if len(keep) == len(measured) else measured.select(keep)), report
 
 
@@ -196,6 +224,8 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
         "cut": 0,
         "n_pairs": len(pairs),
         "n_equal": 0,
+        "open_header": 0,
+        "n_header": 0,
         "n_images": len(row.get("images") or []),
     }
     try:
@@ -219,19 +249,22 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
         "response_lengths": list(lengths.responses),
         "cut": lengths.cut,
         "n_equal": equal,
+        "open_header": int(lengths.unlike > 0),
+        "n_header": sum(min(lengths.header[chosen], lengths.header[rejected]) > 0 for chosen, rejected in pairs),
     }
 
 
 class _EncodingError(DataError):
-    """The processor cannot encode a row."""
+    """The processor or its chat template cannot encode a row. `reason`: equal for rows that fail in the same way."""
 
-    def __init__(self, where: str, error: Exception) -> None:
-        self.reason = f"the processor refuses it: {error}"
-        super().__init__(f"{where}: {self.reason}.")
+    def __init__(self, where: str, reason: str, remedy: str = "") -> None:
+        self.reason = reason
+        super().__init__(f"{where}: {reason}. {remedy}".strip())
 
 
 def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
     checked = Row(row, "groups", describe(row), ImageResolver(None, None))
+    _check_videos(row, checked)
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
@@ -250,15 +283,36 @@ def _reason(error: DataError) -> str:
     return error.reason if isinstance(error, _EncodingError) else f"{type(error).__name__}: image or row is broken"
 
 
+def _check_videos(row: Mapping[str, Any], checked: Row) -> None:
+    """A video is refused wherever a row may hold one: without it the answers would be about nothing."""
+    turns = [(turn["role"], turn["content"]) for turn in row["prompt"]]
+    parts = [part for _, content in turns if not isinstance(content, str) for part in content or []]
+    texts = [content for _, content in turns if isinstance(content, str)] + [part.get("text") or "" for part in parts]
+    column = next((name for name in ("videos", "video") if row.get(name)), "prompt")
+    found = (
+        "a video"
+        if column != "prompt"
+        else "a part of type video"
+        if any(part["type"] == "video" for part in parts)
+        else f"the mark {VIDEO_PLACEHOLDER}"
+        if any(VIDEO_PLACEHOLDER in text for text in texts)
+        else ""
+    )
+    if found:
+        raise checked.error(column, Found(found), "no video", "silkie trains on images only: take frames as images.")
+
+
 def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: GroupEncoder) -> GroupLengths:
     try:
         return encoder.measure(row, sizes)
+    except TemplateMismatch as error:
+        raise _EncodingError(describe(row), error.reason, error.remedy) from error
     except (
         ValueError,
         TypeError,
         TemplateError,
     ) as error:  # an image of extreme shape, roles that the chat template refuses
-        raise _EncodingError(describe(row), error) from error
+        raise _EncodingError(describe(row), f"the processor refuses it: {error}") from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class TemplateMismatch(ValueError):
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}. {remedy}")
-        self.reason = reason
+        self.reason, self.remedy = reason, remedy
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

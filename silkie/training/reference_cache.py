@@ -114,7 +114,8 @@ class ReferencePass:
         now, so it is never cached."""
         accelerator = self.accelerator
         mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        columns = dataset.select_columns([c for c in ("prompt", "responses", "images") if c in dataset.column_names])
+        read = ("prompt", "responses", "images", "chat_template_kwargs")
+        columns = dataset.select_columns([c for c in read if c in dataset.column_names])
         hashed = {}
         for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
             row = columns[i]
