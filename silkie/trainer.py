@@ -52,7 +52,17 @@ from silkie.training.resumable import RecoverableTrainer
 
 logger = logging.getLogger(__name__)
 
-GROUP_COLUMNS = ["id", "row", "images", "prompt", "responses", "pairs", "pair_weights", "ratings", "chat_template_kwargs"]
+GROUP_COLUMNS = [
+    "id",
+    "row",
+    "images",
+    "prompt",
+    "responses",
+    "pairs",
+    "pair_weights",
+    "ratings",
+    "chat_template_kwargs",
+]
 
 
 class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
@@ -124,7 +134,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             max_length=args.max_length,
             max_response_length=args.max_response_length,
             response_end=args.response_end,
-            chat_template_kwargs=args.chat_template_kwargs,
+            chat_template_kwargs=args.template_variables,
         )
         self.reports: dict[str, PreparationReport] = {}
         train_dataset = self._prepared(train_dataset, args, "train")
