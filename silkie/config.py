@@ -191,6 +191,11 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                     f"`{name}={getattr(self, name)!r}` has no effect in silkie; leave it at {only[0]!r}."
                     f" {_INSTEAD[name]}"
                 )
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                "`chat_template_kwargs` must be a dict or its JSON text, like '{\"enable_thinking\": false}', not"
+                f" {self.chat_template_kwargs!r}."
+            )
         if self.self_test_tolerance is not None and not 0 <= self.self_test_tolerance < float("inf"):
             raise ValueError(
                 f"`self_test_tolerance` must be a finite number >= 0 or None, not {self.self_test_tolerance}."
@@ -203,6 +208,12 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             and not build_objective(self.loss_type, self.loss_weights, self.loss_options).needs_reference
         ):
             raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, read from JSON text where it was given as one."""
+        assert not isinstance(self.chat_template_kwargs, str)
+        return dict(self.chat_template_kwargs or {})
 
     @property
     def loss_options(self) -> LossOptions:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from silkie.batch.template import ChatTemplate, GroupTexts, TemplateMismatch
+from silkie.batch.template import ChatTemplate, GroupTexts, TemplateMismatch, common_prefix
 from silkie.data.images import open_image
 
 logger = logging.getLogger(__name__)
@@ -370,11 +369,15 @@ class GroupEncoder:
         """The first special token that the chat template writes after an answer, and how often it comes there; the
         end-of-sequence token and 0 where it writes none."""
         ids = self.tokenizer(self.template.suffix(), add_special_tokens=False)["input_ids"]
-        special = [token for token in ids if token in self.tokenizer.all_special_ids]
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        known = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        special = [token for token in ids if token in known]
         if special:
             return special[0], ids.count(special[0])
-        added = "" if self.response_end == "template" else f"; responses end with {self.tokenizer.eos_token!r}"
-        logger.warning("The chat template does not end an assistant turn with a special token%s.", added)
+        ending = "nothing more" if self.response_end == "template" else repr(self.tokenizer.eos_token)
+        logger.warning(
+            "The chat template does not end an assistant turn with a special token; responses end with %s.", ending
+        )
         return self.tokenizer.eos_token_id, 0
 
 
@@ -388,7 +391,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 def _shared(first: list[int], second: list[int]) -> int:
     """Number of leading tokens that two sequences have in common."""
-    return len(os.path.commonprefix([first, second]))
+    return len(common_prefix([first, second]))
 
 
 def _ends_with(ids: list[int], end: list[int]) -> bool:

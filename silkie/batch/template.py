@@ -1,7 +1,7 @@
 """The texts of a preference group, as the model's chat template writes them.
 
-A response is what the template writes for `prompt + [answer]` after what that text shares with the prompt: templates
-add a space, close an empty thinking block or trim the answer, so an answer put after the prompt by hand is another text
+A response is what the template writes for `prompt + [answer]` after what that text shares with the prompt. Templates
+add a space, close an empty thinking block or trim the answer: an answer put after the prompt by hand is another text
 than the one that TRL trains and that the model was trained on.
 Legend: K responses of a group.
 """
@@ -98,11 +98,11 @@ class ChatTemplate:
         turns = self._turns(row["prompt"])
         prompt = self._render(row, turns, add_generation_prompt=True)
         conversations = [self._render(row, turns + self._answer(response)) for response in row["responses"]]
-        shared = len(os.path.commonprefix([prompt, *conversations]))
+        shared = len(common_prefix([prompt, *conversations]))
         # A template may write another header for an answer that is there (an empty thinking block in place of an open
         # one); the turns before it must stay.
         if shared < len(prompt):
-            asked = os.path.commonprefix([prompt, self._render(row, turns)])
+            asked = common_prefix([prompt, self._render(row, turns)])
             if shared < len(asked):
                 raise TemplateMismatch(
                     "the chat template writes the turns of the prompt differently once an answer follows",
@@ -185,6 +185,11 @@ class ChatTemplate:
             return False
         printed = any(quote + _MARKS[role] + quote in text for quote in "'\"")  # Python's or JSON's print of a list
         return _MARKS[role] in text and not printed
+
+
+def common_prefix(sequences: Sequence[Any]) -> Any:
+    """What texts, or lists of tokens, have in common at their start."""
+    return os.path.commonprefix(sequences)
 
 
 def _text(text: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
         max_length=args.max_length,
         max_response_length=args.max_response_length,
         response_end=args.response_end,
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # JSON strings are parsed by TRL
+        chat_template_kwargs=args.template_variables,
     )
 
 

@@ -23,6 +23,7 @@ def test_defaults_never_cut_a_prompt():
         ({"layout": "rows", "attention_backend": "flex"}, "layout='packed'"),
         ({"layout": "rows", "attention_backend": "eager"}, "model's own attention"),
         ({"padding_free": True}, "padding_free"),
+        ({"chat_template_kwargs": "enable_thinking=False"}, "JSON text"),
         ({"loss_type": ["sigmod"]}, "sigmod"),
         ({"simpo_gamma": 1.0}, "simpo_gamma"),  # sigmoid does not read it
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model"),
@@ -44,3 +45,9 @@ def test_what_cannot_work_is_an_error(options, message):
 
 def test_loss_options_come_from_the_config():
     assert config(beta=0.3, loss_type=["simpo"], simpo_gamma=1.5).loss_options.simpo_gamma == 1.5
+
+
+def test_variables_of_the_chat_template_come_as_a_dict_or_as_json():
+    for given in ({"enable_thinking": False}, '{"enable_thinking": false}'):
+        assert config(chat_template_kwargs=given).template_variables == {"enable_thinking": False}
+    assert config().template_variables == {}

@@ -4,7 +4,8 @@ import pytest
 
 from silkie.batch.encoding import GroupEncoder
 from tests.support.data import mixed_groups
-from tests.support.tiny import tiny_processor
+from tests.support.families import FAMILIES, QWEN, family_processor
+from tests.support.tiny import conversation, image, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,16 @@ def test_measure_equals_encode(processor, row):
     assert lengths.prompt == len(encoded.prompt_ids)
     assert lengths.responses == tuple(len(r) for r in encoded.responses)
     assert lengths.cut == 0
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *QWEN])
+def test_measure_equals_encode_in_every_family(family):
+    encoder = GroupEncoder(family_processor(family))
+    for shapes in ([(56, 56)], [(84, 140)], [(84, 140), (56, 112)]):
+        images = [image(i, width, height) for i, (height, width) in enumerate(shapes)]
+        row = {"prompt": conversation("how many cat", len(images)), "responses": ["a dog", "no"], "images": images}
+        encoded, lengths = encoder.encode(row), encoder.measure(row, shapes)
+        assert (lengths.prompt, lengths.responses) == (len(encoded.prompt_ids), tuple(map(len, encoded.responses)))
 
 
 def test_image_tokens_are_expanded_and_marked(processor):

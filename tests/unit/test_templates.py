@@ -1,7 +1,6 @@
 """Prompt and responses are the tokens of `apply_chat_template(prompt + [answer])`, split where TRL splits them, for every
 chat template that the installed TRL ships."""
 
-import os
 import re
 from functools import cache
 from itertools import pairwise
@@ -182,7 +181,7 @@ def test_tokens_with_images(template, mark, images):
         group = encoder.encode(row)
         expected = [template_tokens(made, [*messages, *as_parts([("assistant", a)])]) for a in ANSWERS]
         assert joined(group) == expected
-        assert (group.prompt_ids == made.image_token_id).sum() >= 4 * images
+        assert (group.prompt_ids == made.image_token_id).sum() >= 2 * images
         assert (group.token_types > 0).sum() == (group.prompt_ids == made.image_token_id).sum()
         lengths = encoder.measure(row, [(p.height, p.width) for p in pictures])
         assert lengths.prompt == len(group.prompt_ids)
@@ -191,33 +190,33 @@ def test_tokens_with_images(template, mark, images):
 
 @pytest.mark.parametrize("name", sorted(name for name, mark in VISION.items() if mark))
 def test_the_text_with_images_is_trls(name):
-    """TRL's collator tokenises the completion of an image row apart from its prompt. The text is the same; the tokens
-    too, but for a completion that starts within a token of the template's text (a line break next to another one)."""
-    template, picture = TEMPLATES[name], image(0)
-    made = processor(template, VISION[name])
+    """TRL's collator tokenises the completions of an image row apart from the prompt. The text is the same; the tokens
+    are too, unless a completion starts within a token of the whole text (a line break next to another one)."""
+    picture, question = image(0), [("user", "What is it?")]
+    made = processor(TEMPLATES[name], VISION[name])
     made.tokenizer.padding_side = "left"
-    turns = as_parts([("user", "What is it?")])
-    collator = DataCollatorForVisionPreference(made)
-    for chosen, rejected in (ANSWERS[:2], (ANSWERS[0], ANSWERS[2]), ANSWERS[3:]):
-        answers = [as_parts([("assistant", a)]) for a in (chosen, rejected)]
-        pair = {"images": [picture], "prompt": as_strings([("user", "What is it?")])}
-        theirs = collator(
-            [{**pair, "chosen": as_strings([("assistant", chosen)]), "rejected": as_strings([("assistant", rejected)])}]
+    encoder, collator, same = GroupEncoder(made), DataCollatorForVisionPreference(made), 0
+    for pair in (ANSWERS[:2], [ANSWERS[0], ANSWERS[2]], ANSWERS[3:]):
+        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in pair)
+        row = {"images": [picture], "prompt": as_strings(question), "chosen": chosen, "rejected": rejected}
+        theirs = collator([dict(row)])
+        ours = encoder.encode({"images": [picture], "prompt": as_parts(question, [{}]), "responses": pair})
+        parts = {key: as_parts([("assistant", a)]) for key, a in zip(("chosen", "rejected"), pair, strict=True)}
+        texts = apply_chat_template({"prompt": as_parts(question, [{}]), **parts}, made)
+        alone, *whole = (
+            made.tokenizer(text)["input_ids"]
+            for text in (texts["prompt"], *(texts["prompt"] + texts[key] for key in ("chosen", "rejected")))
         )
-        group = GroupEncoder(made).encode(
-            {"images": [picture], "prompt": as_parts([("user", "What is it?")], [{}]), "responses": [chosen, rejected]}
-        )
-        texts = apply_chat_template({"prompt": turns, "chosen": answers[0], "rejected": answers[1]}, made)
-        within = [len(made.tokenizer(texts["prompt"] + texts[k])["input_ids"]) for k in ("chosen", "rejected")] != [
-            len(made.tokenizer(texts["prompt"])["input_ids"]) + len(made.tokenizer(texts[k])["input_ids"])
-            for k in ("chosen", "rejected")
-        ]
-        for i, ours in enumerate(joined(group)):
+        on_boundary = all(ids[: len(alone)] == alone for ids in whole)
+        for i, ids in enumerate(joined(ours)):
             trl_ids = theirs["input_ids"][i][theirs["attention_mask"][i].bool()].tolist()
-            assert made.tokenizer.decode(trl_ids) == made.tokenizer.decode(ours)
-            if not within:
-                assert trl_ids == ours
-                assert int(theirs["completion_mask"][i].sum()) == len(group.responses[i])
+            assert made.tokenizer.decode(trl_ids) == made.tokenizer.decode(ids)
+            assert trl_ids == ids or not on_boundary
+            if on_boundary and encoder.render({"prompt": as_parts(question, [{}])}) == texts["prompt"]:
+                assert theirs["completion_mask"][i].sum() == len(ours.responses[i])
+                same += 1
+    # Qwen3.8's reads no reasoning in the text of an answer, so every completion starts with a line break after another
+    assert same >= 2 or name == "qwen3_8"
 
 
 def test_an_unclosed_thinking_block_is_another_text():
@@ -242,15 +241,15 @@ def test_one_prompt_for_answers_with_and_without_reasoning():
     assert lengths.unlike == 1
     assert made.tokenizer.decode(encoder.encode(row).prompt_ids).endswith("<think>")
     data, report = prepare_groups(
-        dataset([{**mixed_groups()[2], **row, "images": [], "pairs": [[0, 1], [0, 2]]}]), encoder
+        dataset([{**mixed_groups()[2], **row, "images": [], "pairs": [[0, 1], [0, 2]], "pair_weights": [1.0, 1.0]}]),
+        encoder,
     )
     assert (report.open_headers, report.header_pairs) == (1, 1)
     assert data["prompt_length"] == [lengths.prompt]
 
 
-@pytest.mark.parametrize("tool", ["template", "end_of_turn"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5_think", "gemma3", "smolvlm", "llava_next"])
-def test_end_of_turn_stops_at_the_token_that_ends_it(name, tool):
+def test_end_of_turn_stops_at_the_token_that_ends_it(name):
     made = processor(TEMPLATES[name], VISION[name])
     row = {"prompt": as_parts(CONVERSATIONS["one turn"]), "responses": ANSWERS}
     whole, short = (GroupEncoder(made, response_end=end).encode(row).responses for end in ("template", "end_of_turn"))
@@ -267,21 +266,25 @@ def test_a_template_without_an_end_is_taken_as_it_is():
     assert all(e.tolist() == [*w.tolist(), made.eos_token_id] for w, e in zip(whole, ended, strict=True))
 
 
-FORGETFUL = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last or loop.revindex == 2 and m['role'] == 'user' or m['role'] == 'system' %}{{ m['content'] }}{% else %}...{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row():
-    template = FORGETFUL.replace("loop.revindex == 2", "loop.revindex == 2 and messages | length > 2 and false")
-    encoder = GroupEncoder(tokenizer(FORGETFUL.replace("loop.last", "loop.revindex <= 2")))
-    encoder.template.processor = tokenizer(template)  # writes only the last turn: with an answer, no question is left
-    row = {**mixed_groups()[2], "id": "r1", "prompt": as_parts(CONVERSATIONS["one turn"]), "responses": ANSWERS[:2]}
-    row = {**row, "images": [], "pairs": [[0, 1]]}
+    """This one keeps the reasoning of a turn only while no other answer follows it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and messages[loop.index:] | selectattr('role', 'equalto', 'assistant') | list %}"
+        "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = GroupEncoder(tokenizer(template))
+    good = {**mixed_groups()[2], "prompt": as_parts(CONVERSATIONS["several turns"]), "id": "good"}
+    bad = {**good, "prompt": as_parts(CONVERSATIONS["earlier reasoning"]), "id": "bad"}
+    assert joined(encoder.encode(good))
     with pytest.raises(TemplateMismatch, match="get_training_chat_template"):
-        encoder.measure(row, [])
-    with pytest.raises(ValueError, match="id 'r1'.*chat_template_kwargs"):
-        encoder.encode(row)
-    with pytest.raises(GroupError, match="id 'r1'.*writes the turns of the prompt differently"):
-        prepare_groups(dataset([row]), encoder)
+        encoder.measure(bad, [])
+    with pytest.raises(ValueError, match="id 'bad'.*chat_template_kwargs"):
+        encoder.encode(bad)
+    with pytest.raises(GroupError, match="id 'bad'.*writes the turns of the prompt differently"):
+        prepare_groups(dataset([good, bad]), encoder)
+    assert prepare_groups(dataset([good, bad]), encoder, on_bad_row="skip")[1].groups == 1
 
 
 def test_variables_of_the_template_from_config_and_row():
@@ -375,7 +378,3 @@ def test_a_video_is_refused_or_counted(where):
     _, report = prepare_groups(dataset([good, bad]), encoder, on_bad_row="skip")
     assert report.groups == 1
     assert list(report.dropped) == ["column 'prompt': expected no video"]
-
-
-def test_prefixes_are_compared_token_by_token():
-    assert len(os.path.commonprefix([[1, 2, 30], [1, 2, 3], [1, 2, 3, 4]])) == 2
