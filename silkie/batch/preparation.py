@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -20,7 +21,7 @@ from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
 from silkie.batch.template import TemplateMismatch
 from silkie.data.check import check_distinct, check_group
 from silkie.data.images import ImageResolver, open_image
-from silkie.data.registry import Found, Row
+from silkie.data.registry import Found, Row, code_digest
 from silkie.data.schema import DataError, RowError
 from silkie.data.stamps import image_fingerprint
 
@@ -159,6 +160,7 @@ def prepare_groups(
             "images" if "images" in dataset.column_names else None,
             "prepare",
             encoder.fingerprint(),
+            code_digest(folders=[Path(__file__).parent]),
             on_bad_row,
         ),
     )

@@ -107,12 +107,11 @@ def get_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def code_digest(source: Source | None = None) -> str:
-    """Hash of silkie's data code and of a source of the user's own, so that what an older version has cached is not
-    reused."""
+def code_digest(source: Source | None = None, *, folders: Sequence[Path] = ()) -> str:
+    """Hash of silkie's data code, of further code `folders` and of a source of the user's own, so that what an older
+    version has cached is not reused."""
     digest = hashlib.blake2b(digest_size=8)
-    package = Path(__file__).parent
-    for file in sorted(package.rglob("*.py")):
+    for file in (file for folder in (Path(__file__).parent, *folders) for file in sorted(folder.rglob("*.py"))):
         digest.update(file.read_bytes())
     if source is not None:
         with contextlib.suppress(
