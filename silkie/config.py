@@ -146,16 +146,15 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_own_options()
+        self._check_trl_options()
+        self._check_losses()
+
+    def _check_own_options(self) -> None:
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
-        for name in (
-            "max_tokens_per_batch",
-            "max_length",
-            "max_response_length",
-            "eval_benchmark_steps",
-            "eval_benchmark_limit",
-        ):
+        for name in _POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
         if (self.corruption != "crop" or self.corruption_strength != 1.0) and "mdpo_image" not in self.loss_type:
@@ -167,46 +166,44 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 f"`attention_backend={self.attention_backend!r}` is read by layout='packed' only; in rows the model's"
                 " own attention runs."
             )
+        if self.self_test_tolerance is not None and not 0 <= self.self_test_tolerance < float("inf"):
+            raise ValueError(
+                f"`self_test_tolerance` must be a finite number >= 0 or None, not {self.self_test_tolerance}."
+            )
+
+    def _check_trl_options(self) -> None:
+        """Options of TRL and transformers that silkie does not support or read: an error, never ignored."""
         if self.padding_free:
             raise ValueError(
                 "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of"
                 " padding."
             )
-        dealing = [
-            name for name in ("dispatch_batches", "split_batches") if getattr(self.accelerator_config, name, False)
-        ]
-        if dealing:
-            raise ValueError(
-                f"`accelerator_config` asks for {dealing[0]}, but silkie's sampler makes whole batches for every rank:"
-                " leave it off."
-            )
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name, False):
+                raise ValueError(
+                    f"`accelerator_config` asks for {name}, but silkie's sampler makes whole batches for every rank:"
+                    " leave it off."
+                )
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which"
                 " recompiles."
             )
-        for name, only in _NOT_READ.items():
-            if getattr(self, name) not in only:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no effect in silkie; leave it at {only[0]!r}."
-                    f" {_INSTEAD[name]}"
-                )
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(
                 "`chat_template_kwargs` must be a dict or its JSON text, like '{\"enable_thinking\": false}', not"
                 f" {self.chat_template_kwargs!r}."
             )
-        if self.self_test_tolerance is not None and not 0 <= self.self_test_tolerance < float("inf"):
-            raise ValueError(
-                f"`self_test_tolerance` must be a finite number >= 0 or None, not {self.self_test_tolerance}."
-            )
+        for name, (neutral, instead) in _NOT_READ.items():
+            if (value := getattr(self, name)) not in neutral:
+                raise ValueError(f"`{name}={value!r}` has no effect in silkie; leave it at {neutral[0]!r}. {instead}")
+
+    def _check_losses(self) -> None:
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
         validate(self.loss_type, self.loss_weights, self.loss_options)
-        if (
-            self.sync_ref_model
-            and not build_objective(self.loss_type, self.loss_weights, self.loss_options).needs_reference
-        ):
+        objective = build_objective(self.loss_type, self.loss_weights, self.loss_options)
+        if self.sync_ref_model and not objective.needs_reference:
             raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
 
     @property
@@ -230,18 +227,22 @@ def _choices() -> dict[str, tuple[str, ...]]:
     }
 
 
-# Options of TRL and transformers that nothing in silkie reads, with the values that ask for nothing.
-_NOT_READ: dict[str, tuple[Any, ...]] = {
-    "pad_to_multiple_of": ("auto", None),
-    "truncation_mode": ("keep_start",),
-    "train_sampling_strategy": ("random",),
-    "dataloader_drop_last": (False,),
-    "router_aux_loss_coef": (None, 0, 0.0),
-}
-_INSTEAD = {
-    "pad_to_multiple_of": "Rows are padded to the longest of a batch.",
-    "truncation_mode": "Response tails are cut, prompts never.",
-    "train_sampling_strategy": "With `max_tokens_per_batch`, groups of similar length share a batch.",
-    "dataloader_drop_last": "Every group is used once per epoch.",
-    "router_aux_loss_coef": "The loss has no router term.",
+_POSITIVE = (
+    "max_tokens_per_batch",
+    "max_length",
+    "max_response_length",
+    "eval_benchmark_steps",
+    "eval_benchmark_limit",
+)
+
+# Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).
+_NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pad_to_multiple_of": (("auto", None), "Rows are padded to the longest of a batch."),
+    "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
+    "train_sampling_strategy": (
+        ("random",),
+        "With `max_tokens_per_batch`, groups of similar length share a batch.",
+    ),
+    "dataloader_drop_last": ((False,), "Every group is used once per epoch."),
+    "router_aux_loss_coef": ((None, 0, 0.0), "The loss has no router term."),
 }

@@ -26,6 +26,7 @@ from silkie.demo.data import preference_items
 from silkie.demo.loop import evaluate_policy, feedback, held_out, load_base, make_trainer, preferences
 from silkie.demo.model import BASE_DIR
 from silkie.demo.results import Recipe, Sizes, Watch, cached
+from silkie.losses import SPECS
 
 __all__ = ["COLUMNS", "SIZES", "VARIANTS", "markdown", "merge", "plot", "run_study"]
 
@@ -81,6 +82,9 @@ VARIANTS: dict[str, Recipe] = {
         ),
     )
 }
+_listed = {name for recipe in VARIANTS.values() for name in recipe.losses}
+# A loss that no row above names runs alone, with its defaults
+VARIANTS |= {name: _variant(name, [name]) for name in SPECS if name not in _listed}
 
 # (decoding, metric) -> heading
 COLUMNS: dict[tuple[str, str], str] = {

@@ -73,9 +73,7 @@ class GroupCollator:
         )
         counts = [len(e.responses) for e in encoded]
         lengths = torch.tensor([len(r) for e in encoded for r in e.responses])
-        first = [sum(counts[:g]) for g in range(len(counts))]
-        pairs = [[first[g] + c, first[g] + r] for g, row in enumerate(rows) for c, r in row["pairs"]]
-        weights = [w for row in rows for w in (row.get("pair_weights") or [1.0] * len(row["pairs"]))]
+        pairs, weights = _flat_pairs(rows, counts)
         batch: Batch = {
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
@@ -90,8 +88,8 @@ class GroupCollator:
             "offset": packed.offset,
             "lengths": lengths,
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
-            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
-            "pair_weights": torch.tensor(weights, dtype=torch.float32),
+            "pairs": pairs,
+            "pair_weights": weights,
             "vision": vision,
             "row_groups": packed.row_groups,
             "segments": packed.segments,
@@ -145,6 +143,14 @@ def blank_vision(encoder: GroupEncoder) -> dict[str, Tensor]:
     return encoder.encode(
         {"images": [Image.new("RGB", (56, 56), "grey")], "prompt": message, "responses": ["x"]}
     ).vision
+
+
+def _flat_pairs(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Pairs [P, 2] of response indices within a group -> within the batch, and their weights [P]."""
+    first = [sum(counts[:g]) for g in range(len(counts))]
+    pairs = [[first[g] + c, first[g] + r] for g, row in enumerate(rows) for c, r in row["pairs"]]
+    weights = [w for row in rows for w in (row.get("pair_weights") or [1.0] * len(row["pairs"]))]
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2), torch.tensor(weights, dtype=torch.float32)
 
 
 def _number(value: float | None) -> float:

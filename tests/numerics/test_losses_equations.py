@@ -125,6 +125,13 @@ REFERENCED = {
     "mdpo_image": (dpo, {}),
 }
 WITH_LENGTHS = {"simpo": (simpo, {"gamma": 0.7}), "cpo": (cpo, {}), "orpo": (orpo, {})}
+TESTED_BELOW = {"sigmoid_norm", "mdpo_anchor", "sft", "aot", "aot_unpaired"}
+TESTED_ELSEWHERE = {"plackett_luce"}  # tests/unit/test_losses_listwise.py
+
+
+def test_every_loss_has_an_equation():
+    named = {name.split("/")[0] for name in REFERENCED} | WITH_LENGTHS.keys() | TESTED_BELOW | TESTED_ELSEWHERE
+    assert set(LOSSES) == named
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ MAY_IMPORT_ALL = {"demo"}  # it shows the whole loop; nothing imports it
 
 # Arrows against the direction that stay on purpose: (file, room) -> reason.
 ON_PURPOSE = {
-    ("data/__main__.py", "report"): "`inspect --html` writes the gallery page",
+    ("data/__main__.py", "report"): "`python -m silkie.data inspect --html` writes a report page; only then imported",
     ("evaluation/__main__.py", "report"): "`compare --html` writes the report page",
     ("trainer.py", "evaluation"): "eval_benchmarks answers benchmarks while training; imported only where asked for",
 }
