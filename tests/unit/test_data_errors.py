@@ -327,7 +327,7 @@ def test_skip_counts_and_lists_what_raise_refuses(write, tmp_path):
 
 
 def test_the_error_reaches_the_caller_from_worker_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    monkeypatch.setattr("silkie.data.raw.SHARD_BYTES", 100)
     path = files.write_lines(tmp_path / "rows.jsonl", [PAIR] * 40 + [{**PAIR, "chosen": ""}])
     with pytest.raises(RowError, match=r"rows.jsonl \(trl\), line 41, column 'chosen'"):
         load_preferences(path, num_proc=2, cache_dir=tmp_path)
@@ -520,7 +520,7 @@ def test_empty_files_among_others(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_a_full_disk_is_named(num_proc, tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    monkeypatch.setattr("silkie.data.raw.SHARD_BYTES", 100)
     path = files.write_lines(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": "R"}] * 5)
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:

@@ -333,7 +333,7 @@ def test_what_a_directory_holds_beside_parquet_is_named(folder, load, caplog):
     pq.write_table(pa.Table.from_pylist([{"prompt": "Q", **PAIR}]), folder / "a.parquet")
     files.write_lines(folder / "b.jsonl", [{"prompt": "R", **PAIR}])
     assert len(load(folder)) == 1
-    assert "read are its .parquet files and not" in caplog.text and "b.jsonl" in caplog.text
+    assert "reading only its .parquet files; ignoring" in caplog.text and "b.jsonl" in caplog.text
 
 
 def test_a_meta_file_of_another_kind_is_not_an_index(folder, load):
