@@ -649,3 +649,16 @@ def test_a_changed_file_is_read_again(write, tmp_path):
     path.write_text(json.dumps({**PAIR, "chosen": "oui"}) + "\n")
     os.utime(path, ns=(1, 1))
     assert load_preferences(path, cache_dir=tmp_path)[0]["responses"] == ["oui", "no"]
+
+
+def test_a_source_that_hands_out_an_empty_response_is_named(tmp_path, monkeypatch):
+    """The check of `validate` and of training holds for what a user's own source makes, too."""
+    monkeypatch.setattr("silkie.data.registry.SOURCES", dict(SOURCES))
+
+    @register_source("empty", detect=lambda record: "picture" in record)
+    def empty(row):
+        return Group(images=[], prompt=[user_turn("Q")], responses=["yes", " "], pairs=[(0, 1)], pair_weights=[1.0])
+
+    path = files.write_lines(tmp_path / "rows.jsonl", [{"picture": 1}])
+    with pytest.raises(RowError, match=r"line 1, column 'responses\[1\]': found ' '; expected a non-empty string"):
+        load_preferences(path, format="empty", cache_dir=tmp_path)

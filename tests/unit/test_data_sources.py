@@ -443,3 +443,13 @@ def test_a_source_of_your_own(folder, load, monkeypatch):
             files.write_lines(folder / "mine.jsonl", [{key: row[key] for key in ("picture", "question", "better")}]),
             format="mine",
         )
+
+
+def test_every_module_of_the_folder_registers_a_source():
+    """A new source is a new file: nothing else names it."""
+    import pkgutil
+
+    from silkie.data import sources
+
+    registered = {source.adapt.__module__.rpartition(".")[2] for source in SOURCES.values()}
+    assert {module.name for module in pkgutil.iter_modules(sources.__path__)} <= registered
