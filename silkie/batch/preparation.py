@@ -1,5 +1,5 @@
-"""Before training starts: every group is measured in tokens, its images are decoded once, and what cannot be trained on
-is dropped, counted and listed.
+"""Before training starts: measure every group in tokens, decode its images once, and drop, count and list the groups
+that cannot be trained on.
 
 Legend: L prompt tokens, K responses.
 """
@@ -38,14 +38,14 @@ class GroupError(DataError):
 
 @dataclass(slots=True, kw_only=True)
 class PreparationReport:
-    """What preparation did.
+    """Result of preparation.
 
     Attributes:
-        groups, pairs, responses: what is left.
+        groups, pairs, responses: numbers that remain.
         prompt_tokens, response_tokens: their sums.
         longest_prompt, longest_response: in tokens.
-        cut_responses: responses whose tail was cut to hold the length limits.
-        equal_pairs: pairs whose responses have the same tokens once they are cut; they add nothing to the gradient.
+        cut_responses: responses truncated at the end to meet the length limits.
+        equal_pairs: pairs whose responses have the same tokens after truncation; they contribute no gradient.
         open_headers: groups whose generation prompt ends in tokens that no answer follows (the open thinking block of a
             template that closes it where an answer has none); the responses start before these, as in TRL.
         header_pairs: pairs that share more of the generation prompt than their group does: both responses score those
@@ -68,7 +68,7 @@ class PreparationReport:
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, int]:
-        """The counts by readable names; zero is left out where it is the rule (nothing cut, nothing dropped)."""
+        """Counts by readable name. Counts that are normally zero (cut or dropped) appear only if they are not."""
         always = (
             "groups",
             "pairs",
@@ -97,7 +97,7 @@ class PreparationReport:
             f" {self.response_tokens} (longest {self.longest_response})"
         ]
         if self.cut_responses:
-            out.append(f"{name}: {self.cut_responses} responses were cut at the tail to hold the length limits")
+            out.append(f"{name}: {self.cut_responses} responses were truncated at the end to meet the length limits")
         if self.equal_pairs:
             out.append(
                 f"{name}: {self.equal_pairs} pairs have identical responses after truncation and contribute no"
@@ -128,7 +128,7 @@ def prepare_groups(
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, PreparationReport]:
-    """Measures the groups of a dataset and drops those that cannot be trained on.
+    """Measure the groups of a dataset and drop those that cannot be trained on.
 
     Dropped and counted: groups without pairs, and groups whose prompt leaves no room for a response. A broken row (an
     image that cannot be decoded, an empty response, a pair that names a missing response, image parts that do not match
@@ -145,7 +145,7 @@ def prepare_groups(
         report.
 
     Raises:
-        GroupError: a broken row, or nothing is left.
+        GroupError: a broken row, or no group remains.
     """
     measured = dataset.map(
         _measure,
@@ -153,8 +153,8 @@ def prepare_groups(
         fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise"},
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc=f"Measuring {name} groups",
-        # The encoder's own hash is stable; pickling a tokenizer is not. The images are part of it: a file that broke
-        # since is found.
+        # Not datasets' default: it pickles the tokenizer, which is not stable. The image files are part of the key, so
+        # a file that broke since the last run is found.
         new_fingerprint=image_fingerprint(
             dataset,
             "images" if "images" in dataset.column_names else None,
@@ -206,7 +206,7 @@ def prepare_groups(
     report.dropped = dict(dropped)
     summary, *losses = report.lines(name)
     logger.info(summary)
-    for line in losses:  # what was cut or dropped is shown where nobody has configured a log
+    for line in losses:  # warnings, because Python shows them even if no log is configured
         logger.warning(line)
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
@@ -318,7 +318,6 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:
-    """(height, width) of an image. It is decoded whole, so that a truncated file is found now and not in the middle of
-    the run."""
+    """(height, width) of an image, decoded in full: a truncated file is found now, not in the middle of the run."""
     width, height = open_image(image, where=where).size
     return height, width

@@ -1,4 +1,4 @@
-"""Records to stored groups: the generator behind the Arrow cache files, and what it could not use."""
+"""Records to stored groups: the generator behind the Arrow cache files, and a report of the rows it dropped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.fingerprint import Hasher
 
-from silkie.data import records as raw
+from silkie.data import raw
 from silkie.data.images import ImageError, ImageResolver
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
@@ -28,12 +28,12 @@ from silkie.data.stored import NoPairs, stored_row
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
-STARTED = "started"  # a file that says that a block is being converted, and does not come from the cache
+STARTED = "started"  # a marker file: the block is being converted now and does not come from the cache
 REMEDY = "Repair the row, or drop and count such rows with on_error='skip' (in training: on_bad_row='skip')."
 
 
 class Lookup(NamedTuple):
-    """An image that a record names, and where it is looked for: below `root`, first in the directory `beside`."""
+    """An image named by a record, and where to look for it: below `root`, first in the directory `beside`."""
 
     root: str | None
     beside: str | None
@@ -66,7 +66,7 @@ def write_groups(
 ) -> datasets.Dataset:
     """Convert all records into Arrow cache files; every record becomes one row, a dropped one with its problem.
 
-    Each block of shards is a cache file of its own, so that a run that was cut off goes on where it stopped.
+    Each block of shards has its own cache file, so that an interrupted run resumes at the block it was in.
     """
     features = group_features(settings.aspects)
     features[PROBLEM] = datasets.Value("string")
@@ -79,7 +79,7 @@ def write_groups(
     blocks = [list(records.shards[start : start + size]) for start in range(0, len(records.shards), size)]
     with tempfile.TemporaryDirectory(prefix="silkie-") as outbox:
 
-        def convert(block: list[raw.Shard], turned_up: list[Lookup]) -> datasets.Dataset:
+        def convert(block: list[raw.Shard], now_found: list[Lookup]) -> datasets.Dataset:
             try:
                 return datasets.Dataset.from_generator(
                     _rows,
@@ -87,7 +87,7 @@ def write_groups(
                     gen_kwargs={"shards": block, "dataset": records.dataset, "settings": settings, "outbox": outbox},
                     num_proc=None if num_proc is None else max(1, min(num_proc, len(block))),
                     cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                    fingerprint=Hasher.hash([version, block, settings, turned_up]),
+                    fingerprint=Hasher.hash([version, block, settings, now_found]),
                 )
             except Exception as error:
                 if (posted := _posted(outbox)) is not None:
@@ -112,19 +112,19 @@ def write_groups(
 def _up_to_date(
     convert: Callable[[list[Lookup]], datasets.Dataset], settings: Settings, started: Path
 ) -> datasets.Dataset:
-    """A converted block. One from the cache is converted again where an image that it lacked has turned up since."""
-    turned_up: list[Lookup] = []
+    """A converted block. A cached block is converted again if a previously missing image is now available."""
+    now_found: list[Lookup] = []
     while True:
         started.unlink(missing_ok=True)
-        part = convert(turned_up)
-        new = [] if started.exists() else _found(_lacking(part), settings)
+        part = convert(now_found)
+        new = [] if started.exists() else _found(_missing_images(part), settings)
         if not new:
             return part
-        turned_up = sorted([*turned_up, *new], key=repr)  # part of the cache key
+        now_found = sorted([*now_found, *new], key=repr)  # part of the cache key
 
 
-def _lacking(part: datasets.Dataset) -> set[Lookup]:
-    """The images that were not found when a block was converted."""
+def _missing_images(part: datasets.Dataset) -> set[Lookup]:
+    """Images that were missing when the block was converted."""
     lookups: set[Lookup] = set()
     for batch in part.select_columns([PROBLEM]).with_format("arrow").iter(batch_size=10_000):
         packed = (json.loads(problem) for problem in batch[PROBLEM].drop_null().to_pylist())
@@ -133,7 +133,7 @@ def _lacking(part: datasets.Dataset) -> set[Lookup]:
 
 
 def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
-    """Those of `lookups` that find an image now."""
+    """The lookups whose image is available now."""
     roots = {lookup.root for lookup in lookups}
     resolvers = {root: settings.resolver(root) for root in roots if root is None or os.path.exists(root)}
     found = []
@@ -147,7 +147,7 @@ def _found(lookups: set[Lookup], settings: Settings) -> list[Lookup]:
 
 
 def _disk_error(error: Exception) -> str | None:
-    """What the system said where `datasets` says only that an error occurred. From a worker process it comes as the
+    """The operating system's message behind the general error of `datasets`; a worker process passes it on only as the
     text of a traceback."""
     if isinstance(error.__cause__, OSError):
         return str(error.__cause__)
@@ -156,8 +156,8 @@ def _disk_error(error: Exception) -> str | None:
 
 
 def _posted(outbox: str) -> DataError | None:
-    """The error that a worker left: `datasets` replaces what a generator raises, and the cause does not cross
-    processes."""
+    """The error that a worker process wrote to `outbox`. It cannot be raised through: `datasets` replaces what a
+    generator raises, and an exception's cause is lost between processes."""
     found = sorted(Path(outbox).glob("*.error"))
     return pickle.loads(found[0].read_bytes()) if found else None
 
@@ -185,7 +185,7 @@ def _rows(
 
 
 def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
-    """The stored row of one record, or a row that holds nothing but its problem."""
+    """The stored row of one record; for a dropped record an empty row with the problem."""
     try:
         if not isinstance(record, dict):
             raise row.error(

@@ -227,7 +227,7 @@ def zip_archive(path: str) -> zipfile.ZipFile:
     """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be
     shared by a fork.
 
-    A file that was replaced or changed since is opened anew.
+    A file that was replaced or changed since is opened again.
     """
     status = os.stat(path)
     stamp = (os.getpid(), status.st_ino, status.st_size, status.st_mtime_ns)

@@ -31,7 +31,7 @@ class Inspection:
     figures: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that the text and HTML forms show, except the gallery."""
+        """The figures and the load report as plain JSON values."""
         loading = {
             "source": self.report.source,
             "format": self.report.format,

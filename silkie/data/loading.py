@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import datasets
 
-from silkie.data import records as raw
+from silkie.data import raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
 from silkie.data.convert import Settings, collect, write_groups
 from silkie.data.images import ImageResolver
@@ -22,8 +22,8 @@ from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
-ASPECT_SAMPLE = 200  # records that are read to learn the names of the rating aspects
-HINTS = {  # for what is passed instead of a source
+ASPECT_SAMPLE = 200  # number of records read to learn the names of the rating aspects
+HINTS = {  # type passed by mistake -> what to do
     "IterableDataset": "preference groups are read more than once, so load it with streaming=False",
     "IterableDatasetDict": "preference groups are read more than once, so load one split with streaming=False",
     "list": "datasets.Dataset.from_list(rows) makes one",
@@ -135,7 +135,7 @@ def load_with_report(
 
 
 def _finished(dataset: datasets.Dataset, report: LoadReport, return_report: bool) -> Any:
-    """What `load_preferences` returns. Raises DataError where no group is left."""
+    """The return value of `load_preferences`. Raises DataError if every row was dropped."""
     report.groups, report.pairs = len(dataset), count_pairs(dataset)
     _log(report)
     if not len(dataset):
@@ -214,7 +214,7 @@ def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) 
 
 
 def _as_it_is(records: raw.Records, keep_unpaired: bool) -> tuple[datasets.Dataset, LoadReport]:
-    """A dataset that already has the group schema is returned unchanged, but for groups without a pair."""
+    """A dataset that already has the group schema, unchanged except that groups without a pair are dropped."""
     assert records.dataset is not None
     dataset = records.dataset.with_format(None)
     report = LoadReport(source=records.name, format="groups", rows=len(dataset))

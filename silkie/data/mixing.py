@@ -25,8 +25,8 @@ def mix(
     Args:
         weights: how often each part is drawn from, in any scale; None joins all groups of all parts, one part after the
             other.
-        stop: with weights, end when the first part is used up, or go on, repeating groups of the smaller parts, until
-            every part is.
+        stop: with weights, end when the first part is used up, or when every part is; groups of the smaller parts are
+            then repeated.
     """
     if not parts:
         raise ValueError("nothing to mix: no dataset given")

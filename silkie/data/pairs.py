@@ -22,12 +22,12 @@ PairFunction = Callable[[dict[str, Any]], Iterable[Sequence[float]]]
 
 
 class Pairs(list[tuple[int, int]]):
-    """The (chosen, rejected) index pairs of one group, with what was left out.
+    """The (chosen, rejected) index pairs of one group, and what was dropped.
 
     Attributes:
         weights: [P] weight of each pair in the loss.
         margins: [P] score gap of each pair, NaN where there is none.
-        dropped: reason -> number of responses or pairs left out.
+        dropped: reason -> number of responses or pairs dropped.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ def is_weight(value: Any) -> bool:
 
 
 def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:
-    """One response's score: the (weighted) mean of its aspects; None where an aspect that counts is missing or not a
+    """One response's score: the (weighted) mean of its aspects; None where an aspect with a weight is missing or not a
     number."""
     if not isinstance(rating, Mapping):
         return parse_rating(rating)

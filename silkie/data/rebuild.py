@@ -28,8 +28,8 @@ def rebuild_pairs(
 ) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """Replace the pairs of stored groups by those of another strategy.
 
-    Pairs come from the ratings of a group. Where it has none, its present pairs are filtered, and none is invented. A
-    function sees the present pairs.
+    Pairs come from the ratings of a group. A group without ratings keeps those of its current pairs that fit the
+    strategy. A pair function gets the group with its current pairs.
 
     Returns the groups that have a pair, and (row, reason) of those that have none. `need_pairs=False` keeps them.
     Raises RowError where the strategy needs what a group lacks, or the function fails.

@@ -111,7 +111,8 @@ def code_digest(source: Source | None = None, *, folders: Sequence[Path] = ()) -
     """Hash of silkie's data code, of further code `folders` and of a source of the user's own, so that what an older
     version has cached is not reused."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in (file for folder in (Path(__file__).parent, *folders) for file in sorted(folder.rglob("*.py"))):
+    room = Path(__file__).parent
+    for file in (file for folder in (room, room.parent / "io", *folders) for file in sorted(folder.rglob("*.py"))):
         digest.update(file.read_bytes())
     if source is not None:
         with contextlib.suppress(

@@ -42,6 +42,7 @@ def regroup_with_report(
     if len(clusters) == len(dataset):
         joined = dataset
     else:
+        # `datasets` takes the elements of a list in gen_kwargs for shards, so it gets a few long parts
         starts = range(0, len(clusters), 2048)
         joined = datasets.Dataset.from_generator(
             _joined,

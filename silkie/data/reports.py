@@ -1,4 +1,4 @@
-"""What loading and validating left out, and why."""
+"""Reports: the rows that loading, regrouping and validating dropped, and why."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class RegroupReport:
 
 @dataclass(slots=True, kw_only=True)
 class LoadReport:
-    """What `load_preferences` read and what it left out.
+    """What `load_preferences` read and dropped.
 
     Attributes:
         rows: records read.
         groups: groups returned.
         pairs: pairs in them.
         problems: every dropped row.
-        notes: reason -> responses or pairs left out of groups that were kept or dropped.
+        notes: reason -> number of responses or pairs dropped from groups (kept groups or dropped ones).
         regrouped: what regrouping saved; None where rows were groups already.
     """
 
@@ -85,7 +85,7 @@ class LoadReport:
             f"{self.source} ({self.format}): {self.rows:,} rows -> {self.groups:,} groups with {self.pairs:,} pairs"
         ]
         lines += [f"  dropped rows, {reason}: {count:,}" for reason, count in self.reasons().most_common()]
-        lines += [f"  left out of groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
+        lines += [f"  dropped from groups, {reason}: {count:,}" for reason, count in self.notes.most_common()]
         if self.regrouped:
             lines.append(f"  {self.regrouped.summary()}")
         return "\n".join(lines)
@@ -117,7 +117,7 @@ class ValidationReport:
 
 
 def unforeseen(problem: Exception, row: Row, format: str) -> RowError:
-    """Any exception as an error that names the row; the line is the only trace that crosses from a worker process."""
+    """Turn any exception into a RowError. It quotes the failing line, since a worker process passes on no traceback."""
     frame = traceback.extract_tb(problem.__traceback__)[-1]
     found = f"a record that raised {type(problem).__name__}: {problem} (in {frame.name}, line {frame.lineno})"
     return row.error("(record)", Found(found), f"one that format {format!r} and the pair function can read")

@@ -1,5 +1,4 @@
-"""Train and evaluation data that share neither an image nor a prompt, and the check that refuses to go on where they
-do.
+"""Train and evaluation splits that share neither an image nor a prompt, and a check that stops a run where they do.
 
 VLFeedback's own split was made after pairing, so that one prompt landed on both sides. Here the unit is a connected
 component: groups that share an image or a prompt, directly or through others, stay together.

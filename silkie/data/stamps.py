@@ -1,4 +1,4 @@
-"""Cache keys for work on images that a dataset only names: they change when an image file does."""
+"""Cache keys for work on image files that a dataset refers to by path: the key changes when a file does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def image_fingerprint(dataset: datasets.Dataset, column: str | None, *work: Any)
     """Fingerprint of `work` (a name and its options) on the images of `dataset`: of its rows, and of size and time of
     every file they name.
 
-    `datasets` keys its cache by the rows alone, so that a repaired image would go on being reported as broken.
+    Why: `datasets` keys its cache by the rows alone, so an image that was fixed would still be reported as broken.
     """
     return Hasher.hash([dataset._fingerprint, work, None if column is None else image_stamp(dataset, column)])
 

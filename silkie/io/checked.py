@@ -11,9 +11,11 @@ was expected of it and what was found: pydantic's own message lists every branch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 __all__ = ["CHECKED", "FieldError", "check"]
 
@@ -51,9 +53,9 @@ def _complaint(kind: Any, error: Any) -> str:
     where = f"`{path}`: " if path else ""
     if error["type"] == "value_error":  # a rule of the class itself, in its own words
         return where + str(error["ctx"]["error"])
-    expected = expected or error["msg"].removeprefix("Input should be ")
     if error["type"].startswith("missing"):
-        return f"{where}missing; expected {expected}"
+        return f"{where}missing" + (f"; expected {expected}" if expected else "")
+    expected = expected or error["msg"].removeprefix("Input should be ").split(" or an instance of ")[0]
     part = "an element of " if path.endswith("]") else ""
     return f"{where}expected {part}{expected}, found {error['input']!r:.80}"
 
@@ -72,7 +74,13 @@ def _place(kind: Any, loc: tuple[Any, ...]) -> tuple[str, str, dict[str, Any]]:
 
 def _fields(kind: Any) -> dict[str, Any]:
     """The fields of the classes that an annotation names, also inside lists and unions."""
-    return {name: info for part in _parts(kind) for name, info in getattr(part, "__pydantic_fields__", {}).items()}
+    found: dict[str, Any] = {}
+    for part in _parts(kind):
+        if is_dataclass(part) and not hasattr(part, "__pydantic_fields__"):  # of the standard library
+            hints = get_type_hints(part, include_extras=True)
+            found |= {name: FieldInfo.from_annotation(hint) for name, hint in hints.items()}
+        found |= getattr(part, "__pydantic_fields__", {})
+    return found
 
 
 def _parts(kind: Any) -> Iterator[Any]:

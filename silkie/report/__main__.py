@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from silkie.io.options import argument, option, parse_options
 from silkie.report import build_report
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    run_dir: str = argument("the run's output directory: report.json and / or trainer_state.json")
+    out: str | None = option(None, "the page (default: RUN_DIR/report.html)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m silkie.report", description="One self-contained HTML page for a run."
-    )
-    parser.add_argument("run_dir", help="the run's output directory: report.json and / or trainer_state.json")
-    parser.add_argument("--out", help="the page (default: RUN_DIR/report.html)")
-    arguments = parser.parse_args(argv)
+    options = parse_options("python -m silkie.report", "One self-contained HTML page for a run.", ReportOptions, argv)
     try:
-        page = build_report(arguments.run_dir, arguments.out)
+        page = build_report(options.run_dir, options.out)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

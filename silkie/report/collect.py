@@ -141,7 +141,7 @@ def _short_names(a: Path, b: Path) -> tuple[str, str]:
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """The panels for which the log history has at least two points; benchmark scores of the training callback get
-    panels of their own."""
+    their own panels."""
     curves = []
     for title, note, keys in PANELS:
         series = {name: points for name, names in keys.items() if len(points := _points(history, names)) > 1}

@@ -32,11 +32,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field
+
+from silkie.io.checked import CHECKED, FieldError, check
 
 __all__ = [
     "Answer",
@@ -50,7 +52,7 @@ __all__ = [
     "read_run_file",
 ]
 
-FORBID = ConfigDict(extra="forbid")  # an unknown field is an error, not an option that nobody reads
+OBJECTS = Field(description="a list of objects")
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: `true` is no number
 Flip = Literal["fixed", "broken", "right", "wrong", "unjudged"]
 
@@ -69,7 +71,7 @@ class System:
     difference_high: Number | None = None
     p_value: Number | None = None
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +83,12 @@ class BenchmarkRow:
     metric: str = ""
     lower_is_better: bool = False
     neutral: bool = False
-    systems: tuple[System, ...]
+    systems: Annotated[tuple[System, ...], Field(description="a list of systems, each with `name` and `value`")]
     headline: bool = False
     questions: int | None = None
     group: str = ""
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +99,15 @@ class Answer:
     invented: tuple[str, ...] = ()
     note: str = ""
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
 
 def _answer(value: Any) -> Any:
     return {"answer": value} if isinstance(value, str) else value
 
 
-GivenAnswer = Annotated[Answer, BeforeValidator(_answer)]  # in `report.json` a text is enough
+# in `report.json` a text is enough
+GivenAnswer = Annotated[Answer, BeforeValidator(_answer), Field(description="a text or an object with `answer`")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,7 @@ class Card:
     benchmark: str = ""
     reference: str = ""
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
     @property
     def flip(self) -> Flip:
@@ -160,14 +163,14 @@ class Evaluation:
     (default: the second)."""
 
     benchmark: str
-    systems: dict[str, str]
+    systems: Annotated[dict[str, str], Field(description="name -> results file")]
     name: str | None = None
     annotations: str | None = None
     images: str | None = None
     gallery: bool = True
     compare_with: str | None = None
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
     def __post_init__(self) -> None:
         others = list(self.systems)[1:]
@@ -194,13 +197,13 @@ class RunFile:
     trainer_state: str = ""
     configuration: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    benchmarks: list[BenchmarkRow] = field(default_factory=list)
-    gallery: list[Card] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    log_history: Annotated[list[dict[str, Any]], OBJECTS] = field(default_factory=list)
+    evaluations: Annotated[list[Evaluation], OBJECTS] = field(default_factory=list)
+    benchmarks: Annotated[list[BenchmarkRow], OBJECTS] = field(default_factory=list)
+    gallery: Annotated[list[Card], OBJECTS] = field(default_factory=list)
+    notes: Annotated[list[str], Field(description="a list of texts")] = field(default_factory=list)
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = CHECKED
 
 
 def read_run_file(file: Path) -> RunFile:
@@ -210,20 +213,6 @@ def read_run_file(file: Path) -> RunFile:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from None
     try:
-        return TypeAdapter(RunFile).validate_python(data)
-    except ValidationError as error:
-        raise ValueError(f"{file}: {_problem(error)}.") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """The first thing that is wrong, in a sentence."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
-    if first["type"] == "unexpected_keyword_argument":
-        known = f"; expected {', '.join(sorted(f.name for f in fields(RunFile)))}" if len(first["loc"]) == 1 else ""
-        return f"unknown field `{where}`{known}"
-    if first["type"] == "missing":
-        return f"`{where}` is missing"
-    if first["type"] == "value_error":
-        return f"`{where}`: {first['ctx']['error']}"
-    return f"`{where}`: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r:.80}"
+        return check(RunFile, data)
+    except FieldError as error:
+        raise ValueError(f"{file}: {error}.") from None

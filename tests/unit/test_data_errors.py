@@ -327,7 +327,7 @@ def test_skip_counts_and_lists_what_raise_refuses(write, tmp_path):
 
 
 def test_the_error_reaches_the_caller_from_worker_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    monkeypatch.setattr("silkie.data.raw.SHARD_BYTES", 100)
     path = files.write_lines(tmp_path / "rows.jsonl", [PAIR] * 40 + [{**PAIR, "chosen": ""}])
     with pytest.raises(RowError, match=r"rows.jsonl \(trl\), line 41, column 'chosen'"):
         load_preferences(path, num_proc=2, cache_dir=tmp_path)
@@ -520,7 +520,7 @@ def test_empty_files_among_others(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_a_full_disk_is_named(num_proc, tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie.data.records.SHARD_BYTES", 100)
+    monkeypatch.setattr("silkie.data.raw.SHARD_BYTES", 100)
     path = files.write_lines(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": "R"}] * 5)
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
@@ -649,3 +649,16 @@ def test_a_changed_file_is_read_again(write, tmp_path):
     path.write_text(json.dumps({**PAIR, "chosen": "oui"}) + "\n")
     os.utime(path, ns=(1, 1))
     assert load_preferences(path, cache_dir=tmp_path)[0]["responses"] == ["oui", "no"]
+
+
+def test_a_source_that_hands_out_an_empty_response_is_named(tmp_path, monkeypatch):
+    """The check of `validate` and of training holds for what a user's own source makes, too."""
+    monkeypatch.setattr("silkie.data.registry.SOURCES", dict(SOURCES))
+
+    @register_source("empty", detect=lambda record: "picture" in record)
+    def empty(row):
+        return Group(images=[], prompt=[user_turn("Q")], responses=["yes", " "], pairs=[(0, 1)], pair_weights=[1.0])
+
+    path = files.write_lines(tmp_path / "rows.jsonl", [{"picture": 1}])
+    with pytest.raises(RowError, match=r"line 1, column 'responses\[1\]': found ' '; expected a non-empty string"):
+        load_preferences(path, format="empty", cache_dir=tmp_path)

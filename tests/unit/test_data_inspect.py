@@ -187,3 +187,27 @@ def test_helpers():
     assert summary(np.array([7, 1, 3, 5]))["p50"] == 3, "a value that occurs"
     assert correlation(np.array([1, 2, 3]), np.array([2, 4, 6])) == pytest.approx(1.0)
     assert correlation(np.array([1, 1]), np.array([1, 2])) is None and correlation(np.array([]), np.array([])) is None
+
+
+def test_what_decides_pairs_and_who_wins_them(tmp_path):
+    """Aspect a orders both pairs alone: once for the chosen response, once against it."""
+    datasets.disable_progress_bars()
+    shared = {"prompt": "Q", "responses": ["p", "q r"], "ratings": [{"a": 2, "b": 1}, {"a": 1, "b": 1}]}
+    records = [
+        {**shared, "pairs": [[0, 1]], "models": ["x", "y"]},
+        {**shared, "prompt": "R", "pairs": [[1, 0]], "models": ["z", "y"]},
+    ]
+    source = files.write_lines(tmp_path / "rows.jsonl", records)
+    figures = inspect_preferences(source, cache_dir=tmp_path / "cache").figures
+    diversity = figures["preference_diversity"]
+    assert diversity["aspects"]["a"] == {"for": 0.5, "tie": 0.0, "against": 0.5, "alone": 0.5}
+    assert diversity["aspects"]["b"] == {"for": 0.0, "tie": 1.0, "against": 0.0, "alone": 0.0}
+    assert (diversity["rated_pairs"], diversity["aspects_conflict"]) == (2, 0.0)
+    assert figures["agreement"]["a / b"]["a_tie_in_one"] == 1.0 and figures["agreement"]["a / b"]["same_order"] is None
+    assert [(name, row["win_rate"], row["pairs"]) for name, row in figures["models"].items()] == [
+        ("x", 1.0, 1),
+        ("y", 0.5, 2),
+        ("z", 0.0, 1),
+    ]
+    assert figures["models"]["y"]["longer_when_chosen"] == 1.0 and figures["models"]["y"]["mean_rating"] == 1.0
+    assert figures["length_bias"]["chosen_longer"] == figures["length_bias"]["chosen_shorter"] == 0.5

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from silkie.data import DataError, load_preferences, records
+from silkie.data import DataError, load_preferences, raw
 from tests.support import preference_files as files
 
 
@@ -26,22 +26,22 @@ def pair(index: int, **extra):
 @pytest.mark.parametrize("size", [1, 64, 300, 10**6])
 @pytest.mark.parametrize("end", ["\n", "", "\n\n\n"])
 def test_slices_of_a_file_give_every_line_once(size, end, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD_BYTES", size)
+    monkeypatch.setattr(raw, "SHARD_BYTES", size)
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(pair(index, note="é" * index)) for index in range(50)) + end)
-    shards = records.file_shards(str(path), None)
+    shards = raw.file_shards(str(path), None)
     lines = 50 + max(0, len(end) - 1)
     assert len(shards) == {1: lines, 10**6: 1}.get(size, len(shards))
-    found = [item for shard in shards for item in records.read(shard)]
+    found = [item for shard in shards for item in raw.read(shard)]
     assert [location for location, _ in found] == [f"line {index + 1}" for index in range(50)]
     assert [record["prompt"] for _, record in found] == [pair(index)["prompt"] for index in range(50)]
 
 
 def test_block_reads_cut_lines_right(tmp_path, monkeypatch):
     """Lines longer than the 1 MiB that are read at a time, so that a shard has to wait for its line end."""
-    monkeypatch.setattr(records, "SHARD_BYTES", 2**20)
+    monkeypatch.setattr(raw, "SHARD_BYTES", 2**20)
     path = files.write_lines(tmp_path / "rows.jsonl", [pair(index, note="y" * 1_500_000) for index in range(3)])
-    found = [item for shard in records.file_shards(str(path), None) for item in records.read(shard)]
+    found = [item for shard in raw.file_shards(str(path), None) for item in raw.read(shard)]
     assert [(location, record["prompt"]) for location, record in found] == [
         (f"line {i + 1}", pair(i)["prompt"]) for i in range(3)
     ]
@@ -49,8 +49,8 @@ def test_block_reads_cut_lines_right(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
 def test_worker_processes_keep_the_order(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD_BYTES", 500)
-    monkeypatch.setattr(records, "SHARD_ROWS", 7)
+    monkeypatch.setattr(raw, "SHARD_BYTES", 500)
+    monkeypatch.setattr(raw, "SHARD_ROWS", 7)
     rows = [pair(index) for index in range(60)]
     if kind == "jsonl":
         source = files.write_lines(tmp_path / "rows.jsonl", rows)
@@ -83,7 +83,7 @@ def test_a_second_load_reads_nothing(tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_at_the_block_it_stopped_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD_BYTES", 300)
+    monkeypatch.setattr(raw, "SHARD_BYTES", 300)
     monkeypatch.setattr("silkie.data.convert.BLOCK_SHARDS", 2)
     path = files.write_lines(
         tmp_path / "rows.jsonl", [files.group_record(images=[], id=str(index)) for index in range(40)]
@@ -121,7 +121,7 @@ def peak_memory(path, cache) -> int:
 @pytest.mark.slow  # tracing every allocation takes most of the time
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     """Three times the rows: the Python heap grows by row numbers, a small part of the records that were added."""
-    monkeypatch.setattr(records, "SHARD_BYTES", 2**16)  # also the block read at a time, which both files have to exceed
+    monkeypatch.setattr(raw, "SHARD_BYTES", 2**16)  # also the block read at a time, which both files have to exceed
     small, large = (
         files.write_lines(
             tmp_path / f"{count}.jsonl",

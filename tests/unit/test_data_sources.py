@@ -333,7 +333,7 @@ def test_what_a_directory_holds_beside_parquet_is_named(folder, load, caplog):
     pq.write_table(pa.Table.from_pylist([{"prompt": "Q", **PAIR}]), folder / "a.parquet")
     files.write_lines(folder / "b.jsonl", [{"prompt": "R", **PAIR}])
     assert len(load(folder)) == 1
-    assert "read are its .parquet files and not" in caplog.text and "b.jsonl" in caplog.text
+    assert "reading only its .parquet files; ignoring" in caplog.text and "b.jsonl" in caplog.text
 
 
 def test_a_meta_file_of_another_kind_is_not_an_index(folder, load):
@@ -443,3 +443,13 @@ def test_a_source_of_your_own(folder, load, monkeypatch):
             files.write_lines(folder / "mine.jsonl", [{key: row[key] for key in ("picture", "question", "better")}]),
             format="mine",
         )
+
+
+def test_every_module_of_the_folder_registers_a_source():
+    """A new source is a new file: nothing else names it."""
+    import pkgutil
+
+    from silkie.data import sources
+
+    registered = {source.adapt.__module__.rpartition(".")[2] for source in SOURCES.values()}
+    assert {module.name for module in pkgutil.iter_modules(sources.__path__)} <= registered

@@ -204,30 +204,36 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     assert "neither report.json nor trainer_state.json" in capsys.readouterr().err
     for text, message in [
         ('{"title": 1,\n oops}', "report.json:2: not valid JSON"),
-        ('{"titel": "x"}', "unknown field `titel`; expected benchmarks, configuration"),
-        ('{"evaluations": {"a": 1}}', "`evaluations`: input should be a valid list, found {'a': 1}"),
-        ('{"gallery": [5, null]}', "`gallery.0`: input should be a dictionary or an instance of Card, found 5"),
-        ('{"notes": "one"}', "`notes`: input should be a valid list, found 'one'"),
-        ('{"data": [1]}', "`data`: input should be a valid dictionary, found [1]"),
+        ('{"titel": "x"}', "unknown field `titel`: expected some of benchmarks, configuration"),
+        ('{"evaluations": {"a": 1}}', "`evaluations`: expected a list of objects, found {'a': 1}"),
+        ('{"gallery": [5, null]}', "`gallery[0]`: expected an element of a list of objects, found 5"),
+        ('{"notes": "one"}', "`notes`: expected a list of texts, found 'one'"),
+        ('{"data": [1]}', "`data`: expected a valid dictionary, found [1]"),
         (
             '{"evaluations": [{"benchmark": "pope", "systems": {"base": 5}}]}',
-            "`evaluations.0.systems.base`: input should be a valid string, found 5",
+            "`evaluations[0].systems`: expected name -> results file, found 5",
         ),
         (
             '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": "high"}]}]}',
-            "`benchmarks.0.systems.0.value`: input should be a valid number, found 'high'",
+            "`benchmarks[0].systems[0].value`: expected a valid number, found 'high'",
         ),
         (
             '{"benchmarks": [{"name": "x", "systems": [{"name": "base", "value": true}]}]}',
-            "`benchmarks.0.systems.0.value`: input should be a valid number, found True",
+            "`benchmarks[0].systems[0].value`: expected a valid number, found True",
         ),
         (
             '{"evaluations": [{"benchmark": "pope", "systems": {"base": "a"}, "galery": false}]}',
-            "unknown field `evaluations.0.galery`",
+            "unknown field `galery` of `evaluations[0]`",
         ),
-        ('{"evaluations": [{"benchmark": "pope"}]}', "`evaluations.0.systems` is missing"),
-        ('{"benchmarks": [{"name": "x"}]}', "`benchmarks.0.systems` is missing"),
-        ('{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}', "`gallery.0.trained` is missing"),
+        (
+            '{"evaluations": [{"benchmark": "pope"}]}',
+            "`evaluations[0].systems`: missing; expected name -> results file",
+        ),
+        ('{"benchmarks": [{"name": "x"}]}', "`benchmarks[0].systems`: missing; expected a list of systems"),
+        (
+            '{"gallery": [{"id": 1, "prompt": "p", "base": "a"}]}',
+            "`gallery[0].trained`: missing; expected a text or an object",
+        ),
         (
             '{"gallery": [{"id": 1, "prompt": "p", "base": "a", "trained": "b", "image": "gone.png"}]}',
             "names the image gone.png, which is not there",

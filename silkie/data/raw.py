@@ -76,7 +76,7 @@ class Records:
         return itertools.islice(parsed, count)
 
     def nothing(self) -> DataError:
-        """The error for an input without a record, which quotes what is there instead."""
+        """The error for an input without any record; it quotes what the input holds instead."""
         place, found = next((item for shard in self.shards for item in read(shard, self.dataset)), ("", None))
         return DataError(
             f"{self.name}: no record in it (expected JSON"
@@ -197,10 +197,10 @@ def _one_format(files: list[str], path: str, suffixes: Sequence[str]) -> list[st
     data."""
     for suffix in (".parquet", ".jsonl", ".json"):
         if chosen := [file for file in files if file.lower().endswith(suffix)]:
-            left_out = [file for file in files if file.lower().endswith(".jsonl") and file not in chosen]
-            if left_out:
+            ignored = [file for file in files if file.lower().endswith(".jsonl") and file not in chosen]
+            if ignored:
                 logger.warning(
-                    "%s: read are its %s files and not %s; pass a file to read that one", path, suffix, left_out[0]
+                    "%s: reading only its %s files; ignoring %s (pass that file to read it)", path, suffix, ignored[0]
                 )
             return chosen
     raise DataError(f"{path!r}: no {', '.join(suffixes)} file in it")
@@ -254,7 +254,7 @@ def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shar
 
 
 def _is_json_lines(path: str) -> bool:
-    """A .json file that starts with an object on one line and goes on after it."""
+    """True for a .json file whose first line is a whole object, with more lines after it."""
     with open(path, "rb") as file:
         try:
             return isinstance(json.loads(file.readline(2**24)), dict) and bool(file.read(2**10).strip())
