@@ -38,13 +38,16 @@ DIMENSIONS = {
 ORDER = ("generative", "existence", "attribute", "state", "number", "action", "relation")
 
 
-def score_results(results: str | Path, annotations: str | Path | None = None) -> Score:
+def score_results(results: str | Path, annotations: str | Path | None = None, *, variant: str | None = None) -> Score:
     """Score an official results file, or the JSONL of `run amber`.
 
     Args:
         annotations: `annotations.json` or the folder that holds it. Default: searched beside the results.
+        variant: "nltk" finds nouns and near-synonyms as the official scorer does, with NLTK and spaCy; without it word
+            lists and spelling rules do, which need nothing installed.
 
     Raises:
+        ValueError: variant "nltk" where NLTK, spaCy or their data are not installed.
         ResultError: no annotations, an id that is not in them, a question answered twice, no response; with file and
             line.
     """
@@ -53,7 +56,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     truth = {record.id: record for record in _annotations(source)}
     records = read_records(path)
     check_unique(records)
-    lexicon = load_lexicon(source.parent, truth.values())
+    lexicon = load_lexicon(source.parent, truth.values(), nltk=variant == "nltk")
     items = [_item(record, _annotation(record, truth, source), lexicon) for record in records]
     warnings = []
     if any(item.category == "generative" for item in items):
@@ -188,7 +191,6 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
             float(len(hallu)),
             float(found.likely_hit),
         )
-        note = f"invented: {', '.join(dict.fromkeys(found.wrong))}" if found.wrong else ""
         return Item(
             **common,
             answer=answer,
@@ -196,7 +198,7 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
             value=float(clean),
             correct=clean,
             label=", ".join(truth),
-            note=note,
+            invented=tuple(dict.fromkeys(found.wrong)),
         )
     if truth not in ("yes", "no"):
         raise annotation.error(f"the truth of a yes/no question must be 'yes' or 'no', found {truth!r}.")
@@ -322,4 +324,5 @@ JSON list of {id, response}; annotations.json, relation.json and safe_words.txt 
     prompt_suffix=" Please answer yes or no.",
     no_suffix_for=frozenset({"generative"}),
     annotations_in_data=True,
+    variants=("nltk",),
 )

@@ -77,8 +77,7 @@ def chair_item(
 ) -> Item:
     """One described image. Its paired value is 1 where nothing was hallucinated."""
     counts = chair_counts(mentioned, truth)
-    invented, missed = sorted(set(mentioned) - set(truth)), sorted(set(truth) - set(mentioned))
-    notes = [f"invented: {', '.join(invented)}"] * bool(invented) + [f"not named: {', '.join(missed)}"] * bool(missed)
+    missed = sorted(set(truth) - set(mentioned))
     return Item(
         id=id,
         answer=answer,
@@ -90,7 +89,8 @@ def chair_item(
         image=image,
         prompt=prompt,
         label=", ".join(truth),
-        note="; ".join(notes),
+        invented=tuple(sorted(set(mentioned) - set(truth))),
+        note=f"not named: {', '.join(missed)}" if missed else "",
     )
 
 
