@@ -254,7 +254,7 @@ def _train(
         pairs = PairOptions(aspects=[row.aspect])
     elif row.strongest:
         pairs = f"model:{max(means, key=lambda name: means[name])}"
-    # At temperature 1.3 a sampler now and then answers nothing; such a group is left out, for every recipe alike.
+    # At temperature 1.3 a sampler now and then answers nothing; such a group is skipped, for every recipe.
     data = load_preferences(source["source"], image_root=source["image_root"], pairs=pairs, on_error="skip")
     if row.random:
         data = random_directions(data, seed)

@@ -219,7 +219,7 @@ def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
 def make_trainer(
     recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None
 ) -> SilkieDPOTrainer:
-    """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also
+    """A trainer for `recipe`. It starts from the base with a new adapter, or continues `adapter`, which is then also
     the reference."""
     model, processor = load_base(base_dir)
     arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a benchmark is made of. One module each in `silkie.evaluation.benchmarks`, or a YAML file of one's own."""
+"""What a benchmark is made of. Each is a module of `silkie.evaluation.benchmarks`, or a YAML file."""
 
 from __future__ import annotations
 

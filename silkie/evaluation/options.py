@@ -64,7 +64,7 @@ class AnswerOptions:
     quiet: bool = option(False, "no progress line")
 
     def generation(self, benchmark: Benchmark) -> dict[str, Any]:
-        """How an answer is generated, whoever generates it."""
+        """Generation settings, for a local model and for an endpoint alike."""
         return {
             "max_new_tokens": self.max_new_tokens or benchmark.max_new_tokens,
             "temperature": self.temperature,

@@ -71,7 +71,7 @@ class Record:
 
     @property
     def fields(self) -> str:
-        """The record's fields, for messages; a null field is named as such, since it counts as missing."""
+        """The record's fields, for messages; a null field is named as such, since it is treated as missing."""
         null = sorted(name for name, value in self.data.items() if value is None)
         return f"the fields {sorted(self.data)}" + (f" ({', '.join(null)}: null)" if null else "")
 

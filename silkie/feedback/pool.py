@@ -1,4 +1,4 @@
-"""Who answers: a pool of endpoints and local models, and which of them draws which response of an item.
+"""The pool of endpoints and local models that responses are drawn from, and which of them draws which one.
 
 members:
   - {name: large, base_url: "http://localhost:8000/v1", model: org/large-vl, temperatures: [0.7, 1.0], key_variable:
@@ -146,7 +146,7 @@ def draw_seed(*parts: Any) -> int:
 
 
 def normalised(text: str) -> str:
-    """What counts as the same response: equal words, whatever the case, the spaces and the full stop at the end."""
+    """The form in which two responses are compared: words alone, without case, extra spaces and the final full stop."""
     return " ".join(text.casefold().split()).rstrip(" .!")
 
 

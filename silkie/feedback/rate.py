@@ -91,8 +91,8 @@ async def cast_vote(
     """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass
     through.
 
-    earlier: unusable answers to this vote that an interrupted run got; they count as attempts. on_unusable: told of
-    every further one."""
+    earlier: unusable answers to this vote that an interrupted run got; they use up attempts. on_unusable: called
+    with every further one."""
     errors = list(earlier)
     for attempt in range(len(errors), attempts):
         order = shown_order(item.id, len(item.responses), seed=seed, vote=vote, attempt=attempt)

@@ -22,7 +22,7 @@ from pathlib import Path
 from silkie.evaluation.lexicon import mentions
 from silkie.evaluation.records import Record, ResultError
 
-__all__ = ["Description", "Lexicon", "describe", "load_lexicon"]
+__all__ = ["Description", "Lexicon", "load_lexicon", "match_words"]
 
 SIMILARITY = 0.8
 
@@ -51,7 +51,7 @@ class Description:
     likely_hit: int
 
 
-def describe(text: str, truth: Sequence[str], hallu: Sequence[str], lexicon: Lexicon) -> Description:
+def match_words(text: str, truth: Sequence[str], hallu: Sequence[str], lexicon: Lexicon) -> Description:
     """Match a description with its annotation, as the official scorer does.
 
     A mention reaches the FIRST annotated word it matches, associations before the words themselves; so one mention

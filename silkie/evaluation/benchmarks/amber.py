@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.benchmarks._amber_words import Lexicon, describe, load_lexicon
+from silkie.evaluation.benchmarks._amber_words import Lexicon, load_lexicon, match_words
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 from silkie.evaluation.yes_no import read_exact, read_first_word
@@ -63,8 +63,8 @@ def score_results(results: str | Path, annotations: str | Path | None = None, *,
         warnings += lexicon.warnings
     if unread := sum(item.read == "other" for item in items):
         warnings.append(
-            f"{unread} yes/no responses are not exactly 'Yes' or 'No' and count as wrong, as in the official scorer"
-            f" ({sum(item.read == 'other' and read_first_word(item.answer) != 'other' for item in items)} of them start"
+            f"{unread} yes/no responses are not exactly 'Yes' or 'No' and are scored as wrong, as in the official"
+            f" scorer ({sum(item.read == 'other' and read_first_word(item.answer) != 'other' for item in items)} of them start"
             " with yes or no)."
         )
     score = build_score(
@@ -179,7 +179,7 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
         hallu = annotation.data.get("hallu")
         if not isinstance(truth, list) or not isinstance(hallu, list):
             raise annotation.error("a generative annotation needs the lists `truth` and `hallu`.")
-        found = describe(answer, truth, hallu, lexicon)
+        found = match_words(answer, truth, hallu, lexicon)
         clean = not found.wrong
         counts = (
             1.0,
@@ -305,7 +305,7 @@ def _percent(numerator: float, denominator: float, kinds: int = 1) -> float:
 
 
 def _drop_empty(score: Score) -> None:
-    """Leave out the metrics of the part (descriptions or yes/no) that the file does not hold."""
+    """Remove the metrics of the part (descriptions or yes/no) that the file does not hold."""
     score.metrics = {k: v for k, v in score.metrics.items() if v is not None}
     score.categories = {
         name: {k: v for k, v in row.items() if v is not None and k != "amber"} for name, row in score.categories.items()

@@ -3,7 +3,7 @@ hallucination.
 
 Results: records (JSON list or JSONL) with the judge's reply, which holds a line `Rating: N`, or a stored number. The
 official evaluation file (a list of chat completions, or of the replies alone, in question order) is read too. As in the
-official scorer, a reply with no rating, or with several different ones, counts as 0.
+official scorer, a reply with no rating, or with several different ones, scores 0.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         )
     warnings = (
         [
-            f"{unread} judge replies hold no rating, or several different ones: they count as 0, as in the official"
+            f"{unread} judge replies hold no rating, or several different ones: they are scored 0, as in the official"
             " scorer."
         ]
         if unread

@@ -5,7 +5,7 @@ Results: the official grade file, a JSON object id -> {"score": [0.5, ...], "con
 per judge run), a plain object id -> grade, or records (JSONL or JSON list) with a stored `score` or the judge's reply.
 Capabilities come from `mm-vet.json` or from `capability` in the records.
 A score is 100 times the sum of grades over the number of QUESTIONS: with `mm-vet.json` at hand, a question without a
-grade counts as 0, as officially.
+grade scores 0, as in the official scorer.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     items += [_item(None, question, None) for question in absent]
     if absent:
         warnings.append(
-            f"{len(absent)} of {len(questions)} questions have no grade and count as 0 (first: {absent[0].id})."
+            f"{len(absent)} of {len(questions)} questions have no grade and score 0 (first: {absent[0].id})."
         )
     if not any(item.category for item in items):
         warnings.append(

@@ -168,7 +168,7 @@ def _questions_for(file: Path, answers: list[Record], annotations: str | Path | 
             raise unknown.error(f"question_id {unknown.id!r} is not in {source}.")
         if len(answers) < len(questions):
             logger.warning(
-                "%s answers %d of the %d questions in %s; the others are left out.",
+                "%s answers %d of the %d questions in %s; the others are not scored.",
                 file,
                 len(answers),
                 len(questions),
