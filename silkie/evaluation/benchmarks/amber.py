@@ -61,11 +61,11 @@ def score_results(results: str | Path, annotations: str | Path | None = None, *,
     warnings = []
     if any(item.category == "generative" for item in items):
         warnings += lexicon.warnings
-    if unread := sum(item.read == "other" for item in items):
+    if unread := [item.answer for item in items if item.read == "other"]:
+        led = sum(read_first_word(answer) != "other" for answer in unread)
         warnings.append(
-            f"{unread} yes/no responses are not exactly 'Yes' or 'No' and are scored as wrong, as in the official"
-            f" scorer ({sum(item.read == 'other' and read_first_word(item.answer) != 'other' for item in items)} of them start"
-            " with yes or no)."
+            f"{len(unread)} yes/no responses are not exactly 'Yes' or 'No' and are scored as wrong, as in the official"
+            f" scorer ({led} of them start with yes or no)."
         )
     score = build_score(
         "amber",
