@@ -110,6 +110,7 @@ class Table:
         index: dict[tuple[str, str], int] = {}
         rows: list[Array] = []
         for item, owner in zip(items, owners or items, strict=True):
+            # a question without a cluster (no image) is resampled on its own
             key = (owner.stratum, owner.cluster or owner.id)
             if key not in index:
                 index[key] = len(rows)

@@ -121,9 +121,8 @@ def samplers(pool: Pool, item_id: str, seed: int) -> list[Sampler]:
     at its first temperature; then every member that has a second temperature; and so on. So k draws come from k
     members where the pool has as many."""
     rng = random.Random(f"{seed}|{item_id}|members")
-    order = sorted(
-        pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight))
-    )  # weighted sampling without replacement
+    # weighted sampling without replacement: sort by u^(1/weight) (Efraimidis and Spirakis 2006)
+    order = sorted(pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight)))
     rounds = max(len(member.temperatures) for member in order)
     return [
         Sampler(member, member.temperatures[i])

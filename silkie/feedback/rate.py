@@ -54,6 +54,7 @@ def shown_order(item_id: str, count: int, *, seed: int = 0, vote: int = 0, attem
     question gets a fresh shuffle: an answer that was unusable once may well be so again for the very same text.
     """
     order = list(range(count))
+    # seeded by text, not by hash(): Python salts the hashes of strings anew in every process
     random.Random(f"{seed}|{item_id}|{attempt}").shuffle(order)
     turn = vote % count if count else 0
     return tuple(order[turn:] + order[:turn])

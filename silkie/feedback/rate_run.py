@@ -111,6 +111,7 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
         progress = Progress(total=len(ids), done=len(ids) - waiting, unit="item", show=options.progress)
         run = RateRun(judge, options, responses.parent, journal, parts, state, stop, progress)
         if isinstance(judge, OpenAIJudge):
+            # a wait between retries ends with the run; the endpoint is the caller's, so its own sleep is put back
             stack.callback(setattr, judge.endpoint, "sleep", judge.endpoint.sleep)
             judge.endpoint.sleep = stop.sleep
         try:
@@ -210,6 +211,7 @@ class RateRun(JournalRun):
         except ItemError as error:
             fatal = error
             problems += error.earlier
+        # more than half of the votes: the mean of a minority would be a rating by another rule than its neighbours'
         if fatal is None and 2 * len(votes) > self.options.votes:
             rated = combine_votes(item, votes, self.judge.rubric.aspect_names)
             record |= {"status": "ok", "ratings": rated.ratings, "rationales": rated.rationales}
@@ -242,7 +244,7 @@ class RateRun(JournalRun):
                     )
                 except UnusableAnswers as error:
                     problems += error.errors
-                    if 2 * (number + 1 - len(votes)) >= self.options.votes:
+                    if 2 * (number + 1 - len(votes)) >= self.options.votes:  # a majority is out of reach
                         return
                     continue
                 if self.options.votes > 1:  # a single vote is the whole item, whose line comes next

@@ -116,6 +116,7 @@ async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOpti
     stop = StopSignal()
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out.with_name(out.name + ".journal"), on_record=state.add))
+        # held in memory: a later round needs the items whose draws failed or repeated, and prompts are short
         items = list(read_items(prompts, need_responses=False))
         _check(items, pool, journal.path, state, options)
         done = sum(sum(accepted_slots(state.texts(item.id, options.k))) for item in items)

@@ -105,6 +105,7 @@ def mme_totals(sums: Array, strata: Sequence[str]) -> dict[str, Array]:
     scores = mme_rates(sums)["score"]
     pooled = mme_rates(sums.sum(-2))
     totals = {}
+    # MME adds up subtask scores, it does not pool their questions: a subtask of 40 weighs as much as one of 400
     for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
         columns = [i for i, stratum in enumerate(strata) if stratum in members]
         if columns:

@@ -79,6 +79,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         items.append(_item(record, questions.get(record.id), _grade(record)))
     graded = {record.id for record in records}
     absent = [record for identity, record in questions.items() if identity not in graded]
+    # the official score divides by all questions, so a file with some grades missing must not score higher for it
     items += [_item(None, question, None) for question in absent]
     if absent:
         warnings.append(
