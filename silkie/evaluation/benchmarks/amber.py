@@ -20,7 +20,16 @@ import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.benchmarks._amber_words import Lexicon, load_lexicon, match_words
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
+from silkie.evaluation.records import (
+    Question,
+    Record,
+    ResultError,
+    answer_of,
+    check_unique,
+    find_beside,
+    find_image,
+    read_records,
+)
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 from silkie.evaluation.yes_no import read_exact, read_first_word
 
@@ -129,14 +138,9 @@ def load_questions(data: str | Path) -> list[Question]:
     for file in files:
         for record in read_records(file):
             image = record.text(("image",), "image")
-            found = next(
-                (p for base in ("image", "images", "") if (p := folder / base / image).is_file()),
-                folder / "image" / image,
-            )
+            found = find_image(image, folder / "image", folder / "images", folder)
             kind = truth[record.id].category if record.id in truth else ""
-            questions.append(
-                Question(id=record.id, prompt=record.prompt, images=(str(found),), category=_dimension(kind))
-            )
+            questions.append(Question(id=record.id, prompt=record.prompt, images=(found,), category=_dimension(kind)))
     return questions
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, Record, check_unique, find_beside, read_records
+from silkie.evaluation.records import Question, Record, check_unique, find_beside, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = [
@@ -107,17 +107,14 @@ def load_questions(data: str | Path) -> list[Question]:
     questions = []
     for record in read_records(file, key_field="id"):
         name = record.text(("imagename", "image"), "image")
-        found = next(
-            (p for p in (file.parent / "images" / name, file.parent / name) if p.is_file()),
-            file.parent / "images" / name,
-        )
+        found = find_image(name, file.parent / "images", file.parent)
         capability = _capabilities(record)
         extra = {"gt_answer": record.data.get("answer", ""), "capability": capability}
         questions.append(
             Question(
                 id=record.id,
                 prompt=record.text(("question", "prompt"), "question"),
-                images=(str(found),),
+                images=(found,),
                 category="+".join(capability),
                 extra=extra,
             )
