@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="outputs/iterative")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=200, help="images per round (default 200)")
-    parser.add_argument("--no_single", action="store_true", help="leave out the comparison with one large round")
+    parser.add_argument("--no_single", action="store_true", help="skip the comparison with one large round")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: expected 1 or more")

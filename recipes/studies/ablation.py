@@ -29,13 +29,19 @@ from datasets import Dataset
 
 from silkie.data import load_preferences
 from silkie.data.pairs import PairOptions
-from silkie.demo import oracle
-from silkie.demo.data import DemoItem, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.loop import answer_items, evaluate_policy, held_out, load_base, make_trainer
+from silkie.demo.data import DemoItem, preference_items
+from silkie.demo.loop import (
+    answer_items,
+    evaluate_policy,
+    held_out,
+    load_base,
+    make_trainer,
+    rate_responses,
+    write_records,
+)
 from silkie.demo.metrics import METRICS
 from silkie.demo.model import BASE_DIR
 from silkie.demo.results import Recipe, Sizes, cached
-from silkie.feedback import JudgeItem, OracleJudge, rate_items
 
 __all__ = ["COLUMNS", "POOL", "RECIPES", "Cell", "cells", "markdown", "run_ablation", "t_interval"]
 
@@ -161,20 +167,8 @@ def sample_pool(seed: int, directory: Path, sizes: Sizes, base_dir: str | Path) 
         for k, (name, temperature) in enumerate(POOL.items())
     ]
     responses = list(zip(*by_member, strict=True))
-    todo = [
-        JudgeItem(id=item.id, prompt=item.prompt, responses=own, meta={"scene": item.scene, "question": item.question})
-        for item, own in zip(items, responses, strict=True)
-    ]
-    rated = rate_items(todo, OracleJudge(oracle.judge))
-    annotations = [
-        [
-            {aspect: {"Rating": f"{value:g}", "Rationale": why[aspect]} for aspect, value in row.items()}
-            for row, why in zip(result.ratings, result.rationales, strict=True)
-        ]
-        for result in rated
-    ]
-    write_images(items, directory / "images")
-    write_jsonl(vlfeedback_records(items, responses, annotations, list(POOL)), directory / "vlfeedback.jsonl")
+    rated = rate_responses(items, responses)
+    write_records(items, responses, rated, list(POOL), directory)
     ratings = [
         [statistics.fmean(v for v in row.values() if v is not None) for row in result.ratings] for result in rated
     ]
@@ -254,7 +248,7 @@ def _train(
         pairs = PairOptions(aspects=[row.aspect])
     elif row.strongest:
         pairs = f"model:{max(means, key=lambda name: means[name])}"
-    # At temperature 1.3 a sampler now and then answers nothing; such a group is left out, for every recipe alike.
+    # At temperature 1.3 a sampler now and then answers nothing; such a group is skipped, for every recipe.
     data = load_preferences(source["source"], image_root=source["image_root"], pairs=pairs, on_error="skip")
     if row.random:
         data = random_directions(data, seed)

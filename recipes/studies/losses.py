@@ -107,7 +107,7 @@ def run_study(
     base_dir: str | Path = BASE_DIR,
 ) -> dict[str, Any]:
     """Train every variant for every seed and score it. What is already in `out` is not computed again, so a stopped run
-    goes on, and several processes may share the seeds out among them.
+    resumes, and several processes may share the seeds.
 
     Returns:
         {"seeds", "base": scores, "scores": variant -> seed -> {"scores", "step_seconds", "margin"}}.

@@ -26,7 +26,7 @@ from silkie.demo.model import BASE_DIR
 from silkie.demo.outputs import write_outputs
 from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, Watch
 from silkie.demo.scenes import render
-from silkie.feedback import JudgeItem, OracleJudge, rate_items
+from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
 from silkie.plan.dry_run import dry_run as run_one_step
 from silkie.trainer import SilkieDPOTrainer
@@ -174,16 +174,32 @@ def feedback(
             model, processor, items, temperature=1.0, samples=4, seed=seed, title="sampling 4 responses"
         )
     with watch("rate"):
-        todo = [
-            JudgeItem(
-                id=item.id,
-                prompt=item.prompt,
-                responses=tuple(own),
-                meta={"scene": item.scene, "question": item.question},
-            )
-            for item, own in zip(items, responses, strict=True)
-        ]
-        rated = rate_items(tqdm(todo, desc="rating", unit="prompt"), OracleJudge(oracle.judge))
+        rated = rate_responses(items, responses)
+    return write_records(items, responses, rated, [f"base-sample-{k}" for k in range(4)], directory)
+
+
+def rate_responses(items: Sequence[DemoItem], responses: Sequence[Sequence[str]]) -> list[RatedItem]:
+    """The oracle's ratings of every item's responses."""
+    todo = [
+        JudgeItem(
+            id=item.id,
+            prompt=item.prompt,
+            responses=tuple(own),
+            meta={"scene": item.scene, "question": item.question},
+        )
+        for item, own in zip(items, responses, strict=True)
+    ]
+    return rate_items(tqdm(todo, desc="rating", unit="prompt"), OracleJudge(oracle.judge))
+
+
+def write_records(
+    items: Sequence[DemoItem],
+    responses: Sequence[Sequence[str]],
+    rated: Sequence[RatedItem],
+    models: Sequence[str],
+    directory: Path,
+) -> Path:
+    """Write the rated responses as VLFeedback records, and the images beside them; the path of the records."""
     annotations = [
         [
             {aspect: {"Rating": f"{value:g}", "Rationale": why[aspect]} for aspect, value in row.items()}
@@ -192,7 +208,6 @@ def feedback(
         for result in rated
     ]
     write_images(items, directory / "images")
-    models = [f"base-sample-{k}" for k in range(4)]
     return write_jsonl(vlfeedback_records(items, responses, annotations, models), directory / "vlfeedback.jsonl")
 
 
@@ -219,7 +234,7 @@ def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
 def make_trainer(
     recipe: Recipe, data: Dataset, base_dir: str | Path, directory: Path, seed: int, *, adapter: Path | None = None
 ) -> SilkieDPOTrainer:
-    """A trainer for `recipe`. It starts from the base with a new adapter, or goes on with `adapter`, which is then also
+    """A trainer for `recipe`. It starts from the base with a new adapter, or continues `adapter`, which is then also
     the reference."""
     model, processor = load_base(base_dir)
     arguments: dict[str, Any] = {

@@ -97,7 +97,7 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"matplotlib is not installed: {path.name} is left out (pip install 'silkie[report]').")
+        print(f"matplotlib is not installed: {path.name} was not drawn (pip install 'silkie[report]').")
         return
     titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
     figure = Figure(figsize=(13, 7.0), layout="constrained")

@@ -131,7 +131,7 @@ def _number(true: int, rng: Rng, label: bool, options: range) -> tuple[int, bool
 
 
 def color(scene: Scene, rng: Rng, label: bool) -> Question | None:
-    """Of a shape that is there once; a wrong colour is half of the time that of another object."""
+    """Ask the colour of a shape that occurs exactly once; half of the wrong colours are those of another object."""
     shapes = [item.kind for item in scene.shapes]
     items = [item for item in scene.shapes if shapes.count(item.kind) == 1]
     if not items:

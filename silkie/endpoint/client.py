@@ -252,11 +252,13 @@ class Endpoint:
             error = state.outcome.exception() if state.outcome else None
             asked = error.retry_after if isinstance(error, _Transient) else 0.0
             jitter = backoff(state)
+            # a little more than asked, and not all clients at the same moment
             return max(asked + min(jitter, 0.1 * asked + 0.05), jitter) if asked else jitter
 
         def stop(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
             assert isinstance(error, _Transient)
+            # 429 says "later", not "broken": it is waited out by time and does not use up the other attempts
             if error.kind == "rate_limited":
                 counts["rate_limited"] += 1
                 waited = time.monotonic() - began

@@ -74,7 +74,7 @@ class AnswerError(Exception):
 
 
 class ItemError(Exception):
-    """An item that cannot be judged at all, whoever is asked: a missing image, a request the endpoint refuses. Never
+    """An item that no model can answer: a missing image, a request the endpoint refuses. Never
     retried. `earlier` holds the unusable answers that came before it."""
 
     def __init__(self, kind: str, message: str, raw: str = "") -> None:
@@ -89,7 +89,7 @@ class ItemError(Exception):
 
 
 class StopRun(Exception):
-    """A condition under which no further call makes sense (key rejected, endpoint gone, budget spent): the run stops
+    """No further call makes sense (key rejected, endpoint gone, budget spent): the run stops
     cleanly."""
 
 

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 
-def score(benchmark: str, results: str, annotations: str | None = None) -> Score:
-    """Score a results file with a benchmark's official rule (see the benchmark's module for its layouts)."""
-    return get_benchmark(benchmark).score_results(results, annotations)
+def score(benchmark: str, results: str, annotations: str | None = None, *, variant: str | None = None) -> Score:
+    """Score a results file with a benchmark's official rule, or a variant of it (see the benchmark's module for its
+    layouts and variants)."""
+    return get_benchmark(benchmark).score(results, annotations, variant=variant)

@@ -89,7 +89,7 @@ def judge_answers(options: JudgeOptions) -> int:
 def score_results(options: ScoreOptions) -> int:
     from silkie.evaluation.intervals import metric_intervals
 
-    score = get_benchmark(options.benchmark).score_results(options.results, options.annotations)
+    score = get_benchmark(options.benchmark).score(options.results, options.annotations, variant=options.variant)
     intervals = metric_intervals(score)
     if options.items:
         lines = [json.dumps(item.to_dict(), ensure_ascii=False) for item in score.items]
@@ -113,7 +113,7 @@ def compare_results(options: CompareOptions) -> int:
     benchmark = get_benchmark(name)
     noted = read_meta(options.b).get("data")
     annotations = options.annotations or benchmark.annotations(noted)
-    a, b = (benchmark.score_results(file, annotations) for file in (options.a, options.b))
+    a, b = (benchmark.score(file, annotations, variant=options.variant) for file in (options.a, options.b))
     comparison = compare_scores(a, b, only_common=options.only_common)
     if options.html:
         from silkie.report import write_comparison

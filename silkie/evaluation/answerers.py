@@ -1,4 +1,4 @@
-"""Who answers: a model in this process (adapter on or off), or a model behind an OpenAI-compatible endpoint."""
+"""Models that answer: one in this process (adapter on or off), or one behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Answerer", "AnswererError", "EndpointAnswerer", "LocalAnswerer"]
 
 
 class AnswererError(RuntimeError):
-    """No answers can be had for now; the answers written so far stand, and running the same command again goes on from
+    """No answers are available at the moment; those written so far are kept, and the same command resumes after
     them."""
 
 
@@ -57,9 +57,7 @@ class LocalAnswerer:
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]:
         from silkie.inference import generate
 
-        conversations = [
-            conversation(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)
-        ]
+        conversations = [user_turn(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)]
         with nullcontext() if self.use_adapter else self.model.disable_adapter():
             texts = generate(
                 self.model,
@@ -113,7 +111,7 @@ class EndpointAnswerer:
             return self._runner.run(self._answer_all(prompts, images, seed))
         except (AnswerError, ItemError, StopRun) as error:
             raise AnswererError(
-                f"{error}. The answers so far are kept; run the same command again to go on."
+                f"{error}. The answers so far are kept; run the same command again to resume."
             ) from error
 
     def close(self) -> None:
@@ -121,8 +119,8 @@ class EndpointAnswerer:
         self._runner.close()
 
     async def _answer_all(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], seed: int) -> list[str]:
-        # every call is waited for before an error ends the batch: none is left in flight, to be answered and paid after
-        # the run
+        # wait for every call before an error ends the batch: a call left in flight would be answered, and paid for,
+        # after the run
         calls = (self._one(prompt, own, seed) for prompt, own in zip(prompts, images, strict=True))
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
@@ -149,7 +147,7 @@ class EndpointAnswerer:
         return answer.text.strip()
 
 
-def conversation(prompt: str, images: int, system: str | None = None) -> list[dict[str, Any]]:
+def user_turn(prompt: str, images: int, system: str | None = None) -> list[dict[str, Any]]:
     """A single user turn: the images, then the text."""
     parts: list[dict[str, Any]] = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
     head = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []

@@ -1,4 +1,4 @@
-"""What a benchmark is made of. One module each in `silkie.evaluation.benchmarks`, or a YAML file of one's own."""
+"""What a benchmark is made of. Each is a module of `silkie.evaluation.benchmarks`, or a YAML file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Benchmark:
         `no_suffix_for`.
     judge_prompt: record of `run` -> text. Set where a judge must rate the answers before they can be scored.
     annotations_in_data: the annotations that scoring needs lie in the folder of the questions.
+    variants: other ways to score, by name; `score_results` then takes the name as `variant`.
     results_folder: a glob; a folder that holds such files is a results folder of this benchmark, with no other file to
         name it.
     """
@@ -38,7 +39,21 @@ class Benchmark:
     judge_prompt: Callable[[dict[str, Any]], str] | None = None
     judge_sees_image: bool = False
     annotations_in_data: bool = False
+    variants: tuple[str, ...] = ()
     results_folder: str = ""
+
+    def score(self, results: str | Path, annotations: str | Path | None = None, *, variant: str | None = None) -> Score:
+        """Score a results file with the benchmark's rule, or with a variant of it.
+
+        Raises:
+            ValueError: a variant that the benchmark does not have, or an unusable file (ResultError).
+        """
+        if variant is None:
+            return self.score_results(results, annotations)
+        if variant not in self.variants:
+            known = f"one of {', '.join(self.variants)}" if self.variants else "none: it is scored in one way"
+            raise ValueError(f"{self.name} has no variant {variant!r}. Expected {known}.")
+        return self.score_results(results, annotations, variant=variant)
 
     def annotations(self, data: str | Path | None) -> str | Path | None:
         """What to score with where nobody named annotations: the folder of the questions, if they lie there."""

@@ -155,6 +155,7 @@ class BenchmarkCallback(TrainerCallback):
 
         rank, ranks = host.accelerator.process_index, host.accelerator.num_processes
         share = -(-len(tasks) // ranks)
+        # beyond the end a rank repeats the last task; the dict below keeps one record per question
         own = [tasks[min(i, len(tasks) - 1)] for i in range(rank * share, (rank + 1) * share)]
         records: list[dict[str, Any]] = []
         with unwrap_model_for_generation(host.model_wrapped, host.accelerator) as model:

@@ -124,6 +124,8 @@ def metric_differences(
             continue
         low, high = percentile_interval(np.asarray(boot_b[name] - boot_a[name]), confidence)
         null = np.abs(np.asarray(perm_b[name] - perm_a[name]))
+        # The tolerance: rounding must not make a swap that equals the observed difference look smaller. The ones: the
+        # observed labelling is itself one of the swaps, so that a p-value is never 0 (Phipson and Smyth 2010).
         extreme = int(np.sum(null >= abs(y - x) - 1e-9))
         p_value = 1.0 if x == y else (extreme + 1) / (len(null) + 1)
         direction = None if x == y or name in NEUTRAL else (y < x) == (name in lower_is_better)
@@ -133,12 +135,12 @@ def metric_differences(
 
 def _swapped(a: Table, b: Table, resamples: int, seed: int) -> tuple[Array, Array]:
     """Sums [B, S, C] after the systems' labels were swapped in a random half of the clusters."""
-    rng = np.random.default_rng(seed + 1)
+    rng = np.random.default_rng(seed + 1)  # not the draws of the bootstrap, which start at `seed`
     shape = (resamples, len(a.strata), a.sums.shape[1])
     moved = np.empty(shape)
     for s in range(len(a.strata)):
         difference = (b.sums - a.sums)[a.stratum == s]
-        step = max(1, 8_000_000 // max(1, len(difference)))
+        step = max(1, 8_000_000 // max(1, len(difference)))  # a chunk of swaps stays near 64 MB
         for start in range(0, resamples, step):
             swap = rng.integers(0, 2, size=(min(step, resamples - start), len(difference)), dtype=np.int8)
             moved[start : start + len(swap), s] = swap.astype(np.float64) @ difference
@@ -156,6 +158,7 @@ def _category_differences(
         own = [(x, y) for x, y in zip(items_a, items_b, strict=True) if name in a.category_of(x)]
         if own:
             both = ([x for x, _ in own], [y for _, y in own])
+            # a fifth of the resamples: every category (MME has 14) takes another bootstrap and permutation test
             every = metric_differences(*both, summed, a.lower_is_better, confidence, max(1, resamples // 5), seed)
             rows[name] = next((m for m in every if m.difference is not None), every[0])
     tested = [name for name, m in rows.items() if m.p_value is not None]

@@ -35,6 +35,7 @@ def resampled_sums(tables: Sequence[Table], resamples: int, seed: int) -> list[A
     for s in range(len(first.strata)):
         own = first.stratum == s
         start = 0
+        # one draw of images for all tables: what two systems share on an image cancels in their difference
         for weights in multinomial_weights(rng, int(own.sum()), resamples):
             for table, sums in zip(tables, out, strict=True):
                 sums[start : start + len(weights), s] = weights @ table.sums[own]

@@ -34,6 +34,7 @@ def judge_tasks(benchmark: Benchmark, results: str | Path, images: str | Path | 
             raise record.error("no answer to judge. Expected a results file of `run`.")
         names = record.data.get("images") or ([record.data["image"]] if record.data.get("image") else [])
         shown = tuple(str(root / name) for name in names) if benchmark.judge_sees_image else ()
+        # results that were judged before may be judged again: the old reply must not reach the new judge
         row = {key: value for key, value in record.data.items() if key != "judge"}
         try:
             prompt = benchmark.judge_prompt({"prompt": record.prompt, **row})

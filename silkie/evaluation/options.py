@@ -16,6 +16,10 @@ __all__ = ["NAMES", "AnswerOptions", "CompareOptions", "JudgeOptions", "RunOptio
 NAMES = ", ".join(BENCHMARKS)
 WHICH = f"{NAMES}; or the path of a YAML definition (also as --benchmark NAME)"
 
+VARIANT = "another way to score: " + "; ".join(
+    f"{', '.join(benchmark.variants)} ({name})" for name, benchmark in BENCHMARKS.items() if benchmark.variants
+)
+
 OWN_LAYOUT = "JSONL with `answer` (yesno, exact) or `rating` / `judge` (judge), and `label` or an `id` of the questions"
 
 
@@ -60,7 +64,7 @@ class AnswerOptions:
     quiet: bool = option(False, "no progress line")
 
     def generation(self, benchmark: Benchmark) -> dict[str, Any]:
-        """How an answer is generated, whoever generates it."""
+        """Generation settings, for a local model and for an endpoint alike."""
         return {
             "max_new_tokens": self.max_new_tokens or benchmark.max_new_tokens,
             "temperature": self.temperature,
@@ -117,6 +121,7 @@ class ScoreOptions:
         "questions or annotations of the benchmark (default: in the results, or searched beside them)",
         aliases=("--questions",),
     )
+    variant: str | None = option(None, VARIANT)
     json: bool = option(False, "print JSON")
     items: str | None = option(None, "write every question with how it was read and scored (JSONL)", metavar="FILE")
 
@@ -129,6 +134,7 @@ class CompareOptions:
         None, f"{NAMES}; or the path of a YAML definition (default: the one noted in the results)"
     )
     annotations: str | None = option(None, "as for score", aliases=("--questions",))
+    variant: str | None = option(None, "as for score")
     only_common: bool = option(False, "compare the questions that both have")
     json: bool = option(False, "print JSON")
     html: str | None = option(None, "write a page with the flipped questions and their images", metavar="FILE")

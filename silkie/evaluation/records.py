@@ -14,7 +14,17 @@ from typing import Any
 
 from silkie.io.jsonl import json_lines
 
-__all__ = ["Question", "Record", "ResultError", "answer_of", "check_unique", "find_beside", "read_records", "read_text"]
+__all__ = [
+    "Question",
+    "Record",
+    "ResultError",
+    "answer_of",
+    "check_unique",
+    "find_beside",
+    "find_image",
+    "read_records",
+    "read_text",
+]
 
 # What the tools of the field call a model's answer, most specific first.
 ANSWER_FIELDS = ("answer", "response", "model_answer", "prediction", "pred", "output", "generated_text", "caption")
@@ -71,7 +81,7 @@ class Record:
 
     @property
     def fields(self) -> str:
-        """The record's fields, for messages; a null field is named as such, since it counts as missing."""
+        """The record's fields, for messages; a null field is named as such, since it is treated as missing."""
         null = sorted(name for name, value in self.data.items() if value is None)
         return f"the fields {sorted(self.data)}" + (f" ({', '.join(null)}: null)" if null else "")
 
@@ -186,6 +196,13 @@ def find_beside(results: Path, names: Sequence[str]) -> Path | None:
                 if candidate.is_file() and candidate != results:
                     return candidate
     return None
+
+
+def find_image(name: str, *folders: Path) -> str:
+    """The image's path in the first of the folders that holds it; where none does, in the first, for the error that
+    will name it."""
+    places = [folder / name for folder in folders]
+    return str(next((place for place in places if place.is_file()), places[0]))
 
 
 def read_text(path: Path) -> str:

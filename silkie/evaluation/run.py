@@ -1,7 +1,7 @@
 """Ask a model a benchmark's questions and write its answers: batched, resumable, the same file every time.
 
-The questions are cut into batches once, in their order; a results file grows by whole batches. A run that was cut off
-is continued after its last whole batch, with the same batches and seeds, so that the finished file equals, byte for
+The questions are cut into batches once, in their order; a results file grows by whole batches. An interrupted run
+resumes after its last whole batch, with the same batches and seeds, so that the finished file equals, byte for
 byte, that of a run that was never cut off.
 """
 
@@ -169,8 +169,8 @@ def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_
                 f"was begun with other settings ({shown}). Choose another file, use the same settings, or --overwrite.",
             )
         return _cut_to_whole_batches(file, tasks, batch_size)
-    # the answers last: a run that is killed between these lines is begun again, not refused or continued with other
-    # settings
+    # settings first, answers last: a run that is killed between these lines starts over, instead of being refused or
+    # continued with other settings
     file.unlink(missing_ok=True)
     meta.write_text(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     file.touch()

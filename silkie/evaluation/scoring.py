@@ -29,7 +29,7 @@ Totals = Callable[[Array, Sequence[str]], dict[str, Array]]
 @dataclass(slots=True, kw_only=True)
 class Item:
     """One scored question. `value` is what a paired comparison compares (0/1, a rating, a share); `counts` are its
-    additions to the sums."""
+    additions to the sums; `invented` the objects that a description names and the image does not hold."""
 
     id: str
     answer: str
@@ -43,6 +43,7 @@ class Item:
     prompt: str = ""
     label: str | None = None
     read: str | None = None
+    invented: tuple[str, ...] = ()
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +110,7 @@ class Table:
         index: dict[tuple[str, str], int] = {}
         rows: list[Array] = []
         for item, owner in zip(items, owners or items, strict=True):
+            # a question without a cluster (no image) is resampled on its own
             key = (owner.stratum, owner.cluster or owner.id)
             if key not in index:
                 index[key] = len(rows)

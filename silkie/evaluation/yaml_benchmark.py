@@ -1,4 +1,4 @@
-"""A benchmark of one's own, defined in YAML over a folder of images.
+"""A custom benchmark, defined in YAML over a folder of images.
 
     name: kitchen
     kind: yesno                    # yesno | exact | judge
@@ -13,7 +13,7 @@ A question: {id, question, image (or images), label, category}. `yesno` reads th
 
     judge:
       scale: [1, 5]
-      pass_at: 4                   # ratings from here on count as passed
+      pass_at: 4                   # the lowest rating that passes
       sees_image: true
       prompt: "Is this answer right and grounded in the image? Question: {question} Reference: {label} Answer: {answer}"
 """
@@ -312,7 +312,7 @@ def _exact_rates(sums: Array) -> dict[str, Array]:
 
 
 def _judge_rates(sums: Array) -> dict[str, Array]:
-    """Sums (questions, rating points, passed, unreadable) [..., 4]; an unreadable rating counts as the lowest."""
+    """Sums (questions, rating points, passed, unreadable) [..., 4]; an unreadable rating is scored as the lowest."""
     total, points, passed, unread = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
     return {"score": ratio(points, total), "pass_rate": ratio(passed, total), "unreadable": ratio(unread, total)}
 

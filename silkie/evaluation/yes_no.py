@@ -12,7 +12,7 @@ YesNo = Literal["yes", "no", "other"]
 
 
 def read_mme(answer: str) -> YesNo:
-    """MME: the first four characters, lower-cased; they contain "yes", else "no", else the answer counts as wrong.
+    """MME: the first four characters, lower-cased; they contain "yes", else "no", else the answer is wrong.
     Leading spaces use up characters."""
     head = answer.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"
@@ -31,7 +31,7 @@ def read_exact(answer: str) -> YesNo:
 
 
 def read_first_word(answer: str) -> YesNo:
-    """The first word, whatever its case and punctuation: the rule for a person's own yes/no sets."""
+    """The first word, whatever its case and punctuation: the rule for custom yes/no sets."""
     word = re.search(r"[A-Za-z]+", answer)
     head = word.group().lower() if word else ""
     return "yes" if head == "yes" else "no" if head == "no" else "other"

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from silkie.data import PairOptions, build_pairs
+from silkie.feedback.inputs import RecordError, read_items, with_images
 from silkie.feedback.items import JudgeItem, prompt_text
 from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
-from silkie.feedback.records import RecordError, read_items, with_images
 from silkie.feedback.vlfeedback import write_vlfeedback
 from silkie.io.jsonl import json_lines
 

@@ -62,8 +62,8 @@ class JudgeItem:
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are left
-    out."""
+    """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are
+    omitted."""
     if isinstance(prompt, str):
         return prompt.replace("<image>", "").strip()
 

@@ -1,6 +1,6 @@
 """An append-only journal of JSON lines that survives a kill at any moment.
 
-A record counts as finished once its line has been written and flushed to the disk (`fsync`). Records that arrive while
+A record is finished once its line has been written and flushed to the disk (`fsync`). Records that arrive while
 a flush is under way go out together in the next one, so that the disk does not limit the number of calls. One process
 writes a journal at a time; a second one gets an error instead of a mixed file.
 """
@@ -36,7 +36,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a journal, in order. A torn last line is left out; a broken line elsewhere raises JournalError
+    """The records of a journal, in order. A torn last line is skipped; a broken line elsewhere raises JournalError
     with its number."""
     for record, _ in _scan(Path(path)):
         yield record

@@ -26,7 +26,7 @@ OracleFunction = Callable[[JudgeItem], Sequence[Mapping[str, "float | AspectRati
 
 @runtime_checkable
 class Judge(Protocol):
-    """One call to whoever rates. `rate` returns one {aspect: AspectRating} per response in the order of
+    """Interface of a judge. `rate` returns one {aspect: AspectRating} per response in the order of
     `item.responses`.
 
     Raises AnswerError for an answer that cannot be used (asking again may help), ItemError for an item that nobody can

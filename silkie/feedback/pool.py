@@ -1,4 +1,4 @@
-"""Who answers: a pool of endpoints and local models, and which of them draws which response of an item.
+"""The pool of endpoints and local models that responses are drawn from, and which of them draws which one.
 
 members:
   - {name: large, base_url: "http://localhost:8000/v1", model: org/large-vl, temperatures: [0.7, 1.0], key_variable:
@@ -121,9 +121,8 @@ def samplers(pool: Pool, item_id: str, seed: int) -> list[Sampler]:
     at its first temperature; then every member that has a second temperature; and so on. So k draws come from k
     members where the pool has as many."""
     rng = random.Random(f"{seed}|{item_id}|members")
-    order = sorted(
-        pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight))
-    )  # weighted sampling without replacement
+    # weighted sampling without replacement: sort by u^(1/weight) (Efraimidis and Spirakis 2006)
+    order = sorted(pool.members, key=lambda member: -(rng.random() ** (1.0 / member.weight)))
     rounds = max(len(member.temperatures) for member in order)
     return [
         Sampler(member, member.temperatures[i])
@@ -146,7 +145,7 @@ def draw_seed(*parts: Any) -> int:
 
 
 def normalised(text: str) -> str:
-    """What counts as the same response: equal words, whatever the case, the spaces and the full stop at the end."""
+    """The form in which two responses are compared: words alone, without case, extra spaces and the final full stop."""
     return " ".join(text.casefold().split()).rstrip(" .!")
 
 

@@ -54,6 +54,7 @@ def shown_order(item_id: str, count: int, *, seed: int = 0, vote: int = 0, attem
     question gets a fresh shuffle: an answer that was unusable once may well be so again for the very same text.
     """
     order = list(range(count))
+    # seeded by text, not by hash(): Python salts the hashes of strings anew in every process
     random.Random(f"{seed}|{item_id}|{attempt}").shuffle(order)
     turn = vote % count if count else 0
     return tuple(order[turn:] + order[:turn])
@@ -91,8 +92,8 @@ async def cast_vote(
     """One usable answer for `item`, asking at most `attempts` times. Raises UnusableAnswers; ItemError and StopRun pass
     through.
 
-    earlier: unusable answers to this vote that an interrupted run got; they count as attempts. on_unusable: told of
-    every further one."""
+    earlier: unusable answers to this vote that an interrupted run got; they use up attempts. on_unusable: called
+    with every further one."""
     errors = list(earlier)
     for attempt in range(len(errors), attempts):
         order = shown_order(item.id, len(item.responses), seed=seed, vote=vote, attempt=attempt)

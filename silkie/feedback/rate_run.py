@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.judges import Judge, OpenAIJudge
 from silkie.feedback.options import RateOptions
 from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes
-from silkie.feedback.records import read_items, with_images
 from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
 
 
@@ -111,6 +111,7 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
         progress = Progress(total=len(ids), done=len(ids) - waiting, unit="item", show=options.progress)
         run = RateRun(judge, options, responses.parent, journal, parts, state, stop, progress)
         if isinstance(judge, OpenAIJudge):
+            # a wait between retries ends with the run; the endpoint is the caller's, so its own sleep is put back
             stack.callback(setattr, judge.endpoint, "sleep", judge.endpoint.sleep)
             judge.endpoint.sleep = stop.sleep
         try:
@@ -210,6 +211,7 @@ class RateRun(JournalRun):
         except ItemError as error:
             fatal = error
             problems += error.earlier
+        # more than half of the votes: the mean of a minority would be a rating by another rule than its neighbours'
         if fatal is None and 2 * len(votes) > self.options.votes:
             rated = combine_votes(item, votes, self.judge.rubric.aspect_names)
             record |= {"status": "ok", "ratings": rated.ratings, "rationales": rated.rationales}
@@ -242,7 +244,7 @@ class RateRun(JournalRun):
                     )
                 except UnusableAnswers as error:
                     problems += error.errors
-                    if 2 * (number + 1 - len(votes)) >= self.options.votes:
+                    if 2 * (number + 1 - len(votes)) >= self.options.votes:  # a majority is out of reach
                         return
                     continue
                 if self.options.votes > 1:  # a single vote is the whole item, whose line comes next
@@ -251,9 +253,9 @@ class RateRun(JournalRun):
 
 
 class _PartStore:
-    """What was paid for of items that are not finished yet: votes, and unusable answers, which count as attempts. They
-    go to a journal of their own beside the main one, so that a kill between two calls of an item loses neither. It is
-    made when it is first needed and goes away when the run is complete."""
+    """Votes and unusable answers of unfinished items: they were paid for, and the answers are used-up attempts. They
+    are kept in a second journal beside the main one, so that a kill between two calls of an item loses neither. The
+    file is created when first needed and removed once the run is complete."""
 
     def __init__(self, stack: ExitStack, path: Path, state: JournalState) -> None:
         self._stack, self._state = stack, state
@@ -292,7 +294,7 @@ class _PartStore:
         return self._stack.enter_context(Journal(self.path, on_record=self._add))
 
     def _key(self, item: JudgeItem, number: int) -> Record:
-        """Parts belong to one go at an item: what led to a failure on record is not used again by `retry_failed`."""
+        """Parts belong to one attempt at an item: what led to a recorded failure is not reused by `retry_failed`."""
         return {"id": item.id, "item": item.fingerprint(), "failures": self._state.failures[item.id], "number": number}
 
     def _add(self, record: Record) -> None:

@@ -157,6 +157,8 @@ class JournalRun:
     def __init__(self, options: RunOptions, *, spent: Usage, items: int) -> None:
         """spent, items: what the journal holds already."""
         self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=spent, items=items)
+        # More than the calls in flight, which all fail when a server restarts; not so many that an outage is noticed
+        # only after minutes of retries.
         self.outage_limit = 2 * options.concurrency + 8
 
     async def write(self, record: Record) -> None:

@@ -23,12 +23,12 @@ from silkie.endpoint.budget import Prices
 from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.endpoint.media import data_url, load_image
+from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.options import SampleOptions
 from silkie.feedback.pool import Member, Pool, Sampler, accepted_slots, draw_seed, sampler_of
 from silkie.feedback.prompting import conversation, endpoint_messages
-from silkie.feedback.records import read_items, with_images
 from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
 
 
@@ -116,6 +116,7 @@ async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOpti
     stop = StopSignal()
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out.with_name(out.name + ".journal"), on_record=state.add))
+        # held in memory: a later round needs the items whose draws failed or repeated, and prompts are short
         items = list(read_items(prompts, need_responses=False))
         _check(items, pool, journal.path, state, options)
         done = sum(sum(accepted_slots(state.texts(item.id, options.k))) for item in items)
@@ -365,8 +366,8 @@ def _write_responses(
 
 
 def _image_for(image: str, prompts: Path, out: Path, image_root: str | None) -> str:
-    """The image's path as seen from `out`: a path that was meant from the prompts file must still work from the
-    responses file."""
+    """The image's path relative to `out`: a path relative to the prompts file must still work from the responses
+    file."""
     beside = prompts.parent / image
     if (
         image_root is not None

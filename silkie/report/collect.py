@@ -290,12 +290,11 @@ def _cards(pairs: Sequence[tuple[Item, Item]], images: Path, benchmark: str) -> 
 
 def _card(a: Item, b: Item, images: Path, benchmark: str) -> Card:
     def answer(item: Item) -> Answer:
-        invented = item.note.partition("invented: ")[2].partition(";")[0] if "invented: " in item.note else ""
         return Answer(
             answer=item.answer,
             correct=item.correct,
             ratings=_rating(item),
-            invented=tuple(filter(None, invented.split(", "))),
+            invented=item.invented,
             note=item.note,
         )
 

@@ -220,12 +220,11 @@ def _card(card: Card, book: PictureBook) -> dict[str, Any]:
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
-    note = answer.note if not answer.note.startswith("invented: ") else answer.note.partition("; ")[2]
     return {
         "html": _marked(answer.answer, answer.invented),
         "correct": answer.correct,
         "ratings": answer.ratings,
-        "note": note,
+        "note": answer.note,
         "invented": answer.invented,
     }
 

@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(run, monkeypatch):
     monkeypatch.setattr(
         ablation, "_train", lambda row, seed, *rest: trained.append((row.recipe.name, seed)) or train(row, seed, *rest)
     )
-    monkeypatch.setattr(ablation, "sample_pool", None)
+    monkeypatch.setattr(ablation, "sample_pool", lambda *_: pytest.fail("sampled again"))
     again = run_ablation(out, (0, 1), SOME, sizes=TINY)
     assert trained == [("random", 1)]
     assert again == result, "the same seed gives the same numbers"

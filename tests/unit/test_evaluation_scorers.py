@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -391,6 +392,22 @@ def test_amber_says_what_can_differ_from_the_official_number(amber):
     assert "no relation.json" in warnings and "en_core_web_lg" in warnings
 
 
+def test_amber_finds_words_as_it_is_told_to_and_not_by_what_is_installed(amber, monkeypatch):
+    file = str(lines(amber / "r.json", [json.dumps([{"id": 1, "response": "A dog."}])]))
+    monkeypatch.setitem(sys.modules, "nltk", None)  # not installed
+    with pytest.raises(ValueError, match="--variant nltk needs NLTK and spaCy"):
+        score("amber", file, variant="nltk")
+    monkeypatch.setattr(
+        "silkie.evaluation.benchmarks._amber_words._official_words",
+        lambda: (lambda text: ["cat", "cat"], lambda a, b: False),
+    )
+    assert score("amber", file, variant="nltk").metrics != score("amber", file).metrics
+    with pytest.raises(ValueError, match=r"amber has no variant 'spacy'\. Expected one of nltk"):
+        score("amber", file, variant="spacy")
+    with pytest.raises(ValueError, match="pope has no variant"):
+        score("pope", file, variant="nltk")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
@@ -426,7 +443,7 @@ def test_chair_counts_mentions_and_descriptions(tmp_path):
     assert result.metrics["chair_s"] == pytest.approx(1 / 3)
     assert result.metrics["recall"] == pytest.approx(2 / 4)
     assert result.metrics["exact"] == pytest.approx(1 / 3)
-    assert result.items[0].note == "invented: blue square; not named: green star"
+    assert (result.items[0].invented, result.items[0].note) == (("blue square",), "not named: green star")
 
 
 def test_chair_synonyms_and_given_mentions(tmp_path):

@@ -15,6 +15,7 @@ from silkie.data import load_preferences, open_image
 from silkie.endpoint.errors import ItemError
 from silkie.feedback import OracleJudge, default_rubric, write_vlfeedback
 from silkie.feedback.build import build_dataset, read_reference
+from silkie.feedback.inputs import RecordError
 from silkie.feedback.journal import JournalError
 from silkie.feedback.quality import (
     Judged,
@@ -29,7 +30,6 @@ from silkie.feedback.quality import (
     vote_spread,
 )
 from silkie.feedback.rate_run import RateOptions, rate_file
-from silkie.feedback.records import RecordError
 from silkie.feedback.vlfeedback import vlfeedback_row
 from tests.support.feedback import true_ratings, write_responses
 

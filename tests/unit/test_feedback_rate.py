@@ -24,11 +24,11 @@ from silkie.feedback import (
     rate_items,
 )
 from silkie.feedback.build import build_dataset
+from silkie.feedback.inputs import RecordError, read_items
 from silkie.feedback.items import prompt_text
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.rate import UnusableAnswers, shown_order, unshuffle
 from silkie.feedback.rate_run import RateOptions, rate_file
-from silkie.feedback.records import RecordError, read_items
 from tests.support.feedback import ScriptedServer, completion, true_ratings, write_responses
 from tests.support.judge_server import markdown
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from silkie.endpoint.errors import ItemError
 from silkie.feedback import sample
+from silkie.feedback.inputs import read_items
 from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import JournalError, read_records
 from silkie.feedback.pool import (
@@ -26,7 +27,6 @@ from silkie.feedback.pool import (
     samplers,
 )
 from silkie.feedback.prompting import conversation, endpoint_messages
-from silkie.feedback.records import read_items
 from silkie.feedback.sample import SampleOptions, sample_file
 from tests.support.feedback import ScriptedServer, completion, error, read_jsonl
 

@@ -57,7 +57,7 @@ def test_an_unknown_loss_is_named(tmp_path):
 def test_a_stopped_study_goes_on_without_doing_anything_twice(tmp_path, monkeypatch):
     first = run_study(tmp_path, (0,), ["sigmoid", "simpo, beta 2"], sizes=TINY)
     (tmp_path / "seed0" / "sigmoid.json").unlink()
-    monkeypatch.setattr(loss_study, "_sample", None)
+    monkeypatch.setattr(loss_study, "_sample", lambda *_: pytest.fail("sampled again"))
     trained, train = [], loss_study._train
     monkeypatch.setattr(loss_study, "_train", lambda recipe, *rest: trained.append(recipe.name) or train(recipe, *rest))
     again = run_study(tmp_path, (0,), ["sigmoid", "simpo, beta 2"], sizes=TINY)

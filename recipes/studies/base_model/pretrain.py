@@ -448,7 +448,7 @@ def new_model(seed: int) -> tuple[Any, Packer]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_base"))
-    parser.add_argument("--resume", type=Path, help="a checkpoint <stage>.pt: go on with the stage after it")
+    parser.add_argument("--resume", type=Path, help="a checkpoint <stage>.pt: continue with the stage after it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = _found()
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark by name (any case), or one's own: the path of its YAML definition.
+    """A benchmark by name (any case), or a custom one by the path of its YAML definition.
 
     Raises:
         ValueError: neither; the message lists what there is.

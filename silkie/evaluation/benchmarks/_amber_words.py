@@ -5,11 +5,11 @@ The official scorer takes the nouns (NLTK tagger and WordNet lemmatiser) that ar
 few `safe_words.txt`, or closer than 0.8 to one of them in spaCy's `en_core_web_lg` vectors. Everything else in the list
 is a hallucination.
 
-Here: the nouns come from `silkie.evaluation.lexicon`, and similarity is equality, unless nltk and spaCy with
-`en_core_web_lg` are installed, which are then used and give the official number. Without them CHAIR and Hal can come
-out slightly higher (a near-synonym outside the lists is not forgiven) and Cover and Cog slightly lower. A capitalised
-noun ("Trees line the road") counts here and not there: the lemmatiser leaves it as it is, and the list is in lower
-case.
+Here: the nouns come from `silkie.evaluation.lexicon`, and similarity is equality. The variant "nltk" asks for nltk and
+spaCy with `en_core_web_lg` and gives the official number; which of the two is used does not depend on what is
+installed, so that one file has one score. Without them CHAIR and Hal can come out slightly higher (a near-synonym
+outside the lists is not forgiven) and Cover and Cog slightly lower. A capitalised noun ("Trees line the road") is found
+here and not there: the lemmatiser leaves it as it is, and the list is in lower case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from silkie.evaluation.lexicon import mentions
 from silkie.evaluation.records import Record, ResultError
 
-__all__ = ["Description", "Lexicon", "describe", "load_lexicon"]
+__all__ = ["Description", "Lexicon", "load_lexicon", "match_words"]
 
 SIMILARITY = 0.8
 
@@ -51,7 +51,7 @@ class Description:
     likely_hit: int
 
 
-def describe(text: str, truth: Sequence[str], hallu: Sequence[str], lexicon: Lexicon) -> Description:
+def match_words(text: str, truth: Sequence[str], hallu: Sequence[str], lexicon: Lexicon) -> Description:
     """Match a description with its annotation, as the official scorer does.
 
     A mention reaches the FIRST annotated word it matches, associations before the words themselves; so one mention
@@ -79,8 +79,8 @@ def describe(text: str, truth: Sequence[str], hallu: Sequence[str], lexicon: Lex
     return Description(named, wrong, len(covered), len(hit))
 
 
-def load_lexicon(folder: Path, annotations: Iterable[Record]) -> Lexicon:
-    """The word lists beside `annotations.json`, and the installed way of finding nouns.
+def load_lexicon(folder: Path, annotations: Iterable[Record], *, nltk: bool = False) -> Lexicon:
+    """The word lists beside `annotations.json`, and how nouns are found: by the lists and spelling rules, or by NLTK.
 
     Without `relation.json` the list of objects is every word of the annotations, without associations; a warning says
     so."""
@@ -108,14 +108,14 @@ def load_lexicon(folder: Path, annotations: Iterable[Record]) -> Lexicon:
     if not safe_file.is_file():
         warnings.append("no safe_words.txt beside the annotations: no word is always safe; not the official number.")
     objects = frozenset(associations) | {word for related in associations.values() for word in related}
-    official = _official_words()
-    if official:
-        nouns, similar = official
+    if nltk:
+        nouns, similar = _official_words()
     else:
         nouns, similar = (lambda text: mentions(text, objects)), (lambda a, b: a == b)
         warnings.append(
-            "nouns are found by word list and spelling rules (nltk and spaCy's en_core_web_lg are not installed):"
-            " CHAIR, Cover, Hal and Cog are close to the official ones, not equal."
+            "nouns are found by word list and spelling rules: CHAIR, Cover, Hal and Cog are close to the official ones,"
+            " not equal. --variant nltk finds them as the official scorer does (needs nltk, and spaCy with"
+            " en_core_web_lg)."
         )
     return Lexicon(associations, safe, objects, nouns, similar, warnings)
 
@@ -126,8 +126,12 @@ def _with_associations(words: Sequence[str], lexicon: Lexicon) -> list[tuple[str
     return related + [(word, i) for i, word in enumerate(words)]
 
 
-def _official_words() -> tuple[Callable[[str], list[str]], Callable[[str, str], bool]] | None:
-    """NLTK's nouns and spaCy's similarity where both, and their data, are installed; nothing is downloaded."""
+def _official_words() -> tuple[Callable[[str], list[str]], Callable[[str, str], bool]]:
+    """NLTK's nouns and spaCy's similarity; nothing is downloaded.
+
+    Raises:
+        ValueError: one of them, or its data, is not installed.
+    """
     try:
         import nltk
         import spacy
@@ -137,8 +141,12 @@ def _official_words() -> tuple[Callable[[str], list[str]], Callable[[str, str], 
         lemmatizer = WordNetLemmatizer()
         lemmatizer.lemmatize("cats")
         nltk.pos_tag(nltk.word_tokenize("two cats"))
-    except (ImportError, LookupError, OSError):
-        return None
+    except (ImportError, LookupError, OSError) as error:
+        raise ValueError(
+            f"--variant nltk needs NLTK and spaCy with their data: {str(error).strip().splitlines()[0]}. Install them"
+            " (pip install nltk spacy; python -m spacy download en_core_web_lg; python -m nltk.downloader punkt_tab"
+            " averaged_perceptron_tagger_eng wordnet), or score without --variant."
+        ) from None
 
     def nouns(text: str) -> list[str]:
         return [

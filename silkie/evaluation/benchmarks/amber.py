@@ -19,8 +19,17 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.benchmarks._amber_words import Lexicon, describe, load_lexicon
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
+from silkie.evaluation.benchmarks._amber_words import Lexicon, load_lexicon, match_words
+from silkie.evaluation.records import (
+    Question,
+    Record,
+    ResultError,
+    answer_of,
+    check_unique,
+    find_beside,
+    find_image,
+    read_records,
+)
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 from silkie.evaluation.yes_no import read_exact, read_first_word
 
@@ -38,13 +47,16 @@ DIMENSIONS = {
 ORDER = ("generative", "existence", "attribute", "state", "number", "action", "relation")
 
 
-def score_results(results: str | Path, annotations: str | Path | None = None) -> Score:
+def score_results(results: str | Path, annotations: str | Path | None = None, *, variant: str | None = None) -> Score:
     """Score an official results file, or the JSONL of `run amber`.
 
     Args:
         annotations: `annotations.json` or the folder that holds it. Default: searched beside the results.
+        variant: "nltk" finds nouns and near-synonyms as the official scorer does, with NLTK and spaCy; without it word
+            lists and spelling rules do, which need nothing installed.
 
     Raises:
+        ValueError: variant "nltk" where NLTK, spaCy or their data are not installed.
         ResultError: no annotations, an id that is not in them, a question answered twice, no response; with file and
             line.
     """
@@ -53,16 +65,16 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     truth = {record.id: record for record in _annotations(source)}
     records = read_records(path)
     check_unique(records)
-    lexicon = load_lexicon(source.parent, truth.values())
+    lexicon = load_lexicon(source.parent, truth.values(), nltk=variant == "nltk")
     items = [_item(record, _annotation(record, truth, source), lexicon) for record in records]
     warnings = []
     if any(item.category == "generative" for item in items):
         warnings += lexicon.warnings
-    if unread := sum(item.read == "other" for item in items):
+    if unread := [item.answer for item in items if item.read == "other"]:
+        led = sum(read_first_word(answer) != "other" for answer in unread)
         warnings.append(
-            f"{unread} yes/no responses are not exactly 'Yes' or 'No' and count as wrong, as in the official scorer"
-            f" ({sum(item.read == 'other' and read_first_word(item.answer) != 'other' for item in items)} of them start"
-            " with yes or no)."
+            f"{len(unread)} yes/no responses are not exactly 'Yes' or 'No' and are scored as wrong, as in the official"
+            f" scorer ({led} of them start with yes or no)."
         )
     score = build_score(
         "amber",
@@ -126,14 +138,9 @@ def load_questions(data: str | Path) -> list[Question]:
     for file in files:
         for record in read_records(file):
             image = record.text(("image",), "image")
-            found = next(
-                (p for base in ("image", "images", "") if (p := folder / base / image).is_file()),
-                folder / "image" / image,
-            )
+            found = find_image(image, folder / "image", folder / "images", folder)
             kind = truth[record.id].category if record.id in truth else ""
-            questions.append(
-                Question(id=record.id, prompt=record.prompt, images=(str(found),), category=_dimension(kind))
-            )
+            questions.append(Question(id=record.id, prompt=record.prompt, images=(found,), category=_dimension(kind)))
     return questions
 
 
@@ -176,7 +183,7 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
         hallu = annotation.data.get("hallu")
         if not isinstance(truth, list) or not isinstance(hallu, list):
             raise annotation.error("a generative annotation needs the lists `truth` and `hallu`.")
-        found = describe(answer, truth, hallu, lexicon)
+        found = match_words(answer, truth, hallu, lexicon)
         clean = not found.wrong
         counts = (
             1.0,
@@ -188,7 +195,6 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
             float(len(hallu)),
             float(found.likely_hit),
         )
-        note = f"invented: {', '.join(dict.fromkeys(found.wrong))}" if found.wrong else ""
         return Item(
             **common,
             answer=answer,
@@ -196,7 +202,7 @@ def _item(record: Record, annotation: Record, lexicon: Lexicon) -> Item:
             value=float(clean),
             correct=clean,
             label=", ".join(truth),
-            note=note,
+            invented=tuple(dict.fromkeys(found.wrong)),
         )
     if truth not in ("yes", "no"):
         raise annotation.error(f"the truth of a yes/no question must be 'yes' or 'no', found {truth!r}.")
@@ -303,7 +309,7 @@ def _percent(numerator: float, denominator: float, kinds: int = 1) -> float:
 
 
 def _drop_empty(score: Score) -> None:
-    """Leave out the metrics of the part (descriptions or yes/no) that the file does not hold."""
+    """Remove the metrics of the part (descriptions or yes/no) that the file does not hold."""
     score.metrics = {k: v for k, v in score.metrics.items() if v is not None}
     score.categories = {
         name: {k: v for k, v in row.items() if v is not None and k != "amber"} for name, row in score.categories.items()
@@ -322,4 +328,5 @@ JSON list of {id, response}; annotations.json, relation.json and safe_words.txt 
     prompt_suffix=" Please answer yes or no.",
     no_suffix_for=frozenset({"generative"}),
     annotations_in_data=True,
+    variants=("nltk",),
 )

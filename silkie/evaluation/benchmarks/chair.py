@@ -14,7 +14,16 @@ import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.lexicon import mentions
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_beside, read_records
+from silkie.evaluation.records import (
+    Question,
+    Record,
+    ResultError,
+    answer_of,
+    check_unique,
+    find_beside,
+    find_image,
+    read_records,
+)
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = [
@@ -77,8 +86,7 @@ def chair_item(
 ) -> Item:
     """One described image. Its paired value is 1 where nothing was hallucinated."""
     counts = chair_counts(mentioned, truth)
-    invented, missed = sorted(set(mentioned) - set(truth)), sorted(set(truth) - set(mentioned))
-    notes = [f"invented: {', '.join(invented)}"] * bool(invented) + [f"not named: {', '.join(missed)}"] * bool(missed)
+    missed = sorted(set(truth) - set(mentioned))
     return Item(
         id=id,
         answer=answer,
@@ -90,7 +98,8 @@ def chair_item(
         image=image,
         prompt=prompt,
         label=", ".join(truth),
-        note="; ".join(notes),
+        invented=tuple(sorted(set(mentioned) - set(truth))),
+        note=f"not named: {', '.join(missed)}" if missed else "",
     )
 
 
@@ -141,9 +150,7 @@ def load_questions(data: str | Path) -> list[Question]:
     questions = []
     for record in read_records(file):
         image = record.text(("image",), "image")
-        found = next(
-            (p for p in (file.parent / image, file.parent / "images" / image) if p.is_file()), file.parent / image
-        )
+        found = find_image(image, file.parent, file.parent / "images")
         extra = {"objects": _strings(record, "objects")} | {
             k: record.data[k] for k in ("vocabulary",) if k in record.data
         }
@@ -151,7 +158,7 @@ def load_questions(data: str | Path) -> list[Question]:
             Question(
                 id=record.id,
                 prompt=record.prompt or "Describe this image.",
-                images=(str(found),),
+                images=(found,),
                 category=record.category,
                 extra=extra,
             )

@@ -40,7 +40,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     foreign: list[Path] = []
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
-        # like the official scorer, look at the files of the subtasks alone; a folder of other names is a person's own
+        # like the official scorer, look at the files of the subtasks alone; a folder with other names is a custom
         # set
         if any(_canonical(file.stem) in SUBTASKS for file in files):
             foreign = [file for file in files if _canonical(file.stem) not in SUBTASKS]
@@ -75,7 +75,7 @@ def score_items(items: list[Item]) -> Score:
             " subtasks that are there."
         )
     if unknown := sorted(present - set(SUBTASKS)):
-        warnings.append(f"not MME subtasks, left out of perception and cognition: {', '.join(unknown)}.")
+        warnings.append(f"not MME subtasks, not part of perception and cognition: {', '.join(unknown)}.")
     return build_score("mme", items, mme_rates, totals=mme_totals, category_order=SUBTASKS, warnings=warnings)
 
 
@@ -105,6 +105,7 @@ def mme_totals(sums: Array, strata: Sequence[str]) -> dict[str, Array]:
     scores = mme_rates(sums)["score"]
     pooled = mme_rates(sums.sum(-2))
     totals = {}
+    # MME adds up subtask scores, it does not pool their questions: a subtask of 40 weighs as much as one of 400
     for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
         columns = [i for i, stratum in enumerate(strata) if stratum in members]
         if columns:

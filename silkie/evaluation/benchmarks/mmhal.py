@@ -3,7 +3,7 @@ hallucination.
 
 Results: records (JSON list or JSONL) with the judge's reply, which holds a line `Rating: N`, or a stored number. The
 official evaluation file (a list of chat completions, or of the replies alone, in question order) is read too. As in the
-official scorer, a reply with no rating, or with several different ones, counts as 0.
+official scorer, a reply with no rating, or with several different ones, scores 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, Record, ResultError, check_unique, find_beside, read_records
+from silkie.evaluation.records import Question, Record, ResultError, check_unique, find_beside, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = [
@@ -94,7 +94,7 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         )
     warnings = (
         [
-            f"{unread} judge replies hold no rating, or several different ones: they count as 0, as in the official"
+            f"{unread} judge replies hold no rating, or several different ones: they are scored 0, as in the official"
             " scorer."
         ]
         if unread
@@ -120,10 +120,7 @@ def load_questions(data: str | Path) -> list[Question]:
     questions = []
     for index, record in enumerate(read_records(file)):
         name = Path(record.text(("image", "image_src"), "image")).name
-        found = next(
-            (p for p in (file.parent / "images" / name, file.parent / name) if p.is_file()),
-            file.parent / "images" / name,
-        )
+        found = find_image(name, file.parent / "images", file.parent)
         extra: dict[str, Any] = {
             k: record.data[k] for k in ("question_topic", "image_content", "gt_answer", "image_id") if k in record.data
         }
@@ -131,7 +128,7 @@ def load_questions(data: str | Path) -> list[Question]:
             Question(
                 id=str(index),
                 prompt=record.text(("question", "prompt"), "question"),
-                images=(str(found),),
+                images=(found,),
                 category=str(record.data.get("question_type") or QUESTION_TYPES[index % 8]),
                 extra=extra,
             )

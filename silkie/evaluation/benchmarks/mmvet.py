@@ -5,7 +5,7 @@ Results: the official grade file, a JSON object id -> {"score": [0.5, ...], "con
 per judge run), a plain object id -> grade, or records (JSONL or JSON list) with a stored `score` or the judge's reply.
 Capabilities come from `mm-vet.json` or from `capability` in the records.
 A score is 100 times the sum of grades over the number of QUESTIONS: with `mm-vet.json` at hand, a question without a
-grade counts as 0, as officially.
+grade scores 0, as in the official scorer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, Record, check_unique, find_beside, read_records
+from silkie.evaluation.records import Question, Record, check_unique, find_beside, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = [
@@ -79,10 +79,11 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         items.append(_item(record, questions.get(record.id), _grade(record)))
     graded = {record.id for record in records}
     absent = [record for identity, record in questions.items() if identity not in graded]
+    # the official score divides by all questions, so a file with some grades missing must not score higher for it
     items += [_item(None, question, None) for question in absent]
     if absent:
         warnings.append(
-            f"{len(absent)} of {len(questions)} questions have no grade and count as 0 (first: {absent[0].id})."
+            f"{len(absent)} of {len(questions)} questions have no grade and score 0 (first: {absent[0].id})."
         )
     if not any(item.category for item in items):
         warnings.append(
@@ -106,17 +107,14 @@ def load_questions(data: str | Path) -> list[Question]:
     questions = []
     for record in read_records(file, key_field="id"):
         name = record.text(("imagename", "image"), "image")
-        found = next(
-            (p for p in (file.parent / "images" / name, file.parent / name) if p.is_file()),
-            file.parent / "images" / name,
-        )
+        found = find_image(name, file.parent / "images", file.parent)
         capability = _capabilities(record)
         extra = {"gt_answer": record.data.get("answer", ""), "capability": capability}
         questions.append(
             Question(
                 id=record.id,
                 prompt=record.text(("question", "prompt"), "question"),
-                images=(str(found),),
+                images=(found,),
                 category="+".join(capability),
                 extra=extra,
             )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records
+from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates
 from silkie.evaluation.yes_no import read_pope
 
@@ -76,19 +76,12 @@ def load_questions(data: str | Path) -> list[Question]:
         name = _set_of(file)
         for record in read_records(file):
             image = record.text(("image",), "image")
-            found = next(
-                (
-                    base / image
-                    for base in (folder, folder / "images", folder / "val2014", file.parent)
-                    if (base / image).is_file()
-                ),
-                folder / "images" / image,
-            )
+            found = find_image(image, folder, folder / "images", folder / "val2014", file.parent)
             questions.append(
                 Question(
                     id=f"{name}/{record.id}",
                     prompt=record.prompt,
-                    images=(str(found),),
+                    images=(found,),
                     category=name,
                     label=_label(record),
                 )
@@ -168,7 +161,7 @@ def _questions_for(file: Path, answers: list[Record], annotations: str | Path | 
             raise unknown.error(f"question_id {unknown.id!r} is not in {source}.")
         if len(answers) < len(questions):
             logger.warning(
-                "%s answers %d of the %d questions in %s; the others are left out.",
+                "%s answers %d of the %d questions in %s; the others are not scored.",
                 file,
                 len(answers),
                 len(questions),

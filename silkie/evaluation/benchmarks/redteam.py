@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, Record, answer_of, check_unique, read_records
+from silkie.evaluation.records import Question, Record, answer_of, check_unique, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
 __all__ = ["CATEGORIES", "export_results", "is_refusal", "load_questions", "redteam_rates", "score_results"]
@@ -138,16 +138,12 @@ def load_questions(data: str | Path) -> list[Question]:
     questions = []
     for record in read_records(file):
         image = record.image
-        found = (
-            next((p for p in (file.parent / image, file.parent / "images" / image) if p.is_file()), file.parent / image)
-            if image
-            else None
-        )
+        found = find_image(image, file.parent, file.parent / "images") if image else None
         questions.append(
             Question(
                 id=record.id,
                 prompt=record.text(("prompt", "question", "query", "text"), "prompt"),
-                images=(str(found),) if found else (),
+                images=(found,) if found else (),
                 category=record.category,
                 extra={"expected": _expected(record)},
             )
