@@ -5,6 +5,14 @@ PYTEST_ARGS ?=
 # The package index's torch brings CUDA on Linux (several GB). `TORCH=cpu` takes torch's own CPU build instead, from TORCH_INDEX or a mirror of it.
 TORCH ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(TORCH),cpu)
+TORCH_STAMP := .venv/.torch-cpu
+NEED_GB := 4
+else ifeq ($(TORCH),)
+NEED_GB := 9
+else
+$(error TORCH=$(TORCH): leave it out for the package index's build, or TORCH=cpu)
+endif
 # accelerate starts CPU processes with one thread unless told otherwise
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 VENV := .venv
@@ -41,21 +49,22 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 $(VENV)/bin/python:
-	@$(PYTHON) .ci/preflight.py machine $(VENV) --torch "$(TORCH)"
+	@$(PYTHON) .ci/preflight.py machine $(VENV) $(NEED_GB)
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: | $(VENV)/bin/python
-	@$(BIN)/python .ci/preflight.py index
-ifeq ($(TORCH),cpu)
-	$(PIP) --no-deps --index-url $(TORCH_INDEX) torch
-endif
+# Replaces a CUDA build that is there already; it stays until `make clean`.
+$(VENV)/.torch-cpu: constraints.txt | $(VENV)/bin/python
+	@$(BIN)/python .ci/preflight.py index $(TORCH_INDEX)
+	$(PIP) --no-deps --force-reinstall --index-url $(TORCH_INDEX) torch
 	touch $@
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.torch
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python $(TORCH_STAMP)
+	@$(BIN)/python .ci/preflight.py index
 	$(PIP) -e ".[report]"
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python $(TORCH_STAMP)
+	@$(BIN)/python .ci/preflight.py index
 	$(PIP) -e ".[dev]"
 	touch $@
 

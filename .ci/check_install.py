@@ -21,7 +21,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")
 EXTRAS = ("report", "dev")
 SDIST_ONLY = "deepspeed"  # everything else must have a wheel for each of them
-COMPILE = "uv --no-config pip compile pyproject.toml --all-extras --universal --python-version 3.11".split()
+COMPILE = "uv pip compile pyproject.toml --all-extras --universal --python-version 3.11".split()
 COMPILE += "--no-emit-index-url --no-annotate -o constraints.txt".split()
 # The pin that resolved on one machine only, by its local wheel of torch: the check has to refuse it.
 BAD_PIN = "triton==3.9.0 ; sys_platform == 'linux'"
@@ -37,14 +37,14 @@ def index_alone() -> dict[str, str]:
 
 def run(command: list[str]) -> str | None:
     """What the command said on failing, or None."""
-    if command[0] == "uv":
-        command = [sys.executable, "-m", *command]
+    if command[0] == "uv":  # this interpreter builds what has to be built; another Python is not looked for, nor fetched
+        command = [sys.executable, "-m", *command, "--no-config", "--no-python-downloads", "--python", sys.executable]
     done = subprocess.run(command, cwd=ROOT, env=index_alone(), capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}"
 
 
 def uv_resolves(extra: str, python: str, platform: str, constraints: Path) -> str | None:
-    command = "uv --no-config pip compile pyproject.toml --quiet --only-binary :all:".split()
+    command = "uv pip compile pyproject.toml --quiet --only-binary :all:".split()
     command += ["--no-binary", SDIST_ONLY, "--extra", extra, "--python-version", python, "--python-platform", platform]
     return run([*command, "-c", str(constraints), "-o", os.devnull])
 
