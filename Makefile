@@ -1,6 +1,7 @@
 # One virtual environment in .venv; the tested versions come from constraints.txt.
 PYTHON ?= python3
 JOBS ?= 2
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # The package index's torch brings CUDA on Linux (several GB). `TORCH=cpu` takes torch's own CPU build instead, from TORCH_INDEX or a mirror of it.
 TORCH ?=
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test test-slow test-install check-install constraints lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(CORES) recipes/dpo_silkie.py
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(CORES) recipes/dpo_silkie.py $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## everything that fits a CI run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
@@ -31,7 +32,7 @@ test-slow: $(VENV)/.dev  ## what takes longer: kill matrices, large data, full n
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(PYTEST_ARGS)
 
 test-install:  ## both README commands in a fresh clone with the package index's own torch (minutes, several GB, deleted afterwards)
-	PYTHON="$(PYTHON)" PYTEST_ARGS="$(PYTEST_ARGS)" bash .ci/test_install
+	PYTHON="$(PYTHON)" DEMO_ARGS="$(DEMO_ARGS)" PYTEST_ARGS="$(PYTEST_ARGS)" bash .ci/test_install
 
 check-install: $(VENV)/.dev  ## the pinned set resolves from the package index alone, for every supported Python and platform
 	$(BIN)/python .ci/check_install.py

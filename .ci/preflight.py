@@ -1,4 +1,5 @@
-"""What would stop an installation, said in one line before pip starts. Only the standard library, and syntax that Python 2 reads.
+"""What would stop an installation, said in one line before pip starts. Standard library and Python 3.6 syntax only: it is run by
+whatever Python there is.
 
 preflight.py machine VENV NEED_GB   this Python's version, its venv module, free disk where VENV will be
 preflight.py index [URL]            pip finds its package index, or torch on the index at URL
@@ -12,12 +13,11 @@ OLDEST = (3, 11)
 TESTED = "3.11, 3.12 and 3.13"
 
 
-def machine(venv, need_gb):
-    # type: (str, str) -> str | None
+def machine(venv: str, need_gb: str) -> "str | None":
     """Why this Python on this disk cannot hold the environment, or None."""
     if sys.version_info < OLDEST:
-        found = "%d.%d" % sys.version_info[:2]  # noqa: UP031
-        return "Python " + found + " is too old: silkie needs " + TESTED + ". Name another: make PYTHON=python3.12 ..."
+        found = ".".join(map(str, sys.version_info[:2]))
+        return f"Python {found} is too old: silkie runs on {TESTED}. Name another: make PYTHON=python3.12 ..."
     import importlib.util
     import shutil
 
@@ -32,10 +32,9 @@ def machine(venv, need_gb):
     return None
 
 
-def index(url=None):
-    # type: (str | None) -> str | None
+def index(url: "str | None" = None) -> "str | None":
     """Why pip, as it is configured, cannot get packages; it is pip that is asked, for its mirrors, proxies and certificates."""
-    package = "torch" if url else "setuptools"
+    package = "torch" if url else "transformers"
     ask = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
     ask += ["index", "versions", package] + (["--index-url", url] if url else [])
     answer = subprocess.run(ask, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
