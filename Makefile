@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 TORCH ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ifeq ($(TORCH),cpu)
-TORCH_STAMP := .venv/.torch-cpu
+TORCH_STAMP = $(VENV)/.torch-cpu
 NEED_GB := 4
 else ifeq ($(TORCH),)
 NEED_GB := 9

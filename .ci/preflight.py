@@ -1,5 +1,6 @@
-"""What would stop an installation, said in one line before pip starts. Standard library and Python 3.6 syntax only: it is run by
-whatever Python there is.
+"""Say in one line, before pip starts, what would stop an installation.
+
+Standard library and Python 3.6 syntax only, since whatever Python there is runs it:
 
 preflight.py machine VENV NEED_GB   this Python's version, its venv module, free disk where VENV will be
 preflight.py index [URL]            pip finds its package index, or torch on the index at URL
@@ -28,12 +29,12 @@ def machine(venv: str, need_gb: str) -> "str | None":
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free / 1e9
     if free < float(need_gb):
-        return f"Too little disk at {folder}: {free:.1f} GB free, {need_gb} GB needed. Without a GPU, TORCH=cpu needs less."
+        return f"Too little disk at {folder}: {free:.1f} GB free, {need_gb} GB needed (TORCH=cpu, without CUDA: 4)."
     return None
 
 
 def index(url: "str | None" = None) -> "str | None":
-    """Why pip, as it is configured, cannot get packages; it is pip that is asked, for its mirrors, proxies and certificates."""
+    """Why pip cannot get packages, or None. pip itself is asked: it knows its mirrors, proxies and certificates."""
     package = "torch" if url else "transformers"
     ask = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
     ask += ["index", "versions", package] + (["--index-url", url] if url else [])
@@ -43,7 +44,9 @@ def index(url: "str | None" = None) -> "str | None":
     words = (answer.stdout.strip().splitlines() or ["no answer"])[-1]
     if url:
         return f"No torch at {url} ({words}). Name a mirror that has the CPU build: make TORCH=cpu TORCH_INDEX=URL ..."
-    return f"No network: pip reaches no package index ({words}). A proxy or mirror is set by PIP_PROXY or PIP_INDEX_URL."
+    return (
+        f"No network: pip reaches no package index ({words}). A proxy or mirror is set by PIP_PROXY or PIP_INDEX_URL."
+    )
 
 
 if __name__ == "__main__":
