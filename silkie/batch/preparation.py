@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
 from silkie.batch.template import TemplateMismatch
-from silkie.data.check import check_distinct, check_group
+from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, open_image
 from silkie.data.registry import Found, Row, code_digest
 from silkie.data.schema import DataError, RowError
@@ -28,7 +28,6 @@ from silkie.data.stamps import image_fingerprint
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["raise", "skip"]
-VIDEO_PLACEHOLDER = "<video>"  # what conversations write for a video, as <image> for an image
 _LISTED = 5  # rows listed per reason
 
 
@@ -266,7 +265,7 @@ class _EncodingError(DataError):
 
 def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
     checked = Row(row, "groups", describe(row), ImageResolver(None, None))
-    _check_videos(row, checked)
+    check_no_video(row, row["prompt"], checked)
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
@@ -283,25 +282,6 @@ def _reason(error: DataError) -> str:
     if isinstance(error, RowError):
         return re.sub(r"\[\d+\]", "", error.reason)
     return error.reason if isinstance(error, _EncodingError) else f"{type(error).__name__}: image or row is broken"
-
-
-def _check_videos(row: Mapping[str, Any], checked: Row) -> None:
-    """A video is refused wherever a row may hold one: without it the answers would be about nothing."""
-    turns = [(turn["role"], turn["content"]) for turn in row["prompt"]]
-    parts = [part for _, content in turns if not isinstance(content, str) for part in content or []]
-    texts = [content for _, content in turns if isinstance(content, str)] + [part.get("text") or "" for part in parts]
-    column = next((name for name in ("videos", "video") if row.get(name)), "prompt")
-    found = (
-        "a video"
-        if column != "prompt"
-        else "a part of type video"
-        if any(part["type"] == "video" for part in parts)
-        else f"the mark {VIDEO_PLACEHOLDER}"
-        if any(VIDEO_PLACEHOLDER in text for text in texts)
-        else ""
-    )
-    if found:
-        raise checked.error(column, Found(found), "no video", "silkie trains on images only: take frames as images.")
 
 
 def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: GroupEncoder) -> GroupLengths:

@@ -10,11 +10,12 @@ from typing import Any
 
 from silkie.data.pairs import is_weight, same_text
 from silkie.data.registry import Found, Row
-from silkie.data.schema import count_images
+from silkie.data.schema import Conversation, count_images
 
-__all__ = ["check_distinct", "check_group", "check_pairs", "check_storable"]
+__all__ = ["check_distinct", "check_group", "check_no_video", "check_pairs", "check_storable"]
 
 PER_RESPONSE = ("ratings", "rationales", "models")
+VIDEO_PLACEHOLDER = "<video>"  # what conversations write for a video, as <image> for an image
 CONVERSATION = "a conversation that ends with a user turn"
 
 
@@ -53,6 +54,35 @@ def check_group(group: Mapping[str, Any], row: Row, *, aspects: Sequence[str] | 
     if group.get("pairs") is not None:
         check_pairs(group["pairs"], len(responses), row)
         _check_weights(group, row)
+
+
+def check_no_video(record: Mapping[str, Any], prompt: Conversation, row: Row) -> None:
+    """Refuse a row with a video, wherever it holds it: without the video its answers would be about nothing.
+
+    Args:
+        record: the row as it was read, or the group: its columns `videos` and `video` are looked at.
+        prompt: the conversation made of it; parts of type video and the mark <video> in a text are looked for.
+        row: makes the errors, which name source and row.
+
+    Raises RowError.
+    """
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else part
+        for turn in prompt
+        for part in ([turn["content"]] if isinstance(turn["content"], str) else turn["content"] or [])
+    ]
+    column = next((name for name in ("videos", "video") if record.get(name)), "prompt")
+    found = (
+        "a video"
+        if column != "prompt"
+        else "a part of type video"
+        if any(part["type"] == "video" for part in parts)
+        else f"the mark {VIDEO_PLACEHOLDER}"
+        if any(VIDEO_PLACEHOLDER in (part.get("text") or "") for part in parts)
+        else ""
+    )
+    if found:
+        raise row.error(column, Found(found), "no video", "silkie trains on images only: take frames as images.")
 
 
 def _check_aspects(ratings: Iterable[Mapping[str, Any]], aspects: Sequence[str], row: Row) -> None:

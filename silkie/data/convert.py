@@ -19,6 +19,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data import raw
+from silkie.data.check import check_no_video
 from silkie.data.images import ImageError, ImageResolver
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
@@ -193,6 +194,7 @@ def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:
             )
         name = f"{settings.name.rsplit(' (', 1)[0]}:{row.location.replace(' ', '-')}"
         group = settings.source.adapt(row)
+        check_no_video(record, group.prompt, row)
         stored, notes = stored_row(
             group, row, settings.options, settings.aspects, fallback_id=name, need_pairs=settings.need_pairs
         )

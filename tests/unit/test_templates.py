@@ -1,6 +1,7 @@
 """Prompt and responses are the tokens of `apply_chat_template(prompt + [answer])`, split where TRL splits them, for every
 chat template that the installed TRL ships."""
 
+import json
 import re
 from functools import cache
 from itertools import pairwise
@@ -16,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from silkie.batch.encoding import GroupEncoder
 from silkie.batch.preparation import GroupError, prepare_groups
 from silkie.batch.template import TemplateMismatch
+from silkie.data import DataError, load_preferences
 from silkie.model.processor import _image_only_class
 from tests.support.data import dataset, mixed_groups
 from tests.support.tiny import byte_level_tokenizer, image, tiny_processor
@@ -378,3 +380,23 @@ def test_a_video_is_refused_or_counted(where):
     _, report = prepare_groups(dataset([good, bad]), encoder, on_bad_row="skip")
     assert report.groups == 1
     assert list(report.dropped) == ["column 'prompt': expected no video"]
+
+
+ASKED = {"prompt": "What happens?", "responses": ["A cat runs.", "A dog sleeps."], "pairs": [[0, 1]]}
+RANKED = {"chosen": "A cat runs.", "rejected": "A dog sleeps."}
+VIDEO_ROWS = {
+    "group": {**ASKED, "videos": ["a.mp4"]},
+    "group with a mark": {**ASKED, "prompt": "<video>\nWhat happens?"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "What happens?"}], "videos": ["a.mp4"], **RANKED},
+    "ShareGPT with a mark": {"conversations": [{"from": "human", "value": "<video>What happens?"}], **RANKED},
+    "RLAIF-V": {"question": "What happens?", "video": "a.mp4", "image": "frame.png", "ds_name": "x", **RANKED},
+}
+
+
+@pytest.mark.parametrize("kind", VIDEO_ROWS)
+def test_no_source_drops_a_video_in_silence(kind, tmp_path):
+    image(0).save(tmp_path / "frame.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(VIDEO_ROWS[kind]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"(?i)video"):
+        load_preferences(rows, cache_dir=tmp_path)
