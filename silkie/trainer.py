@@ -25,8 +25,9 @@ from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import Objective, build_objective
-from silkie.model.families import causal_lm, freeze_vision, unhook_vision, vision_is_frozen
+from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout
+from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
@@ -279,8 +280,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
     def setup_lines(self) -> list[str]:
         """The plan without the data: lines of the form "name: what runs"."""
-        vision = "frozen, encoded once per step and shared" if self.frozen_vision else "trained"
-        return setup_lines(self.choice, self.reference, self.args, vision)
+        return setup_lines(self.choice, self.reference, self.args, describe_vision(self.model))
 
     def describe(self) -> RunDescription:
         """What the model card tells of this run."""

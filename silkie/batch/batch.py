@@ -17,7 +17,8 @@ class Batch(TypedDict):
     """One micro-batch. A plain dict at run time, so that data workers, pinned memory and transformers can move it.
 
     Rows of the forward pass:
-        input_ids, segment_ids, group_ids, logical_positions, token_types: [B, T], see `silkie.batch.packing`.
+        input_ids, segment_ids, group_ids, logical_positions: [B, T], see `silkie.batch.packing`.
+        token_inputs: [B, T] each, further inputs of the model per token (`mm_token_type_ids`, ...), by name.
         position_ids: [C, B, T] rotary positions.
         vision: the processor's image tensors.
         corrupted_vision: those of the corrupted images, for mDPO's second pass only.
@@ -47,7 +48,7 @@ class Batch(TypedDict):
     segment_ids: Tensor
     group_ids: Tensor
     logical_positions: Tensor
-    token_types: Tensor
+    token_inputs: dict[str, Tensor]
     position_ids: Tensor
     vision: dict[str, Tensor]
     corrupted_vision: NotRequired[dict[str, Tensor]]

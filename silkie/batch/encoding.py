@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 ResponseEnd = Literal["template", "end_of_turn"]
 
-# Per-token inputs of the processor; everything else it returns describes images.
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 _MARK = "silkieresponse"
 
 
@@ -33,15 +31,15 @@ class EncodedGroup:
 
     Attributes:
         prompt_ids: [L] prompt with its image tokens expanded and the assistant header at the end.
-        token_types: [L] 0 text, 1 image (2 video), from the processor; zeros where it gives none.
         responses: K tensors of token ids, each ending with the end-of-turn token unless its tail was cut.
+        token_inputs: [L] what else the processor returns per token (`mm_token_type_ids`, ...), by name.
         vision: image tensors of the processor (`pixel_values`, `image_grid_thw`, ...); empty for a text-only group.
         n_images: images of the group.
     """
 
     prompt_ids: Tensor
-    token_types: Tensor
     responses: list[Tensor]
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
     n_images: int = 0
 
@@ -110,7 +108,7 @@ class GroupEncoder:
         # The template already holds the special tokens, so the tokenizer must not add them again.
         out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **arguments)
         prompt_ids = out["input_ids"][0]
-        types = out.get("mm_token_type_ids", out.get("token_type_ids"))
+        per_token = {name for name, value in out.items() if _is_per_token(value, out["input_ids"])}
         responses = self._cut(self._tokenize(row["responses"]), len(prompt_ids))
         if not all(len(r) for r in responses):
             raise ValueError(
@@ -119,9 +117,9 @@ class GroupEncoder:
             )
         return EncodedGroup(
             prompt_ids=prompt_ids,
-            token_types=types[0].long() if types is not None else torch.zeros_like(prompt_ids),
             responses=[torch.tensor(r, dtype=torch.long) for r in responses],
-            vision={k: v for k, v in out.items() if k not in _TOKEN_INPUTS},
+            token_inputs={k: out[k][0] for k in sorted(per_token - {"input_ids", "attention_mask", "labels"})},
+            vision={k: v for k, v in out.items() if k not in per_token},
             n_images=len(images),
         )
 
@@ -202,6 +200,11 @@ class GroupEncoder:
         if self.response_end == "end_of_turn":
             return self.tokenizer.convert_ids_to_tokens(ids[special[0]])
         return suffix
+
+
+def _is_per_token(value: Any, input_ids: Tensor) -> bool:
+    """Whether a processor's output has one whole number per token; everything else describes images."""
+    return isinstance(value, Tensor) and value.shape == input_ids.shape and not value.is_floating_point()
 
 
 def describe(row: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from silkie.batch.batch import Batch
 from silkie.logprob import Impl, LogprobStats, linear_logprob
 from silkie.logprob.head import HeadOptions, head_operands, head_options
 from silkie.model.attention import Attention
-from silkie.model.families import causal_lm, family_of
+from silkie.model.families import causal_lm
 from silkie.model.vision import FeatureCache, image_features_once
 
 
@@ -92,25 +92,25 @@ class Scorer:
                 tokens_per_group=batch["image_tokens"],
                 row_groups=batch["row_groups"],
             ),
+            self.attention.masks(base, batch),
         ):
             out = model(**self._inputs(base, batch), use_cache=False)
         per_token = out.logits.reshape(-1)
         return Scores(per_token_logps=per_token, logps=sum_by_response(per_token, batch), stats=box.get("stats"))
 
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
-        family = family_of(base.config)
         positions = batch["position_ids"]
-        inputs = {
+        return {
             "input_ids": batch["input_ids"],
             "position_ids": positions if positions.shape[0] > 1 else positions[0],
             **self.attention.inputs(base.config, batch),
-            **{k: v.to(base.dtype) if v.is_floating_point() else v for k, v in batch["vision"].items()},
+            **batch["token_inputs"],
+            **{k: v.to(base.dtype) if _is_floating(v) else v for k, v in batch["vision"].items()},
         }
-        if family.token_types:
-            # PaliGemma counts the prompt as type 0 and the answer as type 1; Gemma3 marks image tokens
-            types = (batch["segment_ids"] > 0).long() if family.two_way == "prefix" else batch["token_types"]
-            inputs[family.token_types] = types
-        return inputs
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def sum_by_response(per_token: Tensor, batch: Batch) -> Tensor:

@@ -11,9 +11,10 @@ from silkie.batch.encoding import GroupEncoder
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
 from silkie.model.attention import Attention
-from silkie.model.families import PromptPositions, causal_lm, check_merges_images, keep_used_conversions
+from silkie.model.families import causal_lm, check_merges_images, keep_used_conversions
 from silkie.model.forward import Scorer
 from silkie.model.layout import LayoutChoice
+from silkie.model.positions import PromptPositions
 from silkie.training import guards
 from silkie.training.passes import Passes
 from silkie.training.reference import Reference

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.packing import visible
 from silkie.model.attention import api, segments
-from silkie.model.families import FAMILIES as SUPPORTED
-from silkie.model.families import backbone, vision_parameters
+from silkie.model.families import backbone
 from silkie.model.layout import choose_layout
+from silkie.model.vision import vision_parameters
 from silkie.training.self_test import LayoutMismatch
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
@@ -127,10 +127,9 @@ def test_a_model_that_merges_no_images_into_its_text_is_refused(tmp_path, monkey
 
 
 @pytest.mark.parametrize("family", [*QWEN, *FAMILIES])
-def test_supported_families_are_packed_with_sdpa_and_on_a_cpu_by_segment_where_they_are_causal(family):
+def test_families_are_packed_and_on_a_cpu_by_segment(family):
     choice = choose(family_model(family).config)
-    expected = "segments" if SUPPORTED[family].two_way == "none" else "sdpa"
-    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", expected, 1)
+    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", "segments", 1)
 
 
 @pytest.mark.parametrize("backend", ["flex", "varlen"])
