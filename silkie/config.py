@@ -85,7 +85,9 @@ class SilkieDPOConfig(DPOConfig):
     )
     self_test: bool = field(
         default=True,
-        metadata={"help": "At start-up, run the first group packed and separate and stop where they differ."},
+        metadata={
+            "help": "At start-up, compare the first groups with the model's plain forward and stop where they differ."
+        },
     )
     self_test_tolerance: float | None = field(
         default=None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import Objective, build_objective
 from silkie.model.families import causal_lm
-from silkie.model.layout import LayoutChoice, choose_layout
+from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
@@ -38,7 +37,7 @@ from silkie.training.passes import preferences_of
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
-from silkie.training.self_test import self_test
+from silkie.training.self_test import LayoutMismatch, SelfTest, groups_to_test
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +128,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             if loaded is not None:
                 self.choice.apply(causal_lm(loaded))
         self._set_up_passes()
+        self._tested = self._settle_layout()
         self._set_up_hooks()
         for line in self.setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
@@ -159,6 +159,37 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         self.passes = build_passes(
             self.objective, self.choice, self.reference, args, frozen_vision=self.frozen_vision, aspects=aspects
         )
+
+    @property
+    def _context(self) -> ForwardContext:
+        return ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager)
+
+    def _self_test(self, policy: Any) -> None:
+        """Raises what `SelfTest` raises."""
+        test = SelfTest(
+            encoder=self.encoder,
+            collate=self.data_collator,
+            scorer=self.passes.scorer,
+            context=self._context,
+            half_precision=self.args.bf16 or self.args.fp16,
+            tolerance=self.args.self_test_tolerance,
+            agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
+        )
+        test(policy, groups_to_test(self.train_dataset))
+
+    def _settle_layout(self) -> bool:
+        """Where the layout is left to silkie, takes rows if the model does not compute the same in the packed one.
+        Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not self.args.self_test or self.args.layout != "auto" or self.choice.layout == "rows" or sharded:
+            return False
+        try:
+            self._self_test(self.model)
+        except LayoutMismatch as error:
+            self.choice = rows_choice(str(error))
+            self._set_up_passes()
+            return False
+        return True
 
     def _set_up_hooks(self) -> None:
         args = self.args
@@ -322,24 +353,15 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
-        context = ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager)
-        if self.args.self_test and self.choice.layout == "packed":
-            self_test(
-                policy,
-                [self.train_dataset[0]],
-                scorer=self.passes.scorer,
-                collators={layout: replace(self.data_collator, layout=layout) for layout in ("packed", "rows")},
-                context=context,
-                half_precision=self.args.bf16 or self.args.fp16,
-                tolerance=self.args.self_test_tolerance,
-            )
+        if self.args.self_test and not (self._tested and policy is self.model):
+            self._self_test(policy)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:
             reference_pass = ReferencePass(
                 reference=self.reference,
                 weights_hash=self._reference_hash,
                 scorer=self.passes.scorer,
                 collate=self.data_collator,
-                context=context,
+                context=self._context,
                 choice=self.choice,
                 accelerator=self.accelerator,
                 args=self.args,

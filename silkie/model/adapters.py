@@ -164,7 +164,7 @@ def _suffix(name: str) -> str:
 
 
 def _routers(decoder: nn.Module, config: PretrainedConfig) -> list[nn.Module]:
-    """Linear layers that choose or weigh experts: beside a module of experts, with one output per expert or one in all."""
+    """Linear layers that choose or weigh experts: beside a module of experts, one output per expert or one in all."""
     text = config.get_text_config()
     keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     counts = {n for key in keys for n in _numbers(getattr(text, key, None))} | {1}

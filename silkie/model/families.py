@@ -31,16 +31,18 @@ class Family:
     Attributes:
         first_position: position of the first prompt token.
         response_types: token input -> its value within a response, where that differs from other text.
+        suffix: the processor takes the response apart from the prompt, as `suffix`.
     """
 
     first_position: int = 0
+    suffix: bool = False
     response_types: Mapping[str, int] = field(default_factory=dict)
 
 
 _PLAIN = Family()
 FAMILIES: dict[str, Family] = {
     # counts from one; its processor gives type 1 to a text passed as `suffix`, and the prompt before it is two-way
-    "paligemma": Family(first_position=1, response_types={"token_type_ids": 1}),
+    "paligemma": Family(first_position=1, suffix=True, response_types={"token_type_ids": 1}),
 }
 
 

@@ -60,7 +60,7 @@ def _without_weights(inner: Any) -> Any:
 
 
 def _channels(config: Any) -> int:
-    """Axes of the rotary positions of a model that has a rule for them: time, height, width, and in HunYuan one more."""
+    """Axes of the rotary positions of a model that has a rule for them: time, height, width; HunYuan has one more."""
     text = config.get_text_config()
     sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
     return max(3, len(sections)) if sections else 3

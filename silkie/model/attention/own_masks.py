@@ -1,9 +1,9 @@
 """The model's own attention masks, carried over to packed rows.
 
-A model decides for itself who sees whom: causal, sliding window, chunks, image tokens in both directions. It says so to
-transformers' mask functions, in terms of places in one plain sequence. A packed row holds several such sequences, prompt
-and one response each. Within `packed_masks` the model's rule is asked at the place that a token has in its own plain
-sequence, and a response sees its prompt and itself only. So nothing needs to be known about a model's masks.
+A model decides for itself who sees whom: causal, sliding window, chunks, image tokens in both directions. It says so
+to transformers' mask functions, in terms of places in one plain sequence. A packed row holds several such sequences,
+prompt and one response each. Within `packed_masks` the model's rule is asked at the place that a token has in its own
+plain sequence, and a response sees its prompt and itself only. So nothing needs to be known about a model's masks.
 Legend: B rows, T tokens of a row.
 """
 
@@ -62,8 +62,8 @@ def packed_masks(
 
 
 def _dense(rule: dict[str, Any], batch: dict[str, Any]) -> Tensor:
-    """bool [B, 1, T, T]: the model's rule at each token's place in its own plain sequence, within what a packed row lets
-    it see. Prompts start a row, so a row's own places and those of its plain sequences are the same for prompt tokens."""
+    """bool [B, 1, T, T]: the model's rule at each token's place in its own plain sequence, within what a packed row
+    lets it see. Prompts start a row: the place of a prompt token is the same in the row and in its plain sequences."""
     plain = sdpa_mask(**{**rule, "attention_mask": None, "allow_is_causal_skip": False})
     segment, place = batch["segment_ids"], batch["logical_positions"]
     row = torch.arange(len(segment), device=segment.device)[:, None, None]
