@@ -83,7 +83,7 @@ class SelfTest:
         try:
             with torch.no_grad(), self.context.autocast():
                 own = self._own(model, base, rows)
-                plain = [logps.float() for row in rows for logps in self._plain(model, base, row)]
+                plain = [logps for row in rows for logps in plain_logps(model, self.encoder, row, self.context.prepare)]
         finally:
             model.train(training)
         if not all(bool(logps.isfinite().all()) for logps in plain):
@@ -107,7 +107,7 @@ class SelfTest:
         return difference
 
     def _own(self, model: Any, base: Any, rows: Sequence[Mapping[str, Any]]) -> Sequence[Tensor]:
-        """fp32 [n] log-probs of each response's tokens by the run's own path."""
+        """fp [n] log-probs of each response's tokens by the run's own path."""
         try:
             batch = self.context.prepare(self.collate(rows))
             logps = self.scorer(model, batch, frozen_vision=True).per_token_logps
@@ -119,28 +119,7 @@ class SelfTest:
                 f"Self-test failed: {type(base).__name__} cannot run in layout={layout!r} ({type(error).__name__}:"
                 f" {error}). {_remedy(layout)}"
             ) from error
-        return logps.float().split(batch["lengths"].tolist())
-
-    def _plain(self, model: Any, base: Any, row: Mapping[str, Any]) -> list[Tensor]:
-        """fp [n] log-probs of each response's tokens by the model's plain forward."""
-        group, out = self.encoder.encode(row), []
-        for response, own in zip(row["responses"], group.responses, strict=True):
-            inputs = plain_inputs(self.encoder, base, row, response)
-            ids, start = inputs["input_ids"][0], len(group.prompt_ids)
-            expected = torch.cat([group.prompt_ids, own])
-            if len(ids) < len(expected) or not torch.equal(ids[: len(expected)], expected):
-                raise TokenMismatch(_difference(self.encoder, row, ids, expected, start))
-            inputs = self.context.prepare(
-                {k: v.to(base.dtype) if _is_floating(v) else v for k, v in inputs.items() if k != "labels"}
-            )
-            keep = len(ids) - start + 1  # the prompt's last token predicts the response's first
-            if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-                inputs["logits_to_keep"] = keep
-            logits = model(**inputs, use_cache=False).logits[0, -keep:]
-            target = own.to(logits.device)
-            logits = logits[: len(own)].double() if logits.dtype == torch.float64 else logits[: len(own)].float()
-            out.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
-        return out
+        return logps.split(batch["lengths"].tolist())
 
     def _message(self, base: Any, layout: str, difference: float, tolerance: float) -> str:
         kinds = ", ".join(sorted(layer_types(base.config)))
@@ -165,6 +144,34 @@ def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
         if len(chosen) == 3:
             break
     return chosen
+
+
+def plain_logps(
+    model: Any, encoder: GroupEncoder, row: Mapping[str, Any], prepare: Callable[[Any], Any]
+) -> list[Tensor]:
+    """fp [n] log-probs of each response's tokens by the model's plain forward, one sequence at a time.
+
+    Args:
+        prepare: moves inputs to the model's device.
+
+    Raises:
+        TokenMismatch: the tokens of prompt and response are not those of the encoder.
+    """
+    base, group, out = causal_lm(model), encoder.encode(row), []
+    for response, own in zip(row["responses"], group.responses, strict=True):
+        inputs = plain_inputs(encoder, base, row, response)
+        ids, start = inputs["input_ids"][0], len(group.prompt_ids)
+        expected = torch.cat([group.prompt_ids, own])
+        if len(ids) < len(expected) or not torch.equal(ids[: len(expected)], expected):
+            raise TokenMismatch(_difference(encoder, row, ids, expected, start))
+        inputs = prepare({k: v.to(base.dtype) if _is_floating(v) else v for k, v in inputs.items() if k != "labels"})
+        keep = len(ids) - start + 1  # the prompt's last token predicts the response's first
+        if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+            inputs["logits_to_keep"] = keep
+        logits = model(**inputs, use_cache=False).logits[0, -keep:][: len(own)]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        out.append(logits.log_softmax(-1).gather(1, own.to(logits.device)[:, None])[:, 0])
+    return out
 
 
 def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], response: str) -> dict[str, Any]:
