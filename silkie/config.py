@@ -234,12 +234,10 @@ _NOT_READ: dict[str, tuple[Any, ...]] = {
     "truncation_mode": ("keep_start",),
     "train_sampling_strategy": ("random",),
     "dataloader_drop_last": (False,),
-    "router_aux_loss_coef": (None, 0, 0.0),
 }
 _INSTEAD = {
     "pad_to_multiple_of": "Rows are padded to the longest of a batch.",
     "truncation_mode": "Response tails are cut, prompts never.",
     "train_sampling_strategy": "With `max_tokens_per_batch` groups of like length share a batch.",
     "dataloader_drop_last": "Every group comes once an epoch.",
-    "router_aux_loss_coef": "The loss has no term for a router.",
 }

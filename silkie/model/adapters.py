@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -90,13 +91,18 @@ def default_lora_targets(source: Any) -> str:
     return lora_targets(source).pattern
 
 
+def names_no_targets(peft_config: PeftConfig) -> bool:
+    """Whether a LoRA config leaves it to silkie what the adapter goes on."""
+    return isinstance(peft_config, LoraConfig) and not (peft_config.target_modules or peft_config.target_parameters)
+
+
 def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
     """`peft_config` with the language model's linear layers and experts as targets where it names none.
 
     Args:
         source: the model or its config.
     """
-    if not isinstance(peft_config, LoraConfig) or peft_config.target_modules or peft_config.target_parameters:
+    if not names_no_targets(peft_config):
         return peft_config
     targets = lora_targets(source)
     # the caller's own stays as it is: on a model of another family these targets would hit the vision tower
@@ -129,7 +135,7 @@ def coverage(model: Any) -> Coverage:
     for name, parameter in decoder.named_parameters():
         if parameter.dim() < 2 or id(parameter) in embeddings or _of_adapter(name):
             continue
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = _numel(parameter)
         total += size
         if id(parameter) in adapted:
             covered += size
@@ -152,6 +158,13 @@ def _adapted(decoder: nn.Module) -> set[int]:
             if weight is not None:
                 out.add(id(weight))
     return out
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Numbers in a weight, also where ZeRO-3 has taken it apart or bitsandbytes stores several in one."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return math.prod(state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _of_adapter(name: str) -> bool:

@@ -34,11 +34,16 @@ class Scores:
         per_token_logps: fp32 [N].
         logps: fp32 [R], summed over the tokens of each response.
         stats: per-token statistics [N], only when asked for.
+        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one. Every
+            token of the rows counts once and padding does not: in rows, a prompt counts once per response, as in TRL;
+            in packed rows, where a prompt is computed once, it counts once. The loss is a mean over tokens, so both
+            ask the same of the router, with different weights of prompt and response tokens.
     """
 
     per_token_logps: Tensor
     logps: Tensor
     stats: LogprobStats | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -63,6 +68,7 @@ class Scorer:
         frozen_vision: bool,
         cache: FeatureCache | None = None,
         return_stats: bool = False,
+        router_aux: bool = False,
     ) -> Scores:
         """One forward of `model` over the batch.
 
@@ -72,6 +78,7 @@ class Scorer:
             frozen_vision: see `image_features_once`.
             cache: image features shared with other passes over the same batch.
             return_stats: also return token statistics.
+            router_aux: also return the routers' load balancing loss.
         """
         base = causal_lm(model)
         box: dict[str, Any] = {}
@@ -94,9 +101,15 @@ class Scorer:
             ),
             self.attention.masks(base, batch),
         ):
-            out = model(**self._inputs(base, batch), use_cache=False)
+            more = {"output_router_logits": True} if router_aux else {}
+            out = model(**self._inputs(base, batch), **more, use_cache=False)
         per_token = out.logits.reshape(-1)
-        return Scores(per_token_logps=per_token, logps=sum_by_response(per_token, batch), stats=box.get("stats"))
+        return Scores(
+            per_token_logps=per_token,
+            logps=sum_by_response(per_token, batch),
+            stats=box.get("stats"),
+            aux_loss=getattr(out, "aux_loss", None) if router_aux else None,
+        )
 
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
         positions = batch["position_ids"]

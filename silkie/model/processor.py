@@ -135,4 +135,16 @@ def image_only_class(
     missing = [name for name in without if name in given and given[name].default is inspect.Parameter.empty]
     if missing:
         members["__init__"] = without_video
-    return type(cls.__name__, (cls,), members)
+    return type(cls.__name__, (cls, _without_parts(cls, parts)), members)
+
+
+def _without_parts(cls: type[ProcessorMixin], parts: list[str]) -> type[ProcessorMixin]:
+    """What `cls.__init__` calls as its parent: keeps only `parts` of what the class hands over."""
+    full = cls.get_attributes()
+
+    class Kept(ProcessorMixin):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(full, args, strict=False)), **kwargs}
+            super().__init__(**{name: value for name, value in given.items() if name in parts or name not in full})
+
+    return Kept

@@ -25,11 +25,44 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from silkie.model.processor import image_only_class, torchvision_works
 
-WIDTH, VISION_WIDTH, SIDE = 64, 32, 56
-WORDS = (
-    "a the is are there what how many red blue green circle square cat dog on left right of yes no in image i see one"
-    " two three and not describe table user assistant system"
-).split()
+WIDTH, SIDE, PATCH = 64, 56, 14
+WORDS = [
+    "a",
+    "the",
+    "is",
+    "are",
+    "there",
+    "what",
+    "how",
+    "many",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "cat",
+    "dog",
+    "on",
+    "left",
+    "right",
+    "of",
+    "yes",
+    "no",
+    "in",
+    "image",
+    "i",
+    "see",
+    "one",
+    "two",
+    "three",
+    "and",
+    "not",
+    "describe",
+    "table",
+    "user",
+    "assistant",
+    "system",
+]
 _LETTERS = [*".?,:;!'\"-_/\\()[]{}<>|=+*#%&@$^~`", *"0123456789"]
 
 # Meaning of a number in a config -> its size in a tiny model. Text and vision parts differ in a few.
@@ -54,7 +87,8 @@ _SIZES: dict[str, int] = {
     "num_nextn_predict_layers": 0,
     "sliding_window": 6,
     "attention_chunk_size": 16,
-    "downsample_factor": 2,
+    **dict.fromkeys(("downsample_factor", "scale_factor"), 2),
+    "mm_tokens_per_image": 4,
     "index_topk": 2048,
     "conv_dim": WIDTH,
     "block_ff_dim": 2 * WIDTH,
@@ -63,7 +97,17 @@ _LAYERS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_laye
 
 # What the names do not tell: type -> part of its config ("" for the top) -> values.
 _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {}
-_PROCESSORS: dict[str, dict[str, Any]] = {}
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "gemma3": {"_image": "<boi>"},
+    "gemma3n": {"_image": "<boi>"},
+    "glm_ocr": {"_class": "Glm46VProcessor", "_images": {"pil": "Glm46VImageProcessorPil"}},
+    "glmga": {"_class": "Glm46VProcessor"},
+    "glm4v_moe": {"_images": {"pil": "Glm4vImageProcessorPil"}},
+    "qwen3_vl_moe": {"_images": {"pil": "Qwen2VLImageProcessorPil"}},
+    "qwen2_5_omni_thinker": {"_class": "Qwen2_5OmniProcessor", "_images": {"pil": "Qwen2VLImageProcessorPil"}},
+    "qwen3_omni_moe_thinker": {"_class": "Qwen3OmniMoeProcessor", "_images": {"pil": "Qwen2VLImageProcessorPil"}},
+    "smolvlm": {"_class": "Idefics3Processor"},  # its own differs for videos only, and wants a further package
+}
 
 
 def types() -> list[str]:
@@ -100,8 +144,15 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
     """The default config of a type with small numbers, and the token ids of a processor."""
     cls = CONFIG_MAPPING[model_type]
     default = cls()
-    parts = {name: _shrunk(getattr(default, name), name) for name in default.sub_configs if getattr(default, name, None)}
+    parts = {
+        name: _shrunk(getattr(default, name), name) for name in default.sub_configs if getattr(default, name, None)
+    }
     top = _shrunk(default, "", skip=set(parts))
+    wide = {getattr(getattr(default, name), "hidden_size", None) for name in parts} - {None}
+    for part in (top, *parts.values()):  # further numbers that are as wide as a part are so by its width
+        part.update(
+            {k: WIDTH for k, v in part.items() if isinstance(v, int) and v in wide and re.search("size|dim|width", k)}
+        )
     tokenizer = processor.tokenizer
     for name, part in [("", top), *parts.items()]:
         part.update(_token_ids(part, processor))
@@ -116,44 +167,58 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
     return cls(**{**top, **parts})
 
 
-def _shrunk(config: PretrainedConfig, name: str, skip: set[str] = frozenset()) -> dict[str, Any]:
+def _shrunk(config: PretrainedConfig, name: str, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
     """The fields of one config with small numbers."""
     fields = {k: v for k, v in config.to_dict().items() if k not in skip and not k.startswith("_")}
-    for gone in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+    for gone in ("architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id"):
         fields.pop(gone, None)
-    vision = name not in ("", "text_config")
     count = next((fields[k] for k in _LAYERS if isinstance(fields.get(k), int)), None)
     layers = _representatives(fields, count) if count else []
     out = {}
     for key, value in fields.items():
         if isinstance(value, Mapping) and "model_type" in value and hasattr(config, key):
             out[key] = _shrunk(getattr(config, key), name or key)
-        elif key in _LAYERS and isinstance(value, int):
-            out[key] = len(layers)
-        elif isinstance(value, (list, tuple)) and len(value) == count and count > 1:
-            out[key] = [value[i] for i in layers]
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and "layer" in key:
-            out[key] = [v if v < 0 else min(v, len(layers) - 1) for v in value]
-        elif key.endswith(("_indexes", "_indices")) and isinstance(value, (list, tuple)):
-            out[key] = sorted({min(v, len(layers) - 1) for v in value})[: len(value)]
-        elif isinstance(value, int) and not isinstance(value, bool) and key in _SIZES:
-            out[key] = _vision_size(key) if vision else _SIZES[key]
-        elif key == "image_size":
-            out[key] = SIDE if isinstance(value, int) else [SIDE] * len(value)
         else:
-            out[key] = value
-    return _with_rope(out)
+            out[key] = _shrunk_value(key, value, count, layers)
+    return _with_rope(out, config)
 
 
-def _vision_size(key: str) -> int:
-    return {"hidden_size": VISION_WIDTH, "embed_dim": VISION_WIDTH, "d_model": VISION_WIDTH}.get(
-        key, {4: 2, 2: 2, 16: 16}.get(_SIZES[key], _SIZES[key])
-    )
+def _shrunk_value(key: str, value: Any, count: int | None, layers: list[int]) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    listed = isinstance(value, (list, tuple)) and bool(value)
+    if whole and key in _LAYERS:
+        return len(layers)
+    if listed and count and count > 1 and len(value) == count:
+        return [value[i] for i in layers]
+    if listed and all(isinstance(v, int) for v in value) and "layer" in key:
+        return [max(-len(layers), min(v, len(layers) - 1)) for v in value]
+    if _by_layer(value):
+        numbered = {int(k): _small_fields(v) for k, v in value.items()}
+        return {str(new): numbered[old] for new, old in enumerate(layers) if old in numbered}
+    if listed and key.endswith(("_indexes", "_indices")):
+        return sorted({min(v, len(layers) - 1) for v in value})
+    if whole and key in _SIZES:
+        return _SIZES[key]
+    if key in ("image_size", "patch_size") and value is not None and not isinstance(value, Mapping):
+        small = SIDE if key == "image_size" else PATCH
+        return small if whole else [small] * len(value)
+    return value
+
+
+def _by_layer(value: Any) -> bool:
+    """Whether a value says something of single layers, by their numbers."""
+    return isinstance(value, Mapping) and bool(value) and all(str(k).isdigit() for k in value)
+
+
+def _small_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: 2 * _SIZES[k] if k == "head_dim" else _SIZES.get(k, v) for k, v in fields.items()}
 
 
 def _representatives(fields: Mapping[str, Any], count: int) -> list[int]:
     """Numbers of layers that stand for all kinds of layers, two at least."""
     lists = [v for v in fields.values() if isinstance(v, (list, tuple)) and len(v) == count and count > 1]
+    single = [{int(k): v for k, v in value.items()} for value in fields.values() if _by_layer(value)]
+    lists += [[v.get(i) for i in range(count)] for v in single]
     kinds: dict[str, int] = {}
     for i in range(count):
         kinds.setdefault(repr([values[i] for values in lists]), i)
@@ -161,23 +226,36 @@ def _representatives(fields: Mapping[str, Any], count: int) -> list[int]:
     return chosen if len(chosen) > 1 else [0, min(1, count - 1)]
 
 
-def _with_rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with rotary sections that fill the head."""
+def _with_rope(fields: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """`fields` with rotary sections that fill the head, where the type's code reads sections."""
     rope = fields.get("rope_parameters")
-    if not isinstance(rope, Mapping):
+    if not isinstance(rope, Mapping) or "rope_type" not in rope:
         return fields
     rope = copy.deepcopy(dict(rope))
-    heads = fields.get("num_attention_heads") or 4
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
-    head = fields.get("head_dim") or fields.get("hidden_size", WIDTH) // heads
+    head = fields.get("head_dim") or fields.get("hidden_size", WIDTH) // (fields.get("num_attention_heads") or 4)
     if partial < 1 and "head_dim" in fields:
         head = fields["head_dim"] = 32
-    if sections := rope.get("mrope_section"):
+    sections = rope.get("mrope_section") or _written_sections(config)
+    if sections:
         total = int(head * partial) // 2
         share = [max(1, total * s // sum(sections)) for s in sections]
         share[-1] += total - sum(share)
         rope["mrope_section"] = share
     return {**fields, "rope_parameters": rope}
+
+
+def _written_sections(config: PretrainedConfig) -> list[int] | None:
+    """Default rotary sections, which some types write in their modelling code."""
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        source = inspect.getsource(importlib.import_module(module))
+    except (ImportError, OSError):
+        return None
+    found = re.search(r"mrope_section\W+\[([\d, ]+)\]", source)
+    if found:
+        return [int(n) for n in found[1].split(",")]
+    return [16, 24, 24] if "mrope_section" in source else None
 
 
 def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str, Any]:
@@ -193,9 +271,11 @@ def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str
         if isinstance(found, str):
             out[key] = tokenizer.convert_tokens_to_ids(found)
         elif value is not None or match[1] in ("pad", "bos", "eos"):
-            out[key] = {"pad": tokenizer.pad_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}.get(
-                match[1], tokenizer.convert_tokens_to_ids("<spare>")
-            )
+            out[key] = {
+                "pad": tokenizer.pad_token_id,
+                "bos": tokenizer.bos_token_id,
+                "eos": tokenizer.eos_token_id,
+            }.get(match[1], tokenizer.convert_tokens_to_ids("<spare>"))
     return out
 
 
@@ -204,17 +284,19 @@ def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str
 
 def tiny_processor(model_type: str) -> ProcessorMixin:
     """The type's processor, for images of about 56 pixels, with a word-level tokenizer that knows its special tokens."""
-    cls = _processor_class(model_type)
+    cls, override = _processor_class(model_type), _PROCESSORS.get(model_type, {})
     images = _image_processor(model_type)
     tokenizer = _tokenizer(model_type, cls)
     image_only = image_only_class(cls, without=("video_processor", "feature_extractor", "audio_processor"))
-    more = {
-        name: value
-        for name, value in {"patch_size": 14, "num_image_tokens": 16, "image_seq_length": 4, "image_seq_len": 4}.items()
-        if name in inspect.signature(cls.__init__).parameters
-    }
-    more.update({k: v for k, v in _PROCESSORS.get(model_type, {}).items() if not k.startswith("_")})
-    processor = image_only(image_processor=images, tokenizer=tokenizer, chat_template="x", **more)
+    accepted = inspect.signature(cls.__init__).parameters
+    known = {"patch_size": PATCH, "num_image_tokens": 16, "image_seq_length": 4, "image_seq_len": 4}
+    if "spatial_merge_size" in accepted and hasattr(images, "merge_size"):
+        known["spatial_merge_size"] = images.merge_size
+    more = {name: value for name, value in known.items() if name in accepted}
+    more.update({name: value for name, value in override.items() if not name.startswith("_")})
+    if "chat_template" in accepted:
+        more["chat_template"] = "x"
+    processor = image_only(image_processor=images, tokenizer=tokenizer, **more)
     processor.chat_template = tokenizer.chat_template = _template(model_type, processor)
     return processor
 
@@ -227,35 +309,51 @@ def _processor_class(model_type: str) -> type[ProcessorMixin]:
 
 
 def _image_processor(model_type: str) -> Any:
-    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
-    override = _PROCESSORS.get(model_type, {}).get("_images")
-    names = override or names
+    override = _PROCESSORS.get(model_type, {})
+    names = override.get("_images") or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
     if torchvision_works() and "torchvision" in names:
         name = names["torchvision"]
     elif "pil" in names:
         name = names["pil"]
-    else:
+    elif names:
         raise ImportError(f"the image processor of {model_type!r} needs torchvision")
+    else:
+        raise ValueError(f"transformers names no image processor for {model_type!r}")
     cls = _find(name)
     default = cls()
-    settings = {k: _small(k, getattr(default, k, None)) for k in ("size", "crop_size", "max_image_size", "pad_size")}
-    settings.update(
-        {k: v for k, v in {"max_patches": 4, "max_num_tiles": 2, "max_soft_tokens": 70}.items() if hasattr(default, k)}
-    )
-    settings.update(_PROCESSORS.get(model_type, {}).get("_settings", {}))
+    settings = {k: _small(getattr(default, k, None)) for k in ("size", "crop_size", "max_image_size", "pad_size")}
+    fewer = {"max_patches": 4, "max_num_tiles": 2, "max_soft_tokens": 70, "max_image_tiles": 2}
+    settings.update({k: v for k, v in fewer.items() if hasattr(default, k)})
+    settings.update(_same_as_vision(default, CONFIG_MAPPING[model_type]()))
+    settings.update(override.get("_settings", {}))
     return cls(**{k: v for k, v in settings.items() if v is not None})
 
 
-def _small(key: str, size: Any) -> Any:
+def _same_as_vision(images: Any, config: PretrainedConfig) -> dict[str, Any]:
+    """Settings of an image processor that the vision config decides."""
+    vision, out = getattr(config, "vision_config", None), {}
+    for name, theirs in (
+        ("patch_size", ("patch_size",)),
+        ("merge_size", ("spatial_merge_size", "merge_size")),
+        ("temporal_patch_size", ("temporal_patch_size",)),
+        ("pooling_kernel_size", ("pooling_kernel_size",)),
+    ):
+        value = next((v for t in theirs if isinstance(v := getattr(vision, t, None), int)), None)
+        if value is not None and isinstance(getattr(images, name, None), int):
+            out[name] = PATCH if name == "patch_size" else value
+    return out
+
+
+def _small(size: Any) -> Any:
     """A size of about 56 pixels in the form of a given one. Numbers beyond any edge count pixels."""
-    if size is None:
+    if size is None or isinstance(size, bool):
         return None
-    values = dict(size) if isinstance(size, Mapping) else None
-    if values is None:
-        return SIDE if isinstance(size, int) else size
+    if isinstance(size, int):
+        return SIDE
+    values = {k: v for k, v in (size.items() if isinstance(size, Mapping) else vars(size).items()) if v is not None}
     if any(isinstance(v, int) and v > 4096 for v in values.values()):
         return {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
-    return {k: SIDE for k, v in values.items() if v is not None}
+    return dict.fromkeys(values, SIDE)
 
 
 def _find(name: str) -> Any:
@@ -274,8 +372,9 @@ def _tokenizer(model_type: str, cls: type) -> PreTrainedTokenizerFast:
         name: more.get(name, f"<{name.removesuffix('_token')}>")
         for name in attributes
         if name not in ("pad_token", "bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token")
+        and not name.startswith("add_")
     }
-    base = ["<pad>", "<bos>", "<eos>", "<unk>", "<turn>", "<end>", "<spare>"]
+    base = ["<pad>", "<bos>", "<end>", "<unk>", "<turn>", "<spare>"]
     grid = [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
     special = list(dict.fromkeys([*base, *named.values(), *written, *grid, *more.values()]))
     words = list(dict.fromkeys([*WORDS, "\n", *_LETTERS]))
@@ -285,7 +384,7 @@ def _tokenizer(model_type: str, cls: type) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tok,
         bos_token="<bos>",
-        eos_token="<eos>",
+        eos_token="<end>",
         pad_token="<pad>",
         unk_token="<unk>",
         extra_special_tokens=named,
@@ -300,7 +399,7 @@ def _template(model_type: str, processor: ProcessorMixin) -> str:
     return (
         "{% for m in messages %}<turn>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"
         + str(image)
-        + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}"
+        + "\n{% else %}{{ p['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}"
         "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
     )
 

@@ -85,6 +85,7 @@ def build_passes(
     *,
     frozen_vision: bool,
     aspects: tuple[str, ...],
+    router_aux: bool,
 ) -> Passes:
     """The forward passes that the losses of a run need."""
     return Passes(
@@ -97,5 +98,6 @@ def build_passes(
         frozen_vision=frozen_vision,
         corrupted="corrupted" in objective.needs,
         token_stats=args.log_token_stats or "stats" in objective.needs,
+        router_aux=router_aux,
         aspects=aspects,
     )

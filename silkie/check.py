@@ -4,6 +4,7 @@ step. What `python -m silkie.model check` prints."""
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import tempfile
@@ -14,11 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.collator import GroupCollator
 from silkie.batch.encoding import GroupEncoder
+from silkie.data.schema import group_features
 from silkie.model.adapters import Coverage, coverage, with_default_targets
 from silkie.model.attention import Attention
 from silkie.model.families import causal_lm, check_merges_images
@@ -100,6 +104,8 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
             causal_lm(model).config, SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu")
         )
         verdict.layout, verdict.why = choice.layout, choice.reason
+        if hasattr(causal_lm(model), "set_experts_implementation"):
+            causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
         adapted = _with_adapter(model.double())
         verdict.coverage, verdict.vision = coverage(adapted), describe_vision(adapted)
         truth = _plain(adapted, encoder, rows)
@@ -116,7 +122,7 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         verdict.layout, verdict.why = None, f"not exact: {_short(verdict.rows)}"
     if verdict.layout:
         try:
-            _step(adapted.float(), processor, rows)
+            _step(adapted.unload().float(), processor, rows, verdict.layout)
             verdict.stepped = True
         except Exception as error:
             logger.debug("%s", name, exc_info=True)
@@ -142,6 +148,13 @@ def _with_adapter(model: Any) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted.train()
+
+
+def encode_image(image: Any) -> dict[str, Any]:
+    """A picture as a dataset stores it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def _plain(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -206,8 +219,33 @@ def _without_dropout(model: Any) -> Any:
             module.p = rate
 
 
-def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One step of the trainer, self-test included."""
-    from silkie.trainer import SilkieDPOTrainer  # the trainer imports this package
-
-    raise NotImplementedError
+def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout: Any) -> None:
+    """One step of the trainer with the default adapter, self-test included."""
+    data = [
+        {
+            **dict.fromkeys(("id", "models")),
+            **row,
+            "images": [encode_image(image) for image in row["images"]],
+            "pair_weights": [1.0] * len(row["pairs"]),
+        }
+        for row in rows
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        args = SilkieDPOConfig(
+            output_dir=folder,
+            layout=layout,
+            max_steps=1,
+            per_device_train_batch_size=len(rows),
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        SilkieDPOTrainer(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(data, features=group_features()),
+            processing_class=processor,
+            peft_config=LoraConfig(r=4, lora_alpha=8),
+        ).train()
