@@ -97,7 +97,9 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     )
     self_test: bool = field(
         default=True,
-        metadata={"help": "At start-up, run the first group packed and separate and stop where they differ."},
+        metadata={
+            "help": "At start-up, compare the first groups with the model's plain forward and stop where they differ."
+        },
     )
     self_test_tolerance: float | None = field(
         default=None,
@@ -244,5 +246,4 @@ _NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
         "With `max_tokens_per_batch`, groups of similar length share a batch.",
     ),
     "dataloader_drop_last": ((False,), "Every group is used once per epoch."),
-    "router_aux_loss_coef": ((None, 0, 0.0), "The loss has no router term."),
 }

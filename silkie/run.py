@@ -14,8 +14,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data import load_preferences
 from silkie.data.splits import By, check_choice, check_leak, split_groups
-from silkie.model.families import unquantized_modules
+from silkie.model.families import shell
 from silkie.model.processor import load_processor
+from silkie.model.vision import unquantized_modules
 from silkie.plan.dry_run import dry_run
 from silkie.training.checkpoints import PREEMPTED_EXIT_CODE
 
@@ -164,7 +165,7 @@ def make_trainer(
     config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **revision)
     quantization = get_quantization_config(model_args)
     if quantization is not None:
-        quantization.llm_int8_skip_modules = unquantized_modules(config)
+        quantization.llm_int8_skip_modules = unquantized_modules(shell(config))
     return SilkieDPOTrainer(
         model=name,
         args=args,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,10 @@ from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import Objective, build_objective
-from silkie.model.families import causal_lm, freeze_vision, unhook_vision, vision_is_frozen
-from silkie.model.layout import LayoutChoice, choose_layout
+from silkie.model.adapters import ENOUGH, coverage, names_no_targets
+from silkie.model.families import causal_lm
+from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
+from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
@@ -37,9 +38,11 @@ from silkie.training.passes import preferences_of
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
-from silkie.training.self_test import self_test
+from silkie.training.self_test import LayoutMismatch, SelfTest, groups_to_test
 
 logger = logging.getLogger(__name__)
+
+_MICRO_BATCHES = "micro_batches"  # among the totals of an optimizer step: micro-batches of all ranks
 
 
 class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
@@ -90,6 +93,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         startup.check_arguments(args, train_dataset)
         guards.check_launch(args)
         config, processing_class = startup.config_and_processor(model, processing_class, args)
+        default_targets = peft_config is not None and names_no_targets(peft_config)
         peft_config = startup.choose_trained_parts(model, peft_config, config, args)
         self.encoder = build_encoder(processing_class, args)
         self.reports: dict[str, PreparationReport] = {}
@@ -124,10 +128,14 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
             args.ddp_find_unused_parameters = False
         check_model(self.model, args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
+        self._coverage = coverage(self.model) if isinstance(self.model, PeftModel) else None
+        if default_targets and self._coverage and self._coverage.share < ENOUGH:
+            logger.warning("the default LoRA adapter is on %s", self._coverage)
         for loaded in (self.model, self.ref_model):
             if loaded is not None:
                 self.choice.apply(causal_lm(loaded))
         self._set_up_passes()
+        self._tested = self._settle_layout()
         self._set_up_hooks()
         for line in self.setup_lines():  # the data's lines were logged when it was prepared
             logger.info(line)
@@ -156,8 +164,45 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
         self._reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
         self.passes = build_passes(
-            self.objective, self.choice, self.reference, args, frozen_vision=self.frozen_vision, aspects=aspects
+            self.objective,
+            self.choice,
+            self.reference,
+            args,
+            frozen_vision=self.frozen_vision,
+            aspects=aspects,
+            router_aux=self.aux_loss_enabled,  # TRL's rule: its option, or None for the model's own coefficient
         )
+
+    @property
+    def _context(self) -> ForwardContext:
+        return ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager)
+
+    def _self_test(self, policy: Any) -> None:
+        """Raises what `SelfTest` raises."""
+        test = SelfTest(
+            encoder=self.encoder,
+            collate=self.data_collator,
+            scorer=self.passes.scorer,
+            context=self._context,
+            half_precision=self.args.bf16 or self.args.fp16,
+            tolerance=self.args.self_test_tolerance,
+            agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
+        )
+        test(policy, groups_to_test(self.train_dataset))
+
+    def _settle_layout(self) -> bool:
+        """Where the layout is left to silkie, takes rows if the model does not compute the same in the packed one.
+        Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not self.args.self_test or self.args.layout != "auto" or self.choice.layout == "rows" or sharded:
+            return False
+        try:
+            self._self_test(self.model)
+        except LayoutMismatch as error:
+            self.choice = rows_choice(str(error))
+            self._set_up_passes()
+            return False
+        return True
 
     def _set_up_hooks(self) -> None:
         args = self.args
@@ -226,6 +271,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             return samples, None
         units = [self.objective.units(preferences_of(batch, self.passes.aspects)) for batch in samples]
         totals = {name: torch.stack([u[name] for u in units]).sum().to(device) for name in units[0]}
+        if self.aux_loss_enabled:
+            totals[_MICRO_BATCHES] = torch.tensor(float(len(samples)), device=device)
         return samples, {name: self._sum(total) for name, total in totals.items()}
 
     def compute_loss(
@@ -241,6 +288,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         training = self.model.training
         scores, group_logps = self.passes.run(model, batch, use_table=training)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=training)
+        if scores.aux_loss is not None and training:  # a mean over the micro-batches of the step, as in TRL
+            share = 1.0 if num_items_in_batch is None else 1.0 / num_items_in_batch[_MICRO_BATCHES]
+            loss = loss + self.router_aux_loss_coef * share * scores.aux_loss
         self.watch.add(loss, batch["names"])
         logged = self._logged["train" if training else "eval"]
         logged.add(batch, metrics, group_logps, scores)
@@ -265,7 +315,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         mode = "train" if self.model.training else "eval"
         line = self._logged[mode].pop(self._sum)
         if line.loss is not None:
-            logs.update({key: line.loss for key in logs if key.startswith("eval") and key.endswith("_loss")})
+            loss = line.loss + self.router_aux_loss_coef * line.means.get("aux_loss", 0.0)
+            logs.update({key: loss for key in logs if key.startswith("eval") and key.endswith("_loss")})
         self._metrics[mode].update({name: [mean] for name, mean in line.means.items()})
         if mode == "train":
             self._total_train_tokens += line.tokens
@@ -279,8 +330,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
     def setup_lines(self) -> list[str]:
         """The plan without the data: lines of the form "name: what runs"."""
-        vision = "frozen, encoded once per step and shared" if self.frozen_vision else "trained"
-        return setup_lines(self.choice, self.reference, self.args, vision)
+        lines = setup_lines(self.choice, self.reference, self.args, describe_vision(self.model))
+        return [*lines, f"adapter: on {self._coverage}"] if self._coverage else lines
 
     def describe(self) -> RunDescription:
         """What the model card tells of this run."""
@@ -322,24 +373,15 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
-        context = ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager)
-        if self.args.self_test and self.choice.layout == "packed":
-            self_test(
-                policy,
-                [self.train_dataset[0]],
-                scorer=self.passes.scorer,
-                collators={layout: replace(self.data_collator, layout=layout) for layout in ("packed", "rows")},
-                context=context,
-                half_precision=self.args.bf16 or self.args.fp16,
-                tolerance=self.args.self_test_tolerance,
-            )
+        if self.args.self_test and not (self._tested and policy is self.model):
+            self._self_test(policy)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:
             reference_pass = ReferencePass(
                 reference=self.reference,
                 weights_hash=self._reference_hash,
                 scorer=self.passes.scorer,
                 collate=self.data_collator,
-                context=context,
+                context=self._context,
                 choice=self.choice,
                 accelerator=self.accelerator,
                 args=self.args,

@@ -17,8 +17,8 @@ class Batch(TypedDict):
     """One micro-batch. A plain dict at run time, so that data workers, pinned memory and transformers can move it.
 
     Rows of the forward pass:
-        input_ids, segment_ids, segment_index, subtree_end, logical_positions, token_types: [B, T], see
-            `silkie.batch.packing`.
+        input_ids, segment_ids, segment_index, subtree_end, logical_positions: [B, T], see `silkie.batch.packing`.
+        token_inputs: [B, T] each, further inputs of the model per token (`mm_token_type_ids`, ...), by name.
         position_ids: [C, B, T] rotary positions.
         vision: the processor's image tensors.
         corrupted_vision: those of the corrupted images, for mDPO's second pass only.
@@ -49,7 +49,7 @@ class Batch(TypedDict):
     segment_index: Tensor
     subtree_end: Tensor
     logical_positions: Tensor
-    token_types: Tensor
+    token_inputs: dict[str, Tensor]
     position_ids: Tensor
     vision: dict[str, Tensor]
     corrupted_vision: NotRequired[dict[str, Tensor]]
@@ -73,4 +73,4 @@ class Batch(TypedDict):
     names: list[str]
     rows: list[Any]
 
-    _attention_inputs: NotRequired[dict[str, Any]]  # masks that `silkie.model.attention` keeps for the reference pass
+    _attention_inputs: NotRequired[dict[Any, Any]]  # masks that `silkie.model.attention` keeps for the reference pass

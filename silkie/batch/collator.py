@@ -20,10 +20,16 @@ from silkie.data.schema import mean_rating
 
 
 class PositionRule(Protocol):
-    """Rotary positions of a prompt, by the model's own rule; `silkie.model` provides it."""
+    """Rotary positions of a prompt, by the model's own rule; `silkie.model` provides it.
 
-    def __call__(self, prompt_ids: Tensor, token_types: Tensor, vision: dict[str, Tensor]) -> Tensor:
-        """[C, L] positions of a prompt of ids [L] with token types [L] and the image tensors of its group."""
+    Attributes:
+        response_types: token input -> its value within a response, where that differs from other text.
+    """
+
+    response_types: dict[str, int]
+
+    def __call__(self, prompt_ids: Tensor, token_inputs: Mapping[str, Tensor], vision: Mapping[str, Any]) -> Tensor:
+        """[C, L] positions of a prompt of ids [L] with its per-token inputs [L] and the image tensors of its group."""
         ...
 
 
@@ -61,15 +67,16 @@ class GroupCollator:
             [
                 PromptAndResponses(
                     prompt_ids=e.prompt_ids,
-                    prompt_positions=self.positions(e.prompt_ids, e.token_types, e.vision),
-                    token_types=e.token_types,
+                    prompt_positions=self.positions(e.prompt_ids, e.token_inputs, e.vision),
                     responses=e.responses,
+                    token_inputs=e.token_inputs,
                 )
                 for e in encoded
             ],
             self.layout,
             pad_id=self.pad_id,
             groups_per_row=self.groups_per_row,
+            response_types=self.positions.response_types,
         )
         counts = [len(e.responses) for e in encoded]
         lengths = torch.tensor([len(r) for e in encoded for r in e.responses])
@@ -81,7 +88,7 @@ class GroupCollator:
             "segment_index": packed.segment_index,
             "subtree_end": packed.subtree_end,
             "logical_positions": packed.logical_positions,
-            "token_types": packed.token_types,
+            "token_inputs": packed.token_inputs,
             "gather": packed.gather,
             "target": packed.target,
             "owner": packed.owner,

@@ -35,7 +35,6 @@ class EncodedGroup:
 
     Attributes:
         prompt_ids: [L] prompt with its image tokens expanded and the assistant header at the end.
-        token_types: [L] 0 text, 1 image (2 video), from the processor; zeros where it gives none.
         responses: K tensors of token ids, each ending with the end-of-turn token unless its tail was cut.
         token_inputs: every other [L] output of the processor that has one number per token, under its own name
             (`token_type_ids`, `mm_token_type_ids`, ...).
@@ -44,7 +43,6 @@ class EncodedGroup:
     """
 
     prompt_ids: Tensor
-    token_types: Tensor
     responses: list[Tensor]
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
@@ -169,10 +167,8 @@ class GroupEncoder:
                 " for a response."
             )
         per_token = {k: v[0, :length] for k, v in out.items() if _is_per_token(v, out["input_ids"])}
-        types = per_token.get("mm_token_type_ids", per_token.get("token_type_ids"))
         return EncodedGroup(
             prompt_ids=prompt_ids[:length],
-            token_types=types.long() if types is not None else torch.zeros_like(prompt_ids[:length]),
             responses=[torch.tensor(r, dtype=torch.long) for r in responses],
             token_inputs={k: v for k, v in per_token.items() if k not in ("input_ids", "attention_mask", "labels")},
             vision={k: v for k, v in out.items() if k not in per_token},
@@ -381,6 +377,11 @@ class GroupEncoder:
         return self.tokenizer.eos_token_id, 0
 
 
+def _is_per_token(value: Any, input_ids: Tensor) -> bool:
+    """Whether a processor's output has one whole number per token; everything else describes images."""
+    return isinstance(value, Tensor) and value.shape == input_ids.shape and not value.is_floating_point()
+
+
 def describe(row: Mapping[str, Any]) -> str:
     """How an error names a row: its number in the dataset and its id."""
     parts = [f"row {row['row']}"] if row.get("row") is not None else []
@@ -404,8 +405,3 @@ def _up_to(ids: list[int], token: int, times: int) -> list[int]:
         return [*ids, token]
     places = [i for i, each in enumerate(ids) if each == token]
     return ids[: places[-times] + 1] if len(places) >= times else ids
-
-
-def _is_per_token(value: Any, input_ids: Tensor) -> bool:
-    """Whether an output of the processor holds one number per token."""
-    return isinstance(value, Tensor) and value.shape == input_ids.shape and not value.is_floating_point()

@@ -17,8 +17,8 @@ prompt tokens, S segments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -37,14 +37,14 @@ class PromptAndResponses:
     Attributes:
         prompt_ids: [L] token ids.
         prompt_positions: [C, L] rotary positions of the prompt, C = 3 (Qwen's temporal, height, width) or 1.
-        token_types: [L] 0 text, 1 image.
         responses: K tensors of token ids.
+        token_inputs: [L] further inputs of the model per prompt token (types), by name.
     """
 
     prompt_ids: Tensor
     prompt_positions: Tensor
-    token_types: Tensor
     responses: Sequence[Tensor]
+    token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class PackedBatch:
         subtree_end: [B, T] one past the last segment that descends from the token's own; 0 padding.
         logical_positions: [B, T] distance from the start of the group's prompt along (ancestors, own segment); sliding
             windows count these.
-        token_types: [B, T] 0 text, 1 image.
+        token_inputs: [B, T] further inputs of the model per token, by name.
         gather: [N] flat index (b * T + t) of the hidden state that predicts a scored token.
         target: [N] the scored token's id.
         owner: [N] its response, in [0, R), never decreasing.
@@ -118,7 +118,7 @@ class PackedBatch:
     segment_index: Tensor
     subtree_end: Tensor
     logical_positions: Tensor
-    token_types: Tensor
+    token_inputs: dict[str, Tensor]
     gather: Tensor
     target: Tensor
     owner: Tensor
@@ -128,7 +128,12 @@ class PackedBatch:
 
 
 def pack(
-    groups: Sequence[PromptAndResponses], layout: Layout, *, pad_id: int, groups_per_row: int | None = 1
+    groups: Sequence[PromptAndResponses],
+    layout: Layout,
+    *,
+    pad_id: int,
+    groups_per_row: int | None = 1,
+    response_types: Mapping[str, int] | None = None,
 ) -> PackedBatch:
     """Lays groups out in rows, padded on the right.
 
@@ -138,6 +143,8 @@ def pack(
         pad_id: token id of padding.
         groups_per_row: packed layout: how many groups share a row; None puts all in one (for attention that skips what
             is masked). A dense mask wants 1: over several groups it would be mostly empty.
+        response_types: value of a token input within responses; by default that of the last prompt token, which is
+            text as they are.
     """
     rows: list[list[tuple[int, list[int]]]]  # per row: (group, responses of it)
     if layout == "packed":
@@ -163,7 +170,9 @@ def pack(
     position_ids = torch.zeros((channels, b, t), dtype=torch.long)
     segment_ids = torch.full((b, t), PAD_SEGMENT, dtype=torch.long)
     logical = torch.zeros((b, t), dtype=torch.long)
-    token_types = torch.zeros((b, t), dtype=torch.long)
+    token_inputs = {
+        name: torch.zeros((b, t), dtype=value.dtype) for group in groups for name, value in group.token_inputs.items()
+    }
     gather, target, owner, offset = [], [], [], []
     segments: list[Segment] = []
 
@@ -177,8 +186,9 @@ def pack(
             position_ids[:, i, prompt] = group.prompt_positions
             segment_ids[i, prompt] = PROMPT_SEGMENT
             logical[i, prompt] = torch.arange(size)
-            token_types[i, prompt] = group.token_types
             parent = len(segments)
+            for name, value in group.token_inputs.items():
+                token_inputs[name][i, prompt] = value
             segments.append(Segment(i, prompt.start, prompt.stop))
             restart = int(group.prompt_positions.max()) + 1
             last_prompt_token = at + size - 1
@@ -189,6 +199,8 @@ def pack(
                 own = slice(at, at + n)
                 steps = torch.arange(n)
                 input_ids[i, own] = ids
+                for name, value in group.token_inputs.items():
+                    token_inputs[name][i, own] = (response_types or {}).get(name, value[-1])
                 position_ids[:, i, own] = restart + steps
                 segment_ids[i, own] = k + 1
                 logical[i, own] = size + steps
@@ -210,7 +222,7 @@ def pack(
         segment_index=segment_index,
         subtree_end=subtree_end,
         logical_positions=logical,
-        token_types=token_types,
+        token_inputs=token_inputs,
         gather=torch.cat(gather),
         target=torch.cat(target),
         owner=torch.cat(owner),
@@ -228,6 +240,12 @@ def _numbered(segments: Sequence[Segment], b: int, t: int) -> tuple[Tensor, Tens
         index[s.row, s.start : s.end] = n
         end[s.row, s.start : s.end] = subtree
     return index, end
+
+
+def descends(segment_index: Tensor, subtree_end: Tensor) -> Tensor:
+    """bool [B, T, T]: whether a query's segment (dim 1) is a key's (dim 2) or descends from it; never for padding."""
+    query, key = segment_index[:, :, None], segment_index[:, None, :]
+    return (key <= query) & (query < subtree_end[:, None, :])
 
 
 def visible(
@@ -254,7 +272,7 @@ def visible(
     """
     query, key = segment_index[:, :, None], segment_index[:, None, :]
     distance = logical_positions[:, :, None] - logical_positions[:, None, :]
-    mask = (key <= query) & (query < subtree_end[:, None, :]) & (distance >= 0)
+    mask = descends(segment_index, subtree_end) & (distance >= 0)
     if bidirectional is not None:
         same_block = (bidirectional[:, :, None] == bidirectional[:, None, :]) & (bidirectional >= 0)[:, :, None]
         mask |= same_block & (query == key)

@@ -22,7 +22,7 @@ from silkie.batch.batch import Batch
 from silkie.logprob import Impl, LogprobStats, linear_logprob
 from silkie.logprob.head import HeadOptions, head_operands, head_options
 from silkie.model.attention import Attention
-from silkie.model.families import causal_lm, family_of
+from silkie.model.families import causal_lm
 from silkie.model.vision import FeatureCache, image_features_once
 
 
@@ -34,11 +34,16 @@ class Scores:
         per_token_logps: fp32 [N].
         logps: fp32 [R], summed over the tokens of each response.
         stats: per-token statistics [N], only when asked for.
+        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one. Every
+            token of the rows counts once and padding does not: in rows, a prompt counts once per response, as in TRL;
+            in packed rows, where a prompt is computed once, it counts once. The loss is a mean over tokens, so both
+            ask the same of the router, with different weights of prompt and response tokens.
     """
 
     per_token_logps: Tensor
     logps: Tensor
     stats: LogprobStats | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -63,6 +68,7 @@ class Scorer:
         frozen_vision: bool,
         cache: FeatureCache | None = None,
         return_stats: bool = False,
+        router_aux: bool = False,
     ) -> Scores:
         """One forward of `model` over the batch.
 
@@ -72,6 +78,7 @@ class Scorer:
             frozen_vision: see `image_features_once`.
             cache: image features shared with other passes over the same batch.
             return_stats: also return token statistics.
+            router_aux: also return the routers' load balancing loss.
         """
         base = causal_lm(model)
         box: dict[str, Any] = {}
@@ -92,25 +99,31 @@ class Scorer:
                 tokens_per_group=batch["image_tokens"],
                 row_groups=batch["row_groups"],
             ),
+            self.attention.masks(base, batch),
         ):
-            out = model(**self._inputs(base, batch), use_cache=False)
+            more = {"output_router_logits": True} if router_aux else {}
+            out = model(**self._inputs(base, batch), **more, use_cache=False)
         per_token = out.logits.reshape(-1)
-        return Scores(per_token_logps=per_token, logps=sum_by_response(per_token, batch), stats=box.get("stats"))
+        return Scores(
+            per_token_logps=per_token,
+            logps=sum_by_response(per_token, batch),
+            stats=box.get("stats"),
+            aux_loss=getattr(out, "aux_loss", None) if router_aux else None,
+        )
 
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
-        family = family_of(base.config)
         positions = batch["position_ids"]
-        inputs = {
+        return {
             "input_ids": batch["input_ids"],
             "position_ids": positions if positions.shape[0] > 1 else positions[0],
             **self.attention.inputs(base.config, batch),
-            **{k: v.to(base.dtype) if v.is_floating_point() else v for k, v in batch["vision"].items()},
+            **batch["token_inputs"],
+            **{k: v.to(base.dtype) if _is_floating(v) else v for k, v in batch["vision"].items()},
         }
-        if family.token_types:
-            # PaliGemma counts the prompt as type 0 and the answer as type 1; Gemma3 marks image tokens
-            types = (batch["segment_ids"] > 0).long() if family.two_way == "prefix" else batch["token_types"]
-            inputs[family.token_types] = types
-        return inputs
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def sum_by_response(per_token: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from silkie.batch.packing import Layout
 from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, why_not_available
 from silkie.model.attention.varlen import kernel_name
-from silkie.model.families import why_not_packable
+from silkie.model.families import layer_types, why_not_packable
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -58,22 +58,29 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     Raises:
         ValueError: `layout="packed"` is asked for, and packing is wrong for the model.
     """
+    if args.layout == "rows":
+        return rows_choice("asked for")
     obstacle = why_not_packable(config)
     if args.layout == "packed" and obstacle:
         raise ValueError(f"layout='packed' is not exact here: {obstacle}. Use layout='rows' or 'auto'.")
-    if args.layout == "rows" or obstacle:
-        reason = obstacle if args.layout != "rows" else "asked for"
-        return LayoutChoice(
-            layout="rows", reason=reason or "", backend="sdpa", backend_reason="the model's own", groups_per_row=1
-        )
+    if obstacle:
+        return rows_choice(obstacle)
     backend, why = _choose_backend(config, args)
-    reason = "asked for" if args.layout == "packed" else f"{config.model_type} has only full and sliding attention"
+    kinds = ", ".join(sorted(layer_types(config))).replace("_attention", "")
+    reason = "asked for" if args.layout == "packed" else f"{config.model_type} has {kinds} attention only"
     return LayoutChoice(
         layout="packed",
         reason=reason,
         backend=backend,
         backend_reason=why,
         groups_per_row=1 if backend in ONE_GROUP_PER_ROW else None,
+    )
+
+
+def rows_choice(reason: str) -> LayoutChoice:
+    """One row per response, by the model's own attention."""
+    return LayoutChoice(
+        layout="rows", reason=reason, backend="sdpa", backend_reason="the model's own", groups_per_row=1
     )
 
 

@@ -56,7 +56,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwarg
     if torchvision_works():
         processor = AutoProcessor.from_pretrained(path, **kwargs)
     else:
-        processor = _image_only_class(_processor_class(path, **kwargs)).from_pretrained(path, backend="pil", **kwargs)
+        processor = image_only_class(_processor_class(path, **kwargs)).from_pretrained(path, backend="pil", **kwargs)
         if (
             processor.chat_template is None
         ):  # not passed on where `__init__` is replaced: transformers reads its argument names
@@ -106,13 +106,15 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A subclass of `cls` that has no video part.
+def image_only_class(
+    cls: type[ProcessorMixin], without: tuple[str, ...] = ("video_processor",)
+) -> type[ProcessorMixin]:
+    """A subclass of `cls` that has no video part, or lacks other parts (`without`).
 
     transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so
     that what it saves is loaded as the full class where torchvision works.
     """
-    parts = [name for name in cls.get_attributes() if name != "video_processor"]
+    parts = [name for name in cls.get_attributes() if name not in without]
     if parts == cls.get_attributes():
         return cls
 
@@ -121,7 +123,7 @@ def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
 
     def without_video(self: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, *args, **{"video_processor": None, **kwargs})
+        cls.__init__(self, *args, **{**dict.fromkeys(missing), **kwargs})
 
     members = {
         "get_attributes": classmethod(lambda _: list(parts)),
@@ -129,6 +131,20 @@ def _image_only_class(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         "__doc__": cls.__doc__,
         "__module__": __name__,
     }
-    if inspect.signature(cls.__init__).parameters["video_processor"].default is inspect.Parameter.empty:
+    given = inspect.signature(cls.__init__).parameters
+    missing = [name for name in without if name in given and given[name].default is inspect.Parameter.empty]
+    if missing:
         members["__init__"] = without_video
-    return type(cls.__name__, (cls,), members)
+    return type(cls.__name__, (cls, _without_parts(cls, parts)), members)
+
+
+def _without_parts(cls: type[ProcessorMixin], parts: list[str]) -> type[ProcessorMixin]:
+    """What `cls.__init__` calls as its parent: keeps only `parts` of what the class hands over."""
+    full = cls.get_attributes()
+
+    class Kept(ProcessorMixin):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(full, args, strict=False)), **kwargs}
+            super().__init__(**{name: value for name, value in given.items() if name in parts or name not in full})
+
+    return Kept

@@ -1,5 +1,5 @@
-"""Image features once per step: computed for each image once, repeated for the rows that need them, shared by the
-policy and the reference pass."""
+"""The parts of a model that make features (vision towers, audio towers, projectors), and image features once per step:
+computed for each image once, repeated for the rows that need them, shared by the policy and the reference pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,78 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from silkie.model.families import backbone
+from silkie.model.families import backbone, causal_lm, language_model
+
+
+def vision_parts(model: Any) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Everything under a model that is neither its text decoder nor its embeddings and head: what turns pixels (or
+    sound) into features. Names are those of the transformers model."""
+    base: Any = causal_lm(model)
+    text = {id(m) for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None}
+    yield from _parts(base, "", language_model(base), text)
+
+
+def _parts(
+    module: nn.Module, prefix: str, decoder: nn.Module, text: set[int]
+) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter
+    for name, child in module.named_children():
+        if child is decoder or id(child) in text:
+            continue
+        if any(m is decoder for m in child.modules()):
+            yield from _parts(child, f"{prefix}{name}.", decoder, text)
+        elif any(True for _ in child.parameters()):
+            yield prefix + name, child
+
+
+def vision_parameters(model: Any) -> list[nn.Parameter]:
+    """All parameters of the vision tower and its projector, adapters included."""
+    return [
+        p for _, part in vision_parts(model) for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    ]
+
+
+def vision_is_frozen(model: Any) -> bool:
+    """Whether no parameter of the vision tower or its projector trains."""
+    return not any(p.requires_grad for p in vision_parameters(model))
+
+
+def describe_vision(model: Any) -> str:
+    """For the log: which parts make features, how many numbers they hold, how many of them train."""
+    names = ", ".join(name.removeprefix("model.") for name, _ in vision_parts(model))
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in vision_parameters(model)]
+    trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+    if not trained:
+        return f"frozen ({total:,} parameters of {names}), encoded once per step and shared"
+    return f"trained ({trained:,} of {total:,} parameters of {names})"
+
+
+def freeze_vision(model: Any) -> None:
+    """Takes the vision tower and its projector out of training."""
+    for parameter in vision_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def unhook_vision(base: PreTrainedModel) -> None:
+    """Removes the hooks that gradient checkpointing puts on the input embeddings of a frozen vision tower, which would
+    back-propagate it for nothing."""
+    for _, part in vision_parts(base):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for key, hook in list(module._forward_hooks.items()):
+                if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                    del module._forward_hooks[key]
+
+
+def unquantized_modules(base: PreTrainedModel) -> list[str]:
+    """Modules that bitsandbytes must leave alone, by their full names: the vision tower (it is small, and its features
+    feed every token) and the output head."""
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    return [*(name for name, part in vision_parts(base) if isinstance(part, nn.Module)), *names]
 
 
 @dataclass(slots=True)
@@ -59,8 +128,17 @@ def image_features_once(
             if cache is not None:
                 cache.features, cache.computed = features, cache.computed + 1
         if not sum(tokens_per_group):
-            return _nothing(features)
-        return features if once_in_order else _repeat(features, tokens_per_group, order)
+            return _select(features, None, [])
+        if once_in_order:
+            return features
+        repeated = _select(features, list(tokens_per_group), order)
+        if repeated is features:
+            raise ValueError(
+                f"{type(model).__name__}: its image features do not come to the {sum(tokens_per_group)} image tokens of"
+                " the batch, so that silkie cannot repeat them for the rows. Use per_device_train_batch_size=1 with"
+                " layout='packed', or TRL's DPOTrainer."
+            )
+        return repeated
 
     inner.get_image_features = once  # type: ignore[method-assign,assignment]
     try:
@@ -69,34 +147,48 @@ def image_features_once(
         del inner.get_image_features  # the class's method shows again
 
 
-def _nothing(features: Any) -> Any:
-    """The encoder's output without a token, still attached to its graph: a micro-batch without images ran the tower on
-    a dummy one."""
-    out = copy.copy(features)
-    listed = isinstance(out.pooler_output, (list, tuple))
-    tokens = torch.cat([t.reshape(-1, t.shape[-1]) for t in out.pooler_output]) if listed else out.pooler_output
-    out.pooler_output = [tokens[:0]] if listed else tokens[:0]
-    if (levels := getattr(features, "deepstack_features", None)) is not None:
-        out.deepstack_features = [level[:0] for level in levels]
-    return out
+def _select(features: Any, sizes: list[int] | None, order: Sequence[int]) -> Any:
+    """A copy of the encoder's output with the image tokens of the groups in `order`.
+
+    Args:
+        features: the encoder's output. Whichever of its fields holds one feature per image token is repeated: models
+            read `pooler_output`, some `last_hidden_state`, some further levels for their layers.
+        sizes: image tokens of each group. None: there is none, and the encoder ran on a dummy image, whose tokens are
+            dropped while the output stays attached to its graph.
+    """
+    out, changed = copy.copy(features), False
+    total = sum(sizes) if sizes is not None else None
+    for name in list(features.keys()):
+        if name in ("hidden_states", "attentions"):
+            continue
+        selected = _select_tokens(features[name], total, sizes, order)
+        if selected is not features[name]:
+            out[name], changed = selected, True
+    return out if changed else features
 
 
-def _repeat(features: Any, tokens_per_group: Sequence[int], order: Sequence[int]) -> Any:
-    """A copy of the encoder's output whose image tokens are those of the groups in `order`."""
-    out = copy.copy(features)
-    out.pooler_output = _repeat_tokens(features.pooler_output, tokens_per_group, order)
-    if (levels := getattr(features, "deepstack_features", None)) is not None:
-        out.deepstack_features = [_repeat_tokens(level, tokens_per_group, order) for level in levels]
-    return out
+def _select_tokens(tokens: Any, total: int | None, sizes: list[int] | None, order: Sequence[int]) -> Any:
+    """`tokens` with those of the groups in `order`, in the form they had: one tensor [..., D], or a list of tensors, of
+    images or of levels. What does not hold `total` tokens stays as it is (None: any number, all are dropped)."""
+    if isinstance(tokens, Tensor):
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        if total is not None and len(flat) != total:
+            return tokens
+        rows = _rows(flat, sizes, order)
+        return (torch.cat(rows) if rows else flat[:0]).reshape(-1, *tokens.shape[1:])
+    if not isinstance(tokens, (list, tuple)) or not tokens:
+        return tokens
+    if all(isinstance(t, Tensor) for t in tokens) and (total is None or _count(tokens) == total):
+        flat = torch.cat([t.reshape(-1, t.shape[-1]) for t in tokens])
+        return type(tokens)(_rows(flat, sizes, order) or [flat[:0]])
+    levels = [_select_tokens(level, total, sizes, order) for level in tokens]
+    return type(tokens)(levels) if any(a is not b for a, b in zip(levels, tokens, strict=True)) else tokens
 
 
-def _repeat_tokens(tokens: Tensor | Sequence[Tensor], tokens_per_group: Sequence[int], order: Sequence[int]) -> Any:
-    """tokens: features of all groups one after another, as one tensor [..., D] or a list of tensors; the result has the
-    same form."""
-    listed = isinstance(tokens, (list, tuple))
-    flat = torch.cat([t.reshape(-1, t.shape[-1]) for t in tokens]) if listed else tokens.reshape(-1, tokens.shape[-1])  # type: ignore[union-attr]
-    groups = flat.split(list(tokens_per_group))
-    rows = [groups[g] for g in order]
-    if listed:
-        return rows
-    return torch.cat(rows).reshape(-1, *tokens.shape[1:])  # type: ignore[union-attr]
+def _rows(flat: Tensor, sizes: list[int] | None, order: Sequence[int]) -> list[Tensor]:
+    groups = flat.split(sizes) if sizes is not None else []
+    return [groups[g] for g in order]
+
+
+def _count(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() // t.shape[-1] for t in tensors)

@@ -72,6 +72,8 @@ class RunMetrics:
         for name, value in metrics.items():
             self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
         self._means.add(_TOKENS, (batch["segment_ids"] >= 0).sum() * counted.any(), 0)
+        if scores.aux_loss is not None:
+            self._means.add("aux_loss", scores.aux_loss, 1)
         if scores.stats is not None and self.token_stats:
             self._add_token_stats(batch, scores, counted)
 

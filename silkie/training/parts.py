@@ -11,9 +11,10 @@ from silkie.batch.encoding import GroupEncoder
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
 from silkie.model.attention import Attention
-from silkie.model.families import PromptPositions, causal_lm, check_merges_images, keep_used_conversions
+from silkie.model.families import causal_lm, check_merges_images, keep_used_conversions
 from silkie.model.forward import Scorer
 from silkie.model.layout import LayoutChoice
+from silkie.model.positions import PromptPositions
 from silkie.training import guards
 from silkie.training.passes import Passes
 from silkie.training.reference import Reference
@@ -85,6 +86,7 @@ def build_passes(
     *,
     frozen_vision: bool,
     aspects: tuple[str, ...],
+    router_aux: bool,
 ) -> Passes:
     """The forward passes that the losses of a run need."""
     return Passes(
@@ -97,5 +99,6 @@ def build_passes(
         frozen_vision=frozen_vision,
         corrupted="corrupted" in objective.needs,
         token_stats=args.log_token_stats or "stats" in objective.needs,
+        router_aux=router_aux,
         aspects=aspects,
     )

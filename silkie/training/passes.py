@@ -24,6 +24,7 @@ class Passes:
         corrupted: also score the groups with corrupted images.
         token_stats: also return per-token statistics of the policy.
         aspects: rating aspects of the data.
+        router_aux: also return the load balancing loss of the policy's routers.
         table: reference log-probs of the training data; None: the reference runs on every batch.
     """
 
@@ -33,6 +34,7 @@ class Passes:
     corrupted: bool
     token_stats: bool
     aspects: tuple[str, ...] = ()
+    router_aux: bool = False
     table: ReferenceTable | None = None
 
     def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[Scores, GroupLogps]:
@@ -45,7 +47,12 @@ class Passes:
         cache = self._new_cache()
         reference = self._reference(policy, batch, cache, use_table)
         scores = self.scorer(
-            policy, batch, frozen_vision=self.frozen_vision, cache=cache, return_stats=self.token_stats
+            policy,
+            batch,
+            frozen_vision=self.frozen_vision,
+            cache=cache,
+            return_stats=self.token_stats,
+            router_aux=self.router_aux,
         )
         logps = preferences_of(batch, self.aspects)
         logps.logps, logps.per_token_logps = scores.logps, scores.per_token_logps

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from silkie.data.images import read_bytes
 from silkie.io.journal import Appender, scan
-from silkie.model.families import causal_lm, vision_parameters
+from silkie.model.families import causal_lm
+from silkie.model.vision import vision_parameters
 
 logger = logging.getLogger(__name__)
 

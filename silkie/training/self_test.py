@@ -1,18 +1,24 @@
-"""Start-up proof that the packed layout computes what separate rows compute on this model."""
+"""Start-up proof that a run's own path computes what the model's plain forward computes.
+
+The truth is the model's forward on what its own processor makes of a prompt and one response, one sequence at a time,
+with the model's own positions and masks: nothing of silkie's. Every layout is held to it.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from silkie.batch.packing import Layout
-from silkie.model.attention import Attention
-from silkie.model.families import causal_lm
+from silkie.batch.encoding import GroupEncoder, describe
+from silkie.data.images import open_image
+from silkie.data.schema import to_messages
+from silkie.model.families import causal_lm, family_of, layer_types
 from silkie.model.forward import Scorer
 from silkie.training.forward_context import ForwardContext
 from silkie.training.non_finite import NonFiniteError
@@ -21,75 +27,206 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE_FP32 = 2e-3
 _TOLERANCE_HALF = 0.25
+_LOOKED_AT = 64  # groups among which the test chooses
+_MOST_RESPONSES = 4  # of a group, which are run through the plain forward
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Any]
 
 
 class LayoutMismatch(RuntimeError):
-    """The packed layout does not compute what separate rows compute on this model."""
+    """The run's layout does not compute what the model's plain forward computes."""
 
 
-def self_test(
-    model: Any,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    scorer: Scorer,
-    collators: Mapping[Layout, Collate],
-    context: ForwardContext,
-    half_precision: bool,
-    tolerance: float | None,
-) -> float:
-    """Runs groups packed and as separate rows and compares the log-probs of their tokens. Every rank calls it.
+class TokenMismatch(RuntimeError):
+    """The run's tokens are not those that the model's processor and chat template make."""
 
-    Args:
-        model: the policy as the training loop calls it (wrapped by DDP, FSDP2 or DeepSpeed).
-        rows: groups of the training data.
-        scorer: the run's own forward in the packed layout.
-        collators: the run's collator for each layout.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """Compares a run's path with the model's plain forward.
+
+    Attributes:
+        encoder, collate, scorer: the run's own.
         context: device placement and autocast of the run.
         half_precision: whether the run autocasts to fp16 or bf16.
         tolerance: largest allowed difference of a token's log-prob, in nats; None: 2e-3, or 0.25 in half precision.
+        agree: the largest of a number over all ranks, so that every rank decides the same.
+    """
 
-    Returns:
-        The largest absolute difference, in nats.
+    encoder: GroupEncoder
+    collate: Collate
+    scorer: Scorer
+    context: ForwardContext
+    half_precision: bool
+    tolerance: float | None
+    agree: Callable[[float], float] = float
+
+    def __call__(self, model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Runs groups through both paths. Every rank calls it, with the same groups.
+
+        Args:
+            model: the policy as the training loop calls it (wrapped by DDP, FSDP2 or DeepSpeed).
+            rows: groups of the training data, see `groups_to_test`.
+
+        Returns:
+            The largest absolute difference of a token's log-prob, in nats.
+
+        Raises:
+            LayoutMismatch: it is above the tolerance.
+            TokenMismatch: the tokens differ.
+            silkie.training.non_finite.NonFiniteError: the plain forward's log-probs are not finite.
+        """
+        rows = [_with_few_responses(row) for row in rows]
+        base = causal_lm(model)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.context.autocast():
+                own = self._own(model, base, rows)
+                plain = [logps for row in rows for logps in plain_logps(model, self.encoder, row, self.context.prepare)]
+        finally:
+            model.train(training)
+        if not all(bool(logps.isfinite().all()) for logps in plain):
+            raise NonFiniteError(
+                "Self-test: log-probs of the first groups are not finite even in the model's plain forward. The weights"
+                " hold NaN or infinities, or overflow in this dtype: look at the checkpoint, or train in fp32 or bf16."
+            )
+        difference = self.agree(max(float((a - b).abs().max()) for a, b in zip(own, plain, strict=True)))
+        tolerance = self.tolerance
+        if tolerance is None:
+            tolerance = _TOLERANCE_HALF if self.half_precision or _runs_in_half(base) else _TOLERANCE_FP32
+        layout = self.scorer.attention.layout
+        if not difference <= tolerance:
+            raise LayoutMismatch(self._message(base, layout, difference, tolerance))
+        logger.info(
+            "self-test: layout=%r equals the model's plain forward within %.2g per token (tolerance %g)",
+            layout,
+            difference,
+            tolerance,
+        )
+        return difference
+
+    def _own(self, model: Any, base: Any, rows: Sequence[Mapping[str, Any]]) -> Sequence[Tensor]:
+        """fp [n] log-probs of each response's tokens by the run's own path."""
+        try:
+            batch = self.context.prepare(self.collate(rows))
+            logps = self.scorer(model, batch, frozen_vision=True).per_token_logps
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+            layout = self.scorer.attention.layout
+            raise LayoutMismatch(
+                f"Self-test failed: {type(base).__name__} cannot run in layout={layout!r} ({type(error).__name__}:"
+                f" {error}). {_remedy(layout)}"
+            ) from error
+        return logps.split(batch["lengths"].tolist())
+
+    def _message(self, base: Any, layout: str, difference: float, tolerance: float) -> str:
+        kinds = ", ".join(sorted(layer_types(base.config)))
+        return (
+            f"Self-test failed: in layout={layout!r} the log-probs of the first groups differ from the model's plain"
+            f" forward by up to {difference:.3g} per token (tolerance {tolerance:g}). {type(base).__name__} has {kinds}"
+            f" layers; attention backend: {self.scorer.attention.backend}. {_remedy(layout)}"
+        )
+
+
+def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
+    """Two or three groups of different prompt length among the first of a prepared dataset, with and without images
+    where there are both."""
+    first = dataset[0]
+    chosen = [first]
+    for i in range(1, min(len(dataset), _LOOKED_AT)):
+        row = dataset[i]
+        lengths = {r["prompt_length"] for r in chosen}
+        has_images = {bool(r.get("images")) for r in chosen}
+        if bool(row.get("images")) not in has_images or (len(lengths) == 1 and row["prompt_length"] not in lengths):
+            chosen.append(row)
+        if len(chosen) == 3:
+            break
+    return chosen
+
+
+def plain_logps(
+    model: Any, encoder: GroupEncoder, row: Mapping[str, Any], prepare: Callable[[Any], Any]
+) -> list[Tensor]:
+    """fp [n] log-probs of each response's tokens by the model's plain forward, one sequence at a time.
+
+    Args:
+        prepare: moves inputs to the model's device.
 
     Raises:
-        LayoutMismatch: it is above the tolerance.
-        silkie.training.non_finite.NonFiniteError: the log-probs of separate rows are not finite.
+        TokenMismatch: the tokens of prompt and response are not those of the encoder.
     """
-    separate = replace(scorer, attention=Attention(backend="sdpa", layout="rows"))
-    training = model.training
-    model.eval()
-    try:
-        packed_logps = _token_logps(model, rows, scorer, collators["packed"], context)
-        row_logps = _token_logps(model, rows, separate, collators["rows"], context)
-    finally:
-        model.train(training)
-    if not row_logps.isfinite().all():  # separate rows do not depend on packing, so packing is not to blame
-        raise NonFiniteError(
-            "Self-test: log-probs of the first group are not finite even in separate rows. The weights hold NaN or"
-            " infinities, or overflow in this dtype: look at the checkpoint, or train in fp32 or bf16."
-        )
-    difference = float((packed_logps - row_logps).abs().max())
-    if tolerance is None:
-        tolerance = _TOLERANCE_HALF if half_precision or _runs_in_half(causal_lm(model)) else _TOLERANCE_FP32
-    if not difference <= tolerance:
-        raise LayoutMismatch(
-            f"Self-test failed: packed and separate log-probs of the first group differ by up to {difference:.3g} per"
-            f" token (tolerance {tolerance:g}). Packing is not exact on this model or attention backend. Set"
-            " layout='rows', or attention_backend='sdpa' if another backend is in use."
-        )
-    logger.info("self-test: packed equals separate within %.2g per token (tolerance %g)", difference, tolerance)
-    return difference
+    base, group, out = causal_lm(model), encoder.encode(row), []
+    for response, own in zip(row["responses"], group.responses, strict=True):
+        inputs = plain_inputs(encoder, base, row, response)
+        ids, start = inputs["input_ids"][0], len(group.prompt_ids)
+        expected = torch.cat([group.prompt_ids, own])
+        if len(ids) < len(expected) or not torch.equal(ids[: len(expected)], expected):
+            raise TokenMismatch(_difference(encoder, row, ids, expected, start))
+        inputs = prepare({k: v.to(base.dtype) if _is_floating(v) else v for k, v in inputs.items() if k != "labels"})
+        keep = len(ids) - start + 1  # the prompt's last token predicts the response's first
+        if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+            inputs["logits_to_keep"] = keep
+        logits = model(**inputs, use_cache=False).logits[0, -keep:][: len(own)]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        out.append(logits.log_softmax(-1).gather(1, own.to(logits.device)[:, None])[:, 0])
+    return out
 
 
-def _token_logps(
-    model: Any, rows: Sequence[Mapping[str, Any]], scorer: Scorer, collate: Collate, context: ForwardContext
-) -> Tensor:
-    """fp32 [N] log-probs of the response tokens of `rows`."""
-    batch = context.prepare(collate(rows))
-    with torch.no_grad(), context.autocast():
-        return scorer(model, batch, frozen_vision=True).per_token_logps.float()
+def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], response: str) -> dict[str, Any]:
+    """What the model's own processor makes of a row's prompt and one response: the inputs of its plain forward."""
+    processor = encoder.processor
+    images = [open_image(image, where=describe(row)) for image in row.get("images") or []]
+    if family_of(base.config).suffix:  # the processor puts the response behind the prompt itself
+        out = processor(
+            text=[encoder.render(row)],
+            images=[images],
+            suffix=[response],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        return dict(out)
+    waiting = iter(images)
+    messages = []
+    for message in to_messages(row["prompt"]):
+        parts = [
+            {"type": "image", "image": next(waiting)} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+        messages.append({**message, "content": parts})
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+    kwargs = row.get("chat_template_kwargs") or {}
+    return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs))
+
+
+def _difference(encoder: GroupEncoder, row: Mapping[str, Any], plain: Tensor, own: Tensor, start: int) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(plain, own, strict=False)) if a != b), min(len(plain), len(own)))
+    shown = [encoder.tokenizer.decode(ids[max(at - 4, 0) : at + 8]) for ids in (own, plain)]
+    return (
+        f"Self-test failed: {describe(row)}: the tokens of prompt and response are not those of the model's processor"
+        f" and chat template. They differ from token {at} on ({'prompt' if at < start else 'response'}): silkie has"
+        f" {shown[0]!r}, the processor makes {shown[1]!r}. Use a chat template that writes an answer right after its"
+        " generation prompt (TRL's *_training templates), or set `chat_template_kwargs`."
+    )
+
+
+def _with_few_responses(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The first responses of a group, without the pairs of the others."""
+    kept = {"responses": list(row["responses"])[:_MOST_RESPONSES]}
+    pairs = [list(p) for p in row["pairs"] if max(p) < _MOST_RESPONSES] or [[0, 1]]
+    dropped = ("pair_weights", "ratings")
+    return {**{k: v for k, v in row.items() if k not in dropped}, **kept, "pairs": pairs}
+
+
+def _remedy(layout: str) -> str:
+    if layout == "packed":
+        return "Set layout='rows', or attention_backend='sdpa' if another backend is in use."
+    return "silkie cannot train this model exactly: use TRL's DPOTrainer for it, and report its config."
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _runs_in_half(base: Any) -> bool:

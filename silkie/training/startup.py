@@ -11,8 +11,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
 
 from silkie.config import SilkieDPOConfig
-from silkie.model.families import causal_lm, freeze_vision, with_default_targets
+from silkie.model.adapters import with_default_targets
+from silkie.model.families import causal_lm
 from silkie.model.processor import load_processor, looks_local
+from silkie.model.vision import freeze_vision
 from silkie.training import guards
 
 
@@ -75,7 +77,7 @@ def choose_trained_parts(
     if the options say so; which parameters of a given PeftModel train is the caller's choice."""
     if peft_config is not None:
         guards.check_adapter_kind(peft_config)
-        return with_default_targets(peft_config, config)
+        return with_default_targets(peft_config, config if isinstance(model, str) else model)
     if isinstance(model, PeftModel):
         guards.check_adapter_kind(model.active_peft_config)
     elif args.freeze_vision and not isinstance(model, str):

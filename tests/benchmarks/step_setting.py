@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data.schema import group_features
-from silkie.model.families import default_lora_targets
+from silkie.model.adapters import default_lora_targets
 from tests.support.data import group
 from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_tokenizer
 

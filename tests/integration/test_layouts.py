@@ -2,6 +2,7 @@
 
 import logging
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,22 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.batch.encoding import GroupEncoder
 from silkie.batch.packing import visible
-from silkie.model.attention import api, segments
-from silkie.model.families import FAMILIES as SUPPORTED
-from silkie.model.families import backbone, vision_parameters
+from silkie.model import families
+from silkie.model.attention import Attention, api, segments
+from silkie.model.families import FAMILIES as FAMILY_ROWS
+from silkie.model.families import backbone
 from silkie.model.layout import choose_layout
-from silkie.training.self_test import LayoutMismatch
+from silkie.model.vision import vision_parameters
+from silkie.training.self_test import LayoutMismatch, TokenMismatch, groups_to_test
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
 from tests.support.scoring import gradients, groups, score, stock_logps
 from tests.support.tiny import SPECIAL, image, tiny_model, tiny_processor, tiny_tokenizer
 
 
-def make(tmp_path, model=None, data=None, peft=True, **options):
+def make(tmp_path, model=None, data=None, peft=True, processor=None, **options):
     arguments = dict(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -37,7 +41,7 @@ def make(tmp_path, model=None, data=None, peft=True, **options):
         model if model is not None else tiny_model(),
         args=SilkieDPOConfig(**{**arguments, "per_device_train_batch_size": 4, **options}),
         train_dataset=data if data is not None else dataset(),
-        processing_class=tiny_processor(),
+        processing_class=processor or tiny_processor(),
         peft_config=LoraConfig(r=4) if peft else None,
     )
 
@@ -110,7 +114,7 @@ def choose(config, **options):
     )
 
 
-@pytest.mark.parametrize("layers", [["linear_attention", "full_attention"], ["chunked_attention", "full_attention"]])
+@pytest.mark.parametrize("layers", [["linear_attention", "full_attention"], ["indexed_attention", "full_attention"]])
 def test_other_layers_of_a_known_family_are_refused_by_name(layers):
     config = tiny_model().config
     config.text_config.layer_types = layers
@@ -127,10 +131,9 @@ def test_a_model_that_merges_no_images_into_its_text_is_refused(tmp_path, monkey
 
 
 @pytest.mark.parametrize("family", [*QWEN, *FAMILIES])
-def test_supported_families_are_packed_with_sdpa_and_on_a_cpu_by_segment_where_they_are_causal(family):
+def test_families_are_packed_and_on_a_cpu_by_segment(family):
     choice = choose(family_model(family).config)
-    expected = "segments" if SUPPORTED[family].two_way == "none" else "sdpa"
-    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", expected, 1)
+    assert (choice.layout, choice.backend, choice.groups_per_row) == ("packed", "segments", 1)
 
 
 @pytest.mark.parametrize("backend", ["flex", "varlen"])
@@ -143,9 +146,9 @@ def test_the_log_says_what_runs_and_why(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="silkie"):
         make(tmp_path).train()
     for line in (
-        "layout: packed (qwen2_5_vl has only full",
+        "layout: packed (qwen2_5_vl has full attention only",
         "attention: segments (sdpa without the scores that nothing sees",
-        "self-test: packed equals separate",
+        "self-test: layout='packed' equals the model's plain forward",
         "encoded once",
     ):
         assert line in caplog.text
@@ -158,7 +161,7 @@ def everything_visible(*args, **kwargs):
 
 def test_the_self_test_stops_a_broken_mask(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "visible", everything_visible)
-    trainer = make(tmp_path)
+    trainer = make(tmp_path, layout="packed")
     before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     with pytest.raises(LayoutMismatch, match=r"Self-test failed.*layout='rows'"):
         trainer.train()
@@ -166,10 +169,67 @@ def test_the_self_test_stops_a_broken_mask(tmp_path, monkeypatch):
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
 
 
-def test_it_can_be_switched_off_and_rows_need_none(tmp_path, monkeypatch):
+def test_it_can_be_switched_off_and_auto_takes_rows_where_it_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(api, "visible", everything_visible)
-    make(tmp_path, self_test=False).train()
-    make(tmp_path, layout="rows").train()
+    make(tmp_path, self_test=False, layout="packed").train()
+    caplog.clear()
+    trainer = make(tmp_path)
+    assert trainer.choice.layout == trainer.data_collator.layout == trainer.passes.scorer.attention.layout == "rows"
+    assert "runs one row per response, which costs more: Self-test failed" in caplog.text
+    trainer.train()
+
+
+def without_types(encode):
+    """As if silkie knew nothing of a family's per-token inputs: its image tokens become causal."""
+
+    def stripped(self, row):
+        group = encode(self, row)
+        return replace(group, token_inputs={name: v * 0 for name, v in group.token_inputs.items()})
+
+    return stripped
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_the_self_test_stops_a_causal_mask_on_a_two_way_family(tmp_path, monkeypatch, layout):
+    model, processor = family_model("gemma3"), family_processor("gemma3")
+    monkeypatch.setattr(GroupEncoder, "encode", without_types(GroupEncoder.encode))
+    with pytest.raises(LayoutMismatch, match=rf"layout='{layout}'.*differ.*full_attention, sliding_attention layers"):
+        make(tmp_path, model, processor=processor, layout=layout).train()
+
+
+def test_the_self_test_stops_a_wrong_type_id(tmp_path, monkeypatch):
+    """PaliGemma's responses have type 1; with type 0 they would be a part of the two-way prefix."""
+    monkeypatch.setattr(families, "FAMILIES", {"paligemma": replace(FAMILY_ROWS["paligemma"], response_types={})})
+    model, processor = family_model("paligemma"), family_processor("paligemma")
+    data = dataset([row for row in mixed_groups() if row["images"]])
+    with pytest.raises(LayoutMismatch, match="layout='rows' the log-probs of the first groups differ"):
+        make(tmp_path, model, data, processor=processor, layout="rows").train()
+
+
+def test_the_self_test_stops_tokens_that_the_template_does_not_write(tmp_path, monkeypatch):
+    trainer = make(tmp_path, layout="rows")
+    encode = GroupEncoder.encode
+
+    def with_another_end(self, row):
+        group = encode(self, row)
+        return replace(group, responses=[torch.cat([r, r[:1]]) for r in group.responses])
+
+    monkeypatch.setattr(GroupEncoder, "encode", with_another_end)
+    with pytest.raises(TokenMismatch, match="differ from token .*chat_template_kwargs"):
+        trainer.train()
+
+
+def test_a_path_that_crashes_is_told_by_name(tmp_path, monkeypatch):
+    trainer = make(tmp_path, layout="rows")
+    monkeypatch.setattr(Attention, "inputs", lambda *_: 1 / None)
+    with pytest.raises(LayoutMismatch, match="Qwen2_5_VLForConditionalGeneration cannot run in layout='rows'"):
+        trainer.train()
+
+
+def test_groups_of_both_kinds_and_of_different_length_are_tested():
+    rows = [{"prompt_length": n, "images": images} for n, images in [(5, [1]), (5, [1]), (5, []), (7, [1]), (9, [])]]
+    assert groups_to_test(rows) == [rows[0], rows[2], rows[3]]
+    assert groups_to_test(rows[:2]) == rows[:1] and groups_to_test(rows[3:]) == rows[3:]
 
 
 def count_encodings(trainer):

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.model.adapters import default_lora_targets
 from silkie.model.attention import segments
-from silkie.model.families import default_lora_targets
 from tests.support.data import dataset, group
 from tests.support.tiny import image, tiny_model, tiny_processor
 

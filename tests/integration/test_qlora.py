@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from silkie.model.families import vision_parameters
+from silkie.model.vision import vision_parameters
 from tests.integration.test_distributed import KINDS, run_jobs
 from tests.support import train_run
 from tests.support.tiny import tiny_model

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.model.families import vision_parameters
+from silkie.model.vision import vision_parameters
 from silkie.report.collect import collect
 from silkie.training.non_finite import NonFiniteError
 from tests.support.data import ASPECTS, dataset, group, mixed_groups

@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from silkie.model.processor import _image_only_class
+from silkie.model.processor import image_only_class
 from tests.support.tiny import WORDS, tiny_model, tiny_processor
 
 FAMILIES = ["llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"]
@@ -129,7 +129,7 @@ def family_processor(family: str) -> Any:
         images = SiglipImageProcessorPil(size={"height": 56, "width": 56})
         images.image_seq_length = 16
         cls, more = transformers.PaliGemmaProcessor, {}
-    return _image_only_class(cls)(image_processor=images, **keep, **more)
+    return image_only_class(cls)(image_processor=images, **keep, **more)
 
 
 def family_model(family: str, *, seed: int = 0, **text_kwargs: Any) -> Any:

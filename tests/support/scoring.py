@@ -11,11 +11,12 @@ from torch import Tensor
 
 from silkie.batch.collator import GroupCollator
 from silkie.batch.encoding import GroupEncoder
+from silkie.model.adapters import default_lora_targets
 from silkie.model.attention import IMPLEMENTATIONS, Attention
-from silkie.model.families import PromptPositions, causal_lm, default_lora_targets, family_of, vision_is_frozen
+from silkie.model.families import causal_lm, family_of
 from silkie.model.forward import Scorer, Scores
-from silkie.model.vision import FeatureCache
-from tests.support.families import QWEN
+from silkie.model.positions import PromptPositions
+from silkie.model.vision import FeatureCache, vision_is_frozen
 from tests.support.tiny import conversation, image
 
 
@@ -42,7 +43,7 @@ def with_lora(model: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     peft = get_peft_model(
         model,
-        LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model.config)),
+        LoraConfig(r=4, lora_alpha=8, target_modules=default_lora_targets(model)),
         autocast_adapter_dtype=False,
     )
     for name, parameter in peft.named_parameters():
@@ -94,14 +95,13 @@ def stock_logps(family: str, model: Any, processor: Any, rows: list[dict[str, An
             group = encoder.encode({**row, "responses": [response]})
             answer = group.responses[0]
             ids = torch.cat([group.prompt_ids, answer])[None]
-            types = torch.cat([group.token_types, torch.zeros_like(answer)])[None]
-            if family_of(base.config).two_way == "prefix":
-                types = torch.cat([torch.zeros_like(group.prompt_ids), torch.ones_like(answer)])[None]
-            name = "mm_token_type_ids" if family in QWEN else family_of(base.config).token_types
+            fill = family_of(base.config).response_types
+            types = {
+                name: torch.cat([value, torch.full_like(answer, fill.get(name, 0), dtype=value.dtype)])[None]
+                for name, value in group.token_inputs.items()
+            }
             vision = {k: v.to(base.dtype) if v.is_floating_point() else v for k, v in group.vision.items()}
-            logits = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **({name: types} if name else {}), **vision
-            ).logits[0]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **vision).logits[0]
             n = len(answer)
             sums.append(logits[-n - 1 : -1].log_softmax(-1).gather(1, answer[:, None]).sum())
     return torch.stack(sums)

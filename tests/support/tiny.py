@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from silkie.model.processor import _image_only_class
+from silkie.model.processor import image_only_class
 
 WORDS = "a the is are there what how many red blue green circle square cat dog on left right of yes no in image i see one two three and not describe table".split()
 SPECIAL = [
@@ -59,7 +59,7 @@ def tiny_processor(family: str = "qwen2_5_vl", image_side: int = 56) -> Any:
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=size)
     cls = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]
     tok = tiny_tokenizer()
-    return _image_only_class(getattr(transformers, cls))(
+    return image_only_class(getattr(transformers, cls))(
         image_processor=image_processor, tokenizer=tok, chat_template=tok.chat_template
     )
 

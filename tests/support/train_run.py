@@ -18,7 +18,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.model.families import unquantized_modules
+from silkie.model.families import shell
+from silkie.model.vision import unquantized_modules
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -81,7 +82,7 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
     if directory:
         options.setdefault("model_init_kwargs", {"dtype": "float32"})
     if spec.get("bits"):
-        skipped = unquantized_modules(AutoConfig.from_pretrained(directory))
+        skipped = unquantized_modules(shell(AutoConfig.from_pretrained(directory)))
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if spec["bits"] == 4 else {"load_in_8bit": True}
         quantization = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kind)
     return SilkieDPOTrainer(

@@ -1,11 +1,22 @@
 """Backends: what they make of a batch, and the errors of those that cannot run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers.masking_utils import (
+    and_masks,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from silkie.batch.packing import visible
-from silkie.model.attention import IMPLEMENTATIONS, Attention, flex, segments, varlen, why_not_available
+from silkie.model.attention import IMPLEMENTATIONS, Attention, flex, own_masks, segments, varlen, why_not_available
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model
 from tests.unit.test_packing import build, pack, tree
@@ -15,10 +26,8 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def batch(per_row=None, sizes=((5, [3, 2, 4]), (3, [1, 2]), (4, [2, 2]))):
     packed = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
-    return {
-        name: getattr(packed, name)
-        for name in ("segment_ids", "segment_index", "subtree_end", "logical_positions", "token_types", "segments")
-    }
+    names = ("segment_ids", "segment_index", "subtree_end", "logical_positions", "segments")
+    return {name: getattr(packed, name) for name in names}
 
 
 def deep_batch():
@@ -31,6 +40,21 @@ def deep_batch():
         "subtree_end": end,
         "logical_positions": logical,
         "segments": found,
+    }
+
+
+def causal(one, window=None):
+    """A causal or sliding rule, as transformers hands it to a mask function."""
+    b, t = one["segment_ids"].shape
+    return {
+        "batch_size": b,
+        "q_length": t,
+        "kv_length": t,
+        "mask_function": causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+        "allow_is_causal_skip": True,
+        "local_size": window,
+        "config": SimpleNamespace(),
+        "device": one["segment_ids"].device,
     }
 
 
@@ -87,11 +111,14 @@ def test_plans_and_blocks_ask_the_device_for_nothing(monkeypatch):
     one = batch()
     on_meta = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in one.items()}
     for backend in ("sdpa", "segments", "flex", "varlen"):
-        for window in (False, True):
-            config = family_model(
-                "llava_onevision", **({"use_sliding_window": True, "sliding_window": 3} if window else {})
-            ).config
-            Attention(backend=backend, layout="packed").inputs(config, dict(on_meta))
+        for window in (None, 3):
+            attention = Attention(backend=backend, layout="packed")
+            if backend == "sdpa":
+                rule = causal(on_meta, window)
+                own_masks._dense(rule, on_meta)
+            else:
+                assert own_masks._plain_rule(causal(on_meta, window)) == (window, None)
+                attention.build("a model", dict(on_meta), window, None)
 
 
 def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
@@ -119,13 +146,13 @@ def test_gradients_by_segment_are_those_of_the_dense_mask():
 
 
 def test_segments_cover_every_token_once_and_short_rows_keep_the_dense_mask(monkeypatch):
-    one, attention, config = batch(2), Attention(backend="segments", layout="packed"), tiny_model().config
+    one, attention = batch(2), Attention(backend="segments", layout="packed")
     b, t = one["segment_ids"].shape
     found = one["segments"]
     assert [s.row * t + n for s in found for n in range(s.start, s.end)] == list(range(b * t))
-    assert attention.inputs(config, one)["attention_mask"].dtype is torch.bool
+    assert attention.build("a model", one, None, None).dtype is torch.bool
     monkeypatch.setattr(segments, "SHORTEST_ROW", t)
-    assert attention.inputs(config, one)["attention_mask"].segments == found
+    assert attention.build("a model", one, None, None).segments == found
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
@@ -138,24 +165,51 @@ def test_varlen_refuses_what_it_cannot_do(option):
 
 
 def test_eager_masks_are_float_and_sdpa_masks_boolean():
-    config = tiny_model().config
-    dense = {
-        name: Attention(backend=name, layout="packed").inputs(config, batch(1))["attention_mask"]
-        for name in ("sdpa", "eager")
-    }
-    assert dense["sdpa"].dtype is torch.bool and dense["eager"].dtype is torch.float32
-    assert ((dense["eager"] == 0) == dense["sdpa"]).all() and dense["eager"].min() < -1e30
+    one = batch(1)
+    dense = own_masks._dense(causal(one), one)
+    added = own_masks._added(dense, torch.float32)
+    assert dense.dtype is torch.bool and added.dtype is torch.float32
+    assert ((added == 0) == dense).all() and added.min() < -1e30
 
 
-def test_a_model_with_sliding_layers_gets_a_mask_per_layer_type():
-    masks = Attention(backend="sdpa", layout="packed").inputs(family_model("gemma3").config, batch(1))["attention_mask"]
-    assert set(masks) == {"full_attention", "sliding_attention"}
-    assert masks["full_attention"].sum() > masks["sliding_attention"].sum()
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_causal_rule_becomes_the_mask_of_packed_rows(window):
+    one = batch(1)
+    expected = visible(one["segment_index"], one["subtree_end"], one["logical_positions"], window=window)
+    assert torch.equal(own_masks._dense(causal(one, window), one), expected)
+
+
+def test_chunks_start_again_in_every_response():
+    """Chunks of 4 tokens; prompts of 5, 3 and 4: a response's chunk counts its prompt, not its siblings."""
+    one = batch(1)
+    rule = causal(one) | {"mask_function": chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long))}
+    rule |= {"local_size": 4, "config": SimpleNamespace(attention_chunk_size=4)}
+    mask, place = own_masks._dense(rule, one), one["logical_positions"]
+    plain = visible(one["segment_index"], one["subtree_end"], place)
+    same = (place[:, :, None] // 4 == place[:, None, :] // 4)[:, None]
+    real = (one["segment_ids"] >= 0)[:, None, :, None]
+    assert torch.equal(mask & real, plain & same & real) and not torch.equal(mask & real, plain & real)
+    assert own_masks._plain_rule(rule) is None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_and_a_window_are_found_by_asking_the_rule(window):
+    blocks = torch.tensor([[-1, 0, 0, 1, 1, 1, -1, -1, -1, -1]])
+    see = or_masks(causal_mask_function, blockwise_overlay(blocks))
+    see = see if window is None else and_masks(see, sliding_window_overlay(window))
+    rule = {"mask_function": see, "allow_is_causal_skip": False, "batch_size": 1, "q_length": 10, "device": CPU}
+    found, two_way = own_masks._plain_rule(rule | {"config": SimpleNamespace()})
+    assert found == window and two_way.tolist() == [[-1, 1, 1, 2, 2, 2, -1, -1, -1, -1]]
 
 
 def test_the_reference_pass_reuses_the_plan_of_the_policy_pass():
-    one, attention, config = batch(), Attention(backend="varlen", layout="packed"), tiny_model().config
-    assert attention.inputs(config, one)["attention_mask"] is attention.inputs(config, one)["attention_mask"]
+    one, attention = batch(), Attention(backend="varlen", layout="packed")
+    assert attention.build("a model", one, None, None) is attention.build("a model", one, None, None)
+
+
+def test_varlen_refuses_tokens_that_see_each_other():
+    with pytest.raises(ValueError, match="gemma3 attends in both directions"):
+        Attention(backend="varlen", layout="packed").build("gemma3", batch(), None, torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("backend", ["segments", "flex", "varlen"])
@@ -177,10 +231,7 @@ def test_why_not_available(monkeypatch):
     assert why_not_available("sdpa", qwen, CPU) is None
     assert "needs a CUDA device, this run is on cpu" in why_not_available("flex", qwen, CPU)
     assert why_not_available("flex", gemma, CUDA) is None
-    assert why_not_available("segments", qwen, CPU) is None and "both directions" in why_not_available(
-        "segments", gemma, CPU
-    )
-    assert "both directions" in why_not_available("varlen", gemma, CUDA)
+    assert why_not_available("segments", qwen, CPU) is None and why_not_available("segments", gemma, CPU) is None
     monkeypatch.setattr(varlen, "_flash_attn_installed", lambda: False)
     monkeypatch.setattr(varlen, "_torch_has_varlen", lambda: False)
     assert "pip install flash-attn" in why_not_available("varlen", qwen, CUDA)

@@ -39,7 +39,7 @@ def test_image_tokens_are_expanded_and_marked(processor):
     image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     expected = int(encoded.vision["image_grid_thw"].prod(-1).sum()) // 4
     assert (encoded.prompt_ids == image_id).sum() == expected
-    assert ((encoded.token_types == 1) == (encoded.prompt_ids == image_id)).all()
+    assert ((encoded.token_inputs["mm_token_type_ids"] == 1) == (encoded.prompt_ids == image_id)).all()
 
 
 def test_response_ends_as_the_template_ends_a_turn(processor):

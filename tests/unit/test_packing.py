@@ -30,7 +30,7 @@ def build(sizes, channels=3):
             PromptAndResponses(
                 prompt_ids=take(prompt),
                 prompt_positions=positions,
-                token_types=torch.zeros(prompt, dtype=torch.long),
+                token_inputs={"mm_token_type_ids": torch.zeros(prompt, dtype=torch.long)},
                 responses=[take(n) for n in responses],
             )
         )

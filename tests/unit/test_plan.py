@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2Config, Qwen2Config
 
-from silkie.model.families import backbone, default_lora_targets, vision_parameters
+from silkie.model.adapters import default_lora_targets
+from silkie.model.families import backbone
+from silkie.model.vision import vision_parameters
 from silkie.plan import __main__ as command
 from silkie.plan import memory as plan
 from tests.support.families import FAMILIES, family_model

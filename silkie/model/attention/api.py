@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from silkie.batch.batch import Batch
-from silkie.batch.packing import PROMPT_SEGMENT, visible
+from silkie.batch.packing import visible
 from silkie.model.attention import flex, segments, varlen
-from silkie.model.families import family_of, layer_types, sliding_window
+from silkie.model.attention.own_masks import packed_masks
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
@@ -41,44 +43,64 @@ class Attention:
 
     Attributes:
         backend: attention of the language model in the packed layout.
-        layout: "packed" builds the group mask; "rows" leaves masking to the model (2-D padding mask).
+        layout: "packed" keeps the responses of a group apart; "rows" leaves all masking to the model.
     """
 
     backend: Backend
     layout: Literal["packed", "rows"]
 
     def inputs(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the model's forward: `attention_mask`."""
-        if self.layout == "rows":
-            return {"attention_mask": (batch["segment_ids"] >= 0).long()}
-        if (
-            self.backend in ONE_GROUP_PER_ROW
-        ):  # not kept: the masks of all micro-batches of a step would fill the memory
-            return self._packed(config, batch)
-        if _KEPT not in batch:  # small, and the reference pass needs the same
-            batch[_KEPT] = self._packed(config, batch)
-        return batch[_KEPT]
+        """Keyword arguments of the model's forward: `attention_mask`, which says where padding is. What sees what is
+        told within `masks`."""
+        return {"attention_mask": (batch["segment_ids"] >= 0).long()}
 
-    def _packed(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
-        two_way = _two_way_blocks(config, batch)
-        build = _BUILDERS[self.backend]
-        masks = {
-            kind: build(batch, sliding_window(config) if kind == "sliding_attention" else None, two_way)
-            for kind in sorted(layer_types(config))
-        }
-        if family_of(config).dict_mask and "sliding_attention" in masks:
-            return {"attention_mask": masks}
-        return {"attention_mask": masks["full_attention"]}
+    @contextmanager
+    def masks(self, base: Any, batch: Batch) -> Iterator[None]:
+        """Within the context, the language model of `base` masks the rows of `batch` by the run's layout."""
+        if self.layout == "rows":
+            yield
+            return
+        text = base.config.get_text_config()
+        decoder = [id(m.config) for m in base.get_decoder().modules() if hasattr(m, "config")]
+        build = None if self.backend in ("sdpa", "eager") else partial(self.build, text.model_type)
+        with packed_masks(
+            text._attn_implementation,
+            {id(text), id(base.config), *decoder},
+            batch,
+            build=build,
+            float_mask=self.backend == "eager",
+        ):
+            yield
+
+    def build(self, name: str, batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
+        """The mask of packed rows in the backend's form.
+
+        Args:
+            name: the model's, for the error.
+            window: sliding window in tokens, None for full attention.
+            two_way: [B, T] tokens with the same number >= 0 see each other in both directions; None: causal.
+
+        Raises:
+            ValueError: the backend has no form for tokens that see each other in both directions.
+        """
+        if two_way is not None and self.backend == "varlen":
+            raise ValueError(
+                f"{name} attends in both directions within image or prefix tokens, {self.backend!r} attention is"
+                " causal: use attention_backend='flex' or 'sdpa'."
+            )
+        if two_way is not None and self.backend == "segments":
+            return _dense_bool(batch, window, two_way)
+        if self.backend == "segments":
+            return _segments(batch, window)
+        kept = batch.setdefault(_KEPT, {})  # small, and the reference pass needs the same
+        kind = (self.backend, window, two_way is not None)
+        if kind not in kept:
+            kept[kind] = _flex(batch, window, two_way) if self.backend == "flex" else _varlen(batch, window)
+        return kept[kind]
 
 
 def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.device) -> str | None:
     """The reason why a backend cannot train a model on a device, or None."""
-    two_way = family_of(config).two_way
-    if backend in ("segments", "varlen") and two_way != "none":
-        return (
-            f"{config.model_type} attends in both directions within its {two_way} tokens, {backend!r} is causal: use"
-            " 'flex' or 'sdpa'"
-        )
     if backend in ONE_GROUP_PER_ROW:
         return None
     if device.type != "cuda":
@@ -92,19 +114,10 @@ def _dense_bool(batch: Batch, window: int | None, two_way: Tensor | None) -> Ten
     )
 
 
-def _dense_float(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
-    """Eager attention adds the mask to the scores: a boolean one would add 0 and 1."""
-    mask = _dense_bool(batch, window, two_way)
-    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(torch.float32).min
-    )
-
-
-def _segments(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
+def _segments(batch: Batch, window: int | None) -> Tensor:
     """Long rows segment by segment, short ones with the dense mask."""
     if batch["segment_ids"].shape[1] < segments.SHORTEST_ROW:
-        return _dense_bool(batch, window, two_way)
-    _refuse_two_way("segments", two_way)
+        return _dense_bool(batch, window, None)
     return segments.segment_mask(batch["segments"], batch["segment_ids"].device, window=window)
 
 
@@ -114,36 +127,7 @@ def _flex(batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
     )
 
 
-def _varlen(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
-    _refuse_two_way("varlen", two_way)
+def _varlen(batch: Batch, window: int | None) -> Tensor:
     return varlen.segment_plan(
         batch["segments"], batch["segment_ids"].shape[1], batch["segment_ids"].device, window=window
     )
-
-
-def _refuse_two_way(backend: Backend, two_way: Tensor | None) -> None:
-    if two_way is not None:
-        raise ValueError(
-            f"{backend!r} attention is causal; this model attends in both directions within its image or prefix tokens."
-        )
-
-
-_BUILDERS: dict[str, Callable[[Batch, int | None, Tensor | None], Any]] = {
-    "sdpa": _dense_bool,
-    "eager": _dense_float,
-    "segments": _segments,
-    "flex": _flex,
-    "varlen": _varlen,
-}
-
-
-def _two_way_blocks(config: PretrainedConfig, batch: Batch) -> Tensor | None:
-    """[B, T] block numbers of tokens that see each other in both directions, -1 elsewhere."""
-    kind = family_of(config).two_way
-    if kind == "none":
-        return None
-    if kind == "prefix":
-        return torch.where(batch["segment_ids"] == PROMPT_SEGMENT, 0, -1)
-    image = batch["token_types"] == 1
-    starts = image & ~torch.nn.functional.pad(image, (1, -1))
-    return torch.where(image, starts.int().cumsum(1), -1)

@@ -1,0 +1,251 @@
+"""Can silkie train this model, and how: encoding, both layouts against the model's plain forward, LoRA coverage, one
+step. What `python -m silkie.model check` prints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.batch.collator import GroupCollator
+from silkie.batch.encoding import GroupEncoder
+from silkie.data.schema import group_features
+from silkie.model.adapters import Coverage, coverage, with_default_targets
+from silkie.model.attention import Attention
+from silkie.model.families import causal_lm, check_merges_images
+from silkie.model.forward import Scorer
+from silkie.model.layout import choose_layout
+from silkie.model.positions import PromptPositions
+from silkie.model.vision import describe_vision, vision_is_frozen
+from silkie.training.self_test import plain_logps
+
+logger = logging.getLogger(__name__)
+
+EXACT = 1e-5  # nats per token, and relative difference of a gradient, in float64: models round in fp32 inside
+
+
+@dataclass(slots=True, kw_only=True)
+class LayoutVerdict:
+    """How a layout compares with the model's plain forward.
+
+    Attributes:
+        difference: largest difference of a token's log-prob, in nats.
+        gradient: largest relative difference of an adapter weight's gradient.
+        error: why it could not be run.
+    """
+
+    difference: float = math.nan
+    gradient: float = math.nan
+    error: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.error is None and self.difference <= EXACT and self.gradient <= EXACT
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """What silkie makes of a model.
+
+    Attributes:
+        name: of the model or its type.
+        layout: what `layout="auto"` takes; None where the model is refused.
+        why: the reason for the layout, or why the model is refused.
+        rows, packed: the layouts.
+        coverage: of the default LoRA adapter.
+        vision: which parts make features.
+        stepped: whether one training step with the default adapter ran.
+        seconds: that the check took.
+    """
+
+    name: str
+    layout: str | None = None
+    why: str = ""
+    rows: LayoutVerdict = field(default_factory=LayoutVerdict)
+    packed: LayoutVerdict = field(default_factory=LayoutVerdict)
+    coverage: Coverage | None = None
+    vision: str = ""
+    stepped: bool = False
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layout that runs equals the plain forward, and a step of training ran."""
+        run = {"rows": self.rows, "packed": self.packed}.get(self.layout or "")
+        return run is not None and run.exact and self.stepped
+
+
+def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Checks a model on preference groups. It is changed: float64, with a LoRA adapter.
+
+    Args:
+        rows: groups, two or more of different prompt length.
+    """
+    start, verdict = time.monotonic(), Verdict(name=name)
+    try:
+        check_merges_images(model)
+        encoder = GroupEncoder(processor)
+        for row in rows:
+            encoder.encode(row)
+        choice = choose_layout(
+            causal_lm(model).config, SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu")
+        )
+        verdict.layout, verdict.why = choice.layout, choice.reason
+        if hasattr(causal_lm(model), "set_experts_implementation"):
+            causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
+        adapted = _with_adapter(model.double())
+        verdict.coverage, verdict.vision = coverage(adapted), describe_vision(adapted)
+        truth = _plain(adapted, encoder, rows)
+    except Exception as error:  # whatever a model's own classes raise
+        logger.debug("%s", name, exc_info=True)
+        verdict.layout, verdict.why = None, _told(error)
+        verdict.seconds = time.monotonic() - start
+        return verdict
+    verdict.rows = _layout(adapted, encoder, rows, "rows", truth)
+    verdict.packed = _layout(adapted, encoder, rows, "packed", truth)
+    if verdict.layout == "packed" and not verdict.packed.exact:
+        verdict.layout, verdict.why = "rows", f"packed is not exact: {_short(verdict.packed)}"
+    if verdict.layout == "rows" and not verdict.rows.exact:
+        verdict.layout, verdict.why = None, f"not exact: {_short(verdict.rows)}"
+    if verdict.layout:
+        try:
+            _step(adapted.unload().float(), processor, rows, verdict.layout)
+            verdict.stepped = True
+        except Exception as error:
+            logger.debug("%s", name, exc_info=True)
+            verdict.layout, verdict.why = None, f"a training step failed: {_told(error)}"
+    verdict.seconds = time.monotonic() - start
+    return verdict
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:240]
+
+
+def _short(layout: LayoutVerdict) -> str:
+    return layout.error or f"log-probs differ by {layout.difference:.2g}, gradients by {layout.gradient:.2g}"
+
+
+def _with_adapter(model: Any) -> Any:
+    """The default adapter, both factors random, so that every gradient is alive."""
+    config = with_default_targets(LoraConfig(r=4, lora_alpha=8), model)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.train()
+
+
+def encode_image(image: Any) -> dict[str, Any]:
+    """A picture as a dataset stores it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _plain(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    with _without_dropout(model):
+        logps = [logps for row in rows for logps in plain_logps(model, encoder, row, dict)]
+    flat = torch.cat(logps)
+    if not flat.isfinite().all():
+        raise ValueError("log-probs of the plain forward are not finite")
+    return flat.detach(), _gradients(model, flat)
+
+
+def _layout(
+    model: Any,
+    encoder: GroupEncoder,
+    rows: Sequence[Mapping[str, Any]],
+    layout: Any,
+    truth: tuple[Tensor, dict[str, Tensor]],
+) -> LayoutVerdict:
+    base, tokenizer = causal_lm(model), encoder.tokenizer
+    collate = GroupCollator(
+        encoder=encoder,
+        positions=PromptPositions(model),
+        layout=layout,
+        pad_id=tokenizer.pad_token_id,
+        image_token_id=getattr(base.config, "image_token_id", None),
+    )
+    scorer = Scorer(attention=Attention(backend="sdpa", layout=layout))
+    try:
+        with _without_dropout(model):
+            scores = scorer(model, collate(rows), frozen_vision=vision_is_frozen(model))
+        found = _gradients(model, scores.per_token_logps)
+    except Exception as error:
+        logger.debug("%s", layout, exc_info=True)
+        return LayoutVerdict(error=_told(error))
+    logps, gradients = truth
+    largest = max(float(g.norm()) for g in gradients.values())
+    difference = float((scores.per_token_logps.detach() - logps).abs().max())
+    relative = max(float((found[n] - g).norm() / max(float(g.norm()), 1e-3 * largest)) for n, g in gradients.items())
+    return LayoutVerdict(difference=difference, gradient=relative)
+
+
+def _gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed mix of the tokens' log-probs."""
+    model.zero_grad()
+    (logps * torch.linspace(-1.0, 2.0, len(logps), dtype=logps.dtype)).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+@contextlib.contextmanager
+def _without_dropout(model: Any) -> Any:
+    """Training mode, which some models compute differently, with every dropout off."""
+    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    rates = [m.p for m in drops]
+    for module in drops:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in zip(drops, rates, strict=True):
+            module.p = rate
+
+
+def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout: Any) -> None:
+    """One step of the trainer with the default adapter, self-test included."""
+    data = [
+        {
+            **dict.fromkeys(("id", "models")),
+            **row,
+            "images": [encode_image(image) for image in row["images"]],
+            "pair_weights": [1.0] * len(row["pairs"]),
+        }
+        for row in rows
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        args = SilkieDPOConfig(
+            output_dir=folder,
+            layout=layout,
+            max_steps=1,
+            per_device_train_batch_size=len(rows),
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        SilkieDPOTrainer(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(data, features=group_features()),
+            processing_class=processor,
+            peft_config=LoraConfig(r=4, lora_alpha=8),
+        ).train()
