@@ -89,7 +89,7 @@ def shell(config: PretrainedConfig) -> PreTrainedModel:
         ValueError: transformers has no class for the config.
     """
     names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
+    cls: Any = getattr(transformers, names[0], None) if names else None
     if cls is None:
         try:
             cls = AutoModelForImageTextToText._model_mapping[type(config)]

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+from silkie.batch.batch import Batch
 from silkie.batch.packing import PAD_SEGMENT, PROMPT_SEGMENT
 
 # Given the batch, the sliding window (None: full attention) and the blocks that see each other in both directions
 # ([B, T], -1 elsewhere; None: there are none): a mask in the form that a backend takes.
-Build = Callable[[dict[str, Any], int | None, Tensor | None], Any]
+Build = Callable[[Batch, int | None, Tensor | None], Any]
 
 
 @contextmanager
 def packed_masks(
-    implementation: str, text_configs: set[int], batch: dict[str, Any], *, build: Build | None, float_mask: bool
+    implementation: str, text_configs: set[int], batch: Batch, *, build: Build | None, float_mask: bool
 ) -> Iterator[None]:
     """Within the context, the language model's masks are those of the packed rows of `batch`.
 
@@ -61,10 +62,10 @@ def packed_masks(
             del mapping[implementation]
 
 
-def _dense(rule: dict[str, Any], batch: dict[str, Any]) -> Tensor:
+def _dense(rule: dict[str, Any], batch: Batch) -> Tensor:
     """bool [B, 1, T, T]: the model's rule at each token's place in its own plain sequence, within what a packed row
     lets it see. Prompts start a row: the place of a prompt token is the same in the row and in its plain sequences."""
-    plain = sdpa_mask(**{**rule, "attention_mask": None, "allow_is_causal_skip": False})
+    plain: Any = sdpa_mask(**{**rule, "attention_mask": None, "allow_is_causal_skip": False})
     segment, place = batch["segment_ids"], batch["logical_positions"]
     row = torch.arange(len(segment), device=segment.device)[:, None, None]
     mask = plain[row, 0, place[:, :, None], place[:, None, :]]
