@@ -106,21 +106,20 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
         return peft_config
     targets = lora_targets(source)
     # the caller's own stays as it is: on a model of another family these targets would hit the vision tower
-    peft_config = copy.copy(peft_config)
-    assert isinstance(peft_config, LoraConfig)
-    peft_config.target_modules = targets.pattern
+    config: Any = copy.copy(peft_config)
+    config.target_modules = targets.pattern
     experts = sorted({_suffix(name) for name in targets.parameters})
-    if experts and peft_config.lora_dropout:
+    if experts and config.lora_dropout:
         logger.warning(
             "lora_dropout=%g: peft has no dropout for stacked expert weights, so %s get no adapter. Set lora_dropout=0"
             " to train them.",
-            peft_config.lora_dropout,
+            config.lora_dropout,
             ", ".join(experts),
         )
     elif experts:
-        peft_config.target_parameters = experts
+        config.target_parameters = experts
     logger.info("LoRA targets: the linear layers%s of the language model", " and experts" if experts else "")
-    return peft_config
+    return config
 
 
 def coverage(model: Any) -> Coverage:

@@ -26,43 +26,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from silkie.model.processor import image_only_class, torchvision_works
 
 WIDTH, SIDE, PATCH = 64, 56, 14
-WORDS = [
-    "a",
-    "the",
-    "is",
-    "are",
-    "there",
-    "what",
-    "how",
-    "many",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "cat",
-    "dog",
-    "on",
-    "left",
-    "right",
-    "of",
-    "yes",
-    "no",
-    "in",
-    "image",
-    "i",
-    "see",
-    "one",
-    "two",
-    "three",
-    "and",
-    "not",
-    "describe",
-    "table",
-    "user",
-    "assistant",
-    "system",
-]
+WORDS = """a the is are there what how many red blue green circle square cat dog on left right of yes no in image i see
+one two three and not describe table user assistant system""".split()  # noqa: SIM905  (a list would be one word a line)
 _LETTERS = [*".?,:;!'\"-_/\\()[]{}<>|=+*#%&@$^~`", *"0123456789"]
 
 # Meaning of a number in a config -> its size in a tiny model. Text and vision parts differ in a few.
@@ -283,13 +248,13 @@ def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str
 
 
 def tiny_processor(model_type: str) -> ProcessorMixin:
-    """The type's processor, for images of about 56 pixels, with a word-level tokenizer of its special tokens."""
+    """The type's processor for images of about 56 pixels, with a word-level tokenizer that knows its special tokens."""
     cls, override = _processor_class(model_type), _PROCESSORS.get(model_type, {})
     images = _image_processor(model_type)
     tokenizer = _tokenizer(model_type, cls)
     image_only = image_only_class(cls, without=("video_processor", "feature_extractor", "audio_processor"))
     accepted = inspect.signature(cls.__init__).parameters
-    known = {"patch_size": PATCH, "num_image_tokens": 16, "image_seq_length": 4, "image_seq_len": 4}
+    known: dict[str, Any] = {"patch_size": PATCH, "num_image_tokens": 16, "image_seq_length": 4, "image_seq_len": 4}
     if "spatial_merge_size" in accepted and hasattr(images, "merge_size"):
         known["spatial_merge_size"] = images.merge_size
     more: dict[str, Any] = {name: value for name, value in known.items() if name in accepted}

@@ -93,7 +93,7 @@ class Attention:
         if self.backend == "segments":
             return _segments(batch, window)
         kept = batch.setdefault(_KEPT, {})  # small, and the reference pass needs the same
-        kind = (self.backend, window, two_way is not None)
+        kind = f"{self.backend} {window} {two_way is not None}"
         if kind not in kept:
             kept[kind] = _flex(batch, window, two_way) if self.backend == "flex" else _varlen(batch, window)
         return kept[kind]
