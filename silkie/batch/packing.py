@@ -8,8 +8,8 @@ Two layouts of a group with prompt p and responses r1 ... rk:
 Positions restart after the prompt for every response. The first token of every response is predicted by the last prompt
 token.
 
-Prompts and responses are the segments of a row. A segment names its parent, the one that it continues: the segments of a
-group form a tree (here of depth two), and a token sees the earlier tokens of its own segment and of its ancestors.
+Prompts and responses are the segments of a row. A segment names its parent, the one that it continues: the segments of
+a group form a tree (here of depth two), and a token sees the earlier tokens of its own segment and of its ancestors.
 Segments are listed in preorder, parents before children and subtrees unbroken, so that "descends from" is a comparison
 of numbers.
 Legend: G groups, K responses of a group, R responses (flat over groups), B rows, T tokens of a row, N scored tokens, L
@@ -52,8 +52,8 @@ class Segment:
     """Tokens start..end of a row.
 
     Attributes:
-        parent: index, in the batch's list of segments, of the segment that this one continues; None for a prompt and for
-            padding.
+        parent: index, in the batch's list of segments, of the segment that this one continues; None for a prompt and
+            for padding.
         padding: whether the tokens are the padding of a row. A flag, so that nobody has to ask the device.
     """
 

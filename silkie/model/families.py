@@ -14,9 +14,11 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from silkie.model.recurrent import mask_kinds, why_not_forkable
+
 logger = logging.getLogger(__name__)
 
-PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}  # besides recurrent ones that can be forked
 LANGUAGE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -50,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_5": _QWEN,
     "llava_onevision": _LLAVA,
     "internvl": _LLAVA,
     "idefics3": _IDEFICS,
@@ -97,19 +100,23 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES.get(config.model_type, _UNKNOWN)
 
 
-def why_not_packable(config: PretrainedConfig) -> str | None:
-    """The reason why a model must train in the `rows` layout, or None where packing is exact."""
-    layers = layer_types(config)
+def why_not_packable(
+    config: PretrainedConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
+    """The reason why a model must train in the `rows` layout, or None where packing is exact.
+
+    Args:
+        device, dtype: of the run; recurrent layers are tried out there.
+    """
+    layers, _ = mask_kinds(config)
     if other := layers - PACKABLE_LAYERS:
-        return (
-            f"{config.model_type} has {', '.join(sorted(other))} layers, whose state would leak from one response into"
-            " the next"
-        )
+        return f"{config.model_type} has {', '.join(sorted(other))} layers, which no mask of silkie keeps apart"
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type!r} is not among the tested families ({', '.join(FAMILIES)})"
     if "sliding_attention" in layers and not family_of(config).dict_mask:
         return f"{config.model_type} with sliding-window layers takes no mask per layer type"
-    return None
+    # recurrent layers: one question to silkie.model.recurrent, last because it runs a mixer
+    return why_not_forkable(config, torch.device(device), dtype)
 
 
 def layer_types(config: PretrainedConfig) -> set[str]:

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from silkie.batch.packing import PROMPT_SEGMENT, visible
 from silkie.model.attention import flex, segments, varlen
-from silkie.model.families import family_of, layer_types, sliding_window
+from silkie.model.families import family_of, sliding_window
+from silkie.model.recurrent import ForkPlan, fork_plan, mask_kinds
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
@@ -32,6 +33,7 @@ ONE_GROUP_PER_ROW: tuple[Backend, ...] = (
 )  # a dense mask over several groups would be mostly empty
 
 _KEPT = "_attention_inputs"
+_KEPT_FORKS = "_forks"
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -61,13 +63,24 @@ class Attention:
     def _packed(self, config: PretrainedConfig, batch: dict[str, Any]) -> dict[str, Any]:
         two_way = _two_way_blocks(config, batch)
         build = _BUILDERS[self.backend]
+        attention, recurrent = mask_kinds(config)
         masks = {
             kind: build(batch, sliding_window(config) if kind == "sliding_attention" else None, two_way)
-            for kind in sorted(layer_types(config))
+            for kind in sorted(attention)
         }
+        if recurrent:
+            return {"attention_mask": masks | dict.fromkeys(sorted(recurrent), _forks(batch))}
         if family_of(config).dict_mask and "sliding_attention" in masks:
             return {"attention_mask": masks}
         return {"attention_mask": masks["full_attention"]}
+
+
+def _forks(batch: dict[str, Any]) -> ForkPlan:
+    """Made once per batch: the reference pass needs the same."""
+    if _KEPT_FORKS not in batch:
+        ids = batch["segment_ids"]
+        batch[_KEPT_FORKS] = fork_plan(batch["segments"], ids.shape[1], ids.device)
+    return batch[_KEPT_FORKS]
 
 
 def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.device) -> str | None:
