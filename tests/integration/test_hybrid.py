@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.packing import PromptAndResponses, pack, visible
 from silkie.model.attention import IMPLEMENTATIONS, segments
 from silkie.model.families import causal_lm
 from silkie.model.recurrent import fork, fork_plan, install, mask_kinds, why_not_forkable
-from tests.support.hybrid import BACKBONES, backbone, backbone_config, qwen3_5, unequal_groups, with_lora
+from tests.support.data import dataset
+from tests.support.hybrid import BACKBONES, TARGETS, backbone, backbone_config, qwen3_5, unequal_groups, with_lora
 from tests.support.scoring import collate, gradients, score, stock_logps
 from tests.support.tiny import tiny_processor
 
@@ -248,3 +251,62 @@ def test_the_probe_sees_what_log_probs_do_not(what, monkeypatch):
     monkeypatch.setattr(fork, "States", Broken)
     for dtype in (torch.float32, torch.bfloat16):
         assert "does not start from" in why_not_forkable(backbone_config("qwen3_5"), torch.device("cpu"), dtype)
+
+
+# -- through the trainer
+
+
+def trained(tmp_path, layout, model=None, **options):
+    """Losses and adapter after two epochs of SGD."""
+    torch.manual_seed(0)
+    arguments = dict(
+        output_dir=str(tmp_path / layout),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        num_train_epochs=2,
+        learning_rate=0.02,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=2,
+        max_grad_norm=1e6,
+        seed=0,
+        gradient_checkpointing=False,
+        use_fused_logprob=False,
+    )
+    trainer = SilkieDPOTrainer(
+        model if model is not None else qwen3_5(double=True),
+        args=SilkieDPOConfig(**{**arguments, "layout": layout, **options}),
+        train_dataset=dataset(unequal_groups()),
+        processing_class=tiny_processor(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+    )
+    trainer.train()
+    assert trainer.choice.layout == layout
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"precompute_ref_log_probs": True},
+        {"loss_type": ["sigmoid", "mdpo_image", "mdpo_anchor"]},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    ],
+    ids=["checkpointing", "reentrant", "precomputed", "mdpo", "accumulated"],
+)
+def test_the_trainer_reaches_the_weights_of_separate_rows(tmp_path, options):
+    rows = {k: v for k, v in options.items() if "checkpointing" not in k}
+    (losses, weights), (expected, truth) = trained(tmp_path, "packed", **options), trained(tmp_path, "rows", **rows)
+    assert len(losses) == 4 and max(abs(loss - expected[0]) for loss in losses[1:]) > 1e-3  # it trained
+    assert losses == pytest.approx(expected, abs=1e-6)
+    start = trained(tmp_path, "rows", **{**rows, "learning_rate": 0.0})[1]
+    for name in truth:
+        moved = (truth[name] - start[name]).abs().max()
+        assert moved > 0 and (weights[name] - truth[name]).abs().max() < 1e-5 * moved, name
