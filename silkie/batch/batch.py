@@ -73,4 +73,5 @@ class Batch(TypedDict):
     names: list[str]
     rows: list[Any]
 
+    _forks: NotRequired[Any]  # the plan of the recurrent layers, kept in the same way
     _attention_inputs: NotRequired[dict[Any, Any]]  # masks that `silkie.model.attention` keeps for the reference pass

@@ -18,9 +18,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from silkie.model.recurrent import mask_kinds, why_not_forkable
+
 logger = logging.getLogger(__name__)
 
-# Layers whose mask says everything about what a token sees.
+# Layers whose mask says everything about what a token sees; recurrent ones are `silkie.model.recurrent`'s.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -116,17 +118,22 @@ def check_merges_images(model: Any) -> None:
         )
 
 
-def why_not_packable(config: PretrainedConfig) -> str | None:
+def why_not_packable(
+    config: PretrainedConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
     """The reason why a model must train in the `rows` layout, or None where nothing that it is made of speaks against
-    packing (the self-test has the last word)."""
-    if other := layer_types(config) - PACKABLE_LAYERS:
-        return (
-            f"{config.model_type} has {', '.join(sorted(other))} layers, whose state would leak from one response into"
-            " the next"
-        )
+    packing (the self-test has the last word).
+
+    Args:
+        device, dtype: of the run; recurrent layers are tried out there.
+    """
+    attention, _ = mask_kinds(config)
+    if other := attention - PACKABLE_LAYERS:
+        return f"{config.model_type} has {', '.join(sorted(other))} layers, which no mask of silkie keeps apart"
     if (top := getattr(config.get_text_config(), "index_topk", None)) is not None:
         return f"{config.model_type} has an indexer that picks {top} keys along the row, siblings among them"
-    return None
+    # recurrent layers last, because the question runs a mixer
+    return why_not_forkable(config, torch.device(device), dtype)
 
 
 def layer_types(config: PretrainedConfig) -> set[str]:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from silkie.batch.packing import Layout
+from silkie.model import recurrent
 from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, why_not_available
 from silkie.model.attention.varlen import kernel_name
 from silkie.model.families import layer_types, why_not_packable
@@ -32,7 +33,19 @@ class LayoutChoice:
     groups_per_row: int | None
 
     def apply(self, base: Any) -> None:
-        """Sets the language model's attention implementation; the vision tower keeps its own."""
+        """Sets the language model's attention implementation (the vision tower keeps its own), and has its recurrent
+        mixers fork.
+
+        Raises:
+            ValueError: not all of the model's recurrent layers can fork.
+        """
+        if self.layout == "packed":
+            forking, expected = recurrent.install(base), recurrent.count_recurrent(base.config)
+            if forking != expected:
+                raise ValueError(
+                    f"{forking} recurrent mixers were found in a model whose config names {expected} recurrent layers:"
+                    " set layout='rows'."
+                )
         implementation = IMPLEMENTATIONS[self.backend]
         if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
             base.set_attn_implementation({"text_config": implementation})
@@ -60,7 +73,8 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     """
     if args.layout == "rows":
         return rows_choice("asked for")
-    obstacle = why_not_packable(config)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    obstacle = why_not_packable(config, args.device, dtype)
     if args.layout == "packed" and obstacle:
         raise ValueError(f"layout='packed' is not exact here: {obstacle}. Use layout='rows' or 'auto'.")
     if obstacle:
@@ -68,6 +82,8 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     backend, why = _choose_backend(config, args)
     kinds = ", ".join(sorted(layer_types(config))).replace("_attention", "")
     reason = "asked for" if args.layout == "packed" else f"{config.model_type} has {kinds} attention only"
+    if forks := recurrent.count_recurrent(config):
+        reason = f"{forks} recurrent layers start each response from the state of its prompt"
     return LayoutChoice(
         layout="packed",
         reason=reason,

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_step.py                                                # CPU: Qwen2.5-VL's shape scaled down
     python tests/benchmarks/bench_step.py --device cuda --shape 3b --groups 2            # CUDA: 3B parameters, random weights, bf16
+    python tests/benchmarks/bench_step.py --family qwen3_5 --lengths equal unequal       # a hybrid model
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
 
 Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors,
@@ -15,6 +16,7 @@ the first step and not part of it: it is paid once, for all epochs."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
@@ -30,13 +32,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from step_setting import CONTENDERS, IMAGE_GRIDS, SHAPES, run
+from step_setting import CONTENDERS, FAMILIES, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 _RESULT = "result: "
 
 
-def in_own_process(contender: str, image_tokens: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
+def in_own_process(contender: str, image_tokens: int, k: int, lengths: str, args: argparse.Namespace) -> dict[str, Any]:
     """One contender in a fresh process: no memory, caches or compiled code of another."""
     one = {
         "contender": contender,
@@ -45,7 +47,13 @@ def in_own_process(contender: str, image_tokens: int, k: int, args: argparse.Nam
         "groups_per_step": args.groups,
         "timed": args.timed,
     }
-    one |= {"shape": args.shape, "device": args.device, "backend": args.backend}
+    one |= {
+        "shape": args.shape,
+        "device": args.device,
+        "backend": args.backend,
+        "family": args.family,
+        "lengths": lengths,
+    }
     done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode or not lines:
@@ -68,16 +76,15 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    results: dict[tuple[int, int, str], dict[str, Any]] = {}
+    results: dict[tuple[Any, ...], dict[str, Any]] = {}
+    settings = list(itertools.product(args.lengths, args.image_tokens, args.ks))
     for _ in range(args.repeats):
-        for tokens in args.image_tokens:
-            for k in args.ks:
-                for contender in CONTENDERS:
-                    key = (tokens, k, contender)
-                    results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, args))
-                    if results[key]:
-                        print(row(results[key], results.get((tokens, k, CONTENDERS[0]), {})), flush=True)
-                        save([r for r in results.values() if r])
+        for (lengths, tokens, k), contender in itertools.product(settings, args.contenders):
+            key = (lengths, tokens, k, contender)
+            results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, lengths, args))
+            if results[key]:
+                print(row(results[key], results.get((lengths, tokens, k, CONTENDERS[0]), {})), flush=True)
+                save([r for r in results.values() if r])
     return [r for r in results.values() if r]
 
 
@@ -86,19 +93,23 @@ def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
     flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
     losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3])
     return (
-        f"| {result['image_tokens']:5d} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
+        f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
         f"| {result['flops'] / 1e9:10.1f} | {flops} | {result['extra_bytes'] / 2**20:8.0f} | {losses} |"
     )
 
 
 def table(results: list[dict[str, Any]]) -> str:
     head = (
-        "| image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n"
-        + "|---" * 10
+        "| responses | image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n"
+        + "|---" * 11
         + "|"
     )
-    stock = {(r["image_tokens"], r["k"]): r for r in results if r["contender"] == CONTENDERS[0]}
-    return "\n".join([head, *(row(r, stock.get((r["image_tokens"], r["k"]), {})) for r in results)])
+    stock = {_setting(r): r for r in results if r["contender"] == CONTENDERS[0]}
+    return "\n".join([head, *(row(r, stock.get(_setting(r), {})) for r in results)])
+
+
+def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    return result["lengths"], result["image_tokens"], result["k"]
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
@@ -107,20 +118,20 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    ks = sorted({r["k"] for r in results})
+    panels = sorted({(r["lengths"], r["k"]) for r in results})
     tokens = sorted({r["image_tokens"] for r in results})
-    figure, axes = plt.subplots(1, len(ks), figsize=(5.5 * len(ks), 3.8), squeeze=False)
-    for axis, k in zip(axes[0], ks, strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
+    for axis, (lengths, k) in zip(axes[0], panels, strict=True):
         for n, contender in enumerate(CONTENDERS):
             bars = [
                 (i, r["pairs_per_second"])
                 for i, t in enumerate(tokens)
                 for r in results
-                if (r["image_tokens"], r["k"], r["contender"]) == (t, k, contender)
+                if (*_setting(r), r["contender"]) == (lengths, t, k, contender)
             ]
             axis.bar([i + 0.2 * n - 0.3 for i, _ in bars], [v for _, v in bars], 0.2, label=contender)
         axis.set(
-            title=f"{k} responses, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
+            title=f"{k} responses of {lengths} length, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
             xlabel="image tokens",
             ylabel="pairs per second",
             xticks=range(len(tokens)),
@@ -142,6 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="whose shape the model has")
+    parser.add_argument("--lengths", nargs="+", choices=tuple(RESPONSE_WORDS), default=["equal"], help="of responses")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--image-tokens", type=int, nargs="+", choices=tuple(IMAGE_GRIDS), default=[256, 576, 1280])
     parser.add_argument("--ks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--groups", type=int, default=1, help="groups per optimizer step")
@@ -149,20 +163,22 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=2, help="timed steps per run")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--name", default=None, help="file name without suffix; default: step_<device>")
+    parser.add_argument("--name", default=None, help="file name without suffix; default: step[_<family>]_<device>")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(_RESULT + json.dumps(run(**json.loads(args.one))))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{args.name or 'step_' + args.device}.json"
+    family = "" if args.family == FAMILIES[0] else f"_{args.family}"
+    file = args.out / f"{args.name or f'step{family}_{args.device}'}.json"
     facts = {
         "command": " ".join(["python", "tests/benchmarks/bench_step.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "device": device_name(args.device),
         "python": platform.python_version(),
         "packages": {p: metadata.version(p) for p in PACKAGES},
+        "family": args.family,
         "shape": SHAPES[args.shape],
     }
     # after every run: a long measurement that is cut off keeps what it has

@@ -1,5 +1,5 @@
-"""The setting of `bench_step.py`: a model of Qwen2.5-VL's shape, preference data of a given size, and one run of a
-contender."""
+"""The setting of `bench_step.py`: a model of Qwen2.5-VL's or Qwen3.5's shape, preference data of a given size, and one
+run of a contender."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
@@ -26,7 +32,14 @@ from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_token
 
 CONTENDERS = ("TRL", "rows", "packed", "packed + precomputed reference")
 IMAGE_GRIDS = {16: (4, 4), 256: (16, 16), 576: (24, 24), 1280: (32, 40)}  # image tokens -> rows, columns of 28 pixels
-PROMPT_WORDS, RESPONSE_WORDS = 50, 118  # with the template's own tokens: 60 of prompt text, 120 of a response
+PROMPT_WORDS = 50  # with the template's own tokens: 60 of prompt text
+# Words of the responses; the template's end of turn makes two more tokens of each. Both add up to the same: 120 on
+# average.
+RESPONSE_WORDS: dict[str, dict[int, tuple[int, ...]]] = {
+    "equal": {2: (118, 118), 4: (118, 118, 118, 118)},
+    "unequal": {2: (48, 188), 4: (28, 58, 118, 268)},
+}
+FAMILIES = ("qwen2_5_vl", "qwen3_5")
 
 # Widths of the language model; "tiny" keeps the share of the head in the parameters (about a tenth) and the GQA of the
 # 3B model.
@@ -74,40 +87,98 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(shape: str, device: str) -> Any:
+# Qwen3.5's language models beside those widths: heads of 256 where attention's are 128, and three gated delta nets for
+# each attention layer, with two value heads per key head.
+HYBRID: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=8, linear_num_value_heads=16
+    ),
+    "small": dict(
+        head_dim=64, linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=8, linear_num_value_heads=16
+    ),
+    "3b": dict(
+        head_dim=256,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+    ),
+}
+HYBRID_TARGETS = (
+    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    r"|in_proj_qkv|in_proj_z|in_proj_b|in_proj_a|out_proj)$"
+)
+
+
+def build_model(shape: str, device: str, family: str = "qwen2_5_vl") -> Any:
     """Random weights (seed 0); bf16 on CUDA, fp32 on the CPU."""
-    spec, tok = SHAPES[shape], tiny_tokenizer()
-    ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
-    text = {
-        **spec["text"],
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": shape == "3b",
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|pad|>"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": spec["mrope"]},
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**spec["vision"], "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=shape == "3b",
-    )
+    config, model = _CONFIGS[family](shape)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     try:
         with torch.device(device):
-            return Qwen2_5_VLForConditionalGeneration(config)
+            return model(config)
     finally:
         torch.set_default_dtype(before)
 
 
-def build_groups(image_tokens: int, k: int, count: int) -> list[dict[str, Any]]:
-    """`count` groups of k random responses; all pairs of the responses."""
+def _qwen2_5_vl(shape: str) -> tuple[Any, Any]:
+    spec = SHAPES[shape]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": spec["mrope"]}
+    text = {**_text(shape), "rope_parameters": rope}
+    vision = {**spec["vision"], "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(), tie_word_embeddings=shape == "3b")
+    return config, Qwen2_5_VLForConditionalGeneration
+
+
+def _qwen3_5(shape: str) -> tuple[Any, Any]:
+    """The same widths and depth, three of four layers recurrent."""
+    hybrid, vision = HYBRID[shape], dict(SHAPES[shape]["vision"])
+    vision.pop("fullatt_block_indexes")
+    rotated = hybrid["head_dim"] // 8  # half of the quarter of a head that Qwen3.5 rotates
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [rotated - 2 * (rotated // 3), rotated // 3, rotated // 3],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    }
+    text = {**_text(shape), **hybrid, "rope_parameters": rope}
+    more = {"out_hidden_size": text["hidden_size"], "patch_size": 14, "num_position_embeddings": 2304}
+    config = Qwen3_5Config(
+        text_config=text, vision_config={**vision, **more}, **_ids(), tie_word_embeddings=shape == "3b"
+    )
+    return config, Qwen3_5ForConditionalGeneration
+
+
+def _text(shape: str) -> dict[str, Any]:
+    return {
+        **SHAPES[shape]["text"],
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": shape == "3b",
+        "bos_token_id": None,
+        "eos_token_id": tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tiny_tokenizer().convert_tokens_to_ids("<|pad|>"),
+    }
+
+
+def _ids() -> dict[str, int]:
+    tok = tiny_tokenizer()
+    ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+_CONFIGS = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_5": _qwen3_5}
+
+
+def build_groups(image_tokens: int, k: int, count: int, lengths: str = "equal") -> list[dict[str, Any]]:
+    """`count` groups of k random responses of the given lengths; all pairs of the responses."""
     gen = torch.Generator().manual_seed(0)
     rows_of_28, columns = IMAGE_GRIDS[image_tokens]
 
@@ -119,7 +190,7 @@ def build_groups(image_tokens: int, k: int, count: int) -> list[dict[str, Any]]:
         group(
             [image(n, columns * 28, rows_of_28 * 28)],
             words(PROMPT_WORDS),
-            [words(RESPONSE_WORDS) for _ in range(k)],
+            [words(n) for n in RESPONSE_WORDS[lengths][k]],
             pairs,
         )
         for n in range(count)
@@ -231,12 +302,15 @@ def run(
     timed: int,
     learning_rate: float = 1e-4,
     backend: str = "auto",
+    family: str = "qwen2_5_vl",
+    lengths: str = "equal",
 ) -> dict[str, Any]:
     """Trains a warm-up and the timed steps and returns what was measured."""
     pairs = k * (k - 1) // 2 * groups_per_step
-    groups = build_groups(image_tokens, k, groups_per_step)
-    model = build_model(shape, device)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=default_lora_targets(model.config))
+    groups = build_groups(image_tokens, k, groups_per_step, lengths)
+    model = build_model(shape, device, family)
+    targets = HYBRID_TARGETS if family == "qwen3_5" else default_lora_targets(model.config)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets)
     meter = StepMeter(device)
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = dict(
@@ -276,6 +350,8 @@ def run(
     best = min(meter.seconds)
     return {
         "contender": contender,
+        "family": family,
+        "lengths": lengths,
         "image_tokens": image_tokens,
         "k": k,
         "pairs": pairs,

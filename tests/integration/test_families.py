@@ -88,8 +88,8 @@ def test_visible_siblings_show(setting, truth):
     """All responses of a group as one segment: a later one sees the earlier ones."""
 
     def merge(batch):
-        batch["segment_ids"] = batch["segment_ids"].clamp(max=1)
-        same = batch["segment_ids"] == 1
+        same = batch["segment_ids"] > 0
+        batch["subtree_end"] = torch.where(same, len(batch["segments"]), batch["subtree_end"])
         batch["logical_positions"] = torch.where(same, torch.arange(same.shape[1])[None], batch["logical_positions"])
 
     assert wrong(setting, truth, merge) > 1e-2

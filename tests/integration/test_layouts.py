@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
 
@@ -18,12 +17,14 @@ from silkie.model.attention import Attention, api, segments
 from silkie.model.families import FAMILIES as FAMILY_ROWS
 from silkie.model.families import backbone
 from silkie.model.layout import choose_layout
+from silkie.model.recurrent import fork
 from silkie.model.vision import vision_parameters
 from silkie.training.self_test import LayoutMismatch, TokenMismatch, groups_to_test
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
+from tests.support.hybrid import qwen3_5
 from tests.support.scoring import gradients, groups, score, stock_logps
-from tests.support.tiny import SPECIAL, image, tiny_model, tiny_processor, tiny_tokenizer
+from tests.support.tiny import image, tiny_model, tiny_processor
 
 
 def make(tmp_path, model=None, data=None, peft=True, processor=None, **options):
@@ -46,81 +47,56 @@ def make(tmp_path, model=None, data=None, peft=True, processor=None, **options):
     )
 
 
-def linear_attention_model():
-    """Qwen3.5: three linear-attention layers, whose state runs through a whole row, and one of full attention."""
-    tok = tiny_tokenizer()
-    ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
-    text = dict(
-        vocab_size=len(tok),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        eos_token_id=ids["<|im_end|>"],
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-            "partial_rotary_factor": 0.25,
-        },
-    )
-    vision = dict(
-        depth=1,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        out_hidden_size=32,
-        patch_size=14,
-        num_position_embeddings=256,
-    )
-    config = transformers.Qwen3_5Config(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    return transformers.Qwen3_5ForConditionalGeneration(config)
-
-
-def test_linear_attention_is_refused_by_name_and_trains_in_rows(tmp_path, caplog):
-    with pytest.raises(ValueError, match="qwen3_5 has linear_attention layers"):
-        make(tmp_path, linear_attention_model(), layout="packed")
+def test_a_hybrid_model_is_packed_and_the_log_says_how(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="silkie"):
-        trainer = make(tmp_path, linear_attention_model(), layout="auto")
+        trainer = make(tmp_path, qwen3_5(), layout="auto")
+        trainer.train()
+    assert trainer.choice.layout == "packed"
+    assert "layout: packed (3 recurrent layers start each response from the state of its prompt)" in caplog.text
+    assert "Qwen3_5GatedDeltaNet starts from the state of a prompt: prompt gradients within" in caplog.text
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_hybrid_model_whose_mixers_forget_trains_in_rows_with_the_reason(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(fork.States, "get_recurrent_state", lambda self, *args, **kwargs: None)  # as Mamba-1 does
+    with pytest.raises(ValueError, match="Qwen3_5GatedDeltaNet does not start from the state of a prompt"):
+        make(tmp_path, qwen3_5(), layout="packed")
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        trainer = make(tmp_path, qwen3_5(), layout="auto")
         trainer.train()
     assert trainer.choice.layout == "rows"
-    assert "layout: rows (qwen3_5 has linear_attention layers" in caplog.text
+    assert "layout: rows (Qwen3_5GatedDeltaNet does not start from" in caplog.text
     assert any("one row per response" in r.message for r in caplog.records if r.levelname == "WARNING"), (
         "seen where no log is configured"
     )
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+_PRECISION = {"bf16": False, "fp16": False}
+
+
 def choose(config, **options):
     return choose_layout(
         config,
         types.SimpleNamespace(
-            **{"layout": "auto", "attention_backend": "auto", "device": torch.device("cpu"), **options}
+            **{"layout": "auto", "attention_backend": "auto", "device": torch.device("cpu"), **_PRECISION, **options}
         ),
     )
 
 
-@pytest.mark.parametrize("layers", [["linear_attention", "full_attention"], ["indexed_attention", "full_attention"]])
-def test_other_layers_of_a_known_family_are_refused_by_name(layers):
+@pytest.mark.parametrize("kind", ["indexed_attention"])
+def test_other_layers_of_a_known_family_are_refused_by_name(kind):
     config = tiny_model().config
-    config.text_config.layer_types = layers
-    assert choose(config).layout == "rows" and layers[0] in choose(config).reason
-    with pytest.raises(ValueError, match=layers[0]):
+    config.text_config.layer_types = [kind, "full_attention"]
+    assert choose(config).layout == "rows" and kind in choose(config).reason
+    with pytest.raises(ValueError, match=kind):
         choose(config, layout="packed")
+
+
+def test_recurrent_layers_that_the_model_does_not_have_are_refused():
+    config = tiny_model().config
+    config.text_config.layer_types = ["linear_attention", "full_attention"]
+    assert "1 of its layers are recurrent, but 0 modules keep states" in choose(config).reason
 
 
 def test_a_model_that_merges_no_images_into_its_text_is_refused(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.model.families import shell
 from silkie.model.vision import unquantized_modules
 from tests.support.data import dataset, group, mixed_groups
+from tests.support.hybrid import TARGETS, qwen3_5, unequal_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 
@@ -52,7 +55,18 @@ def odd_groups() -> list[dict[str, Any]]:
     return many_groups()[:11]
 
 
-DATA = {"mixed": mixed_groups, "many": many_groups, "odd": odd_groups, "text_and_images": text_and_images}
+def unequal_and_more() -> list[dict[str, Any]]:
+    """7 groups whose prompts and responses differ much in length: of two ranks one ends on an empty group."""
+    return [g for pair in zip(unequal_groups(), many_groups()[4:8], strict=True) for g in pair][:7]
+
+
+DATA = {
+    "unequal": unequal_and_more,
+    "mixed": mixed_groups,
+    "many": many_groups,
+    "odd": odd_groups,
+    "text_and_images": text_and_images,
+}
 
 
 def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
@@ -85,14 +99,16 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         skipped = unquantized_modules(shell(AutoConfig.from_pretrained(directory)))
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if spec["bits"] == 4 else {"load_in_8bit": True}
         quantization = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kind)
+    hybrid = family == "qwen3_5"
+    build = qwen3_5 if hybrid else partial(tiny_model, family)
     return SilkieDPOTrainer(
-        directory or tiny_model(family),
-        ref_model=None if lora or directory else tiny_model(family),
+        directory or build(),
+        ref_model=None if lora or directory else build(),
         args=SilkieDPOConfig(**options),
         train_dataset=data,
         eval_dataset=data.select(range(spec["eval"])) if "eval" in spec else None,
-        processing_class=tiny_processor(family),
-        peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
+        processing_class=tiny_processor("qwen2_5_vl" if hybrid else family),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS if hybrid else None) if lora else None,
         quantization_config=quantization,
     )
 
@@ -130,6 +146,22 @@ class Started(TrainerCallback):
         Path(args.output_dir, "training").touch()
 
 
+def count_mixer_calls(model: torch.nn.Module) -> dict[str, int]:
+    """Counts, from now on, how often each recurrent mixer of a model runs."""
+    counts: dict[str, int] = {}
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(*args: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        return count
+
+    for name, module in model.named_modules():
+        if name.endswith("linear_attn.norm"):  # once per call; the mixer's own hooks see the fork as one
+            module.register_forward_hook(counter(name))
+    return counts
+
+
 def run(spec: dict[str, Any], use_cpu: bool) -> None:
     """Trains, saves to `final/`, and writes `result.json`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -139,8 +171,10 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
     torch.set_num_threads(1)
     trainer = make(spec, {"use_cpu": True} if use_cpu else {})
     trainer.add_callback(Started())
+    calls = count_mixer_calls(trainer.model)
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     trainer.save_model(str(Path(spec["out"]) / "final"))
+    Path(spec["out"], f"calls.{trainer.accelerator.process_index}.json").write_text(json.dumps(calls))
     if trainer.accelerator.is_main_process:
         plugin, fsdp = trainer.accelerator.deepspeed_plugin, getattr(trainer.accelerator.state, "fsdp_plugin", None)
         result = {

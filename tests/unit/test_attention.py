@@ -167,7 +167,7 @@ def test_varlen_refuses_what_it_cannot_do(option):
 def test_eager_masks_are_float_and_sdpa_masks_boolean():
     one = batch(1)
     dense = own_masks._dense(causal(one), one)
-    added = own_masks._added(dense, torch.float32)
+    added = own_masks.added(dense, torch.float32)
     assert dense.dtype is torch.bool and added.dtype is torch.float32
     assert ((added == 0) == dense).all() and added.min() < -1e30
 

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from silkie.batch.batch import Batch
 from silkie.batch.packing import visible
 from silkie.model.attention import flex, segments, varlen
-from silkie.model.attention.own_masks import packed_masks
+from silkie.model.attention.own_masks import added, packed_masks
+from silkie.model.recurrent import ForkPlan, fork_plan, mask_kinds
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
@@ -35,6 +36,7 @@ ONE_GROUP_PER_ROW: tuple[Backend, ...] = (
 )  # a dense mask over several groups would be mostly empty
 
 _KEPT: Final = "_attention_inputs"
+_KEPT_FORKS: Final = "_forks"
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -51,8 +53,27 @@ class Attention:
 
     def inputs(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model's forward: `attention_mask`, which says where padding is. What sees what is
-        told within `masks`."""
-        return {"attention_mask": (batch["segment_ids"] >= 0).long()}
+        told within `masks`.
+
+        Packed recurrent layers cannot be told so: a model that has some takes a mask per kind of layer, ready-made, and
+        the plan of the forks in place of the recurrent one.
+        """
+        attention, recurrent = mask_kinds(config)
+        if self.layout == "rows" or not recurrent:
+            return {"attention_mask": (batch["segment_ids"] >= 0).long()}
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        masks = {
+            kind: self._ready_made(config, batch, window if kind == "sliding_attention" else None)
+            for kind in sorted(attention)
+        }
+        return {"attention_mask": masks | dict.fromkeys(sorted(recurrent), _forks(batch))}
+
+    def _ready_made(self, config: PretrainedConfig, batch: Batch, window: int | None) -> Any:
+        """The causal mask of packed rows in the backend's form."""
+        if self.backend not in ("sdpa", "eager"):
+            return self.build(config.get_text_config().model_type, batch, window, None)
+        mask = _dense_bool(batch, window, None)
+        return added(mask, torch.float32) if self.backend == "eager" else mask
 
     @contextmanager
     def masks(self, base: Any, batch: Batch) -> Iterator[None]:
@@ -97,6 +118,14 @@ class Attention:
         if kind not in kept:
             kept[kind] = _flex(batch, window, two_way) if self.backend == "flex" else _varlen(batch, window)
         return kept[kind]
+
+
+def _forks(batch: Batch) -> ForkPlan:
+    """Made once per batch: the reference pass needs the same."""
+    if _KEPT_FORKS not in batch:
+        ids = batch["segment_ids"]
+        batch[_KEPT_FORKS] = fork_plan(batch["segments"], ids.shape[1], ids.device)
+    return batch[_KEPT_FORKS]
 
 
 def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.device) -> str | None:

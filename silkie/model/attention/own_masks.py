@@ -49,7 +49,7 @@ def packed_masks(
         if build is not None and (plain := _plain_rule(rule)) is not None:
             return build(batch, *plain)
         mask = _dense(rule, batch)
-        return _added(mask, rule["dtype"]) if float_mask else mask
+        return added(mask, rule["dtype"]) if float_mask else mask
 
     had, previous = implementation in mapping._local_mapping, mapping._local_mapping.get(implementation)
     mapping[implementation] = masks
@@ -74,7 +74,8 @@ def _dense(rule: dict[str, Any], batch: Batch) -> Tensor:
     return (mask | torch.eye(segment.shape[1], dtype=torch.bool, device=segment.device))[:, None]
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one that eager attention adds to the scores."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 

@@ -1,0 +1,311 @@
+"""Hybrid models in the packed layout: recurrent layers start each response from the state of its prompt. Log-probs AND
+gradients against separate rows, in float64 with the modelling code in float64: a detached state leaves log-probs exact.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.batch.packing import PromptAndResponses, pack, visible
+from silkie.model.attention import IMPLEMENTATIONS, segments
+from silkie.model.families import causal_lm
+from silkie.model.recurrent import fork, fork_plan, install, mask_kinds, why_not_forkable
+from tests.support.data import dataset
+from tests.support.hybrid import BACKBONES, TARGETS, backbone, backbone_config, qwen3_5, unequal_groups, with_lora
+from tests.support.scoring import collate, gradients, score, stock_logps
+from tests.support.tiny import tiny_processor
+
+EXACT = 1e-10
+FORKABLE = [name for name in BACKBONES if name != "jamba"]
+
+
+def build(checkpointing=None, **more):
+    model = with_lora(qwen3_5(double=True, **more))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def measured(model, rows, layout, per_row=1, backend="sdpa"):
+    batch = collate(model, tiny_processor(), rows, layout, per_row)
+    # transformers does not know the patched code well enough to set it
+    causal_lm(model).config.text_config._attn_implementation = IMPLEMENTATIONS[backend]
+    scores = score(model, tiny_processor(), rows, layout, backend, batch=batch, fused=False)
+    return scores.per_token_logps.detach(), gradients(model, scores.logps)
+
+
+def relative(found, truth):
+    """The largest difference of any gradient, relative to the largest entry of that tensor."""
+    assert found.keys() == truth.keys()
+    assert all(g.abs().max() > 0 for g in truth.values()), "a dead gradient proves nothing"
+    return max(float((found[n] - truth[n]).abs().max() / truth[n].abs().max()) for n in truth)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return measured(build(), unequal_groups(), "rows")
+
+
+def test_separate_rows_are_the_stock_model(truth):
+    model = build()
+    sums = stock_logps("qwen2_vl", model, tiny_processor(), unequal_groups())
+    batch = collate(model, tiny_processor(), unequal_groups(), "rows")
+    table = sums.new_zeros(len(sums)).index_add(0, batch["owner"], truth[0])
+    assert (table - sums).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("per_row", [1, 2, None])
+@pytest.mark.parametrize("backend", ["sdpa", "segments"])
+def test_forked_layers_equal_separate_rows(truth, per_row, backend, monkeypatch):
+    monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
+    model = build()
+    assert install(model) == 3
+    logps, found = measured(model, unequal_groups(), "packed", per_row, backend)
+    assert len(found) == 62
+    assert (logps - truth[0]).abs().max() < EXACT and relative(found, truth[1]) < EXACT
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
+def test_recomputation_forks_again(truth, checkpointing):
+    model = build(checkpointing)
+    install(model)
+    logps, found = measured(model, unequal_groups(), "packed")
+    assert (logps - truth[0]).abs().max() < EXACT and relative(found, truth[1]) < EXACT
+
+
+def test_full_fine_tuning_gets_exact_gradients_of_every_weight():
+    rows, found = unequal_groups(), []
+    for layout in ("rows", "packed"):
+        model = qwen3_5(double=True).train()
+        if layout == "packed":
+            install(model)
+        found.append(measured(model, rows, layout)[1])
+    alive = {n for n, g in found[0].items() if g.abs().max() > 0}
+    assert any("A_log" in n for n in alive) and any("conv1d" in n for n in alive) and any("visual" in n for n in alive)
+    assert relative({n: found[1][n] for n in alive}, {n: found[0][n] for n in alive}) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [unequal_groups()[3:], [{**unequal_groups()[2], "responses": ["yes"], "pairs": []}]])
+def test_responses_of_one_token_and_a_single_response(rows):
+    model, other = build(), build()
+    install(model)
+    (logps, found), (expected, truth) = measured(model, rows, "packed"), measured(other, rows, "rows")
+    assert (logps - expected).abs().max() < EXACT and relative(found, truth) < EXACT
+
+
+# -- negative controls: each of these errors must show in the numbers that the tests above compare
+
+
+class Broken(fork.States):
+    what = ""
+
+    def _inherited(self, kept, state_idx):
+        out = super()._inherited(kept, state_idx)
+        if out is None:
+            return None
+        own = "convolution" if kept is self._conv else "state"
+        if self.what == f"{own} not carried":
+            return torch.zeros_like(out)
+        if self.what == f"{own} detached":
+            return out.detach()
+        return out.roll(2, 0) if self.what == "state of another group" else out
+
+
+@pytest.mark.parametrize(
+    "what", ["state not carried", "convolution not carried", "state of another group", "no fork at all"]
+)
+def test_a_wrong_state_shows_in_log_probs(truth, what, monkeypatch):
+    monkeypatch.setattr(Broken, "what", what)
+    monkeypatch.setattr(fork, "States", Broken)
+    if what == "no fork at all":
+        monkeypatch.setattr(fork, "forked", lambda run, hidden, plan: run(hidden, None, None))
+    model = build()
+    install(model)
+    logps, _ = measured(model, unequal_groups(), "packed")
+    assert (logps - truth[0]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("what", ["state detached", "convolution detached"])
+def test_a_detached_state_shows_in_gradients_only(truth, what, monkeypatch):
+    monkeypatch.setattr(Broken, "what", what)
+    monkeypatch.setattr(fork, "States", Broken)
+    model = build()
+    install(model)
+    logps, found = measured(model, unequal_groups(), "packed")
+    assert (logps - truth[0]).abs().max() < EXACT
+    assert relative(found, truth[1]) > 0.5
+
+
+# -- what a fork leaves alone
+
+
+def test_rows_generation_weights_and_copies_know_nothing_of_it():
+    model, rows = build().eval(), unequal_groups()[:2]
+    ids = torch.arange(8, 20)[None]
+
+    def seen():
+        with torch.no_grad():
+            scores = score(model, tiny_processor(), rows, "rows", fused=False).per_token_logps
+        return scores, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+    before, keys = seen(), list(model.state_dict())
+    assert install(model) == 3 and install(model) == 3
+    after = seen()
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert list(model.state_dict()) == keys
+    packed = measured(model, rows, "packed")[0]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert (measured(twin, rows, "packed")[0] - packed).abs().max() > 1e-3  # bound to itself
+    assert (measured(model, rows, "packed")[0] - packed).abs().max() < EXACT
+    merged = model.merge_and_unload().requires_grad_(True)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert (measured(merged, rows, "packed")[0] - packed).abs().max() < EXACT
+
+
+def test_a_mixer_whose_forward_was_replaced_is_refused():
+    model = qwen3_5()
+    layer = model.model.language_model.layers[0].linear_attn
+    layer.forward = layer.forward  # as an offloading hook does
+    with pytest.raises(
+        ValueError, match=r"linear_attn \(Qwen3_5GatedDeltaNet\) has a forward of its own.*layout='rows'"
+    ):
+        install(model)
+
+
+# -- other kinds of mixers, on their text backbones
+
+
+def token_group(prompt, lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(3, 97, (n,), generator=generator)
+
+    return PromptAndResponses(
+        prompt_ids=ids(prompt),
+        prompt_positions=torch.arange(prompt)[None],
+        responses=[ids(n) for n in lengths],
+    )
+
+
+def scored(logits, targets):
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def weight_gradients(model, logps):
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-9}
+
+
+@pytest.mark.parametrize("name", FORKABLE)
+def test_every_kind_of_mixer_equals_each_response_alone(name):
+    model = backbone(name)
+    groups = [token_group(21, [5, 1, 30], 1), token_group(2, [3, 9], 2), token_group(70, [1, 4], 3)]
+    alone = []
+    for one in groups:
+        for response in one.responses:
+            ids = torch.cat([one.prompt_ids, response])[None]
+            alone.append(
+                scored(model(input_ids=ids, use_cache=False).logits[0, len(one.prompt_ids) - 1 : -1], response)
+            )
+    expected = torch.cat(alone)
+    truth = weight_gradients(model, expected)
+    assert install(model) > 0
+    p = pack(groups, "packed", pad_id=0)
+    mask = visible(p.segment_index, p.subtree_end, p.logical_positions)
+    plan = fork_plan(p.segments, p.input_ids.shape[1], torch.device("cpu"))
+    attention, recurrent = mask_kinds(model.config)
+    masks = dict.fromkeys(attention, mask) | dict.fromkeys(recurrent, plan)
+    out = model(input_ids=p.input_ids, position_ids=p.position_ids[0], attention_mask=masks, use_cache=False).logits
+    found = scored(out.flatten(0, 1)[p.gather], p.target)
+    assert (found - expected).abs().max() < EXACT
+    gradients_ = weight_gradients(model, found)
+    assert gradients_.keys() == truth.keys() and relative(gradients_, truth) < 1e-6
+
+
+@pytest.mark.parametrize("name", FORKABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_accepts_what_is_exact(name, dtype):
+    assert why_not_forkable(backbone_config(name), torch.device("cpu"), dtype) is None
+
+
+def test_the_probe_refuses_mamba_1_which_forgets_its_state():
+    reason = why_not_forkable(backbone_config("jamba"), torch.device("cpu"), torch.float32)
+    assert "JambaMambaMixer does not start from the state of a prompt" in reason
+
+
+@pytest.mark.parametrize("what", ["state detached", "convolution detached", "convolution not carried"])
+def test_the_probe_sees_what_log_probs_do_not(what, monkeypatch):
+    """As a kernel would do it that has no gradient for its initial state."""
+    monkeypatch.setattr(Broken, "what", what)
+    monkeypatch.setattr(fork, "States", Broken)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "does not start from" in why_not_forkable(backbone_config("qwen3_5"), torch.device("cpu"), dtype)
+
+
+# -- through the trainer
+
+
+def trained(tmp_path, layout, model=None, **options):
+    """Losses and adapter after two epochs of SGD."""
+    torch.manual_seed(0)
+    arguments = dict(
+        output_dir=str(tmp_path / layout),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        num_train_epochs=2,
+        learning_rate=0.02,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=2,
+        max_grad_norm=1e6,
+        seed=0,
+        gradient_checkpointing=False,
+        use_fused_logprob=False,
+    )
+    trainer = SilkieDPOTrainer(
+        model if model is not None else qwen3_5(double=True),
+        args=SilkieDPOConfig(**{**arguments, "layout": layout, **options}),
+        train_dataset=dataset(unequal_groups()),
+        processing_class=tiny_processor(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+    )
+    trainer.train()
+    assert trainer.choice.layout == layout
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"precompute_ref_log_probs": True},
+        {"loss_type": ["sigmoid", "mdpo_image", "mdpo_anchor"]},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    ],
+    ids=["checkpointing", "reentrant", "precomputed", "mdpo", "accumulated"],
+)
+def test_the_trainer_reaches_the_weights_of_separate_rows(tmp_path, options):
+    rows = {k: v for k, v in options.items() if "checkpointing" not in k}
+    (losses, weights), (expected, truth) = trained(tmp_path, "packed", **options), trained(tmp_path, "rows", **rows)
+    assert len(losses) == 4 and max(abs(loss - expected[0]) for loss in losses[1:]) > 1e-3  # it trained
+    assert losses == pytest.approx(expected, abs=1e-6)
+    start = trained(tmp_path, "rows", **{**rows, "learning_rate": 0.0})[1]
+    for name in truth:
+        moved = (truth[name] - start[name]).abs().max()
+        assert moved > 0 and (weights[name] - truth[name]).abs().max() < 1e-5 * moved, name
