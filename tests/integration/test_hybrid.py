@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.packing import PromptAndResponses, pack, visible
 from silkie.model.attention import IMPLEMENTATIONS, segments
 from silkie.model.families import causal_lm
 from silkie.model.recurrent import fork, fork_plan, install, mask_kinds, why_not_forkable
+from tests.support import train_run
 from tests.support.data import dataset
 from tests.support.hybrid import BACKBONES, TARGETS, backbone, backbone_config, qwen3_5, unequal_groups, with_lora
 from tests.support.scoring import collate, gradients, score, stock_logps
@@ -309,3 +311,59 @@ def test_the_trainer_reaches_the_weights_of_separate_rows(tmp_path, options):
     for name in truth:
         moved = (truth[name] - start[name]).abs().max()
         assert moved > 0 and (weights[name] - truth[name]).abs().max() < 1e-5 * moved, name
+
+
+def test_a_fork_costs_what_a_plain_row_of_as_many_tokens_does():
+    """Counted FLOPs, forward and backward, at equal lengths: every token once."""
+    model = qwen3_5().train()
+    install(model)
+    text = model.model.language_model
+    p = pack([token_group(256, [64] * 4, 1)], "packed", pad_id=0)
+    mask = visible(p.segment_index, p.subtree_end, p.logical_positions)
+    plan = fork_plan(p.segments, p.input_ids.shape[1], torch.device("cpu"))
+    counted = []
+    for recurrent in (None, plan):
+        with FlopCounterMode(display=False) as flops:
+            out = text(
+                input_ids=p.input_ids % 40,
+                position_ids=p.position_ids.expand(3, -1, -1),
+                attention_mask={"full_attention": mask, "linear_attention": recurrent},
+                use_cache=False,
+            )
+            out.last_hidden_state.sum().backward()
+        counted.append(flops.get_total_flops())
+    assert counted[1] == pytest.approx(counted[0], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_quantised_hybrid_forks_as_its_own_rows_do(tmp_path, monkeypatch):
+    """NF4 base weights, whose products are rounded to bf16, otherwise for every shape: near, and far from what a
+    detached state makes of it."""
+    qwen3_5().save_pretrained(tmp_path / "base")
+
+    def run(name, layout):
+        spec = {
+            "out": str(tmp_path / name),
+            "model": str(tmp_path / "base"),
+            "family": "qwen3_5",
+            "data": "unequal",
+            "bits": 4,
+            "args": {"layout": layout, "num_train_epochs": 2, "per_device_train_batch_size": 2},
+        }
+        trainer = train_run.make(spec, {"use_cpu": True})
+        mixer = causal_lm(trainer.model).model.language_model.layers[0].linear_attn
+        assert type(mixer.in_proj_qkv.base_layer).__name__ == "Linear4bit" and trainer.choice.layout == layout
+        if name == "detached":
+            monkeypatch.setattr(Broken, "what", "state detached")
+            monkeypatch.setattr(fork, "States", Broken)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert max(abs(loss - 0.693147) for loss in losses) > 1e-2
+        weights = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+        return losses, torch.cat(weights)
+
+    (losses, rows), (packed_losses, packed) = run("rows", "rows"), run("packed", "packed")
+    _, detached = run("detached", "packed")
+    assert packed_losses == pytest.approx(losses, abs=1e-3)
+    assert (packed - rows).norm() * 10 < (detached - rows).norm()
