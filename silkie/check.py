@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.batch.collator import GroupCollator
+from silkie.batch.collator import GroupCollator, image_joins
 from silkie.batch.encoding import GroupEncoder
 from silkie.data.schema import group_features
 from silkie.model.adapters import Coverage, coverage, with_default_targets
@@ -182,6 +182,7 @@ def _layout(
         layout=layout,
         pad_id=tokenizer.pad_token_id,
         image_token_id=getattr(base.config, "image_token_id", None),
+        joins=image_joins(encoder),
     )
     scorer = Scorer(attention=Attention(backend="sdpa", layout=layout))
     try:

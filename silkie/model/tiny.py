@@ -66,7 +66,9 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"image_token_index": "<image>"}},
     "glm4v_moe": {"text_config": {"topk_group": 1}},
     "kimi_k25": {"text_config": {"topk_group": 1, "head_dim": 8}},
-    "dots3_note": {"text_config": {"topk_group": 1}},
+    "dots3_note": {"text_config": {"topk_group": 1, "num_key_value_heads": 4}},
+    "mistral_large4": {"text_config": {"topk_group": 1}},
+    "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": {"layer_types": ["conv", "full_attention"]}},
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
@@ -131,11 +133,8 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
     """The default config of a type with small numbers, and the token ids of a processor."""
     cls = CONFIG_MAPPING[model_type]
     default = cls()
-    whole = {name: getattr(default, name, None) for name in default.sub_configs}
-    if "vision_config" in whole and whole["vision_config"] is None:  # optional, and left out by default
-        spec = default.sub_configs["vision_config"]
-        whole["vision_config"] = getattr(spec, "config_class", spec)()
-    parts = {name: _shrunk(part, name) for name, part in whole.items() if part is not None}
+    whole = _parts(default)
+    parts = {name: _shrunk(part, name) for name, part in whole.items()}
     top = _shrunk(default, "", skip=set(parts))
     wide = {getattr(part, "hidden_size", None) for part in whole.values()} - {None}
     for part in (top, *parts.values()):  # further numbers that are as wide as a part are so by its width
@@ -154,6 +153,15 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
             part.update({k: text["hidden_size"] for k in ("out_hidden_size", "output_dim") if k in part})
             part.update(_resolved(_OVERRIDES.get(model_type, {}).get(name, {}), tokenizer))
     return cls(**{**top, **parts})
+
+
+def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """The configs within a config. One of vision is made where it is optional and left out by default."""
+    whole = {name: getattr(config, name, None) for name in config.sub_configs}
+    if "vision_config" in whole and whole["vision_config"] is None:
+        spec: Any = config.sub_configs["vision_config"]
+        whole["vision_config"] = getattr(spec, "config_class", spec)()
+    return {name: part for name, part in whole.items() if part is not None}
 
 
 def _resolved(values: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -177,6 +185,8 @@ def _shrunk(config: PretrainedConfig, name: str, skip: set[str] | frozenset[str]
             out[key] = _shrunk(getattr(config, key), name or key)
         else:
             out[key] = _shrunk_value(key, value, count, layers)
+    if out.get("kv_lora_rank"):  # latent attention: keys are made for every head
+        out["num_key_value_heads"] = out["num_attention_heads"]
     return _with_rope(out, config)
 
 
@@ -330,7 +340,8 @@ def _image_processor(model_type: str) -> Any:
     settings = {k: _small(getattr(default, k, None)) for k in ("size", "crop_size", "max_image_size", "pad_size")}
     fewer = {"max_patches": 4, "max_num_tiles": 2, "max_soft_tokens": 70, "max_image_tiles": 2}
     settings.update({k: v for k, v in fewer.items() if hasattr(default, k)})
-    settings.update(_same_as_vision(default, CONFIG_MAPPING[model_type]()))
+    config = CONFIG_MAPPING[model_type]()
+    settings.update(_same_as_vision(default, _parts(config).get("vision_config")))
     settings.update(override.get("_settings", {}))
     return cls(**{k: v for k, v in settings.items() if v is not None})
 
@@ -344,9 +355,9 @@ def _video_processor(model_type: str) -> Any:
     return getattr(transformers, name)() if name and torchvision_works() else None
 
 
-def _same_as_vision(images: Any, config: PretrainedConfig) -> dict[str, Any]:
+def _same_as_vision(images: Any, vision: PretrainedConfig | None) -> dict[str, Any]:
     """Settings of an image processor that the vision config decides."""
-    vision, out = getattr(config, "vision_config", None), {}
+    out = {}
     for name, theirs in (
         ("patch_size", ("patch_size",)),
         ("merge_size", ("spatial_merge_size", "merge_size")),
