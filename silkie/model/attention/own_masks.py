@@ -47,9 +47,10 @@ def packed_masks(
         ours = id(rule["config"]) in text_configs and rule["q_length"] == rule["kv_length"] == length
         if not ours or rule["batch_size"] != rows:
             return stock(**rule)
-        if build is not None and (plain := _plain_rule(rule)) is not None:
-            if (built := build(batch, *plain)) is not None:
-                return built
+        plain = _plain_rule(rule) if build is not None else None
+        built = build(batch, *plain) if build is not None and plain is not None else None
+        if built is not None:
+            return built
         mask = _dense(rule, batch)
         return _added(mask, rule["dtype"]) if float_mask else mask
 
