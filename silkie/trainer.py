@@ -27,6 +27,7 @@ from silkie.losses import Objective, build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
 from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
+from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
@@ -144,6 +145,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
     def _set_up_passes(self) -> None:
         args, aspects = self.args, aspects_of(self.train_dataset.features)
+        ask_for_token_types(self.processing_class, type(causal_lm(self.model)).forward)
         self.data_collator = build_collator(
             self.model,
             self.encoder,

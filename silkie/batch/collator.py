@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
 from silkie.batch.packing import Layout, PromptAndResponses, pack
 from silkie.data.images import open_image
 from silkie.data.schema import mean_rating
+
+logger = logging.getLogger(__name__)
 
 
 class PositionRule(Protocol):
@@ -47,6 +50,7 @@ class GroupCollator:
         dummy_vision: image tensors for a micro-batch without images; their features are not used. None: such a
             micro-batch does not run the vision tower.
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
+        joins: image tensors that are joined along another dimension than the first, see `image_joins`.
     """
 
     encoder: GroupEncoder
@@ -58,11 +62,12 @@ class GroupCollator:
     aspects: tuple[str, ...] = ()
     dummy_vision: dict[str, Tensor] | None = None
     corruption: ImageCorruption | None = None
+    joins: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
         encoded = [self.encoder.encode(row) for row in rows]
-        vision = _join_vision([e.vision for e in encoded]) or dict(self.dummy_vision or {})
+        vision = _join_vision([e.vision for e in encoded], self.joins) or dict(self.dummy_vision or {})
         packed = pack(
             [
                 PromptAndResponses(
@@ -108,7 +113,7 @@ class GroupCollator:
         if self.aspects:
             batch["ratings"], batch["aspect_ratings"] = self._ratings(rows, counts)
         if self.corruption is not None:
-            batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows)) or vision
+            batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows), self.joins) or vision
         return batch
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -164,17 +169,46 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _join_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Image tensors of all groups, joined along the first dimension; further dimensions are padded with zeros, as
-    processors pad their batches."""
-    keys = [key for part in parts for key in part]
-    return {key: _join([part[key] for part in parts if key in part]) for key in dict.fromkeys(keys)}
+def image_joins(encoder: GroupEncoder) -> dict[str, int]:
+    """Image tensors of a processor that it joins along another dimension than the first, found by giving it two images
+    alone and together."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    images = [Image.new("RGB", size, "grey") for size in ((56, 56), (112, 56))]
+    try:
+        rows = [{"images": [image], "prompt": message, "responses": ["x"]} for image in images]
+        alone = [encoder.encode(row).vision for row in rows]
+        text = encoder.render(rows[0])
+        together = encoder.processor(
+            text=[text, text], images=[[image] for image in images], padding=True, return_tensors="pt"
+        )
+    except Exception:  # a processor that takes no two texts: its tensors are joined along the first dimension
+        logger.debug("%s takes no batch", type(encoder.processor).__name__, exc_info=True)
+        return {}
+    out = {}
+    for key, joined in together.items():
+        parts = [part[key] for part in alone if isinstance(part.get(key), Tensor)]
+        if len(parts) < 2 or not isinstance(joined, Tensor) or joined.dim() != parts[0].dim():
+            continue
+        sums = [sum(p.shape[d] for p in parts) == joined.shape[d] for d in range(joined.dim())]
+        if not sums[0] and any(sums):
+            out[key] = sums.index(True)
+    return out
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+def _join_vision(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, int]) -> dict[str, Any]:
+    """Image tensors of all groups, joined along the first dimension, or the one in `joins`; further dimensions are
+    padded with zeros, as processors pad their batches. What is no tensor is a list with an entry per image."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: _join([part[key] for part in parts if key in part], joins.get(key, 0)) for key in keys}
+
+
+def _join(values: Sequence[Any], dim: int) -> Any:
+    if not isinstance(values[0], Tensor):
+        return [item for value in values for item in value]
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in values), strict=True)]
     padded = []
-    for t in tensors:
-        pad = [p for have, want in zip(reversed(t.shape[1:]), reversed(shape), strict=True) for p in (0, want - have)]
+    for t in values:
+        wanted = [have if d == dim else want for d, (have, want) in enumerate(zip(t.shape, shape, strict=True))]
+        pad = [p for have, want in zip(reversed(t.shape), reversed(wanted), strict=True) for p in (0, want - have)]
         padded.append(torch.nn.functional.pad(t, pad) if any(pad) else t)
-    return torch.cat(padded)
+    return torch.cat(padded, dim)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from silkie.model.families import causal_lm, language_model, shell
+from silkie.model.vision import vision_parts
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,12 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Modules and parameters of a model that an adapter goes on, by their full names."""
+    """Modules and parameters of a model that an adapter goes on, by their full names, and a regular expression of what
+    it does not go on: the parts that make features."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
+    outside: str
 
     @property
     def pattern(self) -> str:
@@ -83,7 +86,8 @@ def lora_targets(source: Any) -> Targets:
         elif not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
             own = module.named_parameters(recurse=False)
             parameters += [f"{name}.{key}" for key, p in own if p.dim() == 3 and min(p.shape) > 1]
-    return Targets(modules=tuple(modules), parameters=tuple(parameters))
+    parts = "|".join(re.escape(name) for name, _ in vision_parts(base))
+    return Targets(modules=tuple(modules), parameters=tuple(parameters), outside=rf"^(?:{parts})(?:\..*)?$")
 
 
 def default_lora_targets(source: Any) -> str:
@@ -118,6 +122,8 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
         )
     elif experts:
         config.target_parameters = experts
+        # peft rewrites the targets of some mixtures of experts to bare names, which towers of features share
+        config.exclude_modules = config.exclude_modules or targets.outside
     logger.info("LoRA targets: the linear layers%s of the language model", " and experts" if experts else "")
     return config
 

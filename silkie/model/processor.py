@@ -138,6 +138,14 @@ def image_only_class(
     return type(cls.__name__, (cls, _without_parts(cls, parts)), members)
 
 
+def ask_for_token_types(processor: Any, forward: Any) -> None:
+    """Makes a processor return the types of its tokens (text, image) where a model's forward takes them: some models
+    need them and are shipped with a processor that gives them only when asked."""
+    wanted = "mm_token_type_ids" in inspect.signature(forward).parameters
+    if wanted and hasattr(processor, "return_mm_token_type_ids"):
+        processor.return_mm_token_type_ids = True
+
+
 def _without_parts(cls: type[ProcessorMixin], parts: list[str]) -> type[ProcessorMixin]:
     """What `cls.__init__` calls as its parent: keeps only `parts` of what the class hands over."""
     full = cls.get_attributes()

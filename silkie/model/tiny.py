@@ -61,16 +61,40 @@ _SIZES: dict[str, int] = {
 _LAYERS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
 
 # What the names do not tell: type -> part of its config ("" for the top) -> values.
-_OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {}
+_OMNI = {"vision_start_token_id": "<vision_bos>", "audio_start_token_id": "<audio_bos>"}
+_OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma3": {"": {"image_token_index": "<image>"}},
+    "glm4v_moe": {"text_config": {"topk_group": 1}},
+    "kimi_k25": {"text_config": {"topk_group": 1, "head_dim": 8}},
+    "dots3_note": {"text_config": {"topk_group": 1, "num_key_value_heads": 4}},
+    "mistral_large4": {"text_config": {"topk_group": 1}},
+    "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": {"layer_types": ["conv", "full_attention"]}},
+    "nemotron_h_omni": {"text_config": {"topk_group": 1}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
+    "qwen2_5_omni_thinker": {"": _OMNI},
+    "qwen3_omni_moe_thinker": {"": _OMNI},
+    "step3p7": {"text_config": {"sliding_window": 6}},
+}
+_OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "gemma3": {"_image": "<boi>"},
+    "qianfan_ocr": {"_image": "<image>"},
     "gemma3n": {"_image": "<boi>"},
     "glm_ocr": {"_class": "Glm46VProcessor", "_images": {"pil": "Glm46VImageProcessorPil"}},
     "glmga": {"_class": "Glm46VProcessor"},
     "glm4v_moe": {"_images": {"pil": "Glm4vImageProcessorPil"}},
     "qwen3_vl_moe": {"_images": {"pil": "Qwen2VLImageProcessorPil"}},
-    "qwen2_5_omni_thinker": {"_class": "Qwen2_5OmniProcessor", "_images": {"pil": "Qwen2VLImageProcessorPil"}},
-    "qwen3_omni_moe_thinker": {"_class": "Qwen3OmniMoeProcessor", "_images": {"pil": "Qwen2VLImageProcessorPil"}},
+    "qwen2_5_omni_thinker": {
+        "_class": "Qwen2_5OmniProcessor",
+        "_image": _OMNI_IMAGE,
+        "_images": {"pil": "Qwen2VLImageProcessorPil"},
+    },
+    "qwen3_omni_moe_thinker": {
+        "_class": "Qwen3OmniMoeProcessor",
+        "_image": _OMNI_IMAGE,
+        "_images": {"pil": "Qwen2VLImageProcessorPil"},
+    },
     "smolvlm": {"_class": "Idefics3Processor"},  # its own differs for videos only, and wants a further package
 }
 
@@ -109,11 +133,10 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
     """The default config of a type with small numbers, and the token ids of a processor."""
     cls = CONFIG_MAPPING[model_type]
     default = cls()
-    parts = {
-        name: _shrunk(getattr(default, name), name) for name in default.sub_configs if getattr(default, name, None)
-    }
+    whole = _parts(default)
+    parts = {name: _shrunk(part, name) for name, part in whole.items()}
     top = _shrunk(default, "", skip=set(parts))
-    wide = {getattr(getattr(default, name), "hidden_size", None) for name in parts} - {None}
+    wide = {getattr(part, "hidden_size", None) for part in whole.values()} - {None}
     for part in (top, *parts.values()):  # further numbers that are as wide as a part are so by its width
         part.update(
             {k: WIDTH for k, v in part.items() if isinstance(v, int) and v in wide and re.search("size|dim|width", k)}
@@ -123,13 +146,30 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
         part.update(_token_ids(part, processor))
         if "vocab_size" in part:
             part["vocab_size"] = len(tokenizer)
-        part.update(_OVERRIDES.get(model_type, {}).get(name, {}))
+        part.update(_resolved(_OVERRIDES.get(model_type, {}).get(name, {}), tokenizer))
     text = parts.get("text_config", top)
     for name, part in parts.items():
         if name != "text_config":
             part.update({k: text["hidden_size"] for k in ("out_hidden_size", "output_dim") if k in part})
-            part.update(_OVERRIDES.get(model_type, {}).get(name, {}))
+            part.update(_resolved(_OVERRIDES.get(model_type, {}).get(name, {}), tokenizer))
     return cls(**{**top, **parts})
+
+
+def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """The configs within a config. One of vision is made where it is optional and left out by default."""
+    whole = {name: getattr(config, name, None) for name in config.sub_configs}
+    if "vision_config" in whole and whole["vision_config"] is None:
+        spec: Any = config.sub_configs["vision_config"]
+        whole["vision_config"] = getattr(spec, "config_class", spec)()
+    return {name: part for name, part in whole.items() if part is not None}
+
+
+def _resolved(values: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Overrides with the ids of the tokens that they name as "<...>"."""
+    return {
+        k: tokenizer.convert_tokens_to_ids(v) if isinstance(v, str) and v.startswith("<") else v
+        for k, v in values.items()
+    }
 
 
 def _shrunk(config: PretrainedConfig, name: str, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -145,6 +185,8 @@ def _shrunk(config: PretrainedConfig, name: str, skip: set[str] | frozenset[str]
             out[key] = _shrunk(getattr(config, key), name or key)
         else:
             out[key] = _shrunk_value(key, value, count, layers)
+    if out.get("kv_lora_rank"):  # latent attention: keys are made for every head
+        out["num_key_value_heads"] = out["num_attention_heads"]
     return _with_rope(out, config)
 
 
@@ -232,8 +274,11 @@ def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str
         if not match or isinstance(value, (list, Mapping)):
             continue
         name = f"{match[1]}_token"
+        number = getattr(processor, f"{name}_id", None)
         found = getattr(processor, name, None) or getattr(tokenizer, name, None)
-        if isinstance(found, str):
+        if isinstance(number, int):
+            out[key] = number
+        elif isinstance(found, str):
             out[key] = tokenizer.convert_tokens_to_ids(found)
         elif value is not None or match[1] in ("pad", "bos", "eos"):
             out[key] = {
@@ -248,17 +293,23 @@ def _token_ids(fields: Mapping[str, Any], processor: ProcessorMixin) -> dict[str
 
 
 def tiny_processor(model_type: str) -> ProcessorMixin:
-    """The type's processor for images of about 56 pixels, with a word-level tokenizer that knows its special tokens."""
+    """The type's processor, for images of about 56 pixels, and a word-level tokenizer with its special tokens."""
     cls, override = _processor_class(model_type), _PROCESSORS.get(model_type, {})
     images = _image_processor(model_type)
     tokenizer = _tokenizer(model_type, cls)
-    image_only = image_only_class(cls, without=("video_processor", "feature_extractor", "audio_processor"))
+    without = ["feature_extractor", "audio_processor"]
+    video = _video_processor(model_type) if "video_processor" in cls.get_attributes() else None
+    image_only = image_only_class(cls, without=(*without, *([] if video else ["video_processor"])))
     accepted = inspect.signature(cls.__init__).parameters
     known: dict[str, Any] = {"patch_size": PATCH, "num_image_tokens": 16, "image_seq_length": 4, "image_seq_len": 4}
-    if "spatial_merge_size" in accepted and hasattr(images, "merge_size"):
-        known["spatial_merge_size"] = images.merge_size
+    config = CONFIG_MAPPING[model_type]()
+    for part in (config, getattr(config, "vision_config", None)):
+        known["spatial_merge_size"] = known.get("spatial_merge_size") or getattr(part, "spatial_merge_size", None)
+    known = {name: value for name, value in known.items() if value is not None}
     more: dict[str, Any] = {name: value for name, value in known.items() if name in accepted}
     more.update({name: value for name, value in override.items() if not name.startswith("_")})
+    if video:
+        more["video_processor"] = video
     if "chat_template" in accepted:
         more["chat_template"] = "x"
     processor = image_only(image_processor=images, tokenizer=tokenizer, **more)
@@ -289,14 +340,24 @@ def _image_processor(model_type: str) -> Any:
     settings = {k: _small(getattr(default, k, None)) for k in ("size", "crop_size", "max_image_size", "pad_size")}
     fewer = {"max_patches": 4, "max_num_tiles": 2, "max_soft_tokens": 70, "max_image_tiles": 2}
     settings.update({k: v for k, v in fewer.items() if hasattr(default, k)})
-    settings.update(_same_as_vision(default, CONFIG_MAPPING[model_type]()))
+    config = CONFIG_MAPPING[model_type]()
+    settings.update(_same_as_vision(default, _parts(config).get("vision_config")))
     settings.update(override.get("_settings", {}))
     return cls(**{k: v for k, v in settings.items() if v is not None})
 
 
-def _same_as_vision(images: Any, config: PretrainedConfig) -> dict[str, Any]:
+def _video_processor(model_type: str) -> Any:
+    """The type's video processor, which some processors read settings of; None where it cannot be had."""
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+    found: Any = VIDEO_PROCESSOR_MAPPING_NAMES.get(model_type)
+    name = found.get("torchvision") if isinstance(found, Mapping) else found
+    return getattr(transformers, name)() if name and torchvision_works() else None
+
+
+def _same_as_vision(images: Any, vision: PretrainedConfig | None) -> dict[str, Any]:
     """Settings of an image processor that the vision config decides."""
-    vision, out = getattr(config, "vision_config", None), {}
+    out = {}
     for name, theirs in (
         ("patch_size", ("patch_size",)),
         ("merge_size", ("spatial_merge_size", "merge_size")),

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.batch.collator import GroupCollator
+from silkie.batch.collator import GroupCollator, image_joins
 from silkie.batch.encoding import GroupEncoder
 from silkie.data.schema import group_features
 from silkie.model.adapters import Coverage, coverage, with_default_targets
@@ -29,6 +29,7 @@ from silkie.model.families import causal_lm, check_merges_images
 from silkie.model.forward import Scorer
 from silkie.model.layout import choose_layout
 from silkie.model.positions import PromptPositions
+from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import describe_vision, vision_is_frozen
 from silkie.training.self_test import plain_logps
 
@@ -97,6 +98,7 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
     start, verdict = time.monotonic(), Verdict(name=name)
     try:
         check_merges_images(model)
+        ask_for_token_types(processor, type(causal_lm(model)).forward)
         encoder = GroupEncoder(processor)
         for row in rows:
             encoder.encode(row)
@@ -180,6 +182,7 @@ def _layout(
         layout=layout,
         pad_id=tokenizer.pad_token_id,
         image_token_id=getattr(base.config, "image_token_id", None),
+        joins=image_joins(encoder),
     )
     scorer = Scorer(attention=Attention(backend="sdpa", layout=layout))
     try:
@@ -207,16 +210,19 @@ def _gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _without_dropout(model: Any) -> Any:
-    """Training mode, which some models compute differently, with every dropout off."""
-    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    rates = [m.p for m in drops]
-    for module in drops:
-        module.p = 0.0
+    """Training mode, which some models compute differently, with every dropout and every skipped path off."""
+    random = [(m, name, getattr(m, name)) for m in model.modules() for name in ("p", "drop_prob") if _rate(m, name)]
+    for module, name, _ in random:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
-        for module, rate in zip(drops, rates, strict=True):
-            module.p = rate
+        for module, name, rate in random:
+            setattr(module, name, rate)
+
+
+def _rate(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(vars(module).get(name), float)
 
 
 def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout: Any) -> None:

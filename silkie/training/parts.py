@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision
+from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision, image_joins
 from silkie.batch.encoding import GroupEncoder
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
@@ -74,6 +74,7 @@ def build_collator(
         groups_per_row=choice.groups_per_row,
         aspects=aspects,
         corruption=corruption if corrupted else None,
+        joins=image_joins(encoder),
         dummy_vision=blank_vision(encoder) if dummy_image else None,
     )
 

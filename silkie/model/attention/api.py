@@ -94,7 +94,7 @@ class Attention:
             yield
 
     def build(self, name: str, batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
-        """The mask of packed rows in the backend's form.
+        """The mask of packed rows in the backend's form; None where a dense one must do.
 
         Args:
             name: the model's, for the error.
@@ -110,7 +110,7 @@ class Attention:
                 " causal: use attention_backend='flex' or 'sdpa'."
             )
         if two_way is not None and self.backend == "segments":
-            return _dense_bool(batch, window, two_way)
+            return None
         if self.backend == "segments":
             return _segments(batch, window)
         kept = batch.setdefault(_KEPT, {})  # small, and the reference pass needs the same

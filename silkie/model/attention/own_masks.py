@@ -35,7 +35,8 @@ def packed_masks(
         implementation: name of the language model's attention implementation.
         text_configs: ids of the config objects of the language model; masks of other parts (vision) stay as they are.
         batch: from `GroupCollator`, packed, one group per row unless `build` skips what is masked.
-        build: makes a backend's mask of a plain causal or sliding rule. None: a dense mask for every rule.
+        build: makes a backend's mask of a plain causal or sliding rule, or None where it has no form for one. None: a
+            dense mask for every rule.
         float_mask: dense masks are added to the scores (eager attention) instead of boolean.
     """
     mapping = ALL_MASK_ATTENTION_FUNCTIONS
@@ -46,8 +47,10 @@ def packed_masks(
         ours = id(rule["config"]) in text_configs and rule["q_length"] == rule["kv_length"] == length
         if not ours or rule["batch_size"] != rows:
             return stock(**rule)
-        if build is not None and (plain := _plain_rule(rule)) is not None:
-            return build(batch, *plain)
+        plain = _plain_rule(rule) if build is not None else None
+        built = build(batch, *plain) if build is not None and plain is not None else None
+        if built is not None:
+            return built
         mask = _dense(rule, batch)
         return added(mask, rule["dtype"]) if float_mask else mask
 
