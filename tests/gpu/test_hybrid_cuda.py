@@ -11,8 +11,8 @@ from tests.support.scoring import collate, gradients, score
 from tests.support.tiny import tiny_processor
 
 pytestmark = pytest.mark.gpu
-# heads of 64: kernels want more than the tiny model's 8
-WIDE = dict(hidden=128, linear_key_head_dim=64, linear_value_head_dim=64)
+# heads of 128, as Qwen's models have: kernels want many, FlashQLA no others
+WIDE = dict(hidden=128, linear_key_head_dim=128, linear_value_head_dim=128)
 
 
 def run(dtype, layout, backend="sdpa", device="cuda"):
@@ -45,17 +45,21 @@ def error(found, truth):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_forked_layers_are_as_exact_as_separate_rows(truth, dtype, backend):
-    rows, packed = run(dtype, "rows"), run(dtype, "packed", backend)
+    try:
+        rows = run(dtype, "rows")
+    except AssertionError as refusal:  # flash-linear-attention's gated delta rule takes half precision only
+        assert dtype is torch.float32 and "float32" in str(refusal)
+        pytest.skip(str(refusal))
+    packed = run(dtype, "packed", backend)
     noise = (rows[0] - truth[0]).abs().max()
     assert noise > 0 and (packed[0] - truth[0]).abs().max() <= 2 * noise + 1e-4
     assert error(packed[1], truth[1]) <= 2 * error(rows[1], truth[1]) + 1e-5
     assert error(packed[1], truth[1]) < 0.3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probe_accepts_the_installed_kernels(dtype):
-    """Where this fails, a run goes to rows with the reason; with FlashQLA installed, FLA_FLASH_QLA=0 switches it off."""
-    assert why_not_forkable(qwen3_5_config(**WIDE), torch.device("cuda"), dtype) is None
+def test_the_probe_accepts_the_installed_kernels():
+    """Where this fails, a run goes to rows and says why: see which kernel is installed (FlashQLA goes first)."""
+    assert why_not_forkable(qwen3_5_config(**WIDE), torch.device("cuda"), torch.bfloat16) is None
 
 
 def test_a_plan_is_made_without_waiting_for_the_device():

@@ -3,9 +3,12 @@ gradients against separate rows, in float64 with the modelling code in float64: 
 """
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
+import transformers.models.qwen3_5.modeling_qwen3_5
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,17 +244,49 @@ def test_the_probe_accepts_what_is_exact(name, dtype):
 
 
 def test_the_probe_refuses_mamba_1_which_forgets_its_state():
-    reason = why_not_forkable(backbone_config("jamba"), torch.device("cpu"), torch.float32)
-    assert "JambaMambaMixer does not start from the state of a prompt" in reason
+    for dtype in (torch.float32, torch.bfloat16):
+        reason = why_not_forkable(backbone_config("jamba"), torch.device("cpu"), dtype)
+        assert "JambaMambaMixer does not start from the state of a prompt" in reason
 
 
 @pytest.mark.parametrize("what", ["state detached", "convolution detached", "convolution not carried"])
 def test_the_probe_sees_what_log_probs_do_not(what, monkeypatch):
-    """As a kernel would do it that has no gradient for its initial state."""
     monkeypatch.setattr(Broken, "what", what)
     monkeypatch.setattr(fork, "States", Broken)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert "does not start from" in why_not_forkable(backbone_config("qwen3_5"), torch.device("cpu"), dtype)
+    assert "does not start from" in why_not_forkable(backbone_config("qwen3_5"), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_runs_the_kernels_that_the_model_has_bound(dtype, monkeypatch):
+    """One whose backward pass sends nothing to its initial state, as `fused_recurrent` and a broken build would."""
+    code = transformers.models.qwen3_5.modeling_qwen3_5
+    rule = code.torch_chunk_gated_delta_rule
+    config, device = backbone_config("qwen3_5"), torch.device("cpu")
+
+    @functools.wraps(inspect.unwrap(rule))
+    def without_gradient(*args, initial_state=None, **kwargs):
+        return rule(*args, initial_state=None if initial_state is None else initial_state.detach(), **kwargs)
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", without_gradient)
+    reason = why_not_forkable(config, device, dtype)
+    assert "with the kernels of this run" in reason and "prompt gradients are off by" in reason
+    assert code.torch_chunk_gated_delta_rule is without_gradient  # put back
+
+
+def test_the_probe_takes_kernels_that_refuse_float32(monkeypatch):
+    """As flash-linear-attention's gated delta rule does."""
+    code = transformers.models.qwen3_5.modeling_qwen3_5
+    rule = code.torch_chunk_gated_delta_rule
+    config, device = backbone_config("qwen3_5"), torch.device("cpu")
+
+    @functools.wraps(inspect.unwrap(rule))
+    def half_only(query, *args, **kwargs):
+        assert query.dtype != torch.float32, "does not support float32"
+        return rule(query, *args, **kwargs)
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", half_only)
+    assert why_not_forkable(config, device, torch.bfloat16) is None
+    assert "does not support float32" in why_not_forkable(config, device, torch.float32)
 
 
 # -- through the trainer

@@ -9,7 +9,10 @@ Legend: R responses, D hidden.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,9 +45,8 @@ def why_not_forkable(config: PretrainedConfig, device: torch.device, dtype: torc
     if len(found) != layers:
         return f"{layers} of its layers are recurrent, but {len(found)} modules keep states in transformers' cache"
     for mixer in {type(m): m for _, m in found}.values():
-        for precision in dict.fromkeys((torch.float32, dtype)):  # half precision hides much in its rounding
-            if reason := _why_not_exact(mixer, skeleton.config.get_text_config(), device, precision):
-                return reason
+        if reason := _why_not_exact(mixer, skeleton.config.get_text_config(), device, dtype):
+            return reason
     return None
 
 
@@ -64,30 +66,58 @@ def _skeleton(config: PretrainedConfig) -> Any:
 
 
 def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Prompts and responses of a mixer with random weights, forked and one sequence at a time."""
-    name = type(mixer).__name__
+    """Prompts and responses of a mixer with random weights, forked and one sequence at a time: in float32 with
+    transformers' own code, which shows what the mixer does with a state (half precision hides much in its rounding),
+    then in the dtype and with the kernels of the run, which shows what they do."""
     row, segments = _row()
     hidden = torch.randn(1, row, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         twin = _twin(mixer, device)
-        truth = _results(twin, hidden, segments, fork=False)
+        with _without_kernels(type(mixer)):
+            truth = _results(twin, hidden, segments, fork=False)
+            plain = _results(twin, hidden, segments, fork=True)
+        if reason := _difference(type(mixer), "transformers' code in float32", plain, truth, truth):
+            return reason
+        twin, hidden = twin.to(dtype), hidden.to(dtype)
+        alone = _results(twin, hidden, segments, fork=False)
+        forks = _results(twin, hidden, segments, fork=True)
     except Exception as problem:  # whatever a module may raise that is used to living in its model
-        return f"{name} cannot be tried out by itself ({type(problem).__name__}: {problem})"
-    twin, hidden = twin.to(dtype), hidden.to(dtype)
-    rounding = _results(twin, hidden, segments, fork=False)
-    try:
-        results = _results(twin, hidden, segments, fork=True)
-    except Exception as problem:
-        return f"{name} does not run from the state of a prompt ({type(problem).__name__}: {problem})"
-    for what in truth:
-        error, allowed = _error(results[what], truth[what]), 3 * _error(rounding[what], truth[what]) + _ROOM
-        if not error <= allowed:
+        return f"{type(mixer).__name__} cannot be tried out by itself ({type(problem).__name__}: {problem})"
+    return _difference(
+        type(mixer), f"the kernels of this run in {str(dtype).removeprefix('torch.')}", forks, alone, truth
+    )
+
+
+def _difference(
+    mixer: type[nn.Module], what: str, forks: dict[str, Tensor], alone: dict[str, Tensor], truth: dict[str, Tensor]
+) -> str | None:
+    """Why forked results do not count as those of sequences that are run alone: they are further from the truth than
+    rounding explains."""
+    errors = {}
+    for part in truth:
+        errors[part], allowed = _error(forks[part], truth[part]), 3 * _error(alone[part], truth[part]) + _ROOM
+        if not errors[part] <= allowed:
             return (
-                f"{name} does not start from the state of a prompt as if it had read the prompt: {what} are off by"
-                f" {error:.2g} in {dtype} on {device.type} (allowed {allowed:.2g})"
+                f"{mixer.__name__} does not start from the state of a prompt as if it had read the prompt: with {what},"
+                f" {part} are off by {errors[part]:.2g} (allowed {allowed:.2g})"
             )
-        logger.info("%s starts from the state of a prompt: %s within %.2g", name, what, error)
+    found = ", ".join(f"{part} within {error:.2g}" for part, error in errors.items())
+    logger.info("%s starts from the state of a prompt with %s: %s", mixer.__name__, what, found)
     return None
+
+
+@contextmanager
+def _without_kernels(mixer: type[nn.Module]) -> Iterator[None]:
+    """Within the context, a mixer's forward runs transformers' PyTorch code in place of the kernels that it has bound
+    (some refuse float32, some have a backward pass that is to be tried, not trusted)."""
+    scope = inspect.unwrap(mixer.forward).__globals__
+    bound = {name: scope[name] for name in inspect.unwrap(mixer.forward).__code__.co_names if name in scope}
+    kernels = {name: f for name, f in bound.items() if callable(f) and hasattr(f, "__wrapped__")}
+    scope.update({name: inspect.unwrap(f) for name, f in kernels.items()})
+    try:
+        yield
+    finally:
+        scope.update(kernels)
 
 
 def _twin(mixer: nn.Module, device: torch.device) -> nn.Module:
