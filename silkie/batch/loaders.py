@@ -31,11 +31,12 @@ GROUP_COLUMNS = [
 _MEASURED = {"row", "prompt_length", "response_lengths"}  # what `silkie.batch.preparation` adds
 
 
-def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str) -> Dataset:
+def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str, source_format: str | None = None) -> Dataset:
     """A dataset of preference groups: groups as they are, TRL pair rows and other known formats regrouped.
 
     Args:
         name: of the dataset in messages.
+        source_format: see `load_preferences`.
 
     Raises:
         TypeError: it is not a `datasets.Dataset`.
@@ -53,7 +54,9 @@ def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str) -> Dataset:
         if len(set(dataset["row"])) < len(dataset):  # joined from several: a number must name one row
             dataset = dataset.remove_columns("row")
         return dataset
-    return dataset if is_group_features(dataset.features) else load_preferences(dataset, on_error=on_bad_row)
+    if is_group_features(dataset.features) and dataset.format["type"] != "custom":
+        return dataset
+    return load_preferences(dataset, on_error=on_bad_row, source_format=source_format)
 
 
 def is_prepared(dataset: Any) -> bool:

@@ -41,7 +41,7 @@ def check_group(group: Mapping[str, Any], row: Row, *, aspects: Sequence[str] | 
     if (parts := count_images(prompt)) != len(images):
         found = Found(f"{parts} image part(s) for {len(images)} image(s)")
         raise row.error("prompt", found, "one image part per image")
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise row.error("prompt", Found(f"a last turn of role {prompt[-1]['role']!r}"), CONVERSATION)
     for name in PER_RESPONSE:
         values = group.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from silkie.data.registry import Found, Row
@@ -15,7 +16,9 @@ from silkie.data.schema import (
     text_turn,
     user_turn,
 )
+from silkie.data.turns import as_list
 
+PROMPT_ENDS = ("user", "tool")  # roles that an answer follows
 ROLE_NAMES = {
     "human": "user",
     "user": "user",
@@ -23,6 +26,7 @@ ROLE_NAMES = {
     "assistant": "assistant",
     "bot": "assistant",
     "system": "system",
+    "tool": "tool",
 }
 
 
@@ -35,19 +39,6 @@ def question(row: Row, text: str, images: list[ImageValue], column: str) -> Conv
         raise row.error(column, Found(str(error)), f"as many {IMAGE_PLACEHOLDER} marks as images") from error
 
 
-def as_list(value: Any) -> Any:
-    """Turns or content parts as a list: `datasets` stores a sequence of objects as one object of lists, {"role": [...],
-    ...}."""
-    lists = (
-        isinstance(value, dict)
-        and value.keys() & {"role", "from", "type"}
-        and all(isinstance(items, list) for items in value.values())
-    )
-    if lists and len(set(map(len, value.values()))) == 1:
-        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    return value
-
-
 def turn_list(row: Row, column: str) -> list[Any]:
     """A column that holds a conversation, as a list of turns that are not checked yet."""
     value = as_list(row.require(column, (list, dict), "a list of turns"))
@@ -57,7 +48,7 @@ def turn_list(row: Row, column: str) -> list[Any]:
 
 
 def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) -> Conversation:
-    """A list of turns, as {"role", "content"} or ShareGPT's {"from", "value"}, ending with a user turn.
+    """A list of turns, as {"role", "content"} or ShareGPT's {"from", "value"}, ending with a user or tool turn.
 
     Images that the turns do not place go in front of the first user turn. Images embedded in the content parts are
     appended to `images`."""
@@ -65,13 +56,15 @@ def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) ->
     if not isinstance(turns, (list, tuple)) or not turns:
         raise row.error(column, turns, "a list of turns")
     prompt = [_turn(row, turn, images, f"{column}[{index}]") for index, turn in enumerate(turns)]
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in PROMPT_ENDS:
         raise row.error(
             column, Found(f"a last turn of role {prompt[-1]['role']!r}"), "a conversation that ends with a user turn"
         )
     placed = count_images(prompt)
     if placed == 0 and images:
-        first_user = next(turn for turn in prompt if turn["role"] == "user")
+        first_user = next((turn for turn in prompt if turn["role"] == "user"), None)
+        if first_user is None:
+            raise row.error(column, Found("no user turn"), "a user turn, in front of which the images go")
         first_user["content"] = [image_part() for _ in images] + first_user["content"]
     elif placed != len(images):
         raise row.error(column, Found(f"{placed} image mark(s) for {len(images)} image(s)"), "one mark per image")
@@ -85,6 +78,8 @@ def _turn(row: Row, turn: Any, images: list[ImageValue], column: str) -> dict[st
     role = ROLE_NAMES.get(str(name).lower())
     if role is None:
         raise row.error(column, Found(f"role {name!r}"), f"one of {', '.join(ROLE_NAMES)}")
+    if content is None and turn.get("tool_calls"):
+        return text_turn(role, "")
     if isinstance(content, str):
         if role != "user":
             return text_turn(role, content)
@@ -105,6 +100,45 @@ def _part(row: Row, part: Any, images: list[ImageValue], column: str) -> dict[st
         return image_part()
     hint = "Videos are not supported." if kind == "video" else ""
     raise row.error(column, part, 'a part {"type": "text", "text": ...} or {"type": "image"}', hint)
+
+
+def is_text_turn(turn: Any) -> bool:
+    """Whether a turn holds nothing but text and images, so that `conversation` and `answer_text` keep all of it."""
+    if not isinstance(turn, dict):
+        return True  # a text, or an error to be reported
+    filled = {key for key, value in turn.items() if value is not None}
+    return filled <= {"role", "content", "from", "value"} and turn.get("role") != "tool"
+
+
+def verbatim(turns: list[Any], conversation: Conversation) -> list[dict[str, Any]]:
+    """The turns of a prompt with all their fields, and with the content of the checked conversation, in which every
+    image has its part."""
+    return [
+        {
+            **turn,
+            "role": checked["role"],
+            **({"content": checked["content"]} if turn.get("content") is not None else {}),
+        }
+        for turn, checked in zip(turns, conversation, strict=True)
+    ]
+
+
+def same_question(turn: Any, text: str) -> bool:
+    """Whether a turn is a user's and says `text`."""
+    if not isinstance(turn, dict) or turn.get("role") != "user":
+        return False
+    content = as_list(turn.get("content"))
+    if isinstance(content, (list, tuple)):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return isinstance(content, str) and content.strip() == text.strip()
+
+
+def turns_text(row: Row, value: Any, column: str) -> str:
+    """JSON text of turns, tools or template variables."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise row.error(column, Found(str(error)), "values that JSON can hold") from error
 
 
 def answer(row: Row, column: str) -> str:

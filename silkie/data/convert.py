@@ -24,7 +24,7 @@ from silkie.data.images import ImageError, ImageResolver
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
 from silkie.data.reports import LoadReport, OnError, Problem, unforeseen
-from silkie.data.schema import DataError, RowError, SkipRow, group_features
+from silkie.data.schema import ROW_FORM, DataError, RowError, SkipRow, group_features
 from silkie.data.stored import NoPairs, stored_row
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
@@ -59,7 +59,7 @@ class Settings:
         return ImageResolver(root, self.base, allow_remote=self.allow_remote)
 
     def empty_row(self) -> dict[str, Any]:
-        return dict.fromkeys(group_features(self.aspects))
+        return dict.fromkeys([*group_features(self.aspects), *ROW_FORM])
 
 
 def write_groups(
@@ -70,6 +70,7 @@ def write_groups(
     Each block of shards has its own cache file, so that an interrupted run resumes at the block it was in.
     """
     features = group_features(settings.aspects)
+    features.update({name: datasets.Value("string") for name in ROW_FORM})
     features[PROBLEM] = datasets.Value("string")
     features[NOTES] = datasets.List(datasets.Value("string"))
     version = [
@@ -250,7 +251,8 @@ def _pack(kind: str, row: Row, reason: str, message: str, lookup: Lookup | None 
 def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
     """Move the helper columns into the report and return the sound rows."""
     sound: list[int] = []
-    helper, offset = written.select_columns([PROBLEM, NOTES]).with_format("arrow"), 0
+    helper, offset = written.select_columns([PROBLEM, NOTES, *ROW_FORM]).with_format("arrow"), 0
+    unused = set(ROW_FORM)
     for batch in helper.iter(batch_size=10_000):
         for index, packed in enumerate(batch[PROBLEM].to_pylist()):
             if packed is None:
@@ -259,6 +261,7 @@ def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
                 kind, row, reason, message, _ = json.loads(packed)
                 report.problems.append(Problem(kind=kind, row=row, reason=reason, message=message))
         report.notes.update(note for notes in batch[NOTES].to_pylist() for note in notes or [])
+        unused -= {name for name in unused if batch[name].null_count < len(batch)}
         offset += len(batch)
-    dataset = written.remove_columns([PROBLEM, NOTES])
+    dataset = written.remove_columns([PROBLEM, NOTES, *sorted(unused)])
     return dataset if len(sound) == len(written) else dataset.select(sound)

@@ -11,11 +11,12 @@ import datasets
 
 from silkie.data import raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
+from silkie.data.columns import reading
 from silkie.data.convert import Settings, collect, write_groups
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions
 from silkie.data.rebuild import rebuild_with_report
-from silkie.data.registry import Source, detect_source, get_source, source_for_hub_name
+from silkie.data.registry import SOURCES, Row, Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup_with_report
 from silkie.data.reports import LoadReport, OnError, Problem
 from silkie.data.schema import DataError, is_group_features
@@ -39,6 +40,7 @@ def load_preferences(
     pairs: str | PairOptions | PairFunction = "all",
     on_error: OnError = "raise",
     allow_remote_images: bool = False,
+    source_format: str | None = None,
     format: str | None = None,
     aspects: Sequence[str] | None = None,
     regroup_pairs: bool = True,
@@ -63,7 +65,8 @@ def load_preferences(
         allow_remote_images: fetch images that are http(s) addresses, once, into the cache; refused otherwise. With
             "skip", those that could not be fetched are tried again by the next call, as missing files are looked for
             again.
-        format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record.
+        source_format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record
+            (the log says which). `format` is its short name.
         aspects: names of the rating aspects; default: those of the first 200 records.
         regroup_pairs: join pair rows of the same image and prompt into one group.
         keep_unpaired: keep groups without any pair (for sampling or inspection; they cannot be trained on).
@@ -81,16 +84,19 @@ def load_preferences(
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, or None for this process, found {num_proc}")
     options = PairOptions.parse(pairs)
+    format = source_format if source_format is not None else format
     records, hub_name = _open(source, split, cache_dir)
     if (
         records.dataset is not None
         and is_group_features(records.dataset.features)
         and options == PairOptions()
         and format is None
+        and records.dataset.format["type"] != "custom"
     ):
         dataset, report = _as_it_is(records, keep_unpaired)
         return _finished(dataset, report, return_report)
     adapter = _choose(records, hub_name, format)
+    _log_columns(records, adapter)
     names = _aspects(records, adapter, aspects)
     root = None if image_root is None else os.path.abspath(os.fspath(image_root))
     if root is not None:
@@ -196,7 +202,38 @@ def _choose(records: raw.Records, hub_name: str | None, format: str | None) -> S
     first = next(records.first(1), None)
     if first is None:
         raise records.nothing()
-    return detect_source(first, records.name)
+    found = detect_source(first, records.name)
+    decided = sorted(reading(first).columns) or sorted(first)
+    logger.info(
+        "%s: read as %s because of its columns %s; source_format=NAME forces another of %s",
+        records.name,
+        found.name,
+        ", ".join(decided),
+        ", ".join(SOURCES),
+    )
+    return found
+
+
+def _log_columns(records: raw.Records, source: Source) -> None:
+    """Say which columns the source does not read, found by letting it adapt the first record."""
+    first = next(records.first(1), None) or {}
+    row = Row(first, source.name, "the first record", cast(ImageResolver, _AnyImage()))
+    try:
+        source.adapt(row)
+    except Exception:  # a broken row: reported with its place when the rows are read
+        return
+    ignored = [column for column in first if column not in row.read]
+    if ignored and row.read:  # a source of the user's own may read `row.record` directly
+        logger.info(
+            "%s: ignoring the columns %s, which %s does not read", records.name, ", ".join(ignored), source.name
+        )
+
+
+class _AnyImage:
+    """Stands for an image resolver where no image is looked at."""
+
+    def resolve(self, value: Any) -> dict[str, Any]:
+        return {"bytes": None, "path": "any"}
 
 
 def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) -> tuple[str, ...]:

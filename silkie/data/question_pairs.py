@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from silkie.data.columns import reading
 from silkie.data.conversations import question
 from silkie.data.registry import Record, Row
 from silkie.data.schema import Group
 
-COLUMNS = {"question", "chosen", "rejected"}
-
 
 def is_question_pair(record: Record) -> bool:
-    return record.keys() >= COLUMNS
+    return reading(record).kind == "question"
 
 
 def question_pair(row: Row, *, identifier: str | None = None, text_only: bool = False) -> Group:

@@ -85,8 +85,12 @@ class Records:
 
 
 def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
-    """The rows of a loaded dataset. Rows are read as Arrow data, so that no image is decoded and no file opened."""
-    dataset = dataset.with_format("arrow")
+    """The rows of a loaded dataset. Rows are read as Arrow data, so that no image is decoded and no file opened, unless
+    `with_transform` or `set_transform` makes them."""
+    if dataset.format["type"] == "custom":
+        logger.info("%s: its transform is applied once to every row, and what it returns is kept", name)
+    else:
+        dataset = dataset.with_format("arrow")
     bounds = range(0, len(dataset), SHARD_ROWS)
     fingerprint = dataset._fingerprint
     shards = tuple(
@@ -271,6 +275,9 @@ def read(shard: Shard, dataset: datasets.Dataset | None = None) -> Iterator[tupl
     """(location, record) of every record of a shard. A line that is not JSON is yielded as its ValueError."""
     if shard.kind == "dataset":
         assert dataset is not None
+        if dataset.format["type"] == "custom":
+            yield from ((f"row {index}", dataset[index]) for index in range(shard.start, shard.stop))
+            return
         for start in range(shard.start, shard.stop, PARQUET_BATCH):
             table = dataset[start : min(start + PARQUET_BATCH, shard.stop)]
             yield from ((f"row {index}", record) for index, record in enumerate(table.to_pylist(), start=start))

@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Source:
     """A registered data format.
 
     Attributes:
-        name: what `format=` takes.
+        name: what `source_format=` takes.
         adapt: record -> group.
         detect: True for a record of this format (its keys are the columns).
         hub_names: dataset names on the hub that have this format.
@@ -92,10 +92,11 @@ def detect_source(record: Record, where: str) -> Source:
     if matches:
         names = ", ".join(source.name for source in matches)
         raise DataError(
-            f"{where}: its columns ({columns}) fit several formats: {names}. Pass format=NAME to choose one."
+            f"{where}: its columns ({columns}) fit several formats: {names}. Pass source_format=NAME to choose one."
         )
     raise DataError(
-        f"{where}: no known format has its columns ({columns}). Known formats: {', '.join(SOURCES)}. Pass format=NAME,"
+        f"{where}: no known format has its columns ({columns}). Known formats: {', '.join(SOURCES)}. Pass"
+        " source_format=NAME,"
         " rename the columns to prompt / chosen / rejected / image, or register a source of your own"
         " (silkie.data.register_source)."
     )
@@ -103,7 +104,7 @@ def detect_source(record: Record, where: str) -> Source:
 
 def get_source(name: str) -> Source:
     if name not in SOURCES:
-        raise DataError(f"format={name!r} is not known; choose from {', '.join(SOURCES)}")
+        raise DataError(f"source_format={name!r} is not known; choose from {', '.join(SOURCES)}")
     return SOURCES[name]
 
 
@@ -131,6 +132,7 @@ class Row:
     location: str  # "row 12" or "line 12"
     resolver: ImageResolver
     lacking: str | None = None  # the path or address of an image that was not found
+    read: set[str] = field(default_factory=set)  # columns that were asked for
 
     def error(self, column: str, found: Any, expected: str, hint: str = "") -> RowError:
         """The error for a broken column. `found` is shown as a short repr, or verbatim where it is a `Found`."""
@@ -139,10 +141,12 @@ class Row:
         )
 
     def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
         return self.record.get(column, default)
 
     def require(self, column: str, kind: type | tuple[type, ...], expected: str) -> Any:
         """The value of a column that must be there and of a type."""
+        self.read.add(column)
         if column not in self.record:
             raise self.error(
                 column, Found(f"no such column (there are: {', '.join(map(repr, self.record)) or 'none'})"), expected
@@ -164,7 +168,7 @@ class Row:
 
     def image(self, column: str) -> ImageValue:
         """The image in a column: bytes, a path, or what `datasets` stores."""
-        if self.record.get(column) is None:
+        if self.get(column) is None:
             self.require(column, object, "an image")
             raise self.error(column, None, "an image")
         return self.resolve(self.record[column], column)
@@ -172,7 +176,7 @@ class Row:
     def images(self, *columns: str) -> list[ImageValue]:
         """The images in the first of `columns` that is filled: one image or a list; [] where none is filled."""
         for column in columns:
-            value = self.record.get(column)
+            value = self.get(column)
             if value is None or value == []:
                 continue
             if isinstance(value, (list, tuple)):

@@ -11,7 +11,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data.reports import RegroupReport
-from silkie.data.schema import DataError, is_group_features
+from silkie.data.schema import ROW_FORM, DataError, is_group_features
 
 
 def regroup(
@@ -57,7 +57,7 @@ def regroup_with_report(
 def _clusters(dataset: datasets.Dataset) -> list[list[int]]:
     """Row numbers by image and prompt, in order of first occurrence. Holds 16 bytes of hash per row, never an image."""
     found: dict[bytes, list[int]] = {}
-    keys = dataset.select_columns(["images", "prompt"])
+    keys = dataset.select_columns(["images", "prompt", *(name for name in ROW_FORM if name in dataset.column_names)])
     for index, row in enumerate(keys):
         found.setdefault(_key(row), []).append(index)
     return list(found.values())
@@ -73,6 +73,8 @@ def _key(row: dict[str, Any]) -> bytes:
             else b"path" + image["path"].encode()
         )
     digest.update(json.dumps(row["prompt"]).encode())
+    if form := [row[name] for name in ROW_FORM if row.get(name) is not None]:
+        digest.update(json.dumps(form).encode())
     return digest.digest()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Features, Image, List, Value
 
@@ -15,6 +15,7 @@ VLFEEDBACK_ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfuln
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 
+Form = Literal["plain", "turns"]
 ImageValue = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}: what `datasets.Image(decode=False)` stores
 Conversation = list[dict[str, Any]]
 
@@ -65,6 +66,19 @@ class Group:
     rationales: Sequence[dict[str, str | None] | None] | None = None  # [K]
     models: list[str | None] | None = None  # [K]
     id: str | None = None
+    form: Form | None = None
+    prompt_turns: str | None = None
+    tools: str | None = None
+    chat_template_kwargs: str | None = None
+
+
+# Columns of a group whose prompt and responses do not say all that its row did; absent where no row of a dataset needs
+# them.
+#   form: "plain": prompt and responses are text without a chat template; "turns": each response is the JSON text of a
+#       list of turns.
+#   prompt_turns: JSON text of the prompt's turns, where they hold tool calls or other fields than text and images.
+#   tools, chat_template_kwargs: JSON text of what the chat template is given for this row.
+ROW_FORM = ("form", "prompt_turns", "tools", "chat_template_kwargs")
 
 
 def group_features(aspects: Iterable[str] = ()) -> Features:
@@ -100,7 +114,10 @@ def aspects_of(features: Features) -> tuple[str, ...]:
 
 def is_group_features(features: Features) -> bool:
     """True where `features` are exactly those of a dataset that `load_preferences` has written."""
-    return {"prompt", "responses", "pairs"} <= set(features) and features == group_features(aspects_of(features))
+    if not {"prompt", "responses", "pairs"} <= set(features):
+        return False
+    more = {name: Value("string") for name in ROW_FORM if name in features}
+    return features == Features({**group_features(aspects_of(features)), **more})
 
 
 def user_turn(text: str, n_images: int = 0) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from silkie.data.check import check_group, check_pairs, check_storable
 from silkie.data.pairs import PairOptions, build_pairs, filter_given, is_weight, same_text
 from silkie.data.registry import Found, Row
-from silkie.data.schema import Group
+from silkie.data.schema import ROW_FORM, Group
 
 
 class NoPairs(Exception):
@@ -34,6 +34,7 @@ def stored_row(
         "prompt": group.prompt,
         "responses": group.responses,
         "models": group.models,
+        **{name: getattr(group, name) for name in ROW_FORM},
     }
     if aspects:
         stored["ratings"] = (

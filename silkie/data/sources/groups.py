@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from silkie.data.columns import reading
 from silkie.data.conversations import conversation, question
 from silkie.data.pairs import is_weight, parse_rating
 from silkie.data.registry import Found, Record, Row, register_source
@@ -24,7 +25,7 @@ def aspects(record: Record) -> Iterable[str]:
 
 @register_source(
     "groups",
-    detect=lambda record: {"prompt", "responses"} <= record.keys(),
+    detect=lambda record: reading(record).kind == "group",
     aspects=aspects,
     pair_rows=False,
 )

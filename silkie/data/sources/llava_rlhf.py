@@ -3,6 +3,7 @@
 The conversation ends with an assistant turn that the outputs stand in for.
 """
 
+from silkie.data.columns import reading
 from silkie.data.conversations import ROLE_NAMES, answer_text, conversation, turn_list
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
@@ -11,7 +12,7 @@ from silkie.data.schema import Group
 @register_source(
     "llava-rlhf",
     hub_names=("zhiqings/LLaVA-Human-Preference-10K",),
-    detect=lambda record: {"conversations", "output_1", "output_2", "preference"} <= record.keys(),
+    detect=lambda record: reading(record).kind == "comparison",
 )
 def llava_rlhf(row: Row) -> Group:
     preference = str(row.require("preference", (int, str), "1 or 2")).strip()

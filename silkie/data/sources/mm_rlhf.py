@@ -1,13 +1,22 @@
 """MM-RLHF's dpo_pairs.jsonl: prompt, chosen, rejected, and an image or a video. Video rows and marked ties are dropped
 and counted."""
 
+from silkie.data.columns import reading
 from silkie.data.conversations import answer, question
 from silkie.data.registry import Record, Row, register_source
 from silkie.data.schema import Group, SkipRow
 
+MARKS = {"is_tie", "video"}
+
 
 def detect(record: Record) -> bool:
-    return {"prompt", "chosen", "rejected"} <= record.keys() and bool(record.keys() & {"is_tie", "video"})
+    return has_marks(record) and reading(record).kind == "pair"
+
+
+def has_marks(record: Record) -> bool:
+    """Whether a pair row has what sets MM-RLHF's apart: a text prompt, an image or a video, and a column of marks."""
+    media = record.keys() & {"image", "images", "video"}
+    return isinstance(record.get("prompt"), str) and bool(record.keys() & MARKS and media)
 
 
 @register_source("mm-rlhf", hub_names=("yifanzhang114/MM-RLHF",), detect=detect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+from silkie.data.columns import reading
 from silkie.data.conversations import question
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
@@ -15,7 +16,7 @@ KEYS = ("question", "chosen", "rejected")
 @register_source(
     "rlhf-v",
     hub_names=("openbmb/RLHF-V-Dataset",),
-    detect=lambda record: "text" in record and bool(record.keys() & {"image", "image_path"}),
+    detect=lambda record: reading(record).kind == "text",
 )
 def rlhf_v(row: Row) -> Group:
     text = row.require("text", (str, dict), "a JSON object with question, chosen and rejected")

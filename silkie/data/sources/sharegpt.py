@@ -3,18 +3,15 @@ instructions."""
 
 from __future__ import annotations
 
+from silkie.data.columns import reading
 from silkie.data.conversations import answer, conversation, turn_list
-from silkie.data.registry import Record, Row, register_source
+from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
-RANKED = {"chosen", "rejected"}
 
-
-def detect(record: Record) -> bool:
-    return record.keys() >= RANKED and bool(record.keys() & {"conversations", "messages"})
-
-
-@register_source("sharegpt", hub_names=("Zhihui/VLFeedback",), detect=detect)
+@register_source(
+    "sharegpt", hub_names=("Zhihui/VLFeedback",), detect=lambda record: reading(record).kind == "conversation"
+)
 def sharegpt(row: Row) -> Group:
     column = "messages" if "messages" in row.record else "conversations"
     turns = turn_list(row, column)
@@ -30,7 +27,7 @@ def sharegpt(row: Row) -> Group:
     )
 
 
-@register_source("alpaca", detect=lambda record: {"instruction", *RANKED} <= record.keys())
+@register_source("alpaca", detect=lambda record: reading(record).kind == "instruction")
 def alpaca(row: Row) -> Group:
     images = row.images("images", "image")
     turns = [{"role": "system", "content": row.get("system")}] if row.get("system") else []

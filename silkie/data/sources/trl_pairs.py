@@ -1,27 +1,34 @@
 """TRL's preference rows: prompt, chosen and rejected as strings or conversations, `image` or `images`.
 
-The prompt may be implicit (the shared beginning of chosen and rejected); TRL's own function extracts it.
+The prompt may be implicit (the shared beginning of chosen and rejected); TRL's own function extracts it. Rows of strings
+are plain text, as in TRL: the chat template is for conversations. Further columns are ignored, as TRL does.
 """
 
 from __future__ import annotations
 
-from silkie.data.conversations import answer, answer_text, as_list, conversation, question
-from silkie.data.registry import Record, Row, register_source
-from silkie.data.schema import Group
-from silkie.data.sources.mm_rlhf import skip_tie
+import json
+from typing import Any
+
+from silkie.data.columns import reading
+from silkie.data.conversations import (
+    answer_text,
+    as_list,
+    conversation,
+    is_text_turn,
+    question,
+    same_question,
+    turns_text,
+    verbatim,
+)
+from silkie.data.registry import Found, Record, Row, register_source
+from silkie.data.schema import Group, image_part, text_part
+from silkie.data.sources.mm_rlhf import has_marks, skip_tie
+
+ANSWERS = ("chosen", "rejected")
 
 
 def detect(record: Record) -> bool:
-    if not {"chosen", "rejected"} <= record.keys() or record.keys() & {
-        "question",
-        "conversations",
-        "messages",
-        "instruction",
-        "is_tie",
-        "video",
-    }:
-        return False
-    return "prompt" in record or isinstance(as_list(record["chosen"]), list)
+    return reading(record).kind == "pair" and not has_marks(record)
 
 
 @register_source("trl", hub_names=("HuggingFaceH4/rlaif-v_formatted",), detect=detect)
@@ -33,49 +40,100 @@ def trl_pairs(row: Row) -> Group:
                 row.get(column),
                 "no videos",
                 "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF:"
-                " format='mm-rlhf' counts them.",
+                " source_format='mm-rlhf' counts them.",
             )
     skip_tie(row)
-    for column in ("tools", "chat_template_kwargs"):
-        value = row.get(column)
-        # `datasets` fills a struct's absent fields with None
-        if value and (not isinstance(value, dict) or any(option is not None for option in value.values())):
-            raise row.error(
-                column,
-                value,
-                "no template options per row",
-                "silkie writes every row with the processor's chat template alone: set the option in"
-                " `processor.chat_template`, or remove the column.",
-            )
     images = row.images("images", "image")
-    prompt = row.get("prompt")
-    if "prompt" not in row.record:
-        implicit = implicit_prompt(row)
-        prompt, chosen, rejected = implicit["prompt"], implicit["chosen"], implicit["rejected"]
-        responses = [answer_text(row, chosen, "chosen"), answer_text(row, rejected, "rejected")]
+    prompt, chosen, rejected = prompt_and_answers(row)
+    extra: dict[str, Any] = {name: _json(row, name) for name in ("tools", "chat_template_kwargs")}
+    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        row.check_text(prompt, "prompt")
+        parts = [*(image_part() for _ in images), text_part(prompt)]  # marks in the text are the processor's affair
+        turns: Any = [{"role": "user", "content": parts}]
+        responses = [row.check_text(chosen, "chosen"), row.check_text(rejected, "rejected")]
+        extra["form"] = "plain"
     else:
-        row.require("prompt", (str, list, dict), "a string or a conversation")
-        responses = [answer(row, "chosen"), answer(row, "rejected")]
-    return Group(
-        id=row.get("id"),
-        images=images,
-        prompt=(
+        turns = (
             question(row, prompt, images, "prompt")
             if isinstance(prompt, str)
             else conversation(row, prompt, images, "prompt")
-        ),
-        responses=responses,
-        pairs=[(0, 1)],
-    )
+        )
+        if not isinstance(prompt, str) and not all(map(is_text_turn, prompt)):
+            extra["prompt_turns"] = turns_text(row, verbatim(prompt, turns), "prompt")
+        if all(map(_is_text_answer, (chosen, rejected))):
+            responses = [answer_text(row, chosen, "chosen"), answer_text(row, rejected, "rejected")]
+        else:
+            extra["form"] = "turns"
+            responses = [_turns(row, value, name) for name, value in zip(ANSWERS, (chosen, rejected), strict=True)]
+    return Group(id=_identifier(row), images=images, prompt=turns, responses=responses, pairs=[(0, 1)], **extra)
 
 
-def implicit_prompt(row: Row) -> dict:
-    """Split chosen and rejected conversations into their shared beginning and the two answers."""
+def prompt_and_answers(row: Row) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected, each a string or a list of turns."""
+    kinds = (str, list, dict)
+    chosen, rejected = (as_list(row.require(name, kinds, "a string or a conversation")) for name in ANSWERS)
+    if "prompt" not in row.record:
+        return implicit_prompt(row, chosen, rejected)
+    prompt = as_list(row.require("prompt", kinds, "a string or a conversation"))
+    if not isinstance(prompt, str):
+        return prompt, chosen, rejected
+    if not any(isinstance(a, list) and a and same_question(a[0], prompt) for a in (chosen, rejected)):
+        return prompt, chosen, rejected
+    # UltraFeedback: whole conversations beside the text of their question
+    whole, *answers = implicit_prompt(row, chosen, rejected)
+    if not same_question(whole[-1], prompt):
+        raise row.error("prompt", prompt, "the question that chosen and rejected begin with, or answers alone")
+    return whole, *answers
+
+
+def implicit_prompt(row: Row, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Split chosen and rejected, two strings or two conversations, into their shared beginning and the two answers."""
     from trl.data_utils import extract_prompt  # imported here: it takes seconds, and few datasets need it
 
-    expected, talks = "a conversation, as there is no prompt column", {}
-    for column in ("chosen", "rejected"):
-        talks[column] = as_list(row.require(column, (list, dict), expected))
-        if not talks[column] or not isinstance(talks[column], list):
-            raise row.error(column, talks[column], expected)
-    return extract_prompt(talks)
+    expected = "two strings or two conversations that begin with the same prompt, as there is no prompt column"
+    for name, value in zip(ANSWERS, (chosen, rejected), strict=True):
+        if not value or not isinstance(value, type(chosen)) or not isinstance(value, (str, list)):
+            raise row.error(name, value, expected)
+    parts = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not parts["prompt"]:
+        raise row.error("chosen", Found("no shared beginning with rejected"), expected)
+    return parts["prompt"], parts["chosen"], parts["rejected"]
+
+
+def _is_text_answer(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return len(turns) == 1 and is_text_turn(turns[0])
+
+
+def _turns(row: Row, value: Any, column: str) -> str:
+    """An answer of several turns, or with tool calls, as JSON text; it starts and ends with the assistant or a tool."""
+    turns = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    turns = turns if isinstance(turns, list) else [turns]
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise row.error(f"{column}[{index}]", turn, 'a turn {"role", "content"}')
+        parts = as_list(turn.get("content"))
+        if isinstance(parts, list) and any(isinstance(p, dict) and p.get("type") != "text" for p in parts):
+            raise row.error(f"{column}[{index}]", turn, "text only in an answer")
+    if not turns or turns[0]["role"] != "assistant":
+        raise row.error(column, Found(f"first turn {turns[:1]!r}"), "an answer that starts with an assistant turn")
+    return turns_text(row, turns, column)
+
+
+def _identifier(row: Row) -> str | None:
+    found = row.get("id")
+    return None if found is None else str(found)
+
+
+def _json(row: Row, column: str) -> str | None:
+    """`tools` or `chat_template_kwargs` as JSON text; None where the row has none."""
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise row.error(column, value, "JSON text") from error
+    # `datasets` fills a struct's absent fields with None
+    if not value or (isinstance(value, dict) and all(option is None for option in value.values())):
+        return None
+    return turns_text(row, value, column)

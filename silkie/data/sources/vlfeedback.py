@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from silkie.data.columns import reading
 from silkie.data.conversations import question
 from silkie.data.pairs import parse_rating
 from silkie.data.registry import Found, Record, Row, register_source
@@ -56,7 +57,7 @@ def checked(row: Row) -> list[dict[str, Any]]:
 @register_source(
     "vlfeedback",
     hub_names=("MMInstruction/VLFeedback",),
-    detect=lambda record: {"prompt", "completions"} <= record.keys(),
+    detect=lambda record: reading(record).kind == "completions",
     aspects=aspects,
     pair_rows=False,
 )
