@@ -1,5 +1,5 @@
-"""Forked recurrent layers on CUDA, with whatever kernels are installed (flash-linear-attention, causal-conv1d, FlashQLA):
-as close to float64 as separate rows are, gradients included. `pytest tests/gpu/test_hybrid_cuda.py -q`."""
+"""Forked recurrent layers on CUDA, with whatever kernels are installed (flash-linear-attention, causal-conv1d,
+FlashQLA): as close to float64 as separate rows are, gradients included. `pytest tests/gpu/test_hybrid_cuda.py -q`."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""A benchmark is one file: what is in the folder is known by name, in the help of the command line, and in one order."""
+"""A benchmark is one file: what is in the folder is known by name, in the help of the command line, and in one
+order."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Prompt and responses are the tokens of `apply_chat_template(prompt + [answer])`, split where TRL splits them, for every
-chat template that the installed TRL ships."""
+"""Prompt and responses are the tokens of `apply_chat_template(prompt + [answer])`, split where TRL splits them, for
+every chat template that the installed TRL ships."""
 
 import json
 import re
