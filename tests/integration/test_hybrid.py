@@ -14,12 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.packing import PromptAndResponses, pack, visible
-from silkie.model.attention import IMPLEMENTATIONS, segments
-from silkie.model.families import causal_lm
+from silkie.model.attention import IMPLEMENTATIONS, Attention, segments
+from silkie.model.families import causal_lm, why_not_packable
 from silkie.model.recurrent import fork, fork_plan, install, mask_kinds, why_not_forkable
 from tests.support import train_run
 from tests.support.data import dataset
-from tests.support.hybrid import BACKBONES, TARGETS, backbone, backbone_config, qwen3_5, unequal_groups, with_lora
+from tests.support.hybrid import (
+    BACKBONES,
+    TARGETS,
+    backbone,
+    backbone_config,
+    qwen3_5,
+    remembering,
+    unequal_groups,
+    with_lora,
+)
 from tests.support.scoring import collate, gradients, score, stock_logps
 from tests.support.tiny import tiny_processor
 
@@ -188,11 +197,11 @@ def test_a_mixer_whose_forward_was_replaced_is_refused():
 # -- other kinds of mixers, on their text backbones
 
 
-def token_group(prompt, lengths, seed):
+def token_group(prompt, lengths, seed, vocabulary=97):
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n):
-        return torch.randint(3, 97, (n,), generator=generator)
+        return torch.randint(3, vocabulary, (n,), generator=generator)
 
     return PromptAndResponses(
         prompt_ids=ids(prompt),
@@ -287,6 +296,49 @@ def test_the_probe_takes_kernels_that_refuse_float32(monkeypatch):
     monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", half_only)
     assert why_not_forkable(config, device, torch.bfloat16) is None
     assert "does not support float32" in why_not_forkable(config, device, torch.float32)
+
+
+_SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+_TOWER = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32)
+_MARKS = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+# Vision-language models around those backbones: (backbone, tower, ids of the tokens that stand for pixels).
+AROUND = {
+    "Lfm2Vl": ("lfm2", _SMALL, {"image_token_id": 90}),
+    "Lfm3Vl": ("lfm3", _SMALL, {"image_token_id": 90}),
+    "Qwen3_5Moe": ("qwen3_5_moe", _TOWER, _MARKS),
+    "MiniCPMV4_6": ("qwen3_5", _SMALL, {"image_token_id": 90, "video_token_id": 91}),
+    "MiniCPMV4_7": ("qwen3_5", _SMALL, {"image_token_id": 90, "video_token_id": 91}),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_vision_language_models_hand_the_plan_through_to_their_mixers(name):
+    text, vision, ids = AROUND[name]
+    config = getattr(transformers, name + "Config")(
+        text_config=backbone_config(text).to_dict(), vision_config=vision, **ids
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, name + "ForConditionalGeneration")(config).train()
+    remembering(model.get_decoder(), 3.0)
+    assert why_not_packable(model.config) is None and install(model) == 3
+    groups, found = [token_group(21, [5, 1, 30], 1, 90), token_group(2, [3, 9], 2, 90)], []
+    for layout in ("rows", "packed"):
+        p = pack(groups, layout, pad_id=0)
+        batch = {n: getattr(p, n) for n in ("input_ids", "segment_ids", "segment_index", "subtree_end")}
+        batch |= {"logical_positions": p.logical_positions, "segments": p.segments}
+        attention = Attention(backend="sdpa", layout=layout)
+        positions = p.position_ids.expand(3, -1, -1) if "Qwen" in name else p.position_ids[0]
+        with attention.masks(model, batch):
+            logits = model(
+                input_ids=p.input_ids, position_ids=positions, use_cache=False, **attention.inputs(model.config, batch)
+            ).logits
+        logps = scored(logits.flatten(0, 1)[p.gather], p.target)
+        found.append(
+            (logps.detach(), {n: g for n, g in weight_gradients(model, logps).items() if g.abs().max() > 1e-3})
+        )
+    (expected, truth), (logps, gradients_) = found
+    assert (logps - expected).abs().max() < 1e-5
+    assert len(truth) > 20 and relative({n: gradients_[n] for n in truth}, truth) < 1e-3
 
 
 # -- through the trainer
