@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from silkie.check import Verdict, check_model
 from silkie.model import tiny
+from silkie.plan.check import Verdict, check_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,6 +46,7 @@ MAY_IMPORT_ALL = {"demo"}  # it shows the whole loop; nothing imports it
 ON_PURPOSE = {
     ("data/__main__.py", "report"): "`python -m silkie.data inspect --html` writes a report page; only then imported",
     ("evaluation/__main__.py", "report"): "`compare --html` writes the report page",
+    ("model/__main__.py", "plan"): "`check` and `sweep` run the whole flow on a model",
     ("trainer.py", "evaluation"): "eval_benchmarks answers benchmarks while training; imported only where asked for",
 }
 TORCH_ONLY = {"logprob": {"torch", "triton"}, "losses": {"torch"}}
