@@ -19,7 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from silkie.batch.template import ChatTemplate, GroupTexts, TemplateMismatch, common_prefix
+from silkie.batch.template import (
+    ChatTemplate,
+    GroupTexts,
+    TemplateMismatch,
+    common_prefix,
+    plain_prompt,
+    plain_texts,
+)
 from silkie.data.images import open_image
 
 logger = logging.getLogger(__name__)
@@ -138,7 +145,7 @@ class GroupEncoder:
         self.max_length = max_length
         self.max_response_length = max_response_length
         self.response_end = response_end
-        self._end = self._end_of_turn()
+        self._end = self._end_of_turn() if self.template.exists else None
 
     def encode(self, row: Mapping[str, Any]) -> EncodedGroup:
         """Encodes a row of a preference-group dataset.
@@ -154,10 +161,10 @@ class GroupEncoder:
             open_image(image, where=f"{describe(row)}, image {i}") for i, image in enumerate(row.get("images") or [])
         ]
         try:
-            texts = self.template.write(row)
-            out = self._process(texts.prompt, images)
+            texts = self._texts(row)
+            out = self._process(texts.prompt, images, plain=texts.plain)
             prompt_ids = out["input_ids"][0]
-            split = self._split(texts, prompt_ids.tolist())
+            split = self._split(texts, prompt_ids.tolist(), images)
         except TemplateMismatch as error:
             raise ValueError(f"{describe(row)}: {error}.") from error
         length, responses = split.length, self._cut(split.responses, split.length)
@@ -182,10 +189,11 @@ class GroupEncoder:
         Raises:
             TemplateMismatch: the chat template cannot write the row.
         """
-        texts = self.template.write(row)
-        if image_sizes and not self._counts_image_tokens:
-            images = [open_image(image, where=describe(row)) for image in row["images"]]
-            split = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
+        texts = self._texts(row)
+        if texts.plain or (image_sizes and not self._counts_image_tokens):
+            images = [open_image(image, where=describe(row)) for image in row.get("images") or []]
+            ids = self._process(texts.prompt, images, plain=texts.plain)["input_ids"][0].tolist()
+            split = self._split(texts, ids, images)
         else:
             split = self._counted_split(texts, image_sizes)
         ids = self._cut(split.responses, split.length)
@@ -200,7 +208,23 @@ class GroupEncoder:
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text of a row's prompt, as the chat template writes it up to the answer, with one mark per image."""
-        return self.template.prompt(row)
+        return plain_prompt(row) if row.get("form") == "plain" else self.template.prompt(row)
+
+    def _texts(self, row: Mapping[str, Any]) -> GroupTexts:
+        if row.get("form") != "plain":
+            return self.template.write(row)
+        if not self.tokenizer.eos_token:
+            raise TemplateMismatch(
+                "the tokenizer has no end-of-sequence token, which ends a response of plain text",
+                "Set `tokenizer.eos_token`, or string_rows='template'",
+            )
+        return plain_texts(row, self.tokenizer.eos_token)
+
+    def places_images(self, row: Mapping[str, Any]) -> bool:
+        """Whether the text of a row of strings itself says where its images go, in the model's own tokens."""
+        names = ("image_token", "boi_token")
+        tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
+        return any(plain_prompt(row).count(token) == len(row["images"]) for token in tokens)
 
     @property
     def media_tokens(self) -> tuple[str, ...]:
@@ -218,17 +242,18 @@ class GroupEncoder:
                 else self.tokenizer.get_vocab()
             ),
             "special_tokens": self.tokenizer.special_tokens_map,
-            "template": self.processor.chat_template,
+            "template": getattr(self.processor, "chat_template", None),
             "template_kwargs": dict(self.template.kwargs),
             "processor": self.processor.to_dict() if hasattr(self.processor, "to_dict") else None,
             "limits": [self.max_length, self.max_response_length, self.response_end],
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _process(self, text: str, images: Sequence[Image.Image]) -> Any:
-        """What the processor makes of a rendered text."""
+    def _process(self, text: str, images: Sequence[Image.Image], *, plain: bool = False) -> Any:
+        """What the processor makes of a rendered text, or of plain text, for which TRL leaves special tokens to the
+        tokenizer where there are no images."""
         arguments: dict[str, Any] = {"images": [images]} if images else {}
-        if self._holds_special_tokens(text):
+        if bool(images) if plain else self._holds_special_tokens(text):
             arguments["add_special_tokens"] = False
         return self.processor(text=[text], return_tensors="pt", **arguments)
 
@@ -277,7 +302,28 @@ class GroupEncoder:
                 return start, i, ids[i:], True
         return 0, 0, ids, False
 
-    def _split(self, texts: GroupTexts, ids: list[int]) -> _Split:
+    def _split_plain(self, texts: GroupTexts, ids: list[int], images: Sequence[Any]) -> _Split:
+        """Splits texts that no template wrote, as TRL does: at the end of the shared tokens; with images, the responses
+        are tokenised apart."""
+        if images:
+            answers = [c[texts.shared :] for c in texts.conversations]
+            responses = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+            return _Split(length=len(ids), responses=responses, header=(0,) * len(responses), unlike=0)
+        whole = [self._process(c, [], plain=True)["input_ids"][0].tolist() for c in texts.conversations]
+        shared = min(_shared(ids, conversation) for conversation in whole)
+        if not shared:
+            raise TemplateMismatch(
+                "the tokens of the prompt are not the first ones of prompt and response",
+                "Give the row a longer prompt, or set string_rows='template'",
+            )
+        return _Split(
+            length=shared,
+            responses=[conversation[shared:] for conversation in whole],
+            header=tuple(_shared(ids, conversation) - shared for conversation in whole),
+            unlike=len(ids) - shared,
+        )
+
+    def _split(self, texts: GroupTexts, ids: list[int], images: Sequence[Any] = ()) -> _Split:
         """Splits a group into its prompt and its responses.
 
         Args:
@@ -286,6 +332,8 @@ class GroupEncoder:
         Raises:
             TemplateMismatch: its last tokens are not those of the text.
         """
+        if texts.plain:
+            return self._split_plain(texts, ids, images)
         tail, after = self._tail(texts), self._added(texts.prompt)[1]
         if after and ids[-len(after) :] == after:
             ids = ids[: -len(after)]
@@ -351,6 +399,7 @@ class GroupEncoder:
         """Responses as `response_end` wants them to end."""
         if self.response_end == "template":
             return responses
+        assert self._end is not None  # a chat template has written the responses
         token, times = self._end
         return [_up_to(ids, token, times) for ids in responses]
 

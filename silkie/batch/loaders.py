@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from silkie.batch.preparation import OnBadRow
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.data import load_preferences
-from silkie.data.schema import is_group_features
+from silkie.data.schema import ROW_FORM, is_group_features
 
 GROUP_COLUMNS = [
     "id",
@@ -25,7 +25,7 @@ GROUP_COLUMNS = [
     "pairs",
     "pair_weights",
     "ratings",
-    "chat_template_kwargs",
+    *ROW_FORM,
 ]
 
 _MEASURED = {"row", "prompt_length", "response_lengths"}  # what `silkie.batch.preparation` adds

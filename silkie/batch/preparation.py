@@ -18,16 +18,17 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
-from silkie.batch.template import TemplateMismatch
+from silkie.batch.template import TemplateMismatch, plain_prompt
 from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, open_image
 from silkie.data.registry import Found, Row, code_digest
-from silkie.data.schema import DataError, RowError
+from silkie.data.schema import DataError, RowError, user_turn
 from silkie.data.stamps import image_fingerprint
 
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["raise", "skip"]
+StringRows = Literal["auto", "plain", "template"]
 _LISTED = 5  # rows listed per reason
 
 
@@ -126,6 +127,7 @@ def prepare_groups(
     on_bad_row: OnBadRow = "raise",
     num_proc: int | None = None,
     name: str = "train",
+    string_rows: StringRows = "auto",
 ) -> tuple[Dataset, PreparationReport]:
     """Measure the groups of a dataset and drop those that cannot be trained on.
 
@@ -138,6 +140,7 @@ def prepare_groups(
         encoder: decides the token counts.
         num_proc: worker processes.
         name: of the dataset in messages.
+        string_rows: how rows of strings are written, see `settle_string_rows`.
 
     Returns:
         The dataset with the columns `row` (number in the input), `prompt_length` and `response_lengths`, and the
@@ -146,10 +149,11 @@ def prepare_groups(
     Raises:
         GroupError: a broken row, or no group remains.
     """
+    string_rows = settle_string_rows(dataset, encoder, string_rows, name)
     measured = dataset.map(
         _measure,
         with_indices=True,
-        fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise"},
+        fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise", "string_rows": string_rows},
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc=f"Measuring {name} groups",
         # Not datasets' default: it pickles the tokenizer, which is not stable. The image files are part of the key, so
@@ -161,6 +165,7 @@ def prepare_groups(
             encoder.fingerprint(),
             code_digest(folders=[Path(__file__).parent]),
             on_bad_row,
+            string_rows,
         ),
     )
     report = PreparationReport()
@@ -214,8 +219,48 @@ def prepare_groups(
     return (measured if len(keep) == len(measured) else measured.select(keep)), report
 
 
-def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool) -> dict[str, Any]:
-    named = {"row": index, **row}  # a row that was prepared before keeps its number
+def settle_string_rows(dataset: Dataset, encoder: GroupEncoder, wanted: StringRows, name: str) -> StringRows:
+    """How the rows of strings of a dataset are written, and a log line that says so.
+
+    "auto" is plain text with the end token, as in TRL, unless they have images and no image tokens that place them: TRL
+    cannot train those, and here the chat template places the images.
+
+    Returns:
+        "plain" or "template".
+    """
+    if "form" not in dataset.column_names:
+        return "template"
+    settled: StringRows = wanted
+    rows = (row for row in dataset.select_columns(["form", "images", "prompt"]) if row["form"] == "plain")
+    if wanted == "auto":
+        placed = next((encoder.places_images(row) for row in rows if row["images"]), True)
+        settled = "plain" if placed else "template"
+    if settled == "plain":
+        how = f"plain text that ends with {encoder.tokenizer.eos_token!r}, as in TRL"
+        other = "string_rows='template' writes them with the chat template"
+    else:
+        how = "written with the chat template"
+        other = "asked for" if wanted == "template" else "they have images, and no image token of the model in the text"
+    logger.info("%s: rows of strings are %s (%s)", name, how, other)
+    return settled
+
+
+def _in_form(row: Mapping[str, Any], string_rows: StringRows) -> Mapping[str, Any]:
+    """A row of strings as the conversation that the chat template writes, where that is how they are written."""
+    if row.get("form") != "plain" or string_rows == "plain":
+        return row
+    try:
+        turn = user_turn(plain_prompt(row), len(row["images"] or []))
+    except ValueError as error:
+        raise _EncodingError(describe(row), str(error), "Write one mark per image, or none.") from error
+    turn = {**turn, "content": [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]}
+    return {**row, "form": None, "prompt": [turn]}
+
+
+def _measure(
+    row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool, string_rows: StringRows
+) -> dict[str, Any]:
+    named: Mapping[str, Any] = {"row": index, **row}  # a row that was prepared before keeps its number
     pairs = row["pairs"] or []
     facts = {
         "row": named["row"],
@@ -230,7 +275,10 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
         "n_images": len(row.get("images") or []),
     }
     try:
-        _check_row(named, encoder.media_tokens)
+        named = _in_form(named, string_rows)
+        if "form" in row:
+            facts.update(form=named["form"], prompt=named["prompt"])
+        _check_row(named, encoder)
         sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
         lengths = _lengths(named, sizes, encoder)
     except DataError as error:
@@ -263,16 +311,22 @@ class _EncodingError(DataError):
         super().__init__(f"{where}: {reason}. {remedy}".strip())
 
 
-def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
+def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
     checked = Row(row, "groups", describe(row), ImageResolver(None, None))
     check_no_video(row, row["prompt"], checked)
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
-    texts = [(f"prompt[{i}]", part["text"] or "") for i, turn in enumerate(row["prompt"]) for part in turn["content"]]
-    texts += [(f"responses[{i}]", response) for i, response in enumerate(row["responses"])]
+    texts = [(f"responses[{i}]", response) for i, response in enumerate(row["responses"])]
+    if row.get("form") == "plain" and row["images"]:
+        if not encoder.places_images(row):
+            found = Found(f"{len(row['images'])} image(s) and another number of image tokens")
+            raise checked.error("prompt", found, "one image token of the model per image", "Or string_rows='template'.")
+    else:
+        turns = enumerate(row["prompt"])
+        texts += [(f"prompt[{i}]", part["text"] or "") for i, turn in turns for part in turn["content"]]
     for column, text in texts:
-        for token in media_tokens:
+        for token in encoder.media_tokens:
             if token in text:  # the model would look for the features of an image that is not there
                 raise checked.error(column, Found(f"the model's special token {token}"), "text without it")
 

@@ -47,11 +47,30 @@ class GroupTexts:
         prompt: the prompt with the generation prompt (the header of the answer) at its end.
         conversations: K texts, prompt and one answer each.
         shared: number of leading characters that the prompt and all conversations have in common.
+        plain: no template wrote them.
     """
 
     prompt: str
     conversations: list[str]
     shared: int
+    plain: bool = False
+
+
+def plain_texts(row: Mapping[str, Any], end: str) -> GroupTexts:
+    """The texts of a row of strings, as TRL has them: prompt and response one after the other, then the end token
+    where the response does not end with it.
+
+    Args:
+        end: the tokenizer's end-of-sequence token.
+    """
+    prompt = plain_prompt(row)
+    answers = [text if text.endswith(end) else text + end for text in row["responses"]]
+    return GroupTexts(prompt=prompt, conversations=[prompt + a for a in answers], shared=len(prompt), plain=True)
+
+
+def plain_prompt(row: Mapping[str, Any]) -> str:
+    """The prompt of a row of strings."""
+    return "".join(part["text"] for turn in row["prompt"] for part in turn["content"] if part["type"] == "text")
 
 
 @dataclass(kw_only=True)
@@ -64,27 +83,28 @@ class ChatTemplate:
             `chat_template_kwargs`, win over them.
 
     Raises:
-        ValueError: the processor has no chat template, or `kwargs` names an argument that silkie sets.
+        ValueError: `kwargs` names an argument that silkie sets; when a row is written, the processor has no chat
+            template.
     """
 
     processor: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not getattr(self.processor, "chat_template", None):
-            raise ValueError(
-                f"{type(self.processor).__name__} has no chat template. Pass the processor of an instruction-tuned"
-                " model, or set `processor.chat_template`."
-            )
         if taken := sorted(_OWN_ARGUMENTS & set(self.kwargs)):
             raise ValueError(
                 f"`chat_template_kwargs` sets {', '.join(taken)}, which silkie sets itself; it is for variables of the"
                 " chat template, such as enable_thinking."
             )
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a template; rows of strings need none."""
+        return bool(getattr(self.processor, "chat_template", None))
+
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The row's prompt with the generation prompt at its end and one mark per image."""
-        return self._render(row, self._turns(row["prompt"]), add_generation_prompt=True)
+        return self._render(row, self._turns(_prompt(row)), add_generation_prompt=True)
 
     def write(self, row: Mapping[str, Any]) -> GroupTexts:
         """The texts of a row: its prompt, and the prompt with each of its responses.
@@ -95,9 +115,9 @@ class ChatTemplate:
             TemplateMismatch: the template writes the prompt's own turns differently once an answer follows, so that the
                 responses do not follow the prompt.
         """
-        turns = self._turns(row["prompt"])
+        turns = self._turns(_prompt(row))
         prompt = self._render(row, turns, add_generation_prompt=True)
-        conversations = [self._render(row, turns + self._answer(response)) for response in row["responses"]]
+        conversations = [self._render(row, turns + self._answer(response)) for response in _answers(row)]
         shared = len(common_prefix([prompt, *conversations]))
         # A template may write another header for an answer that is there (an empty thinking block in place of an open
         # one); the turns before it must stay.
@@ -120,6 +140,11 @@ class ChatTemplate:
         return text.rsplit(answer, 1)[-1]
 
     def _render(self, row: Mapping[str, Any], turns: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
+        if not self.exists:
+            raise ValueError(
+                f"{type(self.processor).__name__} has no chat template. Pass the processor of an instruction-tuned"
+                " model, or set `processor.chat_template`."
+            )
         tools = row.get("tools") or None
         return self.processor.apply_chat_template(
             turns,
@@ -198,6 +223,16 @@ def _text(text: str) -> dict[str, str]:
 
 def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if value is not None}
+
+
+def _prompt(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The prompt's turns with all their fields."""
+    return json.loads(row["prompt_turns"]) if row.get("prompt_turns") else row["prompt"]
+
+
+def _answers(row: Mapping[str, Any]) -> Sequence[Any]:
+    """Responses: texts, or lists of turns."""
+    return [json.loads(text) for text in row["responses"]] if row.get("form") == "turns" else row["responses"]
 
 
 def _row_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """TRL's preference rows: prompt, chosen and rejected as strings or conversations, `image` or `images`.
 
 The prompt may be implicit (the shared beginning of chosen and rejected); TRL's own function extracts it. Rows of
-strings
-are plain text, as in TRL: the chat template is for conversations. Further columns are ignored, as TRL does.
+strings are plain text, as in TRL: the chat template is for conversations. Further columns are ignored, as TRL does.
 """
 
 from __future__ import annotations
