@@ -198,5 +198,8 @@ class Found(str):
 
 def describe(value: Any, limit: int = 80) -> str:
     """A short repr for error messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested, or a number, beyond what Python prints
+        text = f"{type(value).__name__} that is nested too deeply, or too large, to be shown"
     return text if len(text) <= limit else f"{type(value).__name__} {text[:limit]}..."
