@@ -63,7 +63,7 @@ def member_info(path: str, member: str, *, limit: int | None = None) -> zipfile.
     if info.compress_type not in METHODS:
         method = zipfile.compressor_names.get(info.compress_type, "an unknown method")
         raise ArchiveError(
-            f"{path!r}, member {member!r} is packed with {method}; pack the archive with deflate, or without compression"
+            f"{path!r}, member {member!r} is packed with {method}; pack it with deflate, or without compression"
         )
     if limit is not None and info.file_size > limit:
         raise ArchiveError(
