@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -230,7 +230,7 @@ def _measure(row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_er
         "n_images": len(row.get("images") or []),
     }
     try:
-        _check_row(named, encoder.media_tokens)
+        _check_row(named, encoder)
         sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
         lengths = _lengths(named, sizes, encoder)
     except DataError as error:
@@ -263,18 +263,39 @@ class _EncodingError(DataError):
         super().__init__(f"{where}: {reason}. {remedy}".strip())
 
 
-def _check_row(row: Mapping[str, Any], media_tokens: Sequence[str]) -> None:
+def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
     checked = Row(row, "groups", describe(row), ImageResolver(None, None))
     check_no_video(row, row["prompt"], checked)
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
-    texts = [(f"prompt[{i}]", part["text"] or "") for i, turn in enumerate(row["prompt"]) for part in turn["content"]]
-    texts += [(f"responses[{i}]", response) for i, response in enumerate(row["responses"])]
-    for column, text in texts:
-        for token in media_tokens:
-            if token in text:  # the model would look for the features of an image that is not there
-                raise checked.error(column, Found(f"the model's special token {token}"), "text without it")
+    for column, text in _texts(row):
+        if (token := encoder.control_token(text)) is not None:
+            raise checked.error(
+                column,
+                Found(f"the model's special token {token}"),
+                "text without it",
+                "Write it otherwise, or read such text as control tokens with special_tokens='parse', as TRL does.",
+            )
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(column, text) of everything in a row that the chat template writes."""
+    for index, turn in enumerate(row["prompt"]):
+        yield from ((f"prompt[{index}]", text) for text in _strings(turn))
+    for index, response in enumerate(row["responses"]):
+        yield from ((f"responses[{index}]", text) for text in _strings(response))
+    for column in ("tools", "chat_template_kwargs"):
+        yield from ((column, text) for text in _strings(row.get(column)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for part in value.values() for text in _strings(part))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for part in value for text in _strings(part))
 
 
 def _reason(error: DataError) -> str:
@@ -290,11 +311,14 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
     except TemplateMismatch as error:
         raise _EncodingError(describe(row), error.reason, error.remedy) from error
     except (
+        ArithmeticError,
+        MemoryError,
+        RecursionError,
         ValueError,
         TypeError,
         TemplateError,
     ) as error:  # an image of extreme shape, roles that the chat template refuses
-        raise _EncodingError(describe(row), f"the processor refuses it: {error}") from error
+        raise _EncodingError(describe(row), f"the processor refuses it: {error or type(error).__name__}") from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:
