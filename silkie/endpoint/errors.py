@@ -21,7 +21,7 @@ AnswerProblem = Literal[
 ]
 
 
-MOST_KEPT = 20_000  # characters of an unusable answer
+MOST_KEPT = 200_000  # characters of an unusable answer
 MOST_OF_MESSAGE = 2_000  # characters of an error's message, which may quote what a server sent
 
 
