@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from trl import DPOConfig
 
 from silkie.batch.corruption import Corruption
-from silkie.batch.encoding import ResponseEnd
+from silkie.batch.encoding import ResponseEnd, SpecialTokens
 from silkie.batch.packing import Layout
 from silkie.batch.preparation import OnBadRow
 from silkie.logprob import Impl
@@ -75,6 +75,15 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             "help": (
                 "template: score what the chat template writes after an answer, as TRL does; end_of_turn: stop at the "
                 "end-of-turn token."
+            )
+        },
+    )
+    special_tokens: SpecialTokens = field(
+        default="refuse",
+        metadata={
+            "help": (
+                "Text of the data that is a special token of the tokenizer (<|im_end|>, ...): refuse such rows (see "
+                "on_bad_row), or parse it as that token, as TRL does."
             )
         },
     )

@@ -17,7 +17,7 @@ from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
 from silkie.batch.packing import Layout, PromptAndResponses, pack
 from silkie.data.images import open_image
-from silkie.data.schema import mean_rating
+from silkie.data.pairs import mean_ratings
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +118,11 @@ class GroupCollator:
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
         """Mean ratings [R] and ratings by aspect [R, A]."""
-        per_response = [r for row, n in zip(rows, counts, strict=True) for r in (row.get("ratings") or [None] * n)]
+        per_group = [row.get("ratings") or [None] * n for row, n in zip(rows, counts, strict=True)]
+        means = [mean for ratings in per_group for mean in mean_ratings(ratings)]
+        per_response = [rating for ratings in per_group for rating in ratings]
         table = [[_number((r or {}).get(a)) for a in self.aspects] for r in per_response]
-        return torch.tensor([mean_rating(r) for r in per_response]), torch.tensor(table)
+        return torch.tensor(means), torch.tensor(table)
 
     def _image_tokens(self, group: EncodedGroup) -> int:
         if self.image_token_id is None or not group.n_images:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,7 @@ from silkie.data.images import open_image
 logger = logging.getLogger(__name__)
 
 ResponseEnd = Literal["template", "end_of_turn"]
+SpecialTokens = Literal["refuse", "parse"]
 
 _MOST_APPENDED = 8  # tokens that a processor may write after a prompt (PaliGemma: a line break)
 
@@ -125,6 +127,8 @@ class GroupEncoder:
             break), as TRL does; "end_of_turn" stops at the end-of-turn token.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`; a row's column of this name
             wins over them.
+        special_tokens: "refuse" rows whose own text holds a special token of the tokenizer (`check_row`), or "parse"
+            them as TRL does.
 
     Raises:
         ValueError: the processor has no chat template that writes prompts and answers.
@@ -138,6 +142,7 @@ class GroupEncoder:
         max_response_length: int | None = None,
         response_end: ResponseEnd = "template",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokens = "refuse",
     ) -> None:
         self.template = ChatTemplate(processor=processor, kwargs=dict(chat_template_kwargs or {}))
         self.processor = processor
@@ -145,6 +150,7 @@ class GroupEncoder:
         self.max_length = max_length
         self.max_response_length = max_response_length
         self.response_end = response_end
+        self.special_tokens = special_tokens
         self._end = self._end_of_turn() if self.template.exists else None
 
     def encode(self, row: Mapping[str, Any]) -> EncodedGroup:
@@ -226,11 +232,24 @@ class GroupEncoder:
         tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
         return any(plain_prompt(row).count(token) == len(row["images"]) for token in tokens)
 
-    @property
-    def media_tokens(self) -> tuple[str, ...]:
-        """The texts that stand for an image or a video in the model's input, which no prompt or response may hold."""
-        tokens = (getattr(self.processor, name, None) for name in ("image_token", "video_token"))
-        return tuple(token for token in tokens if isinstance(token, str))
+    def control_token(self, text: str) -> str | None:
+        """A token in a text of the data that no text may hold; None where there is none.
+
+        A tokenizer reads the text of a special token as the token itself, wherever it stands: a response could end its
+        own turn and open another one. What stands for an image or a video is refused even where `special_tokens` is
+        "parse": the model would look for the features of an image that is not there.
+        """
+        found = self._control_tokens.search(text)
+        return found and found[0]
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        tokens = {getattr(self.processor, name, None) for name in ("image_token", "video_token")}
+        if self.special_tokens == "refuse":
+            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+            tokens |= {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        texts = sorted((token for token in tokens if isinstance(token, str) and token), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, its special tokens (templates write them), template
@@ -245,7 +264,7 @@ class GroupEncoder:
             "template": getattr(self.processor, "chat_template", None),
             "template_kwargs": dict(self.template.kwargs),
             "processor": self.processor.to_dict() if hasattr(self.processor, "to_dict") else None,
-            "limits": [self.max_length, self.max_response_length, self.response_end],
+            "limits": [self.max_length, self.max_response_length, self.response_end, self.special_tokens],
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -317,18 +317,39 @@ def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
-    texts = [(f"responses[{i}]", response) for i, response in enumerate(row["responses"])]
-    if row.get("form") == "plain" and row["images"]:
-        if not encoder.places_images(row):
-            found = Found(f"{len(row['images'])} image(s) and another number of image tokens")
-            raise checked.error("prompt", found, "one image token of the model per image", "Or string_rows='template'.")
-    else:
-        turns = enumerate(row["prompt"])
-        texts += [(f"prompt[{i}]", part["text"] or "") for i, turn in turns for part in turn["content"]]
-    for column, text in texts:
-        for token in encoder.media_tokens:
-            if token in text:  # the model would look for the features of an image that is not there
-                raise checked.error(column, Found(f"the model's special token {token}"), "text without it")
+    own_tokens = row.get("form") == "plain" and bool(row["images"])  # a text that itself says where its images go
+    if own_tokens and not encoder.places_images(row):
+        found = Found(f"{len(row['images'])} image(s) and another number of image tokens")
+        raise checked.error("prompt", found, "one image token of the model per image", "Or string_rows='template'.")
+    for column, text in _texts(row):
+        if own_tokens and column.startswith("prompt"):
+            continue
+        if (token := encoder.control_token(text)) is not None:
+            raise checked.error(
+                column,
+                Found(f"the model's special token {token}"),
+                "text without it",
+                "Write it otherwise, or read such text as control tokens with special_tokens='parse', as TRL does.",
+            )
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(column, text) of everything in a row that the chat template writes."""
+    for index, turn in enumerate(row["prompt"]):
+        yield from ((f"prompt[{index}]", text) for text in _strings(turn))
+    for index, response in enumerate(row["responses"]):
+        yield from ((f"responses[{index}]", text) for text in _strings(response))
+    for column in ("tools", "chat_template_kwargs"):
+        yield from ((column, text) for text in _strings(row.get(column)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for part in value.values() for text in _strings(part))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for part in value for text in _strings(part))
 
 
 def _reason(error: DataError) -> str:
@@ -344,11 +365,14 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
     except TemplateMismatch as error:
         raise _EncodingError(describe(row), error.reason, error.remedy) from error
     except (
+        ArithmeticError,
+        MemoryError,
+        RecursionError,
         ValueError,
         TypeError,
         TemplateError,
     ) as error:  # an image of extreme shape, roles that the chat template refuses
-        raise _EncodingError(describe(row), f"the processor refuses it: {error}") from error
+        raise _EncodingError(describe(row), f"the processor refuses it: {error or type(error).__name__}") from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:

@@ -146,13 +146,19 @@ class ChatTemplate:
                 " model, or set `processor.chat_template`."
             )
         tools = row.get("tools") or None
-        return self.processor.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **{**self.kwargs, **_row_kwargs(row)},
-        )
+        try:
+            return self.processor.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                **{**self.kwargs, **_row_kwargs(row)},
+            )
+        except (MemoryError, OverflowError, RecursionError) as error:
+            raise TemplateMismatch(
+                f"the chat template ends in {type(error).__name__} instead of a text",
+                "It is a program that comes with the model, and this one is broken or hostile: do not use the model",
+            ) from error
 
     def _answer(self, response: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [self._turn("assistant", response)] if isinstance(response, str) else self._turns(response)

@@ -5,17 +5,18 @@ Legend: K responses of a group, P pairs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from silkie.data.pairs import is_weight, same_text
 from silkie.data.registry import Found, Row
 from silkie.data.schema import Conversation, count_images
 
-__all__ = ["check_distinct", "check_group", "check_no_video", "check_pairs", "check_storable"]
+__all__ = ["check_distinct", "check_group", "check_no_video", "check_pairs", "check_storable", "is_aspect"]
 
 PER_RESPONSE = ("ratings", "rationales", "models")
 VIDEO_PLACEHOLDER = "<video>"  # what conversations write for a video, as <image> for an image
+LONGEST_ASPECT = 200  # characters
 CONVERSATION = "a conversation that ends with a user turn"
 
 
@@ -49,11 +50,11 @@ def check_group(group: Mapping[str, Any], row: Row, *, aspects: Sequence[str] | 
             raise row.error(
                 name, Found(f"{len(values)} entries"), f"one entry for each of the {len(responses)} responses"
             )
-    if aspects is not None:
-        _check_aspects(group.get("ratings") or [], aspects, row)
     if group.get("pairs") is not None:
         check_pairs(group["pairs"], len(responses), row)
         _check_weights(group, row)
+    if aspects is not None:  # last: the names are learnt from sound rows, so any other fault of a row explains it
+        _check_aspects(group.get("ratings") or [], aspects, row)
 
 
 def check_no_video(record: Mapping[str, Any], prompt: Conversation, row: Row) -> None:
@@ -85,7 +86,17 @@ def check_no_video(record: Mapping[str, Any], prompt: Conversation, row: Row) ->
         raise row.error(column, Found(found), "no video", "silkie trains on images only: take frames as images.")
 
 
-def _check_aspects(ratings: Iterable[Mapping[str, Any]], aspects: Sequence[str], row: Row) -> None:
+def is_aspect(name: Any) -> bool:
+    """Whether a text can be the name of an aspect, which names a column: no line break, NUL or half of a surrogate
+    pair, and no text that slipped in from elsewhere."""
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_ASPECT
+
+
+def _check_aspects(ratings: Sequence[Mapping[str, Any]], aspects: Sequence[str], row: Row) -> None:
+    for aspect in (aspect for rating in ratings for aspect in rating):
+        if not is_aspect(aspect):
+            expected = f"an aspect whose name is printable text of up to {LONGEST_ASPECT} characters"
+            raise row.error("ratings", aspect, expected)
     unknown = sorted({aspect for rating in ratings for aspect in rating} - set(aspects))
     if unknown:
         raise row.error(
@@ -103,7 +114,7 @@ def check_pairs(pairs: Any, count: int, row: Row) -> None:
     for pair in pairs:
         if not isinstance(pair, (list, tuple)):
             raise row.error("pairs", pair, "[chosen, rejected]")
-        indices = all(isinstance(index, int) and 0 <= index < count for index in pair)
+        indices = all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < count for index in pair)
         if len(pair) != 2 or not indices or pair[0] == pair[1]:
             raise row.error("pairs", list(pair), f"two different indices from 0 to {count - 1}")
 

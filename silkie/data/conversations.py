@@ -164,5 +164,8 @@ def answer_text(row: Row, value: Any, column: str) -> str:
             )
         value = as_list(value.get("content", value.get("value")))
         if isinstance(value, (list, tuple)):
-            value = "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
+            for part in value:
+                if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                    raise row.error(column, part, 'a text part {"type": "text", "text": ...}')
+            value = "".join(part["text"] for part in value)
     return row.check_text(value, column)

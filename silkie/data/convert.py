@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +20,17 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data import raw
-from silkie.data.check import check_no_video
-from silkie.data.images import ImageError, ImageResolver
+from silkie.data.check import check_group, check_no_video, is_aspect
+from silkie.data.images import ImageError, ImageResolver, is_remote
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Found, Row, Source, code_digest
 from silkie.data.reports import LoadReport, OnError, Problem, unforeseen
-from silkie.data.schema import ROW_FORM, DataError, RowError, SkipRow, group_features
+from silkie.data.schema import ROW_FORM, DataError, Group, RowError, SkipRow, group_features
 from silkie.data.stored import NoPairs, stored_row
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
 PROBLEM, NOTES = "_problem", "_notes"  # helper columns of the cache file, removed before the dataset is returned
+MOST_LOOKED_AT = 2000  # records, broken ones included, from which the aspects are learnt
 STARTED = "started"  # a marker file: the block is being converted now and does not come from the cache
 REMEDY = "Repair the row, or drop and count such rows with on_error='skip' (in training: on_bad_row='skip')."
 
@@ -54,6 +56,7 @@ class Settings:
     on_error: OnError
     allow_remote: bool
     need_pairs: bool
+    scale: tuple[float, float]
 
     def resolver(self, root: str | None) -> ImageResolver:
         return ImageResolver(root, self.base, allow_remote=self.allow_remote)
@@ -109,6 +112,37 @@ def write_groups(
     if not written:
         raise records.nothing()
     return datasets.concatenate_datasets(written)
+
+
+def sound_aspects(records: raw.Records, settings: Settings, count: int) -> set[str]:
+    """The rating aspects of the first `count` records that can be groups. A record that will be dropped names none: one
+    whose `annotations` are the text "N/A" would add the aspects "N", "/" and "A" to every row."""
+    names: set[str] = set()
+    assert settings.source.aspects is not None
+    sound = 0
+    rows = _records(records.shards, records.dataset, settings, _Lookout)
+    for row, record in itertools.islice(rows, MOST_LOOKED_AT):
+        if sound == count:
+            break
+        with contextlib.suppress(Exception):  # a broken row: reported with its place when the rows are read
+            check_group(_columns(settings.source.adapt(row)), row)
+            found = set(settings.source.aspects(record))
+            if all(map(is_aspect, found)):
+                names |= found
+                sound += 1
+    return names
+
+
+class _Lookout(ImageResolver):
+    """Looks for images, but fetches none."""
+
+    def resolve(self, value: Any) -> dict[str, Any]:
+        remote = isinstance(value, str) and is_remote(value) and self.allow_remote
+        return {"bytes": b"", "path": value} if remote else super().resolve(value)
+
+
+def _columns(group: Group) -> dict[str, Any]:
+    return {field.name: getattr(group, field.name) for field in fields(group)}
 
 
 def _up_to_date(
@@ -169,21 +203,32 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Stored rows of some shards. Runs in the worker processes."""
     Path(outbox, STARTED).touch()
-    resolvers: dict[str | None, ImageResolver] = {}
     for shard in shards:
-        root = settings.image_root or shard.image_root
-        if root not in resolvers:
-            resolvers[root] = settings.resolver(root)
-        resolvers[root].beside = None if settings.image_root else _folder(shard)
         try:
-            for location, record in raw.read(shard, dataset):
-                row = Row(
-                    record if isinstance(record, dict) else {}, _place(settings.name, shard), location, resolvers[root]
-                )
+            for row, record in _records([shard], dataset, settings):
                 yield _row(row, record, settings)
         except DataError as error:
             Path(outbox, f"{shard.first:012d}-{os.getpid()}.error").write_bytes(pickle.dumps(error))
             raise
+
+
+def _records(
+    shards: Iterable[raw.Shard],
+    dataset: datasets.Dataset | None,
+    settings: Settings,
+    resolver: type[ImageResolver] = ImageResolver,
+) -> Iterator[tuple[Row, Any]]:
+    """Every record of some shards, as a row that knows its place and where its images are, and as it was read."""
+    resolvers: dict[str | None, ImageResolver] = {}
+    for shard in shards:
+        root = settings.image_root or shard.image_root
+        if root not in resolvers:
+            resolvers[root] = resolver(root, settings.base, allow_remote=settings.allow_remote)
+        resolvers[root].beside = None if settings.image_root else _folder(shard)
+        place = _place(settings.name, shard)
+        for location, record in raw.read(shard, dataset):
+            columns = record if isinstance(record, dict) else {}
+            yield Row(columns, place, location, resolvers[root], settings.scale), record
 
 
 def _row(row: Row, record: Any, settings: Settings) -> dict[str, Any]:

@@ -11,24 +11,30 @@ import io
 import os
 import posixpath
 import struct
-import threading
+import time
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
+from http.client import HTTPException
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from silkie.data.schema import DataError, ImageValue
+from silkie.io.archives import is_archive, member_info, read_member, zip_archive
+from silkie.io.files import check_regular, is_below, read_file
 
 MAX_PIXELS = 89_478_485  # PIL's own warning limit: a quarter of a GiB as RGB
 MAX_DOWNLOAD_BYTES = 64 * 2**20
+MAX_DOWNLOAD_SECONDS = 300.0
 MAX_FILE_BYTES = 512 * 2**20  # of an encoded image; a member of a zip file can unpack to a thousand times its size
 REMOTE_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 BACKGROUND = (255, 255, 255)
+# What pictures of data sets are stored in. Pillow knows more: it hands EPS to Ghostscript, and the rarely used decoders
+# are the ones that nobody has looked at.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "ICO", "JPEG2000", "PPM", "TGA")
 # What Pillow's decoders raise for damaged files, found by damaging files of every format; UnidentifiedImageError is an
 # OSError.
 DECODER_ERRORS = (
@@ -66,12 +72,13 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=readable_formats())
     except Image.DecompressionBombError as error:
         raise ImageError(f"{where}: {_describe(value)} is a decompression bomb: {error}") from error
     except DECODER_ERRORS as error:
         raise ImageError(
-            f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes)"
+            f"{where}: {_describe(value)} is not an image that Pillow can read ({len(data)} bytes; read are"
+            f" {', '.join(readable_formats())})"
         ) from error
     check_pixels(image.size, value, where, max_pixels)
     try:
@@ -79,6 +86,13 @@ def open_image(value: Any, *, where: str = "image", max_pixels: int = MAX_PIXELS
     except DECODER_ERRORS as error:
         raise ImageError(f"{where}: {_describe(value)} is truncated or corrupt: {error}") from error
     return to_rgb(image, where=where)
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def check_pixels(size: tuple[int, int], value: Any, where: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -157,11 +171,11 @@ def _read_path(path: str, where: str) -> bytes:
     try:
         if path.startswith("zip://"):
             member, _, archive = path.removeprefix("zip://").partition("::")
-            check_file_size(zip_archive(archive).getinfo(member).file_size, path, where)
-            return zip_archive(archive).read(member)
-        check_file_size(os.path.getsize(path), path, where)
-        return Path(path).read_bytes()
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            check_file_size(member_info(archive, member).file_size, path, where)
+            return read_member(archive, member, limit=MAX_FILE_BYTES)
+        check_file_size(check_regular(path).st_size, path, where)
+        return read_file(path, limit=MAX_FILE_BYTES)
+    except OSError as error:
         raise ImageError(f"{where}: cannot read {path!r}: {error}") from error
 
 
@@ -180,11 +194,14 @@ def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
     if isinstance(value, Image.Image):
         return value.size
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-    from_file = path is not None and not path.startswith("zip://") and not is_remote(path)
+    from_file = isinstance(path, str) and not path.startswith("zip://") and not is_remote(path)
     try:
+        if from_file:
+            check_regular(path)  # the header alone is read, by Pillow
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path if from_file else io.BytesIO(read_bytes(value, where=where))) as image:  # type: ignore[arg-type]
+            source = path if from_file else io.BytesIO(read_bytes(value, where=where))
+            with Image.open(source, formats=readable_formats()) as image:  # type: ignore[arg-type]
                 size = image.size
         check_pixels(size, value, where)
     except ImageError:
@@ -206,37 +223,24 @@ def is_remote(path: str) -> bool:
 
 
 def fetch(url: str, *, where: str = "image", timeout: float = 30.0) -> bytes:
-    """Download one http(s) image of at most MAX_DOWNLOAD_BYTES. Raises ImageError."""
+    """Download one http(s) image of at most MAX_DOWNLOAD_BYTES within MAX_DOWNLOAD_SECONDS. Raises ImageError.
+
+    timeout: seconds that the server may be silent.
+    """
     if not url.lower().startswith(("http://", "https://")):
         raise ImageError(f"{where}: {url!r}: only http and https addresses can be fetched")
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
-            data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except OSError as error:
+            data, began = bytearray(), time.monotonic()
+            while len(data) <= MAX_DOWNLOAD_BYTES and (block := response.read1(2**16)):
+                data += block
+                if time.monotonic() - began > MAX_DOWNLOAD_SECONDS:
+                    raise TimeoutError(f"it takes more than {MAX_DOWNLOAD_SECONDS:g} s")
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
         raise ImageError(f"{where}: cannot fetch {url!r}: {error}") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ImageError(f"{where}: {url!r} is larger than {MAX_DOWNLOAD_BYTES:,} bytes")
-    return data
-
-
-_archives: dict[str, tuple[tuple[int, ...], zipfile.ZipFile]] = {}
-_archives_lock = threading.Lock()
-
-
-def zip_archive(path: str) -> zipfile.ZipFile:
-    """An open zip file, kept per process: reading a large archive's index takes seconds, and a file offset must not be
-    shared by a fork.
-
-    A file that was replaced or changed since is opened again.
-    """
-    status = os.stat(path)
-    stamp = (os.getpid(), status.st_ino, status.st_size, status.st_mtime_ns)
-    with _archives_lock:
-        known, archive = _archives.get(path, (None, None))
-        if archive is None or known != stamp:
-            archive = zipfile.ZipFile(path)
-            _archives[path] = (stamp, archive)
-        return archive
+    return bytes(data)
 
 
 class ImageResolver:
@@ -247,6 +251,9 @@ class ImageResolver:
         base: where the data file lies, for relative paths when there is no root.
         allow_remote: fetch http(s) addresses at once and store their bytes, so that training never needs the network.
 
+    Nothing outside the root (`root`, else `base`) is ever read, links followed: a row cannot name a file of this
+    machine that the data did not come with. Without either, rows of a loaded dataset may name any regular file.
+
     A path is looked up as written: in the directory `beside` (of the data file that is being read, in the archive where
     the root is one), then below the root, then by its file name alone (VLFeedback's `img_path` names a directory of its
     authors)."""
@@ -256,11 +263,7 @@ class ImageResolver:
         self.explicit_root = root
         self.beside: str | None = None
         self.allow_remote = allow_remote
-        self.is_zip = (
-            self.root is not None and zipfile.is_zipfile(self.root)
-            if self.root and os.path.isfile(self.root)
-            else False
-        )
+        self.is_zip = bool(self.root) and os.path.isfile(self.root or "") and is_archive(self.root or "")
         if root is not None and not os.path.exists(root):
             raise DataError(f"image_root {root!r} does not exist")
         if root is not None and os.path.isfile(root) and not self.is_zip:
@@ -301,13 +304,22 @@ class ImageResolver:
     def _member(self, address: str) -> str:
         """A `zip://MEMBER::ARCHIVE` address, as stored groups have it, of a member that exists."""
         member, _, archive = address.removeprefix("zip://").partition("::")
-        if self.explicit_root is not None and not _inside(archive, self.explicit_root):
-            raise ImageError(f"{address!r}, an archive that is not below image_root {self.explicit_root!r}")
+        if os.path.exists(archive) and not self._allowed(archive):
+            raise ImageError(f"{address!r}, an archive that is {self._outside}")
         try:
-            zip_archive(archive).getinfo(member)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            member_info(archive, member)
+        except OSError as error:
             raise ImageError(f"{address!r}, which cannot be read: {error}") from error
         return address
+
+    def _allowed(self, path: str) -> bool:
+        return self.root is None or is_below(path, self.root)
+
+    @property
+    def _outside(self) -> str:
+        if self.explicit_root is not None:
+            return f"not below image_root {self.explicit_root!r}"
+        return f"not below the directory of the data, {self.root!r}; pass image_root=DIRECTORY to read images elsewhere"
 
     def _find(self, path: str) -> str:
         folders = [folder for folder in (self.beside, "" if self.is_zip else self.root) if folder is not None]
@@ -321,24 +333,28 @@ class ImageResolver:
             return f"zip://{member}::{os.path.abspath(self.root)}"
         if self.root is not None:
             candidates = [os.path.join(folder, name) for folder in folders for name in (path, path.lstrip("/"))]
-            for candidate in dict.fromkeys(map(os.path.abspath, candidates)):
-                if os.path.isfile(candidate) and (self.explicit_root is None or _inside(candidate, self.explicit_root)):
-                    return candidate
-            return self._unique(path)
-        if os.path.isfile(path):
+            found = [candidate for candidate in dict.fromkeys(map(os.path.abspath, candidates)) if _is_file(candidate)]
+            if inside := next(filter(self._allowed, found), None):
+                return inside
+            return self._unique(path, outside=bool(found))
+        if _is_file(path):
             return os.path.abspath(path)
         raise ImageError(f"{path!r}, which is not a file here; pass image_root=DIRECTORY_OR_ZIP")
 
-    def _unique(self, path: str) -> str:
-        """Look up by file name alone."""
+    def _unique(self, path: str, *, outside: bool = False) -> str:
+        """Look up by file name alone. `outside`: there is such a file outside the root."""
         name = path.replace("\\", "/").rsplit("/", 1)[-1]
-        found = [match for match in self._names().get(name, []) if self.is_zip or os.path.isfile(match)]
+        found = [
+            match for match in self._names().get(name, []) if self.is_zip or (_is_file(match) and self._allowed(match))
+        ]
         if len(found) == 1:
             return found[0]
         if self.explicit_root is None:
             where, hint = f"beside the data in {self.root!r}", "; pass image_root=DIRECTORY_OR_ZIP"
         else:
             where, hint = f"below image_root {self.root!r}", ""
+        if outside and not found and self.explicit_root is None:
+            raise ImageError(f"{path!r}, a file that is {self._outside}")
         if not found:
             raise ImageError(f"{path!r}, and no file of that name {where}{hint}")
         raise ImageError(
@@ -364,9 +380,12 @@ class ImageResolver:
         return self._by_name
 
 
-def _inside(path: str, root: str) -> bool:
-    root = os.path.abspath(root)
-    return os.path.commonpath([os.path.abspath(path), root]) == root
+def _is_file(path: str) -> bool:
+    """False for a name that cannot be one, too (os.path.isfile raises for a NUL on some systems)."""
+    try:
+        return os.path.isfile(path)
+    except ValueError:
+        return False
 
 
 def _data_uri(value: str) -> bytes:

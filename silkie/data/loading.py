@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import datasets
 
 from silkie.data import raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
+from silkie.data.check import is_aspect
 from silkie.data.columns import reading
-from silkie.data.convert import Settings, collect, write_groups
+from silkie.data.convert import Settings, collect, sound_aspects, write_groups
 from silkie.data.images import ImageResolver
-from silkie.data.pairs import PairFunction, PairOptions
+from silkie.data.pairs import ANY_SCALE, PairFunction, PairOptions
 from silkie.data.rebuild import rebuild_with_report
 from silkie.data.registry import SOURCES, Row, Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup_with_report
@@ -43,6 +45,7 @@ def load_preferences(
     source_format: str | None = None,
     format: str | None = None,
     aspects: Sequence[str] | None = None,
+    rating_scale: tuple[float, float] | None = None,
     regroup_pairs: bool = True,
     keep_unpaired: bool = False,
     num_proc: int | None = None,
@@ -68,6 +71,8 @@ def load_preferences(
         source_format: a name from `silkie.data.SOURCES`; default: by hub name, else by the columns of the first record
             (the log says which). `format` is its short name.
         aspects: names of the rating aspects; default: those of the first 200 records.
+        rating_scale: lowest and highest rating; one outside is an error of its row. Default: the scale of the format
+            (1 to 5 for VLFeedback's, any for others); a row's own column `rating_scale` wins.
         regroup_pairs: join pair rows of the same image and prompt into one group.
         keep_unpaired: keep groups without any pair (for sampling or inspection; they cannot be trained on).
         num_proc: worker processes.
@@ -97,7 +102,6 @@ def load_preferences(
         return _finished(dataset, report, return_report)
     adapter = _choose(records, hub_name, format)
     _log_columns(records, adapter)
-    names = _aspects(records, adapter, aspects)
     root = None if image_root is None else os.path.abspath(os.fspath(image_root))
     if root is not None:
         ImageResolver(root, None)  # a wrong image_root is one clear error, not one per row
@@ -106,13 +110,15 @@ def load_preferences(
         source=adapter,
         name=f"{records.name} ({adapter.name})",
         options=PairOptions() if regrouping else options,
-        aspects=names,
+        aspects=(),
         base=records.base,
         image_root=root,
         on_error=on_error,
         allow_remote=allow_remote_images,
         need_pairs=not keep_unpaired,
+        scale=adapter.scale if rating_scale is None else _scale(rating_scale),
     )
+    settings = replace(settings, aspects=_aspects(records, settings, aspects))
     written = write_groups(records, settings, num_proc, cache_dir)
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
     dataset = collect(written, report)
@@ -236,18 +242,23 @@ class _AnyImage:
         return {"bytes": None, "path": "any"}
 
 
-def _aspects(records: raw.Records, source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
+def _aspects(records: raw.Records, settings: Settings, given: Sequence[str] | None) -> tuple[str, ...]:
     if given is not None:
+        if strange := next((name for name in given if not is_aspect(name)), None):
+            raise DataError(f"aspects: {strange!r} cannot be the name of an aspect: expected printable text")
         return tuple(given)
-    if source.aspects is None:
+    if settings.source.aspects is None:
         return ()
-    names: set[str] = set()
-    for record in records.first(ASPECT_SAMPLE):
-        try:
-            names.update(source.aspects(record))
-        except (TypeError, ValueError, AttributeError):  # a broken row: reported with its place when the rows are read
-            continue
-    return tuple(sorted(names, key=aspect_order))
+    return tuple(sorted(sound_aspects(records, settings, ASPECT_SAMPLE), key=aspect_order))
+
+
+def _scale(given: Any) -> tuple[float, float]:
+    low, high = map(float, given)
+    if not ANY_SCALE[0] <= low < high <= ANY_SCALE[1]:
+        raise ValueError(
+            f"rating_scale={given!r}: expected (lowest, highest), from {ANY_SCALE[0]:g} to {ANY_SCALE[1]:g}"
+        )
+    return low, high
 
 
 def _as_it_is(records: raw.Records, keep_unpaired: bool) -> tuple[datasets.Dataset, LoadReport]:

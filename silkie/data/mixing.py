@@ -20,7 +20,7 @@ def mix(
     """Join datasets of groups whose rating aspects may differ.
 
     Pairs stay as they were built for each part. Where aspects differ, every group gets the aspects of all parts, null
-    where it was not rated, and has no mean rating any more.
+    where it was not rated; its mean rating stays that over its own aspects.
 
     Args:
         weights: how often each part is drawn from, in any scale; None joins all groups of all parts, one part after the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ Strategy = Literal["all", "best_vs_worst", "best_vs_rest", "random", "longest", 
 STRATEGIES: tuple[str, ...] = ("all", "best_vs_worst", "best_vs_rest", "random", "longest", "model")
 TIE_TOLERANCE = 1e-9  # weighted means of equal ratings may differ in the last bit
 MAX_WEIGHT = 3.4e38
+ANY_SCALE = (-1e6, 1e6)  # of ratings whose source declares no scale; means and margins of more lose digits
+_PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(?:\.[0-9]+)?\s*", re.ASCII)
 
 Rating = Mapping[str, Any] | float | int | str | None
 PairFunction = Callable[[dict[str, Any]], Iterable[Sequence[float]]]
@@ -138,9 +141,32 @@ def parse_rating(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def check_rating(value: Any, scale: tuple[float, float]) -> float | None:
+    """A rating on a scale; None where there is none (null, NaN, text without a digit such as "N/A").
+
+    Raises ValueError for whatever could be read as a rating in more than one way or is off the scale: a number
+    outside it, "1_0", "4/5", true, a list.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str) and not any(letter.isdigit() for letter in value):
+        return None
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain and not (isinstance(value, str) and _PLAIN_NUMBER.fullmatch(value)):
+        raise ValueError("a plain number, or text without one such as N/A")
+    low, high = scale
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not low <= number <= high:
+        raise ValueError(f"a rating from {low:g} to {high:g}")
+    return number
+
+
 def is_weight(value: Any) -> bool:
     """True for a number >= 0 that float32, in which pair weights are stored, can hold."""
-    return isinstance(value, (int, float)) and 0 <= value <= MAX_WEIGHT
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT
 
 
 def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:
@@ -160,7 +186,7 @@ def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float |
 
 
 def _scores(ratings: Sequence[Rating], weights: Mapping[str, float] | None) -> list[float | None]:
-    """[K] scores over one set of aspects: those given, or all on which a response of the group is rated.
+    """[K] scores over one set of aspects: those given, or all that the ratings of the group name.
 
     Raises KeyError for a given aspect on which no response is rated.
     """
@@ -169,6 +195,19 @@ def _scores(ratings: Sequence[Rating], weights: Mapping[str, float] | None) -> l
     if unknown and any(rating is not None and rating != {} for rating in ratings):
         raise KeyError(f"aspect {unknown[0]!r} is not among the rated ones: {', '.join(map(repr, named)) or 'none'}")
     return [score(rating, named if weights is None else weights) for rating in ratings]
+
+
+def mean_ratings(ratings: Sequence[Mapping[str, float | None] | None]) -> list[float]:
+    """[K] mean rating of the responses of one STORED group, by which its pairs are ordered; NaN for a response that
+    lacks a rating on an aspect on which another one has it."""
+    return [math.nan if value is None else value for value in _scores(own_aspects(ratings), None)]
+
+
+def own_aspects(ratings: Sequence[Mapping[str, float | None] | None]) -> list[dict[str, float | None]]:
+    """[K] stored ratings on the group's own aspects. A dataset has columns for the aspects of all of its groups: null
+    for every response of a group reads as "not rated on this"."""
+    rated = {aspect for rating in ratings for aspect, value in (rating or {}).items() if value is not None}
+    return [{aspect: value for aspect, value in (rating or {}).items() if aspect in rated} for rating in ratings]
 
 
 def build_pairs(

@@ -6,11 +6,10 @@ more than one record (or one parquet batch) in memory.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from silkie.data.images import zip_archive
-from silkie.data.registry import SOURCES
+from silkie.data.registry import SOURCES, describe
 from silkie.data.schema import DataError
-from silkie.io.jsonl import json_lines
+from silkie.io.archives import is_archive, open_member, read_member, zip_archive
+from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, FileError, is_below, open_file, read_file
+from silkie.io.jsonl import MAX_LINE_BYTES, JsonError, bounded_lines, decode, json_lines, parse_json
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -78,10 +78,9 @@ class Records:
     def nothing(self) -> DataError:
         """The error for an input without any record; it quotes what the input holds instead."""
         place, found = next((item for shard in self.shards for item in read(shard, self.dataset)), ("", None))
-        return DataError(
-            f"{self.name}: no record in it (expected JSON"
-            f" objects){f'; {place} is {str(found)[:80]!r}' if place else ''}"
-        )
+        shown = repr(str(found)[:80]) if isinstance(found, ValueError) else describe(found)
+        held = f"; {place} is {shown}" if place else ""
+        return DataError(f"{self.name}: no record in it (expected JSON objects){held}")
 
 
 def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
@@ -105,7 +104,9 @@ def from_path(path: str, split: str) -> Records:
     name = os.path.basename(os.path.normpath(path))
     if os.path.isdir(path):
         return _from_directory(path, name, split)
-    if zipfile.is_zipfile(path):
+    with _readable():
+        packed = is_archive(path)
+    if packed:
         return _from_zip(path, name, split)
     if path.lower().endswith(".zip"):
         raise DataError(f"{path!r} is not a zip archive that can be read; it may be cut off, or still downloading")
@@ -123,7 +124,12 @@ def _from_directory(path: str, name: str, split: str) -> Records:
     if any(
         os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
     ):  # written by save_to_disk
-        saved = datasets.load_from_disk(path)
+        try:
+            saved = datasets.load_from_disk(path)
+        except Exception as error:  # `datasets` trusts what it has written: damage ends in any error
+            raise DataError(
+                f"{path!r} looks like a dataset that was saved to disk, but cannot be read: {error}"
+            ) from error
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 raise DataError(f"{path!r} has no split {split!r}; it has {', '.join(saved)}")
@@ -143,11 +149,9 @@ def _from_directory(path: str, name: str, split: str) -> Records:
 
 def _from_zip(path: str, name: str, split: str) -> Records:
     suffixes = (".jsonl", ".json")
-    members = [
-        name
-        for name in sorted(zip_archive(path).namelist())
-        if name.lower().endswith(suffixes) and _is_data(name.split("/"))
-    ]
+    with _readable():
+        names = zip_archive(path).namelist()
+    members = [name for name in sorted(names) if name.lower().endswith(suffixes) and _is_data(name.split("/"))]
     members = of_split(_one_format(members, path, suffixes), split, path)
     stamp = _stamp(path)
     shards = tuple(
@@ -160,13 +164,26 @@ def _from_meta(path: str, name: str) -> Records:
     """MMPR's index: {name: {"root": image directory, "annotation": JSONL}}; paths start at the meta file or at its
     parent directory."""
     folder = Path(path).resolve().parent
-    meta = json.loads(Path(path).read_text(encoding="utf-8"))
+    with _readable():
+        meta = parse_json(read_file(path, limit=MAX_SETTINGS_BYTES), path)
+    if not isinstance(meta, dict):
+        raise DataError(
+            f"{path!r}: found a JSON {type(meta).__name__}, expected an object {{name: {{root, annotation}}}}"
+        )
     shards: list[Shard] = []
     for entry, value in meta.items():
-        if not isinstance(value, dict) or not {"root", "annotation"} <= value.keys():
+        texts = isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("root", "annotation"))
+        if not texts:
             raise DataError(
-                f"{path!r}, entry {entry!r}: expected an object with 'root' and 'annotation', found {value!r}"
+                f"{path!r}, entry {entry!r}: expected an object with the texts 'root' and 'annotation', found"
+                f" {describe(value)}"
             )
+        for key in ("root", "annotation"):
+            if not any(is_below(base / value[key], folder.parent) for base in (folder, folder.parent)):
+                raise DataError(
+                    f"{path!r}, entry {entry!r}: {key} {value[key]!r} lies outside {str(folder.parent)!r}; an index"
+                    " names what lies beside it. Load such a file by its own name, with image_root=DIRECTORY"
+                )
         annotation = _beside(folder, value["annotation"])
         if annotation is None:
             raise DataError(
@@ -181,14 +198,15 @@ def _from_meta(path: str, name: str) -> Records:
 def _is_index(path: str) -> bool:
     """True for MMPR's meta.json; other data may have a file of that name, too."""
     try:
-        meta = json.loads(Path(path).read_bytes())
-    except ValueError:
+        meta = parse_json(read_file(path, limit=MAX_SETTINGS_BYTES), path)
+    except (ValueError, OSError):
         return False
     return isinstance(meta, dict) and any(isinstance(value, dict) and "annotation" in value for value in meta.values())
 
 
 def _beside(folder: Path, path: str) -> Path | None:
-    return next((base / path for base in (folder, folder.parent) if (base / path).exists()), None)
+    places = (base / path for base in (folder, folder.parent))
+    return next((place for place in places if is_below(place, folder.parent) and place.exists()), None)
 
 
 def _is_data(parts: Sequence[str]) -> bool:
@@ -227,6 +245,8 @@ def of_split(files: list[str], split: str, where: str) -> list[str]:
 def file_shards(path: str, image_root: str | None) -> list[Shard]:
     """Cut one file into shards at line or row-group boundaries, so that worker processes can share it."""
     path, suffix, stamp = os.path.abspath(path), Path(path).suffix.lower(), _stamp(path)
+    with _readable():
+        open_file(path, limit=MAX_DOCUMENT_BYTES if suffix == ".json" and not _is_json_lines(path) else None).close()
     if suffix == ".parquet":
         try:
             metadata = pq.ParquetFile(path).metadata
@@ -244,7 +264,7 @@ def file_shards(path: str, image_root: str | None) -> list[Shard]:
 
 def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shard]:
     start = offset = first = lines = 0
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(min(2**20, SHARD_BYTES)):
             position = 0
             if offset + len(block) - start >= SHARD_BYTES and (end := block.rfind(b"\n")) >= 0:
@@ -259,11 +279,9 @@ def _line_shards(path: str, stamp: str, image_root: str | None) -> Iterator[Shar
 
 def _is_json_lines(path: str) -> bool:
     """True for a .json file whose first line is a whole object, with more lines after it."""
-    with open(path, "rb") as file:
-        try:
-            return isinstance(json.loads(file.readline(2**24)), dict) and bool(file.read(2**10).strip())
-        except ValueError:
-            return False
+    with open_file(path) as file:
+        first, error = decode(file.readline(2**24))
+        return error is None and isinstance(first, dict) and bool(file.read(2**10).strip())
 
 
 def _stamp(path: str) -> str:
@@ -280,25 +298,34 @@ def read(shard: Shard, dataset: datasets.Dataset | None = None) -> Iterator[tupl
             return
         for start in range(shard.start, shard.stop, PARQUET_BATCH):
             table = dataset[start : min(start + PARQUET_BATCH, shard.stop)]
-            yield from ((f"row {index}", record) for index, record in enumerate(table.to_pylist(), start=start))
+            rows = (row for batch in table.to_batches() for row in _rows_of(batch))
+            yield from ((f"row {index}", record) for index, record in enumerate(rows, start=start))
     elif shard.kind == "parquet":
         yield from _read_parquet(shard)
     elif shard.kind == "json":
-        yield from _read_json(Path(shard.path).read_bytes(), shard.path)
+        with _readable():
+            text = read_file(shard.path)
+        yield from _read_json(text, shard.path)
     elif shard.kind == "zip" and shard.member.lower().endswith(".json"):
-        yield from _read_json(zip_archive(shard.path).read(shard.member), f"{shard.path}/{shard.member}")
+        with _readable():
+            text = read_member(shard.path, shard.member, limit=MAX_DOCUMENT_BYTES)
+        yield from _read_json(text, f"{shard.path}/{shard.member}")
     elif shard.kind == "zip":
-        with zip_archive(shard.path).open(shard.member) as file:
+        with _readable(), open_member(shard.path, shard.member) as file:
             yield from _read_lines(file, 0)
     else:
-        with open(shard.path, "rb") as file:
+        with _readable(), open_file(shard.path) as file:
             file.seek(shard.start)
-            yield from _read_lines(_until(file, shard.stop), shard.first)
+            yield from _read_lines(bounded_lines(file, limit=MAX_LINE_BYTES, stop=shard.stop), shard.first)
 
 
-def _until(file: Any, stop: int) -> Iterator[bytes]:
-    while file.tell() < stop:
-        yield file.readline()
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What cannot be read, as a DataError: a FIFO, a damaged archive, a text that is not JSON."""
+    try:
+        yield
+    except (FileError, JsonError) as error:
+        raise DataError(str(error)) from error
 
 
 def _read_lines(lines: Any, first: int) -> Iterator[tuple[str, Any]]:
@@ -319,9 +346,22 @@ def _read_parquet(shard: Shard) -> Iterator[tuple[str, Any]]:
             raise _broken_parquet(shard.path, error, f" after row {index - 1}") from error
         if batch is None:
             return
-        for record in batch.to_pylist():
+        for record in _rows_of(batch):
             yield f"row {index}", record
             index += 1
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows of a batch as Python values. A row that cannot be one (text that is not UTF-8, a date beyond Python's)
+    comes as a ValueError."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        for index in range(len(batch)):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield ValueError(f"a row that cannot be read: {error}")
 
 
 def _broken_parquet(path: str, error: Exception, where: str = "") -> DataError:
@@ -331,10 +371,8 @@ def _broken_parquet(path: str, error: Exception, where: str = "") -> DataError:
 
 
 def _read_json(text: bytes, path: str) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path!r} is not JSON: {error}") from error
+    with _readable():
+        records = parse_json(text, path)
     if isinstance(records, dict) and any(source.detect(records) for source in SOURCES.values()):
         records = [records]
     elif isinstance(records, dict):  # {"data": [...]}

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from silkie.data.images import ImageResolver
-from silkie.data.pairs import PairFunction, PairOptions
+from silkie.data.pairs import PairFunction, PairOptions, own_aspects
 from silkie.data.registry import Row
 from silkie.data.reports import OnError, Problem, unforeseen
 from silkie.data.schema import RowError
@@ -78,7 +78,8 @@ def _rebuild(group: dict[str, Any], index: int, options: PairOptions, source: st
     rated = options.needs_ratings and group.get("ratings") is not None
     problem = None
     try:
-        pairs, weights, notes = pair_up({**group, "pairs": None} if rated else group, options, row)
+        known = {**group, "pairs": None, "ratings": own_aspects(group["ratings"])} if rated else group
+        pairs, weights, notes = pair_up(known, options, row)
         if not pairs:
             reason = why_no_pairs(len(group["responses"]), notes)
             problem = Problem(kind="no pairs", row=row.location, reason=reason, message=f"{row.location}: {reason}")

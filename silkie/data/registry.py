@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.data.images import ImageError, ImageResolver
+from silkie.data.pairs import ANY_SCALE, check_rating
 from silkie.data.schema import DataError, Group, ImageValue, RowError
 
 Record = Mapping[str, Any]
@@ -44,6 +45,7 @@ class Source:
         detect: True for a record of this format (its keys are the columns).
         hub_names: dataset names on the hub that have this format.
         aspects: record -> names of the rating aspects in it, for formats with ratings.
+        scale: worst and best rating of the format; ratings outside are refused. A record's own `rating_scale` wins.
         pair_rows: a record is one pair, so that records of the same image and prompt can be regrouped.
     """
 
@@ -53,6 +55,7 @@ class Source:
     hub_names: tuple[str, ...] = ()
     aspects: Callable[[Record], Iterable[str]] | None = None
     pair_rows: bool = True
+    scale: tuple[float, float] = ANY_SCALE
 
 
 SOURCES: dict[str, Source] = {}
@@ -65,13 +68,20 @@ def register_source(
     hub_names: Sequence[str] = (),
     aspects: Callable[[Record], Iterable[str]] | None = None,
     pair_rows: bool = True,
+    scale: tuple[float, float] = ANY_SCALE,
 ) -> Callable[[Adapter], Adapter]:
     """Decorator that adds an adapter to the registry. Registering a name again replaces it (a notebook cell may run
     twice)."""
 
     def register(adapt: Adapter) -> Adapter:
         SOURCES[name] = Source(
-            name=name, adapt=adapt, detect=detect, hub_names=tuple(hub_names), aspects=aspects, pair_rows=pair_rows
+            name=name,
+            adapt=adapt,
+            detect=detect,
+            hub_names=tuple(hub_names),
+            aspects=aspects,
+            pair_rows=pair_rows,
+            scale=scale,
         )
         return adapt
 
@@ -131,6 +141,7 @@ class Row:
     source: str  # format and file or dataset name
     location: str  # "row 12" or "line 12"
     resolver: ImageResolver
+    scale: tuple[float, float] = ANY_SCALE  # of the ratings, from worst to best
     lacking: str | None = None  # the path or address of an image that was not found
     read: set[str] = field(default_factory=set)  # columns that were asked for
 
@@ -165,6 +176,27 @@ class Row:
         if not isinstance(value, str) or not value.strip():
             raise self.error(column, value, "a non-empty string")
         return value
+
+    def rating(self, value: Any, column: str) -> float | None:
+        """A rating on the scale of the source, or of the record where it has a `rating_scale`; None for no rating."""
+        try:
+            return check_rating(value, self._scale())
+        except ValueError as error:
+            raise self.error(
+                column,
+                value,
+                str(error),
+                "Another scale: add a column rating_scale with [lowest, highest] to the rows, or pass rating_scale=.",
+            ) from None
+
+    def _scale(self) -> tuple[float, float]:
+        own = self.record.get("rating_scale")
+        if own is None:
+            return self.scale
+        bounds = own if isinstance(own, (list, tuple)) else []
+        if len(bounds) != 2 or not all(isinstance(b, (int, float)) and abs(b) <= ANY_SCALE[1] for b in bounds):
+            raise self.error("rating_scale", own, "[lowest, highest], two numbers")
+        return float(bounds[0]), float(bounds[1])
 
     def image(self, column: str) -> ImageValue:
         """The image in a column: bytes, a path, or what `datasets` stores."""
@@ -202,5 +234,8 @@ class Found(str):
 
 def describe(value: Any, limit: int = 80) -> str:
     """A short repr for error messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested, or a number, beyond what Python prints
+        text = f"{type(value).__name__} that is nested too deeply, or too large, to be shown"
     return text if len(text) <= limit else f"{type(value).__name__} {text[:limit]}..."

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from silkie.data.judge_checks import judge_flags
+from silkie.data.pairs import mean_ratings
 from silkie.data.schema import prompt_text
 
 Length = Callable[[str], int]
@@ -61,9 +62,10 @@ class Statistics:
         starts = [self.responses + before for before in itertools.accumulate(sizes, initial=0)]
         self._keep_rows("pairs", 2, _pairs(groups, starts), np.int32)
         self._keep_rows("comparisons", 2, _comparisons(groups, starts), np.int32)
-        ratings = [rating for group in groups for rating in group.get("ratings") or [None] * len(group["responses"])]
+        per_group = [group.get("ratings") or [None] * len(group["responses"]) for group in groups]
+        ratings = [rating for group in per_group for rating in group]
         self._keep("rated", [rating is not None for rating in ratings])
-        self._keep("mean_rating", [mean_or_none(rating or {}) for rating in ratings], np.float64)
+        self._keep("mean_rating", [mean for group in per_group for mean in mean_ratings(group)], np.float64)
         values = ((rating or {}).get(aspect) for rating in ratings for aspect in self.aspects)
         self._keep_rows("ratings", len(self.aspects), values, np.float64)
         self.flags.update(flag for group in groups for flag in judge_flags(group))
@@ -210,11 +212,6 @@ def _comparisons(groups: Sequence[Mapping[str, Any]], starts: Sequence[int]) -> 
 def count_image_parts(group: Mapping[str, Any]) -> int:
     """Images of a group, counted in its prompt, so that the image column need not be read."""
     return sum(part["type"] == "image" for turn in group["prompt"] for part in turn["content"])
-
-
-def mean_or_none(rating: Mapping[str, float | None]) -> float | None:
-    values = list(rating.values())
-    return None if not values or any(value is None for value in values) else math.fsum(values) / len(values)  # type: ignore[arg-type]
 
 
 def win_rate(model: Mapping[str, Any]) -> float:

@@ -94,7 +94,7 @@ def _from_function(result: Any, count: int, row: Row) -> tuple[list[list[int]], 
     pairs, weights = [], []
     for item in result:
         values = list(item)
-        if len(values) not in (2, 3) or any(int(index) != index for index in values[:2]):
+        if len(values) not in (2, 3) or any(isinstance(i, bool) or int(i) != i for i in values[:2]):
             raise row.error("pairs", item, "(chosen, rejected) or (chosen, rejected, weight) from the pair function")
         pairs.append([int(values[0]), int(values[1])])
         weights.append(float(values[2]) if len(values) == 3 else 1.0)

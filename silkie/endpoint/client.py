@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from silkie.endpoint.budget import Prices
 from silkie.endpoint.errors import AnswerError, ItemError, StopRun, Usage, whole_text
+from silkie.endpoint.transport import BodyTooLarge, OtherHost, guarded_client
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLES = ("SILKIE_API_KEY", "OPENAI_API_KEY")
+MOST_TOKENS = 10**9  # of one call; a larger count is none
 _NO_KEY = "none"  # local servers ignore it, and the client insists on one
 
 
@@ -164,7 +167,8 @@ class Endpoint:
         several."""
         loop = asyncio.get_running_loop()
         if self._opened is None or self._opened[0] is not loop:
-            http_client = openai.DefaultAsyncHttpxClient(
+            http_client = guarded_client(
+                self._base_url,
                 trust_env=not self._local,  # a proxy of the environment cannot reach a server on this machine
                 timeout=self.timeout,
                 limits=_limits(self._connections),
@@ -186,8 +190,15 @@ class Endpoint:
         return parameter not in self._unsupported
 
     def redact(self, text: str) -> str:
-        """`text` without the key, should a server echo it."""
-        return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+        """`text` without the key, should a server echo it: as it is, or as JSON, Python or an address write it. Redact
+        before cutting: half of a key is not found any more."""
+        if self._key == _NO_KEY:
+            return text
+        written = {self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1], quote(self._key, safe="")}
+        written.add(json.dumps(self._key)[1:-1].replace("/", "\\/"))
+        for form in sorted(written, key=len, reverse=True):
+            text = text.replace(form, "[key]")
+        return text
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, keep_truncated: bool = False, **parameters: Any
@@ -299,6 +310,13 @@ class Endpoint:
             raise _Transient("timeout", f"no answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
+            if isinstance(cause, BodyTooLarge):
+                raise AnswerError("bad_response", f"the endpoint sends {cause}", usage=Usage(calls=1)) from error
+            if isinstance(cause, OtherHost):
+                raise StopRun(
+                    f"the endpoint redirects to {self.redact(str(cause))}, and the prompt and its images would go"
+                    " there; where that is right, pass it as the base URL"
+                ) from error
             raise _Transient(
                 "connection", f"connection failed: {type(cause).__name__}: {self.redact(str(cause))}"
             ) from error
@@ -316,7 +334,7 @@ class Endpoint:
             raise StopRun(self.redact(f"the endpoint knows no such model or path (404): {error.message}")) from error
         except openai.APIStatusError as error:
             if error.status_code in (408, 409) or error.status_code >= 500:
-                message = self.redact(f"the endpoint answers {error.status_code}: {error.response.text[:200]}")
+                message = f"the endpoint answers {error.status_code}: {self.redact(error.response.text)[:200]}"
                 raise _Transient("server_error", message, self._requested_wait(error)) from error
             if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
                 raise
@@ -349,11 +367,7 @@ class Endpoint:
         usage = Usage(calls=1)
         try:
             completion = raw.parse()
-            if completion.usage is not None:
-                counted = Usage(
-                    1, int(completion.usage.prompt_tokens or 0), int(completion.usage.completion_tokens or 0)
-                )
-                usage = self.prices.of(counted)
+            usage = self.prices.of(_usage(completion))
             choice = completion.choices[0]
             content, refusal, reason = (
                 choice.message.content,
@@ -372,6 +386,16 @@ class Endpoint:
                 "truncated", "the answer was cut at the token limit", raw=self.redact(content), usage=usage
             )
         return ChatAnswer(whole_text(self.redact(content)), usage)
+
+
+def _usage(completion: Any) -> Usage:
+    """What the endpoint says an answer used. It decides nothing about the answer: what is no count is 0."""
+
+    def count(name: str) -> int:
+        value = getattr(getattr(completion, "usage", None), name, None)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS else 0
+
+    return Usage(1, count("prompt_tokens"), count("completion_tokens"))
 
 
 def _limits(connections: int) -> Any:

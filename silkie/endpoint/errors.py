@@ -21,6 +21,10 @@ AnswerProblem = Literal[
 ]
 
 
+MOST_KEPT = 200_000  # characters of an unusable answer
+MOST_OF_MESSAGE = 2_000  # characters of an error's message, which may quote what a server sent
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What one or more calls used: answered calls, tokens in and out, cost in the currency of the prices (0 without
@@ -67,10 +71,17 @@ class AnswerError(Exception):
     wrong with it."""
 
     def __init__(self, kind: AnswerProblem, message: str, raw: str = "", usage: Usage | None = None) -> None:
-        super().__init__(message)
+        super().__init__(clipped(message, MOST_OF_MESSAGE))
         self.kind: AnswerProblem = kind
-        self.raw = raw
+        self.raw = clipped(raw)
         self.usage = usage or Usage()
+
+
+def clipped(text: str, most: int = MOST_KEPT) -> str:
+    """Beginning and end of a long text: enough to see what a model did, however much it sent."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n[... {len(text) - most:,} characters not kept ...]\n{text[-(most // 2) :]}"
 
 
 class ItemError(Exception):
@@ -78,9 +89,9 @@ class ItemError(Exception):
     retried. `earlier` holds the unusable answers that came before it."""
 
     def __init__(self, kind: str, message: str, raw: str = "") -> None:
-        super().__init__(message)
+        super().__init__(clipped(message, MOST_OF_MESSAGE))
         self.kind = kind
-        self.raw = raw
+        self.raw = clipped(raw)
         self.earlier: list[AnswerError] = []
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from silkie.data.images import MAX_PIXELS, ImageError, ImageResolver, open_image, read_bytes
+from silkie.data.images import MAX_PIXELS, ImageError, ImageResolver, open_image, read_bytes, readable_formats
 from silkie.endpoint.errors import ItemError
 
 # What chat endpoints accept as they are; everything else is sent as PNG.
@@ -44,7 +44,7 @@ def encoded_image(source: Any, *, where: str = "image", max_side: int | None = N
     if not isinstance(source, Image.Image):
         try:
             data = read_bytes(source, where=where)
-            with Image.open(io.BytesIO(data)) as header:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
                 mime = _SENT_AS_IS.get(header.format or "")
                 upright = header.getexif().get(_EXIF_ORIENTATION, 1) == 1
                 if (

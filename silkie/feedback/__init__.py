@@ -1,6 +1,6 @@
 """AI feedback: responses from a pool of models, ratings from a judge, a preference dataset from both.
 
-    python -m silkie.feedback sample | rate | build
+    python -m silkie.feedback sample | rate | injections | build
 
 The pieces are usable on their own: a judge (`OpenAIJudge`, `LocalJudge`, `OracleJudge`), `rate_items` for a plain loop
 over items, `write_vlfeedback` for the dataset file; and the three commands as functions: `sample_file`, `rate_file`,

@@ -1,4 +1,4 @@
-"""The command line: `python -m silkie.feedback sample | rate | build`."""
+"""The command line: `python -m silkie.feedback sample | rate | injections | build`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from silkie.feedback.options import BuildCommand, EndpointOptions, RateCommand, RunOptions, SampleCommand
+from silkie.feedback.options import (
+    BuildCommand,
+    EndpointOptions,
+    InjectionsCommand,
+    RateCommand,
+    RunOptions,
+    SampleCommand,
+)
 from silkie.io.options import Command, parse_command
 
 STOPPED_EARLY = 3
@@ -20,7 +27,7 @@ OF_JUDGES = {
 }
 
 
-def make_endpoint(options: RateCommand) -> Any:
+def make_endpoint(options: RateCommand | InjectionsCommand) -> Any:
     from silkie.endpoint.budget import Prices
     from silkie.endpoint.client import Endpoint
 
@@ -91,6 +98,32 @@ def run_rate(options: RateCommand) -> int:
     return 1 if summary.items and not summary.rated else 0
 
 
+def run_injections(options: InjectionsCommand) -> int:
+    from silkie.feedback.injection import report_of_file
+    from silkie.feedback.judges import OpenAIJudge
+    from silkie.feedback.rubric import load_rubric
+
+    if not (options.base_url and options.model):
+        raise ValueError("pass --base-url and --model")
+    judge = OpenAIJudge(
+        make_endpoint(options),
+        rubric=load_rubric(options.rubric),
+        structured=options.structured,
+        max_tokens=options.max_answer_tokens,
+        max_image_side=options.max_image_side,
+    )
+    report = report_of_file(
+        options.responses,
+        judge,
+        items=options.items,
+        image_root=options.image_root,
+        concurrency=options.concurrency,
+    )
+    print(report.text())
+    print(f"\n{report.usage.calls} answers, {report.usage.tokens:,} tokens")
+    return 0
+
+
 def run_sample(options: SampleCommand) -> int:
     from silkie.feedback.pool import Member, Pool, load_pool
     from silkie.feedback.sample import sample_file
@@ -144,6 +177,12 @@ COMMANDS = (
     Command("rate", "rate responses with a judge; run again to resume", RateCommand, run_rate),
     Command("sample", "draw responses from a pool of models; run again to resume", SampleCommand, run_sample),
     Command(
+        "injections",
+        "how far responses that rate themselves move a judge's ratings",
+        InjectionsCommand,
+        run_injections,
+    ),
+    Command(
         "build", "responses and journal -> VLFeedback dataset, pairs and a quality report", BuildCommand, run_build
     ),
 )
@@ -154,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "Responses, ratings and a preference dataset without annotators."
     command, options = parse_command("python -m silkie.feedback", about, COMMANDS, argv)
 
-    from silkie.endpoint.errors import ItemError
+    from silkie.endpoint.errors import ItemError, StopRun
     from silkie.feedback.journal import JournalError
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -162,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return command.run(options)
-    except (ItemError, JournalError, ValueError, OSError) as error:  # records, rubrics and pools raise ValueErrors
+    # records, rubrics and pools raise ValueErrors
+    except (ItemError, StopRun, JournalError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,4 +1,4 @@
-"""The options of `rate`, `sample` and `build`: one declaration for the functions and for the command line.
+"""The options of the commands: one declaration for the functions and for the command line.
 
 `RateOptions` and `SampleOptions` are what `rate_file` and `sample_file` take; the commands add where the files are and
 who answers. Nothing here imports more than the parser, so that `--help` is there at once."""
@@ -16,6 +16,7 @@ from silkie.io.options import argument, option
 __all__ = [
     "BuildCommand",
     "EndpointOptions",
+    "InjectionsCommand",
     "RateCommand",
     "RateOptions",
     "RunOptions",
@@ -96,6 +97,18 @@ class RateCommand(EndpointOptions, RateOptions):
     rubric: str | None = option(None, "YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
     structured: Literal["auto", "json", "markdown"] = option("auto", "form that is asked for")
     temperature: NotNegative | None = option(None, "default: 0 for one vote, 0.7 for several")
+    max_answer_tokens: Count = option(2048, "room for one answer")
+    max_image_side: Count | None = option(None, "scale larger images down to this many pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionsCommand(EndpointOptions):
+    responses: str = argument('JSONL of {"id", "image", "prompt", "responses": [{"model", "response"}, ...]}')
+    items: Count = option(5, "items to try the suite on, one call per item and injection")
+    image_root: str | None = option(None, "directory or zip of the images (default: beside RESPONSES)")
+    rubric: str | None = option(None, "YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
+    structured: Literal["auto", "json", "markdown"] = option("auto", "form that is asked for")
+    concurrency: Count = option(8, "calls in flight at most")
     max_answer_tokens: Count = option(2048, "room for one answer")
     max_image_side: Count | None = option(None, "scale larger images down to this many pixels")
 

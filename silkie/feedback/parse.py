@@ -24,10 +24,13 @@ from silkie.endpoint.errors import AnswerError
 from silkie.feedback.items import AspectRating
 from silkie.feedback.rubric import Rubric, number_text
 
+LONGEST_ANSWER = 500_000  # characters, some pages of thinking and a rationale per rating included
+LONGEST_HEADING = 300  # characters of a line that can be a heading
+
 Ratings = tuple[Mapping[str, AspectRating], ...]
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-_FENCE = re.compile(r"^\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
+_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n")
 _HEADING = re.compile(r"^\s{0,3}(?:#{1,6}(?:\s+|(?=[A-Z]))(?P<hashed>.+?)#*|\*\*(?P<bold>[^*]+?)\*\*\s*:?)\s*$")
 _TEXT = re.compile(
     r"^(?:output\s+for\s+)?(?:text|response|answer|output)\s*(?:#|no\.?)?\s*<?(?P<number>\d+)>?$", re.IGNORECASE
@@ -35,7 +38,7 @@ _TEXT = re.compile(
 _FIELD = re.compile(
     r"^\s*(?:[-*+]\s+)?[*_`]{0,3}(?P<name>rating|rationale)[*_`]{0,3}\s*:\s*[*_`]{0,3}\s*(?P<value>.*)$", re.IGNORECASE
 )
-_RULE = re.compile(r"(?:^|\n)\s*-{3,}\s*$")  # a separator between sections is not part of the rationale above it
+_RULE = re.compile(r"-{3,}")  # a separator between sections is not part of the rationale above it
 _NUMBER = re.compile(
     r"^[\[(<*_`\s]*(?P<value>-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(?P<top>\d+(?:\.\d+)?))?[\])>*_`\s.,;]*$",
     re.IGNORECASE,
@@ -109,12 +112,13 @@ def parse_markdown(text: str, rubric: Rubric, count: int) -> Ratings:
                 raise AnswerError("wrong_count", f"{where} is rated twice")
             if "rating" not in fields:
                 raise AnswerError("bad_rating", f"{where}: no `Rating:` line")
-            rationale = _RULE.sub("", "\n".join(fields.get("rationale", [])).strip()).strip()
+            lines = "\n".join(fields.get("rationale", [])).strip().split("\n")
+            rationale = "\n".join(lines[:-1] if _RULE.fullmatch(lines[-1].strip()) else lines).strip()
             found[aspect][number] = AspectRating(_rating(fields["rating"][0].strip(), rubric, where), rationale)
         number, field, fields = None, None, {}
 
     for line in text.splitlines():
-        heading = _HEADING.match(line)
+        heading = _HEADING.match(line) if len(line) <= LONGEST_HEADING else None
         title = _plain(heading["hashed"] or heading["bold"]) if heading else ""
         as_text = _TEXT.match(title) if heading else None
         as_field = _FIELD.match(line)
@@ -195,9 +199,11 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
 def parse_answer(text: str, rubric: Rubric, count: int) -> tuple[Ratings, Literal["json", "markdown"]]:
     """Ratings in the order shown, and which form they were in. Raises AnswerError with the raw text; a declined task is
     "refused"."""
+    if len(text) > LONGEST_ANSWER:
+        raise AnswerError("malformed", f"an answer of {len(text):,} characters; {LONGEST_ANSWER:,} are read", raw=text)
     body = _THINKING.sub("", text).strip()
-    fenced = _FENCE.match(body)
-    body = fenced[1].strip() if fenced else body
+    if (opened := _FENCE.match(body)) and body.endswith("```") and len(body) - 3 >= opened.end():
+        body = body[opened.end() : -3].strip()
     if not body:
         raise AnswerError("empty", "the answer is empty", raw=text)
     try:

@@ -12,9 +12,9 @@ from typing import Any
 
 from silkie.data.images import ImageError
 from silkie.data.inspect import Inspection, sample_rows
+from silkie.data.pairs import mean_ratings
 from silkie.data.rendering import number, percent
 from silkie.data.schema import prompt_text
-from silkie.data.statistics import mean_or_none
 from silkie.report.pictures import PictureBook
 from silkie.report.render import page
 
@@ -46,9 +46,10 @@ def card(group: Mapping[str, Any], row: int, book: PictureBook) -> dict[str, Any
     ratings, rationales = group.get("ratings"), group.get("rationales")
     wins = {index: sum(pair[0] == index for pair in group["pairs"]) for index in range(len(group["responses"]))}
     losses = {index: sum(pair[1] == index for pair in group["pairs"]) for index in range(len(group["responses"]))}
+    means = mean_ratings(ratings) if ratings else []
     responses = []
     for index, text in enumerate(group["responses"]):
-        mean = mean_or_none(ratings[index]) if ratings else None
+        mean = means[index] if means and not math.isnan(means[index]) else None
         responses.append(
             {
                 "index": index,

@@ -27,6 +27,7 @@ def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
         max_length=args.max_length,
         max_response_length=args.max_response_length,
         response_end=args.response_end,
+        special_tokens=args.special_tokens,
         chat_template_kwargs=args.template_variables,
     )
 

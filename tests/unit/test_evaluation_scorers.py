@@ -130,7 +130,7 @@ POPE = [
 
 def test_pope_confusion_counts(tmp_path):
     rows = [
-        {"question_id": i, "image": "a.jpg", "text": "Is there?", "label": label, "answer": text}
+        {"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": label, "answer": text}
         for i, (label, text) in enumerate(POPE)
     ]
     result = score("pope", str(lines(tmp_path / "coco_pope_random.jsonl", rows)))
@@ -191,7 +191,7 @@ def test_pope_three_sets_in_a_folder(tmp_path):
         ("adversarial", [("no", "no"), ("no", "yes")]),
     ):
         full = [
-            {"question_id": i, "image": "a", "text": "q", "label": label, "answer": text}
+            {"question_id": i, "image": "a", "text": f"q{i}", "label": label, "answer": text}
             for i, (label, text) in enumerate(rows)
         ]
         lines(tmp_path / f"coco_pope_{name}.jsonl", full)

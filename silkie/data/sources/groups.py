@@ -14,7 +14,7 @@ from typing import Any
 
 from silkie.data.columns import reading
 from silkie.data.conversations import conversation, question
-from silkie.data.pairs import is_weight, parse_rating
+from silkie.data.pairs import is_weight, own_aspects
 from silkie.data.registry import Found, Record, Row, register_source
 from silkie.data.schema import Group
 
@@ -58,7 +58,10 @@ def ratings(row: Row, count: int) -> list[dict[str, float | None]] | None:
         return None
     if not all(isinstance(rating, dict) for rating in values):
         raise row.error("ratings", values, "one object {aspect: rating} per response")
-    return [{aspect: parse_rating(value) for aspect, value in rating.items()} for rating in values]
+    return [
+        {aspect: row.rating(value, f"ratings[{index}].{aspect}") for aspect, value in rating.items()}
+        for index, rating in enumerate(own_aspects(values))
+    ]
 
 
 def rationales(row: Row, count: int) -> list[dict[str, str | None] | None] | None:

@@ -1,8 +1,8 @@
 """VLFeedback: one instruction, several responses, each rated on several aspects with a rationale.
 
 The JSONL has `completions` as a list of objects, `datasets` turns it into an object of lists; both load. The image is
-`img_path` (a file name) or an embedded `image`. Ratings are strings; those that are not numbers take their response out
-of the pairs."""
+`img_path` (a file name) or an embedded `image`. Ratings are strings from 1 to 5; those without a number ("N/A") take
+their response out of the pairs, and those off the scale are errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from silkie.data.columns import reading
 from silkie.data.conversations import question
-from silkie.data.pairs import parse_rating
 from silkie.data.registry import Found, Record, Row, register_source
 from silkie.data.schema import VLFEEDBACK_ASPECTS, Group
 
@@ -30,7 +29,8 @@ def completions(record: Record) -> list[dict[str, Any]]:
 
 
 def aspects(record: Record) -> Iterable[str]:
-    return [aspect for completion in completions(record) for aspect in completion.get("annotations") or {}]
+    annotated = (completion.get("annotations") for completion in completions(record) if isinstance(completion, dict))
+    return [aspect for annotations in annotated if isinstance(annotations, dict) for aspect in annotations]
 
 
 def checked(row: Row) -> list[dict[str, Any]]:
@@ -60,13 +60,16 @@ def checked(row: Row) -> list[dict[str, Any]]:
     detect=lambda record: reading(record).kind == "completions",
     aspects=aspects,
     pair_rows=False,
+    scale=(1, 5),
 )
 def vlfeedback(row: Row) -> Group:
     answers = checked(row)
     images = row.images("image", "images", "img_path")
     if not images:
         raise row.error("image", None, "an image in `image` or a file name in `img_path`")
-    names = sorted({aspect for answer in answers for aspect in answer.get("annotations") or {}}, key=aspect_order)
+    # `datasets` gives every row the aspects of all, null where a row was not rated
+    rated = (aspect for answer in answers for aspect in answer.get("annotations") or {} if rated_on(answer, aspect))
+    names = sorted(set(rated), key=aspect_order)
     prompt = question(row, row.text("prompt"), images, "prompt")
     listed, models = row.get("models"), [answer.get("model") for answer in answers]
     if not isinstance(listed, (list, type(None))):
@@ -86,7 +89,7 @@ def vlfeedback(row: Row) -> Group:
             row.check_text(answer.get("response"), f"completions[{index}].response")
             for index, answer in enumerate(answers)
         ],
-        ratings=[{name: parse_rating(annotation(answer, name).get("Rating")) for name in names} for answer in answers]
+        ratings=[{name: rating(row, answer, index, name) for name in names} for index, answer in enumerate(answers)]
         if names
         else None,
         rationales=[{name: annotation(answer, name).get("Rationale") for name in names} for answer in answers]
@@ -94,6 +97,15 @@ def vlfeedback(row: Row) -> Group:
         else None,
         models=models if any(models) else None,
     )
+
+
+def rated_on(answer: dict[str, Any], aspect: str) -> bool:
+    return annotation(answer, aspect).get("Rating") is not None
+
+
+def rating(row: Row, answer: dict[str, Any], index: int, aspect: str) -> float | None:
+    value = annotation(answer, aspect).get("Rating")
+    return row.rating(value, f"completions[{index}].annotations.{aspect}.Rating")
 
 
 def annotation(answer: dict[str, Any], aspect: str) -> dict[str, Any]:

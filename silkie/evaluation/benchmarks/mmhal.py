@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.matching import match_questions
 from silkie.evaluation.records import Question, Record, ResultError, check_unique, find_beside, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
 
@@ -64,13 +65,15 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
         check_unique(records)
     template = Path(annotations) if annotations else find_beside(path, ["response_template.json", "mmhal_bench.json"])
     meta = read_records(template) if template is not None else []
-    if meta and len(meta) != len(records):
-        raise ResultError(
-            path,
-            None,
-            f"{len(records)} judged answers, but {template} has {len(meta)} questions. Expected one per question, in"
-            " order.",
-        )
+    if meta and template is not None:
+        if len(meta) != len(records):
+            raise ResultError(
+                path,
+                None,
+                f"{len(records)} judged answers, but {template} has {len(meta)} questions. Expected one per"
+                " question, in order.",
+            )
+        meta = match_questions(path, records, meta, template)
     items, unread = [], 0
     for index, record in enumerate(records):
         rating = _rating(record)

@@ -2,21 +2,20 @@
 "Yes" is the positive class.
 
 Results: JSONL. Either each line carries its `label`, or the answers stand beside the question file, whose lines are
-matched by `question_id` where both have one, by position otherwise (as the official scorer does).
+matched by `question_id` where both have one, by the text of the question (and the image) where the answers carry it,
+and by position, as the official scorer does, where they carry nothing.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from silkie.evaluation.benchmark import Benchmark
+from silkie.evaluation.matching import check_distinct, match_questions
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates
 from silkie.evaluation.yes_no import read_pope
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["SETS", "export_results", "load_questions", "score_results"]
 
@@ -115,7 +114,11 @@ def _file_items(file: Path, annotations: str | Path | None) -> list[Item]:
     labelled = [record.data.get("label") is not None for record in answers]
     questions = answers if all(labelled) and annotations is None else _questions_for(file, answers, annotations)
     if answers and all("id" in r.data or "question_id" in r.data for r in answers):
-        _check_unique_per_set(answers, file)
+        for own in _sets(answers):
+            check_unique(own)
+    if questions is answers:
+        for own in _sets(answers):
+            check_distinct(own)
     items = []
     for answer, question in zip(answers, questions, strict=True):
         text, label, name = (
@@ -144,38 +147,18 @@ def _file_items(file: Path, annotations: str | Path | None) -> list[Item]:
     return items
 
 
-def _check_unique_per_set(answers: list[Record], file: Path) -> None:
+def _sets(answers: Sequence[Record]) -> list[list[Record]]:
+    """The answers by their set: every set asks about the same images, under the same ids."""
     by_set: dict[str, list[Record]] = {}
     for record in answers:
         by_set.setdefault(record.category if record.category in SETS else "", []).append(record)
-    for own in by_set.values():
-        check_unique(own)
+    return list(by_set.values())
 
 
 def _questions_for(file: Path, answers: list[Record], annotations: str | Path | None) -> list[Record]:
     source = _question_file(file, answers, annotations)
     questions = read_records(source)
-    by_id = {record.id: record for record in questions if record.data.get("question_id") is not None}
-    if len(by_id) == len(questions) and all(record.data.get("question_id") is not None for record in answers):
-        if unknown := next((record for record in answers if record.id not in by_id), None):
-            raise unknown.error(f"question_id {unknown.id!r} is not in {source}.")
-        if len(answers) < len(questions):
-            logger.warning(
-                "%s answers %d of the %d questions in %s; the others are not scored.",
-                file,
-                len(answers),
-                len(questions),
-                source,
-            )
-        return [by_id[record.id] for record in answers]
-    if len(questions) != len(answers):
-        raise ResultError(
-            file,
-            min(len(questions), len(answers)) + 1,
-            f"{len(answers)} answers, but {source} has {len(questions)} questions. Expected one answer per question, in"
-            " order.",
-        )
-    return questions
+    return match_questions(file, answers, questions, source)
 
 
 def _question_file(file: Path, answers: list[Record], annotations: str | Path | None) -> Path:
