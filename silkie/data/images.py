@@ -194,14 +194,14 @@ def image_size(value: Any, *, where: str = "image") -> tuple[int, int]:
     if isinstance(value, Image.Image):
         return value.size
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-    from_file = isinstance(path, str) and not path.startswith("zip://") and not is_remote(path)
+    file = path if isinstance(path, str) and not path.startswith("zip://") and not is_remote(path) else None
     try:
-        if from_file:
-            check_regular(path)  # the header alone is read, by Pillow
+        if file is not None:
+            check_regular(file)  # the header alone is read, by Pillow
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            source = path if from_file else io.BytesIO(read_bytes(value, where=where))
-            with Image.open(source, formats=readable_formats()) as image:  # type: ignore[arg-type]
+            source = io.BytesIO(read_bytes(value, where=where)) if file is None else file
+            with Image.open(source, formats=readable_formats()) as image:
                 size = image.size
         check_pixels(size, value, where)
     except ImageError:

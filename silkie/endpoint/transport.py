@@ -69,9 +69,10 @@ async def _bounded(response: Any) -> None:
 
 def _stream_class() -> type:
     """A stream of the HTTP library that `openai` brings (it has changed before)."""
-    library = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.split(".")[0])
+    library: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.split(".")[0])
+    base: Any = library.AsyncByteStream
 
-    class Bounded(library.AsyncByteStream):
+    class Bounded(base):
         def __init__(self, stream: Any, unpacker: Any) -> None:
             self.stream, self.unpacker = stream, unpacker
 

@@ -6,13 +6,15 @@ Accepted everywhere: JSONL (one object a line), a JSON list of objects, or a JSO
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silkie.io.jsonl import json_lines
+from silkie.io.files import FileError, read_file
+from silkie.io.jsonl import json_lines, json_problem, problem_line
 
 __all__ = [
     "Question",
@@ -32,6 +34,12 @@ ID_FIELDS = ("id", "question_id", "qid", "image_id")
 PROMPT_FIELDS = ("prompt", "question", "query")
 IMAGE_FIELDS = ("image", "image_path", "img_path", "images", "image_src", "imagename", "image_file")
 CATEGORY_FIELDS = ("category", "type", "question_type", "subtask", "task", "split")
+
+
+# `\ud800` to `\udfff` behind an even number of backslashes, unless it is a pair of both halves.
+_HALF_PAIR = re.compile(
+    r"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 
 
 class ResultError(ValueError):
@@ -142,7 +150,7 @@ def read_records(path: str | Path, *, key_field: str | None = None, text_field: 
             twice in an object.
     """
     path = Path(path)
-    text = read_text(path)
+    text = _whole(read_text(path))
     start = text.lstrip()[:1]
     if not start:
         raise ResultError(path, 1, "the file is empty; expected JSONL or a JSON list.")
@@ -211,9 +219,12 @@ def read_text(path: Path) -> str:
     Raises:
         ResultError: not there, a folder, or not UTF-8 (with the line).
     """
-    if not path.is_file():
-        raise ResultError(path, None, "no such file." if not path.is_dir() else "is a folder; expected a file.")
-    data = path.read_bytes()
+    if path.is_dir() or not path.exists():
+        raise ResultError(path, None, "is a folder; expected a file." if path.is_dir() else "no such file.")
+    try:
+        data = read_file(path)
+    except FileError as error:
+        raise ResultError(path, None, f"{error}.") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -222,10 +233,23 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def _whole(text: str) -> str:
+    """A JSON text in which halves of surrogate pairs are U+FFFD: models write them, and no report can."""
+    return _HALF_PAIR.sub(r"\1\\ufffd", text) if "\\ud" in text.lower() else text
+
+
 def _as_record(path: Path, line: int, value: Any) -> Record:
     if not isinstance(value, dict):
-        raise ResultError(path, line, f"expected a JSON object, found {type(value).__name__} {str(value)[:80]!r}.")
+        raise ResultError(path, line, f"expected a JSON object, found {type(value).__name__} {shown(value)!r}.")
     return Record(path, line, value)
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for a message; what nests beyond what Python prints has none."""
+    try:
+        return str(value)[:80]
+    except (RecursionError, ValueError):
+        return "..."
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -252,6 +276,8 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise ResultError(path, error.lineno, f"not valid JSON: {error.msg} (column {error.colno}).") from None
+        except (ValueError, RecursionError) as error:
+            raise ResultError(path, line, f"{json_problem(error)}.") from None
         yield line, value
         position = _skip_space(text, position)
         following = text[position : position + 1]
@@ -289,6 +315,10 @@ def _object(path: Path, text: str) -> dict[str, Any] | None:
         value = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
         return None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ResultError):
+            raise
+        raise ResultError(path, problem_line(text, error), f"{json_problem(error)}.") from None
     is_record = isinstance(value, dict) and set(value) & {*ID_FIELDS, *ANSWER_FIELDS, *PROMPT_FIELDS}
     return value if isinstance(value, dict) and not is_record else None
 
@@ -297,10 +327,19 @@ def _pretty_printed(path: Path, text: str) -> dict[str, Any] | None:
     """One object written over several lines; None where the file is JSONL."""
     if text.lstrip().partition("\n")[0].rstrip() != "{":
         return None
+    return _json(path, text)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ResultError with the line."""
+    return _json(path, read_text(path))
+
+
+def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ResultError(path, error.lineno, f"not valid JSON: {error.msg} (column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ResultError(path, problem_line(text, error), f"{json_problem(error)}.") from None
 
 
 def _line_of_key(text: str, key: str, *, last: bool = False) -> int:

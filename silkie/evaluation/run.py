@@ -21,7 +21,7 @@ from typing import Any
 
 from silkie.evaluation.answerers import Answerer
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.records import Question, ResultError
+from silkie.evaluation.records import Question, ResultError, read_json
 from silkie.io.journal import Appender, scan, truncate
 
 __all__ = ["Task", "answer_tasks", "meta_path", "question_tasks", "read_meta"]
@@ -145,7 +145,12 @@ def meta_path(results: str | Path) -> Path:
 def read_meta(results: str | Path) -> dict[str, Any]:
     """The settings of a results file; empty where it was not written by `run`."""
     file = meta_path(results)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.exists():
+        return {}
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise ResultError(file, None, f"expected a JSON object of settings, found {type(settings).__name__}.")
+    return settings
 
 
 def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_size: int, overwrite: bool) -> int:
@@ -159,7 +164,7 @@ def _prepare(file: Path, tasks: Sequence[Task], settings: dict[str, Any], batch_
                 None,
                 f"exists, but {meta.name} does not: it was not written by `run`. Choose another file, or --overwrite.",
             )
-        before = json.loads(meta.read_text(encoding="utf-8"))
+        before = read_meta(file)
         plain = json.loads(json.dumps(settings))
         if different := sorted(key for key in plain.keys() | before.keys() if plain.get(key) != before.get(key)):
             shown = "; ".join(f"{key}: {before.get(key)!r} then, {plain.get(key)!r} now" for key in different[:4])

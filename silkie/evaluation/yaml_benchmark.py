@@ -36,7 +36,7 @@ from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, read_records, read_text
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates, ratio
 from silkie.evaluation.yes_no import read_first_word
-from silkie.io.checked import CHECKED, FieldError, check
+from silkie.io.checked import CHECKED, FieldError, check, parse_yaml
 
 __all__ = ["Definition", "load_definition", "normalise", "read_scale"]
 
@@ -154,7 +154,7 @@ def _read(path: Path) -> Definition:
     if not path.is_file():
         raise ResultError(path, None, "no such YAML definition.")
     try:
-        raw = yaml.safe_load(read_text(path))
+        raw = parse_yaml(read_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ResultError(

@@ -21,6 +21,7 @@ from silkie.feedback.items import JudgeItem, prompt_text
 from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
 from silkie.feedback.vlfeedback import write_vlfeedback
+from silkie.io.files import open_file
 from silkie.io.jsonl import json_lines
 
 
@@ -55,7 +56,7 @@ class _JournalReader:
         if not path.exists():
             raise JournalError(f"{path} does not exist; run `rate` first")
         self.offsets = record_offsets(path)
-        self._file = path.open("rb")
+        self._file = open_file(path)
 
     def get(self, item_id: str) -> Record | None:
         offset = self.offsets.get(item_id)
@@ -73,7 +74,7 @@ def read_reference(path: str | Path) -> dict[str, list[Row]]:
     the order of the responses file. A journal (of an oracle, of a stronger judge) is such a file. Raises
     RecordError."""
     reference: dict[str, list[Row]] = {}
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         for line in json_lines(file):
             try:
                 if line.error is not None:
@@ -85,7 +86,7 @@ def read_reference(path: str | Path) -> dict[str, list[Row]]:
                     {str(k): None if v is None else float(v) for k, v in row.items()} for row in record["ratings"]
                 ]
                 reference[str(record["id"])] = rows
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise RecordError(
                     f'{path}, line {line.number}: expected {{"id", "ratings": [{{aspect: number}}, ...]}}: {error!r}'
                 ) from error
@@ -127,6 +128,7 @@ def build_dataset(
                     if record is None or reason is not None:
                         left_out[str(reason)] += 1
                         continue
+                    _check_rating(item, record)
                     row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
                     found = build_pairs(
                         row["ratings"], options, responses=item.responses, models=item.models, key=item.id
@@ -175,10 +177,25 @@ def _why_left_out(item: JudgeItem, record: Record | None) -> str | None:
     if record is None:
         return "not rated yet"
     if record["status"] != "ok":
-        return str(record["error"]["kind"])
+        error = record.get("error")
+        return str(error.get("kind")) if isinstance(error, dict) else "failed"
     if len(item.images) != 1:
         return "several images" if item.images else "no image"
     return None if all(response.strip() for response in item.responses) else "an empty response"
+
+
+def _check_rating(item: JudgeItem, record: Record) -> None:
+    """Raises JournalError for a line that is no rating of this item's responses: a journal is a file like any other."""
+    count = len(item.responses)
+    fields = {"ratings": dict, "rationales": dict, "orders": list}
+    for name, kind in fields.items():
+        values = record.get(name)
+        sized = isinstance(values, list) and (name == "orders" or len(values) == count)
+        if not sized or not all(isinstance(value, kind) for value in values or []):
+            raise JournalError(f"item {item.id!r}: its line in the journal has no `{name}` for {count} responses")
+    for rating in record["ratings"]:
+        if not all(value is None or isinstance(value, (int, float)) for value in rating.values()):
+            raise JournalError(f"item {item.id!r}: its line in the journal has a rating that is no number")
 
 
 def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]:

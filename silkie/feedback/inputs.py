@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from silkie.endpoint.errors import whole_text
 from silkie.endpoint.media import resolve_image
 from silkie.feedback.items import JudgeItem
+from silkie.io.files import open_file
 from silkie.io.jsonl import json_lines
 
 
@@ -19,7 +19,11 @@ class RecordError(ValueError):
 
 
 def _fail(where: str, column: str, found: Any, expected: str) -> RecordError:
-    return RecordError(f"{where}, {column!r}: found {found!r:.120}; expected {expected}")
+    try:
+        shown = f"{found!r:.120}"
+    except (RecursionError, ValueError):
+        shown = f"a {type(found).__name__} that is nested too deeply"
+    return RecordError(f"{where}, {column!r}: found {shown}; expected {expected}")
 
 
 def _images(value: Any, where: str) -> tuple[str, ...]:
@@ -90,9 +94,8 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
     path = Path(path)
     seen: dict[str, int] = {}
     try:
-        file = path.open(
-            "rb"
-        )  # `json` reads bytes with a byte order mark as well, and a broken byte is an error of its line
+        # `json` reads bytes with a byte order mark as well, and a broken byte is an error of its line
+        file = open_file(path)
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     with file:
@@ -101,7 +104,7 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
             if line.error is not None:
                 raise RecordError(f"{where}: not valid JSON: {line.error}") from line.error
             if b"\\ud" in line.raw.lower():
-                record = json.loads(whole_text(json.dumps(record, ensure_ascii=False)))
+                record = _whole(record)
             item = parse_item(
                 record, where, need_responses=need_responses, default_id=None if need_responses else str(line.number)
             )
@@ -109,6 +112,15 @@ def read_items(path: str | Path, *, need_responses: bool = True) -> Iterator[Jud
                 raise _fail(where, "id", item.id, f"an id that is unique in the file (line {seen[item.id]} has it too)")
             seen[item.id] = line.number
             yield item
+
+
+def _whole(value: Any) -> Any:
+    """A JSON value whose texts UTF-8 can hold."""
+    if isinstance(value, str):
+        return whole_text(value)
+    if isinstance(value, dict):
+        return {whole_text(key): _whole(entry) for key, entry in value.items()}
+    return [_whole(entry) for entry in value] if isinstance(value, list) else value
 
 
 def with_images(item: JudgeItem, image_root: str | Path | None, base: str | Path) -> JudgeItem:

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from silkie.io.files import open_file
 from silkie.io.journal import Appender, scan, sync_directory, truncate
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ def record_offsets(path: str | Path) -> dict[str, int]:
     offsets: dict[str, int] = {}
     begin = 0
     for record, end in _scan(Path(path)):
+        if "id" not in record or "status" not in record:
+            raise JournalError(
+                f"{path}: the line at byte {begin} is no rating: not the journal of `rate`; pass another file"
+            )
         offsets[str(record["id"])] = begin
         begin = end
     return offsets
@@ -160,5 +165,5 @@ class Journal:
 
 
 def _first_line(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.readline()
+    with open_file(path) as file:
+        return file.readline(2**16)

@@ -21,7 +21,8 @@ from annotated_types import Ge, Gt, MinLen
 from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
 
-from silkie.io.checked import CHECKED, FieldError, check
+from silkie.io.checked import CHECKED, FieldError, check, parse_yaml
+from silkie.io.files import MAX_SETTINGS_BYTES, read_file
 
 
 class PoolError(ValueError):
@@ -97,8 +98,8 @@ class Pool:
 def load_pool(path: str | Path) -> Pool:
     """The pool of a YAML file. Raises PoolError. Paths of local members are taken from the working directory."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        data = parse_yaml(read_file(path, limit=MAX_SETTINGS_BYTES).decode())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PoolError(f"cannot read the pool {path}: {error}") from error
     if not isinstance(data, Mapping):
         raise PoolError(f"{path}: expected a mapping with a list `members`")

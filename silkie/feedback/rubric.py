@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from silkie.io.checked import CHECKED, FieldError, check
+from silkie.io.checked import CHECKED, FieldError, check, parse_yaml
+from silkie.io.files import MAX_SETTINGS_BYTES, read_file
 
 
 class RubricError(ValueError):
@@ -117,7 +118,7 @@ class _RubricFile(BaseModel, frozen=True):
 def parse_rubric(text: str, where: str) -> Rubric:
     """The rubric in a YAML text; `where` names its source in errors. Raises RubricError."""
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         raise RubricError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(data, Mapping):
@@ -149,7 +150,7 @@ def load_rubric(path: str | Path | None = None) -> Rubric:
     if path is None:
         return default_rubric()
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        text = read_file(path, limit=MAX_SETTINGS_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
         raise RubricError(f"cannot read the rubric {path}: {error}") from error
     return parse_rubric(text, str(path))

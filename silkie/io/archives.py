@@ -61,7 +61,8 @@ def member_info(path: str, member: str, *, limit: int | None = None) -> zipfile.
     with _damage(path, member):
         info = archive.getinfo(member)
     if info.compress_type not in METHODS:
-        method = zipfile.compressor_names.get(info.compress_type, "an unknown method")
+        known = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
+        method = known.get(info.compress_type, f"method {info.compress_type}, which is not known")
         raise ArchiveError(
             f"{path!r}, member {member!r} is packed with {method}; pack it with deflate, or without compression"
         )

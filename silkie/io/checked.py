@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["CHECKED", "FieldError", "check"]
+__all__ = ["CHECKED", "FieldError", "check", "parse_yaml"]
 
 T = TypeVar("T")
 
@@ -41,6 +42,15 @@ def check(kind: type[T], data: Any) -> T:
     except ValidationError as error:
         worst = max(error.errors(), key=lambda found: len(found["loc"]))
         raise FieldError(_complaint(kind, worst)) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, also for what PyYAML itself answers with another error: nesting
+    that it cannot follow, a date that is none, a key that is a list."""
+    try:
+        return yaml.safe_load(text)
+    except (RecursionError, ValueError, TypeError, OverflowError) as error:
+        raise yaml.YAMLError(f"it cannot be read: {error}") from error
 
 
 def _complaint(kind: Any, error: Any) -> str:

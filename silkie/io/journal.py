@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from silkie.io.jsonl import decode
+from silkie.io.files import open_file
+from silkie.io.jsonl import MAX_LINE_BYTES, bounded_lines, decode
 
 __all__ = ["Appender", "Entry", "scan", "sync_directory", "truncate"]
 
@@ -30,12 +31,10 @@ class Entry(NamedTuple):
 
 def scan(path: Path) -> Iterator[Entry]:
     """Every line of a journal, one at a time."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            end += len(line)
+    with open_file(path) as file:
+        for number, line in enumerate(bounded_lines(file, limit=MAX_LINE_BYTES), 1):
             value, _ = decode(line)
-            yield Entry(number, value if isinstance(value, dict) else None, line.endswith(b"\n"), end)
+            yield Entry(number, value if isinstance(value, dict) else None, line.endswith(b"\n"), file.tell())
 
 
 def truncate(path: Path, end: int) -> int:

@@ -6,9 +6,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeGuard
 
-__all__ = ["MAX_LINE_BYTES", "JsonError", "JsonLine", "bounded_lines", "decode", "json_lines", "parse_json"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "JsonError",
+    "JsonLine",
+    "bounded_lines",
+    "decode",
+    "json_lines",
+    "json_problem",
+    "parse_json",
+    "problem_line",
+]
 
 MAX_LINE_BYTES = 256 * 2**20  # a record with its images embedded as base64 has tens of megabytes at most
 _BLOCK = 2**20
@@ -55,7 +65,7 @@ def json_lines(lines: Iterable[bytes | str], *, first: int = 1, limit: int | Non
         first: number of the first line, for a reader that starts in the middle of a file.
     """
     limit = MAX_LINE_BYTES if limit is None else limit
-    for number, raw in enumerate(bounded_lines(lines, limit=limit) if hasattr(lines, "readline") else lines, first):
+    for number, raw in enumerate(bounded_lines(lines, limit=limit) if _is_file(lines) else lines, first):
         if isinstance(raw, _LongLine):
             yield JsonLine(
                 number, bytes(raw), None, ValueError(f"a line of more than {limit:,} bytes, which are not read")
@@ -63,6 +73,10 @@ def json_lines(lines: Iterable[bytes | str], *, first: int = 1, limit: int | Non
         elif raw.strip():
             text = raw.rstrip("\r\n") if isinstance(raw, str) else raw.rstrip(b"\r\n")
             yield JsonLine(number, text, *decode(text))
+
+
+def _is_file(lines: Any) -> TypeGuard[IO[bytes]]:
+    return hasattr(lines, "readline")
 
 
 def bounded_lines(file: IO[bytes], *, limit: int, stop: int | None = None) -> Iterator[bytes]:
@@ -90,29 +104,35 @@ def decode(raw: bytes | str) -> tuple[Any, ValueError | None]:
         return None, ValueError(_TOO_DEEP)
 
 
-def parse_json(raw: bytes | str, where: str, **options: Any) -> Any:
-    """The value of a whole JSON text; `where` names its file, `options` go to `json.loads`. Raises JsonError with the
-    line."""
+def parse_json(raw: bytes | str, where: str) -> Any:
+    """The value of a whole JSON text; `where` names its file. Raises JsonError with the line."""
     try:
-        return json.loads(raw, **options)
+        return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, JsonError):
-            raise
-        raise JsonError(json_problem(raw, where, error)) from None
+        raise JsonError(f"{where}:{problem_line(raw, error)}: {json_problem(error)}") from None
 
 
-def json_problem(raw: bytes | str, where: str, error: Exception) -> str:
-    """`FILE:LINE: what is wrong`, for any error that `json.loads` raises."""
+def json_problem(error: Exception) -> str:
+    """What is wrong with a JSON text, for any error that `json.loads` raises."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{where}:{error.lineno}: not JSON: {error.msg} (column {error.colno})"
+        return f"not valid JSON: {error.msg} (column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    why = _TOO_DEEP if isinstance(error, RecursionError) else "a number of too many digits"
+    return f"not JSON that can be read: {why}"
+
+
+def problem_line(raw: bytes | str, error: Exception) -> int:
+    """The line of a JSON text that an error of `json.loads` is about."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.lineno
     if isinstance(error, UnicodeDecodeError) and isinstance(raw, bytes):
-        return f"{where}:{raw.count(bytes([10]), 0, error.start) + 1}: not UTF-8 text"
+        return raw.count(b"\n", 0, error.start) + 1
     text = raw if isinstance(raw, str) else raw.decode(errors="replace")
     if isinstance(error, RecursionError):
-        return f"{where}:{_deepest_line(text)}: {_TOO_DEEP}"
+        return _deepest_line(text)
     number = re.search(rf"\d{{{_LONGEST_NUMBER + 1}}}", text)
-    line = text.count("\n", 0, number.start()) + 1 if number else 1
-    return f"{where}:{line}: {'a number of too many digits' if number else error}"
+    return text.count("\n", 0, number.start()) + 1 if number else 1
 
 
 def _deepest_line(text: str) -> int:

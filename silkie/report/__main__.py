@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options("python -m silkie.report", "One self-contained HTML page for a run.", ReportOptions, argv)
     try:
         page = build_report(options.run_dir, options.out)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{page} ({page.stat().st_size / 1024:.0f} KiB)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,8 @@ from silkie.evaluation.compare import Comparison, MetricDifference, compare_scor
 from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.run import read_meta
 from silkie.evaluation.scoring import Item, Score
+from silkie.io.files import is_below, read_file
+from silkie.io.jsonl import parse_json
 from silkie.report.names import metric_name
 from silkie.report.schema import (
     Answer,
@@ -77,7 +78,7 @@ def collect(run_dir: str | Path) -> Report:
             f"{root} has neither report.json nor trainer_state.json (in it or in a checkpoint): is it the run's output"
             " directory?"
         )
-    history = given.log_history or (_json(state_file).get("log_history", []) if state_file else [])
+    history = given.log_history or (_history(state_file) if state_file else [])
     saved = _saved_run(root)
     report = Report(
         title=given.title or root.resolve().name,
@@ -375,16 +376,22 @@ def _sections(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _existing(root: Path, image: str) -> Path:
     path = root / image
+    if not is_below(path, root):
+        raise ValueError(f"{root / 'report.json'} names the image {image}, which lies outside {root}.")
     if not path.is_file():
         raise FileNotFoundError(f"{root / 'report.json'} names the image {image}, which is not there.")
     return path
 
 
+def _history(state_file: Path) -> list[dict[str, Any]]:
+    history = _json(state_file).get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{state_file}: `log_history` must be a list of objects.")
+    return history
+
+
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from None
+    value = parse_json(read_file(file), str(file))
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
     return value

@@ -30,7 +30,6 @@ second). Configuration, data and curves that are not given are those that the tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from silkie.io.checked import CHECKED, FieldError, check
+from silkie.io.files import read_file
+from silkie.io.jsonl import parse_json
 
 __all__ = [
     "Answer",
@@ -208,10 +209,7 @@ class RunFile:
 
 def read_run_file(file: Path) -> RunFile:
     """Read and check a `report.json`. Raises ValueError naming file, field and what was found."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}.") from None
+    data = parse_json(read_file(file), str(file))
     try:
         return check(RunFile, data)
     except FieldError as error:

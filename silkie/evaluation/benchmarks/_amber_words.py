@@ -14,13 +14,12 @@ here and not there: the lemmatiser leaves it as it is, and the list is in lower 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from silkie.evaluation.lexicon import mentions
-from silkie.evaluation.records import Record, ResultError
+from silkie.evaluation.records import Record, ResultError, read_json, read_text
 
 __all__ = ["Description", "Lexicon", "load_lexicon", "match_words"]
 
@@ -87,10 +86,12 @@ def load_lexicon(folder: Path, annotations: Iterable[Record], *, nltk: bool = Fa
     warnings = []
     relation, safe_file = folder / "relation.json", folder / "safe_words.txt"
     if relation.is_file():
-        try:
-            associations = json.loads(relation.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ResultError(relation, error.lineno, f"not valid JSON: {error.msg}.") from None
+        associations = read_json(relation)
+        lists = isinstance(associations, dict) and all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words) for words in associations.values()
+        )
+        if not lists:
+            raise ResultError(relation, None, "expected a JSON object: word -> list of associated words.")
     else:
         words = [
             word
@@ -104,7 +105,7 @@ def load_lexicon(folder: Path, annotations: Iterable[Record], *, nltk: bool = Fa
             f"no relation.json beside the annotations: the list of objects is their {len(associations)} words, without"
             " associated words; not the official number."
         )
-    safe = frozenset(safe_file.read_text(encoding="utf-8").split("\n")) - {""} if safe_file.is_file() else frozenset()
+    safe = frozenset(read_text(safe_file).split("\n")) - {""} if safe_file.is_file() else frozenset()
     if not safe_file.is_file():
         warnings.append("no safe_words.txt beside the annotations: no word is always safe; not the official number.")
     objects = frozenset(associations) | {word for related in associations.values() for word in related}

@@ -22,6 +22,7 @@ from silkie.evaluation.records import (
     check_unique,
     find_beside,
     find_image,
+    read_json,
     read_records,
 )
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
@@ -182,14 +183,9 @@ def _vocabulary(results: Path, annotations: str | Path | None) -> dict[str, str]
     file = Path(annotations) if annotations else find_beside(results, ["vocabulary.json"])
     if file is None:
         return None
-    import json
-
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ResultError(file, getattr(error, "lineno", None), f"cannot be read as JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ResultError(file, None, "expected a JSON object: word form -> object name.")
+    table = read_json(file)
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ResultError(file, None, "expected a JSON object: word form -> object name, both text.")
     return table
 
 

@@ -267,7 +267,7 @@ def _questions_of(folder: Path, file: Path) -> list[Question]:
             file, None, f"no image {file.stem} with one of the endings {', '.join(IMAGE_SUFFIXES)} in {images}."
         )
     questions: list[Question] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         prompt, _, label = line.rpartition("\t")

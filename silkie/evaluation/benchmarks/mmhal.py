@@ -19,6 +19,7 @@ from silkie.evaluation.benchmark import Benchmark
 from silkie.evaluation.matching import match_questions
 from silkie.evaluation.records import Question, Record, ResultError, check_unique, find_beside, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, ratio
+from silkie.io.jsonl import decode
 
 __all__ = [
     "QUESTION_TYPES",
@@ -199,9 +200,8 @@ def _unpacked(record: Record) -> Record:
     reply = record.data.get("judge")
     if set(record.data) != {"judge"} or not isinstance(reply, str) or not reply.lstrip().startswith("{"):
         return record
-    try:
-        completion = json.loads(reply)
-    except json.JSONDecodeError:
+    completion, error = decode(reply)
+    if error is not None:
         return record
     return (
         Record(record.path, record.line, completion)
