@@ -72,7 +72,7 @@ CHANGES = {
     "the order": ({"groups": lambda: mixed_groups()[::-1]}, ["data: content changed", "data: images changed"]),
     "fewer groups": ({"groups": lambda: mixed_groups()[:3]}, ["data: groups is 3, was 4"]),
     "base weights": ({"model": lambda: tiny_model(seed=1)}, ["base model: weights changed"]),
-    "base config": ({"model": lambda: tiny_model(rms_norm_eps=1e-3)}, ["text_config.rms_norm_eps is 0.001, was 1e-06"]),
+    "base config": ({"model": lambda: tiny_model(rms_norm_eps=1e-3)}, ["text_config.rms_norm_eps is 0.001, was 1e-05"]),
     "processor": ({"processor": lambda: tiny_processor(image_side=84)}, ["processor: processor changed"]),
     "limits": ({"max_length": 50}, ["processor: limits is [50, null"]),
     "adapter": ({"lora": {"r": 2}}, ["trained: adapter default: r is 2, was 4"]),
