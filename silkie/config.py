@@ -104,6 +104,24 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     on_bad_row: OnBadRow = field(
         default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
     )
+    on_changed_run: Literal["raise", "continue"] = field(
+        default="raise",
+        metadata={
+            "help": (
+                "A checkpoint of a run with other data, model, losses or optimizer options: stop and name what differs,"
+                " or resume it all the same."
+            )
+        },
+    )
+    on_preempt: Literal["exit", "return"] = field(
+        default="exit",
+        metadata={
+            "help": (
+                "After SIGTERM, Ctrl-C or the stop file, once the checkpoint is saved: end the process with exit code"
+                " 75, or return from train() with trainer.preempted set."
+            )
+        },
+    )
     self_test: bool = field(
         default=True,
         metadata={

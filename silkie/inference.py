@@ -1,10 +1,14 @@
-"""Load a trained policy (base model + LoRA adapter, or a full checkpoint) and generate with it."""
+"""Load a trained policy (base model + LoRA adapter, or a full checkpoint) and generate with it.
+
+Weights are read from safetensors only. `python -m silkie.inference convert DIRECTORY` makes them of pickled files."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
 
+from silkie.io.options import Command, argument, parse_command
 from silkie.model.processor import load_processor, looks_local
+from silkie.model.weights import convert, refuse_pickled, refuse_pickled_adapter
 
 __all__ = ["generate", "load_policy", "load_processor"]
 
@@ -47,6 +53,7 @@ def load_policy(
         FileNotFoundError: the adapter's base model is not at its recorded place, and `base_model` is not given.
         ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
             given.
+        silkie.model.weights.PickledWeights: a directory has pickled weights only.
     """
     path = str(path)
     adapter = _adapter_config(path)
@@ -61,6 +68,9 @@ def load_policy(
             f"The adapter in {path} was trained on {base}, which does not exist. Pass base_model=<directory or hub name"
             " of the base model>."
         )
+    refuse_pickled(base)
+    if adapter:
+        refuse_pickled_adapter(path)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # safetensors only: a pickle checkpoint can run code when loaded
     placement = {} if "device_map" in model_kwargs else {"device_map": {"": target}}
@@ -201,3 +211,32 @@ def _generate_batch(
         **sampling,
     )
     return [t.strip() for t in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Options of `convert`."""
+
+    directory: str = argument("model or adapter directory, or a checkpoint, with .bin files that you trust")
+
+
+def run_convert(options: Convert) -> int:
+    """Writes safetensors beside the pickled weights of a directory; 2 where that cannot be done."""
+    try:
+        for file in convert(options.directory):
+            print(f"wrote {file}")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    commands = [Command("convert", "write safetensors beside pickled weights", Convert, run_convert)]
+    command, options = parse_command("python -m silkie.inference", "make weights loadable", commands, argv)
+    return command.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

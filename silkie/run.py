@@ -18,7 +18,7 @@ from silkie.model.families import shell
 from silkie.model.processor import load_processor
 from silkie.model.vision import unquantized_modules
 from silkie.plan.dry_run import dry_run
-from silkie.training.checkpoints import PREEMPTED_EXIT_CODE
+from silkie.training.ending import PREEMPTED_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,9 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
 
     Raises:
         ValueError, silkie.data.DataError: arguments or data that cannot work, before any compute is spent.
+        silkie.training.checkpoints.CheckpointError: `output_dir` cannot be written, or is held by another run, or
+            its checkpoints are those of another run.
+        SystemExit: with code 75, where a signal or the stop file ended the run; nothing is saved but its checkpoint.
     """
     if not model_args.model_name_or_path:
         raise ValueError("Name a model: --model_name_or_path DIRECTORY_OR_HUB_NAME.")
@@ -105,7 +108,7 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
         dry_run(trainer)
         return trainer
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or run_args.resume)
-    if trainer.preempted:
+    if trainer.preempted:  # with on_preempt="return", which leaves the decision to the caller of train()
         raise SystemExit(PREEMPTED_EXIT_CODE)
     trainer.save_model(args.output_dir)
     trainer.save_state()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, v
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
+from silkie.training.identity import Identity, Start, identify
 from silkie.training.metrics import RunMetrics
 from silkie.training.model_card import RunDescription, setup_lines, write_card
 from silkie.training.parts import build_collator, build_encoder, build_passes, check_model
@@ -110,7 +111,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if ref_model is None and self.objective.needs_reference:
             startup.check_own_reference(model, peft_config, config)
         find_unused = args.ddp_find_unused_parameters
-        with startup.trl_init(args):
+        with startup.trl_init(args, model):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -369,6 +370,14 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         """Restores the state saved by `run_state`."""
         self.objective.load_state_dict(state.get("objective", {}))
         self._total_train_tokens = state.get("train_tokens", 0)
+
+    @cached_property
+    def _start(self) -> Start:  # a second call of train() starts from trained weights
+        return Start.of(self.model, self.reference, self.optimizer, self.accelerator.num_processes)
+
+    def describe_run(self) -> Identity:
+        """Data, model, losses and options of this run, which its checkpoints keep."""
+        return identify(self._start, self.train_dataset, self.encoder, self.args)
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""

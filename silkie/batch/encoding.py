@@ -251,22 +251,21 @@ class GroupEncoder:
         texts = sorted((token for token in tokens if isinstance(token, str) and token), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the tokens: tokenizer, its special tokens (templates write them), template
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the tokens, by name: tokenizer, its special tokens (templates write them), template
         and its variables, settings of the processor, limits."""
-        state = {
-            "tokenizer": (
-                self.tokenizer.backend_tokenizer.to_str()
-                if hasattr(self.tokenizer, "backend_tokenizer")
-                else self.tokenizer.get_vocab()
-            ),
+        return {
+            "tokenizer": _tokenizer_facts(self.tokenizer),
             "special_tokens": self.tokenizer.special_tokens_map,
             "template": getattr(self.processor, "chat_template", None),
             "template_kwargs": dict(self.template.kwargs),
             "processor": self.processor.to_dict() if hasattr(self.processor, "to_dict") else None,
             "limits": [self.max_length, self.max_response_length, self.response_end, self.special_tokens],
         }
-        return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the tokens."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _process(self, text: str, images: Sequence[Image.Image], *, plain: bool = False) -> Any:
         """What the processor makes of a rendered text, or of plain text, for which TRL leaves special tokens to the
@@ -473,3 +472,11 @@ def _up_to(ids: list[int], token: int, times: int) -> list[int]:
         return [*ids, token]
     places = [i for i, each in enumerate(ids) if each == token]
     return ids[: places[-times] + 1] if len(places) >= times else ids
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    """What a tokenizer is, without the padding and truncation that its last call left in it."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer.get_vocab()
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in facts.items() if name not in ("padding", "truncation")}

@@ -28,6 +28,7 @@ from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, W
 from silkie.demo.scenes import render
 from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
+from silkie.model.weights import refuse_pickled_adapter
 from silkie.plan.dry_run import dry_run as run_one_step
 from silkie.trainer import SilkieDPOTrainer
 
@@ -260,6 +261,7 @@ def make_trainer(
     args = SilkieDPOConfig(**{**arguments, **recipe.options})
     peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM") if adapter is None else None
     if adapter is not None:
+        refuse_pickled_adapter(adapter)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return SilkieDPOTrainer(
         model=model, args=args, train_dataset=data, processing_class=processor, peft_config=peft_config

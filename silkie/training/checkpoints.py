@@ -1,22 +1,22 @@
 """Crash-safe checkpoints: each one is either complete or ignored, whatever killed the run while it was written.
 
-A checkpoint is complete once it holds `silkie_complete.json`, which lists every file with its size, is written last and
-is put in place by a rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are already
-in the directory belong to a killed run, or to another run that is not being resumed: they never cause a new one to be
-deleted, and they are marked unusable as soon as there is one."""
+A checkpoint is complete once it holds `silkie_complete.json`, which lists every file with its size and hash, is written
+last and is put in place by a rename. Older checkpoints are deleted only after that. Checkpoints of later steps that are
+already in the directory belong to a killed run, or to another run that is not being resumed: they never cause a new one
+to be deleted, and they are marked unusable as soon as there is one."""
 
 from __future__ import annotations
 
 import copy
-import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,8 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "silkie_complete.json"
 STATE = "silkie_state.json"
-STOP_FILE = "stop"  # a file in output_dir that asks a run to save and stop, for launchers that pass signals on too late
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again to resume
-_DISK_FULL = (
-    "no space left on device",
-    "disk quota exceeded",
-    "file too large",
-    "enforce fail at inline_container",
-    "file write failed",
-    "unexpected pos",
-)
+_STATE_TYPES = {"objective": dict, "train_tokens": int, "processes": int, "identity": dict}
+_HASHED_AT_ONCE = 8  # hashing releases the interpreter's lock; more readers than this only make a disk seek
 
 
 class CheckpointError(RuntimeError):
@@ -54,13 +46,14 @@ def clear_place(checkpoint: str | Path) -> None:
 def mark_complete(checkpoint: str | Path) -> None:
     """Flushes a checkpoint to the disk and declares it complete. Call it once every rank has written its part."""
     path = Path(checkpoint)
-    files = {
-        str(f.relative_to(path)): f.stat().st_size
-        for f in sorted(path.rglob("*"))
-        if f.is_file() and f.name != COMPLETE
-    }
-    for name in files:
+    names = [str(f.relative_to(path)) for f in sorted(path.rglob("*")) if f.is_file() and f.name != COMPLETE]
+
+    def seal(name: str) -> dict[str, Any]:
         _flush(path / name)
+        return {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
+
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        files = dict(zip(names, pool.map(seal, names), strict=True))
     part = path / (COMPLETE + ".part")
     with part.open("w") as file:
         json.dump({"files": files}, file)
@@ -79,26 +72,78 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def damage(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is unusable, or None: it was declared complete and all its files still have their sizes."""
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(slots=True, frozen=True)
+class _Sealed:
+    """A file as the manifest lists it; no hash in manifests of silkie 0.1."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+    def problem(self, checkpoint: Path, *, hashes: bool) -> str | None:
+        """What is wrong with the file, or None."""
+        path = checkpoint / self.name
+        try:
+            if not path.is_file():
+                return f"its file {self.name} is missing"
+            if (found := path.stat().st_size) != self.size:
+                return f"its file {self.name} has {found} bytes, not {self.size}"
+            if hashes and self.sha256 is not None and _sha256(path) != self.sha256:
+                return f"its file {self.name} has changed since it was written (its hash differs)"
+        except OSError as error:
+            return f"its file {self.name} cannot be read ({error})"
+        return None
+
+
+def _manifest(checkpoint: Path) -> list[_Sealed]:
+    """The files that a checkpoint was complete with.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the manifest is damaged.
+    """
+    entries = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    files = []
+    for name, entry in entries.items():
+        size, sha256 = (entry, None) if isinstance(entry, int) else (entry["bytes"], entry["sha256"])
+        if not isinstance(size, int) or not isinstance(sha256, str | None):
+            raise TypeError(f"the entry of {name} is {entry!r}")
+        files.append(_Sealed(name, size, sha256))
+    return files
+
+
+def damage(checkpoint: str | Path, *, hashes: bool = True) -> str | None:
+    """Why a checkpoint is unusable, or None: it was declared complete, and all its files are as they were then.
+
+    Args:
+        hashes: read every file to compare its hash; False compares sizes only, which is enough to tell a complete
+            checkpoint from one that was cut off.
+    """
     path = Path(checkpoint)
     if not (path / COMPLETE).is_file():
         return f"it has no {COMPLETE}: the run was killed while writing it, or another trainer wrote it"
     try:
-        files = dict(json.loads((path / COMPLETE).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = _manifest(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {COMPLETE} is damaged ({error!r})"
-    for name, size in files.items():
-        if not (path / name).is_file():
-            return f"its file {name} is missing"
-        if (found := (path / name).stat().st_size) != size:
-            return f"its file {name} has {found} bytes, not {size}"
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        problems = pool.map(lambda file: file.problem(path, hashes=hashes), files)
+        if problem := next(filter(None, problems), None):
+            return problem
+    try:
+        read_state(path)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint can be resumed from."""
-    return damage(checkpoint) is None
+    """Whether a checkpoint was written to its end; whether its files have changed since is not looked at."""
+    return damage(checkpoint, hashes=False) is None
 
 
 def check_chosen(checkpoint: str | Path) -> None:
@@ -106,7 +151,8 @@ def check_chosen(checkpoint: str | Path) -> None:
     fresh optimizer where its file is missing.
 
     Raises:
-        CheckpointError: there is no such directory, or a file that the checkpoint was complete with is missing or cut.
+        CheckpointError: there is no such directory, or a file that the checkpoint was complete with is missing, cut or
+            changed.
     """
     if not Path(checkpoint).is_dir():
         raise CheckpointError(
@@ -129,13 +175,18 @@ def _by_step(output_dir: str | Path) -> dict[Path, int]:
     return dict(sorted(((path, int(match[1])) for path, match in found.items() if match), key=lambda item: item[1]))
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in a directory, or None. Unusable later ones are named in the
-    log."""
+def last_complete_checkpoint(output_dir: str | Path, *, hashes: bool = True) -> str | None:
+    """The usable checkpoint with the highest step in a directory, or None. Unusable later ones are named in the log
+    with the file and the reason.
+
+    Args:
+        hashes: as in `damage`; False also says nothing in the log.
+    """
     for path in reversed(_by_step(output_dir)):
-        if not (problem := damage(path)):
+        if not (problem := damage(path, hashes=hashes)):
             return str(path)
-        logger.warning("%s is not resumed from: %s", path, problem)
+        if hashes:
+            logger.warning("%s is not resumed from: %s", path, problem)
     return None
 
 
@@ -212,53 +263,18 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     """What `finish_checkpoint` saved; {} for a checkpoint that another trainer wrote.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or holds something else than a run's state.
     """
     file = Path(checkpoint) / STATE
     if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        state = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Resume from an earlier checkpoint.") from error
-
-
-@contextmanager
-def clear_disk_errors(output_dir: str | Path) -> Iterator[None]:
-    """Within the context, errors of a full disk are reported as such, with the last complete checkpoint."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not any(sign in str(error).lower() for sign in _DISK_FULL):
-            raise
-        last = last_complete_checkpoint(output_dir)
-        kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"
-        place = getattr(error, "filename", None) or output_dir
-        raise CheckpointError(
-            f"Cannot write to {place}: the disk is full ({error}). {kept}; free some space and start the same command"
-            " again."
-        ) from error
-
-
-@contextmanager
-def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Within the context, the first SIGTERM (a preempted job) calls `act`; a second one ends the process as usual.
-
-    Only the main thread can set signal handlers; elsewhere the context does nothing.
-    """
-
-    def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, previous)
-        act()
-
-    try:
-        previous = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, handle)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, not the state of a run.")
+    for name, kind in _STATE_TYPES.items():
+        if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool)):
+            raise CheckpointError(f"{file}: {name!r} is a {type(state[name]).__name__}; expected {kind.__name__}.")
+    return dict(state)

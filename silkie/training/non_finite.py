@@ -1,4 +1,4 @@
-"""Stops a run on a NaN or infinite loss or gradient, and names the groups it came from."""
+"""Stops a run on a NaN or infinite loss or gradient, naming the groups it came from, and on such a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite."""
+    """A loss, a gradient or a trained weight is NaN or infinite."""
 
 
 class FiniteWatch:
@@ -77,6 +77,30 @@ class FiniteWatch:
         raise NonFiniteError(
             f"{message} Training stopped before this state could be saved. Look at these rows; a lower learning rate,"
             " gradient clipping (max_grad_norm) or fp32 are the usual remedies."
+        )
+
+
+def check_weights(model: Any, *, step: int, any_rank: Callable[[bool], bool] = bool) -> None:
+    """Checks the trained weights that this process holds (one synchronisation). Every rank calls it, and all raise
+    together.
+
+    Raises:
+        NonFiniteError: one of them is not finite, on any rank; it names the first ones.
+    """
+    largest = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            own = getattr(weight, "ds_tensor", weight).detach()
+            own = own.to_local() if isinstance(own, DTensor) else own
+            if own.numel():
+                largest[name] = torch.linalg.vector_norm(own, ord=float("inf"))  # needs no copy of the weight
+    finite = torch.isfinite(torch.stack([value.float() for value in largest.values()])).tolist() if largest else []
+    wrong = [name for name, good in zip(largest, finite, strict=True) if not good]
+    if any_rank(bool(wrong)):
+        raise NonFiniteError(
+            f"After step {step}, {len(wrong)} of {len(largest)} trained weights hold NaN or infinity"
+            f" ({', '.join(wrong[:3]) or 'on another process'}). Nothing is saved of this step; earlier checkpoints"
+            " stay. A lower learning rate, gradient clipping (max_grad_norm) or fp32 are the usual remedies."
         )
 
 

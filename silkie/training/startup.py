@@ -15,15 +15,18 @@ from silkie.model.adapters import with_default_targets
 from silkie.model.families import causal_lm
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.vision import freeze_vision
+from silkie.model.weights import refuse_pickled
 from silkie.training import guards
+from silkie.training.output_dir import check_free
 
 
 def check_arguments(args: Any, train_dataset: Any) -> None:
-    """The two arguments that silkie cannot do without.
+    """The arguments that silkie cannot do without, and a directory that the run can write to.
 
     Raises:
         TypeError: `args` is not a `SilkieDPOConfig`.
         ValueError: there is no training data.
+        silkie.training.checkpoints.CheckpointError: `output_dir` cannot be written, or another run holds it.
     """
     if not isinstance(args, SilkieDPOConfig):
         raise TypeError(
@@ -33,12 +36,15 @@ def check_arguments(args: Any, train_dataset: Any) -> None:
         raise ValueError(
             "`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows."
         )
+    if args.process_index == 0:
+        check_free(str(args.output_dir))
 
 
 def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> tuple[Any, Any]:
     """The model's config, and its processor: the given one, or the one of its directory or hub name.
 
     Raises:
+        silkie.model.weights.PickledWeights: the directory's weights are pickled.
         FileNotFoundError: `model` looks like a directory and is none.
         ValueError: there is no processor, and no name to load one from.
         TypeError: `processor` is a tokenizer or something else.
@@ -49,6 +55,7 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
                 f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'."
             )
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
+        refuse_pickled(model)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         name = model
     else:
@@ -90,6 +97,7 @@ def check_own_reference(model: Any, peft_config: PeftConfig | None, config: Pret
 
     Raises:
         silkie.training.guards.LaunchError: the adapter's initialisation changes the base weights.
+        silkie.model.weights.PickledWeights: that directory has pickled weights only.
         ValueError: full fine-tuning of a model that no directory holds a copy of.
     """
     guards.check_adapter_init(peft_config)
@@ -98,18 +106,24 @@ def check_own_reference(model: Any, peft_config: PeftConfig | None, config: Pret
             "Full fine-tuning needs a reference, and this model names no directory to load one from: pass"
             " `ref_model`, or train a LoRA adapter with `peft_config`."
         )
+    if not (peft_config or isinstance(model, PeftModel)):
+        refuse_pickled(config._name_or_path)  # TRL loads the reference from there
 
 
 @contextmanager
-def trl_init(args: SilkieDPOConfig) -> Iterator[None]:
-    """Within the context, TRL's `__init__` accepts what silkie does by itself: precomputing reference log-probs with
-    images, and an adapter on the output head."""
+def trl_init(args: SilkieDPOConfig, model: Any) -> Iterator[None]:
+    """Within the context, TRL's `__init__` accepts what silkie does by itself (precomputing reference log-probs with
+    images, an adapter on the output head), and loads a model that is named from safetensors only."""
     precompute, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
+    options = args.model_init_kwargs
+    if isinstance(model, str):
+        assert not isinstance(options, str)  # TRL has parsed it
+        args.model_init_kwargs = {**(options or {}), "use_safetensors": True}
     try:
         with _head_without_adapter():
             yield
     finally:
-        args.precompute_ref_log_probs = precompute
+        args.precompute_ref_log_probs, args.model_init_kwargs = precompute, options
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from silkie.training import checkpoints
+from silkie.training import checkpoints, ending
 from silkie.training.non_finite import NonFiniteError
+from silkie.training.output_dir import LOCK
 from tests.integration.test_distributed import ROOT
 from tests.support import train_run
 
@@ -168,16 +169,19 @@ class AtStep(TrainerCallback):
             self.act()
 
 
-@pytest.mark.parametrize("how", ["signal", "file"])
-def test_a_preempted_run_saves_and_stops(tmp_path, how):
-    acts = {"signal": lambda: os.kill(os.getpid(), signal.SIGTERM), "file": (tmp_path / checkpoints.STOP_FILE).touch}
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "file"])
+def test_a_preempted_run_saves_and_leaves(tmp_path, how):
+    """ATTACKS 15: the script must not go on with the half-trained model."""
+    ask = (tmp_path / ending.STOP_FILE).touch if how == "file" else lambda: os.kill(os.getpid(), getattr(signal, how))
     trainer = make(tmp_path, num_train_epochs=3, save_strategy="no")
-    trainer.add_callback(AtStep(2, acts[how]))
-    trainer.train()
+    trainer.add_callback(AtStep(2, ask))
+    with pytest.raises(SystemExit, match="75"):
+        trainer.train()
     assert trainer.preempted and trainer.state.global_step == 3
     assert (
         checkpoints.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-        and not (tmp_path / checkpoints.STOP_FILE).exists()
+        and not (tmp_path / ending.STOP_FILE).exists()
+        and not (tmp_path / LOCK).exists()
     )
     again = make(tmp_path, num_train_epochs=3, save_strategy="no")
     again.train(resume_from_checkpoint=True)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from silkie.training import checkpoints as c
+from silkie.training.ending import on_signals
+from silkie.training.output_dir import clear_disk_errors
 from tests.support.families import FAMILIES, QWEN, family_model
 from tests.support.tiny import tiny_model
 
@@ -35,6 +37,7 @@ def test_the_last_complete_one_is_found_by_number(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        ("same size", "model.safetensors has changed since it was written"),
         ("truncate", "model.safetensors has 9 bytes, not 10"),
         ("remove", "model.safetensors is missing"),
         ("marker", "silkie_complete.json is damaged"),
@@ -43,7 +46,9 @@ def test_the_last_complete_one_is_found_by_number(tmp_path):
 )
 def test_a_damaged_checkpoint_does_not_count(tmp_path, caplog, damage, message):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
-    if damage == "truncate":
+    if damage == "same size":
+        (bad / "model.safetensors").write_bytes(b"x" * 9 + b"y")
+    elif damage == "truncate":
         (bad / "model.safetensors").write_bytes(b"x" * 9)
     elif damage == "remove":
         (bad / "model.safetensors").unlink()
@@ -154,22 +159,24 @@ def test_a_full_disk_is_named_with_what_is_left(tmp_path, error):
     write(tmp_path, 4)
     with (
         pytest.raises(c.CheckpointError, match=r"disk is full.*checkpoint-4.*start the same command again"),
-        c.clear_disk_errors(tmp_path),
+        clear_disk_errors(tmp_path),
     ):
         raise error
 
 
 def test_other_errors_pass_unchanged(tmp_path):
-    with pytest.raises(ValueError, match="as it was"), c.clear_disk_errors(tmp_path):
+    with pytest.raises(ValueError, match="as it was"), clear_disk_errors(tmp_path):
         raise ValueError("as it was")
 
 
-def test_the_first_sigterm_asks_and_the_handler_is_put_back(tmp_path):
-    asked, before = [], signal.getsignal(signal.SIGTERM)
-    with c.on_sigterm(lambda: asked.append(1)):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked == [1] and signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_handlers_are_put_back(number):
+    asked, before = [], [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with on_signals(asked.append):
+        os.kill(os.getpid(), number)
+        assert asked == [number.name]
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_the_marker_lists_every_file(tmp_path):

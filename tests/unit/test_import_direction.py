@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"data", "batch", "model", "logprob", "losses"},
     "training": {"data", "batch", "model", "logprob", "losses", "config", "io"},
     "trainer": {"data", "batch", "model", "logprob", "losses", "config", "training"},
-    "inference": {"data", "model"},
+    "inference": {"data", "io", "model"},
     "feedback": {"data", "inference", *GROUND},
     "evaluation": {"data", "inference", *GROUND},
     "report": {"data", "evaluation", *GROUND},

@@ -1,0 +1,108 @@
+"""Safetensors only: a pickled weight file can run code when it is loaded, so silkie reads none, wherever it loads from.
+
+`python -m silkie.inference convert DIRECTORY` makes safetensors of the pickled files of a directory. Only that command
+opens them, and reads nothing but tensors (`torch.load(weights_only=True)`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+logger = logging.getLogger(__name__)
+
+_SAFE = {"model": "model.safetensors", "adapter": "adapter_model.safetensors"}
+_PICKLED = {"model": "pytorch_model.bin", "adapter": "adapter_model.bin"}
+_INDEX = ".index.json"
+
+
+class PickledWeights(ValueError):
+    """A directory has its weights in pickled files only."""
+
+
+def refuse_pickled(name: str | Path) -> None:
+    """Refuses a model directory whose weights are pickled. Hub names pass: `use_safetensors=True` is for them.
+
+    Raises:
+        PickledWeights: it has no safetensors but a `pytorch_model.bin`.
+    """
+    _refuse(Path(name), "model")
+
+
+def refuse_pickled_adapter(directory: str | Path) -> None:
+    """Refuses an adapter directory whose weights are pickled, or those of an adapter in a folder of it: peft loads them
+    where it finds no safetensors.
+
+    Raises:
+        PickledWeights: there is such a file without its safetensors twin.
+    """
+    place = Path(directory)
+    for folder in (place, *(file.parent for file in sorted(place.glob(f"*/{_PICKLED['adapter']}")))):
+        _refuse(folder, "adapter")
+
+
+def _refuse(folder: Path, kind: str) -> None:
+    if not folder.is_dir():
+        return
+    safe, pickled = _SAFE[kind], _PICKLED[kind]
+    if any((folder / file).exists() for file in (safe, safe + _INDEX)):
+        return  # both transformers and peft prefer it
+    if found := next((f for f in (pickled, pickled + _INDEX) if (folder / f).exists()), None):
+        raise PickledWeights(
+            f"{folder} has its weights in {found}, a pickle, which can run code when it is loaded; silkie reads"
+            f" safetensors only. If you trust its source: python -m silkie.inference convert {folder}"
+        )
+
+
+def convert(directory: str | Path) -> list[Path]:
+    """Writes a safetensors file beside every pickled weight file of a model or adapter directory and its folders.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: there is nothing to convert.
+        ValueError: a file holds something else than tensors.
+    """
+    place = Path(directory)
+    written = []
+    for kind, pickled in _PICKLED.items():
+        for file in sorted((*place.glob(f"**/{pickled}"), *place.glob(f"**/{pickled.replace('.bin', '')}-*.bin"))):
+            target = file.with_name(
+                file.name.replace(pickled.removesuffix(".bin"), _SAFE[kind][: -len(".safetensors")])
+            )
+            written.append(_convert_file(file, target.with_suffix(".safetensors")))
+        for index in sorted(place.glob(f"**/{pickled}{_INDEX}")):
+            written.append(_convert_index(index, kind))
+    if not written:
+        raise FileNotFoundError(f"{place} holds no {' or '.join(_PICKLED.values())}.")
+    return written
+
+
+def _convert_file(file: Path, target: Path) -> Path:
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} holds more than tensors, or is damaged: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds something else than named tensors.")
+    # copies: tied tensors share their memory, which safetensors cannot store
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, target, metadata={"format": "pt"})
+    logger.info("wrote %s from %s; the pickle can be removed", target, file.name)
+    return target
+
+
+def _convert_index(index: Path, kind: str) -> Path:
+    """The index of a model in several files, with the names of the new ones."""
+    content = json.loads(index.read_text())
+    old, new = _PICKLED[kind].removesuffix(".bin"), _SAFE[kind].removesuffix(".safetensors")
+    content["weight_map"] = {
+        weight: file.replace(old, new).replace(".bin", ".safetensors") for weight, file in content["weight_map"].items()
+    }
+    target = index.with_name(_SAFE[kind] + _INDEX)
+    target.write_text(json.dumps(content, indent=1))
+    return target
