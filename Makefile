@@ -14,8 +14,6 @@ NEED_GB := 9
 else
 $(error TORCH=$(TORCH): leave it out for the package index's build, or TORCH=cpu)
 endif
-# accelerate starts CPU processes with one thread unless told otherwise
-CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -23,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test test-slow test-install check-install constraints lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(CORES) recipes/dpo_silkie.py $(DEMO_ARGS)
+	$(BIN)/silkie demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## everything that fits a CI run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

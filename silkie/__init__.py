@@ -17,7 +17,8 @@ The rooms, in the order in which data flows through them; each imports only from
 
 Beside the flow:
 
-    run.py       a training run from options; `recipes/dpo_silkie.py` calls it
+    __main__.py  the console command `silkie`; each of its commands is a module's `main`
+    run/         a training run from options, in one process or several: `silkie train`, `recipes/dpo_silkie.py`
     inference.py load what was trained and generate with it
     feedback/    sample responses and have judges rate them
     evaluation/  answer benchmarks, score as their official scorers do, compare runs
@@ -25,7 +26,8 @@ Beside the flow:
     plan/        memory and layout of a run before it is started
     demo/        the whole loop on a small embedded world; nothing imports it
 
-Shared ground: endpoint/ (OpenAI-compatible servers), stats.py (intervals and tests).
+Shared ground: endpoint/ (OpenAI-compatible servers), io/ (files, command lines, the console), stats.py (intervals and
+tests).
 
 Config and trainer are imported when first used, so that `silkie.logprob`, `silkie.losses` or `silkie.data` can be used
 alone without loading the trainer stack. `tests/unit/test_import_direction.py` holds the order.

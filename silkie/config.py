@@ -13,7 +13,7 @@ from silkie.batch.encoding import ResponseEnd, SpecialTokens
 from silkie.batch.packing import Layout
 from silkie.batch.preparation import OnBadRow
 from silkie.logprob import Impl
-from silkie.losses import build_objective
+from silkie.losses import LOSSES, build_objective
 from silkie.losses.options import LossFields, LossOptions, validate
 from silkie.model.attention import Backend
 
@@ -31,6 +31,10 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     # TRL parses these from JSON strings
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "aspect_weights", "chat_template_kwargs"]  # noqa: RUF012
 
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"One loss, or several with loss_weights: {', '.join(LOSSES)} (examples/losses.md)."},
+    )
     layout: Literal["auto", Layout] = field(
         default="auto",
         metadata={

@@ -4,23 +4,27 @@ Weights are read from safetensors only. `python -m silkie.inference convert DIRE
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
 
-from silkie.io.options import Command, argument, parse_command
+from silkie.data import open_image
+from silkie.io.console import guarded
+from silkie.io.options import Command, argument, command_parser, option, options_parser, parse_command, parse_options
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.weights import convert, refuse_pickled, refuse_pickled_adapter
 
-__all__ = ["generate", "load_policy", "load_processor"]
+__all__ = ["generate", "infer", "load_policy", "load_processor", "merge"]
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +218,82 @@ def _generate_batch(
 
 
 @dataclass(frozen=True, kw_only=True)
+class InferOptions:
+    """Options of `silkie infer`."""
+
+    policy: str = argument("directory (or hub name) of a LoRA adapter or of a full model", metavar="POLICY")
+    image: str = argument("an image file", metavar="IMAGE")
+    question: str = argument("the question about it", metavar="QUESTION")
+    base_model: str | None = option(None, "where the adapter's base model is, if it has moved", metavar="DIR")
+    max_new_tokens: Annotated[int, Ge(1)] = option(256, "longest answer, in tokens", metavar="N")
+    temperature: Annotated[float, Ge(0)] = option(0.0, "0 decodes greedily, above 0 samples", metavar="T")
+    compare: bool = option(False, "also print the base model's answer: the same weights with the adapter off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Options of `silkie merge`."""
+
+    adapter: str = argument("directory (or hub name) of a LoRA adapter", metavar="ADAPTER")
+    out: str = argument("directory of the merged model; empty or new", metavar="OUT")
+    base_model: str | None = option(None, "where the adapter's base model is, if it has moved", metavar="DIR")
+
+
+def infer_parser(prog: str) -> argparse.ArgumentParser:
+    return options_parser(prog, "Ask a trained policy about an image.", InferOptions)
+
+
+def merge_parser(prog: str) -> argparse.ArgumentParser:
+    about = (
+        "Fold a LoRA adapter into its base model: one directory that transformers, vLLM and others serve without peft."
+    )
+    return options_parser(prog, about, MergeOptions)
+
+
+def infer(argv: Sequence[str] | None = None, prog: str = "silkie infer") -> int:
+    """The command `silkie infer`; the return value is its exit status."""
+    options = parse_options(infer_parser(prog), InferOptions, argv)
+    return guarded(lambda: _infer(options))
+
+
+def merge(argv: Sequence[str] | None = None, prog: str = "silkie merge") -> int:
+    """The command `silkie merge`; the return value is its exit status."""
+    options = parse_options(merge_parser(prog), MergeOptions, argv)
+    return guarded(lambda: _merge(options))
+
+
+def _infer(options: InferOptions) -> int:
+    image = open_image(options.image, where=options.image)  # before the model is loaded, which takes longer
+    model, processor = load_policy(options.policy, base_model=options.base_model)
+    if options.compare and not hasattr(model, "disable_adapter"):
+        raise ValueError(f"{options.policy} is a full model: --compare has no adapter to switch off.")
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]
+
+    def answer() -> str:
+        settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+        return generate(model, processor, [prompt], [[image]], **settings)[0][0]
+
+    print("answer:", answer())
+    if options.compare:
+        with model.disable_adapter():  # type: ignore[operator]
+            print("base:  ", answer())
+    return 0
+
+
+def _merge(options: MergeOptions) -> int:
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; name another one.")
+    if _adapter_config(options.adapter) is None:
+        raise ValueError(f"{options.adapter} is a full model: there is no adapter in it to fold in.")
+    model, processor = load_policy(options.adapter, base_model=options.base_model, merge=True)
+    model.save_pretrained(str(out))
+    processor.save_pretrained(str(out))
+    print(f"merged model and processor are in {out}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Options of `convert`."""
 
@@ -232,9 +312,10 @@ def run_convert(options: Convert) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """`python -m silkie.inference convert DIR`."""
     commands = [Command("convert", "write safetensors beside pickled weights", Convert, run_convert)]
-    command, options = parse_command("python -m silkie.inference", "make weights loadable", commands, argv)
+    parser = command_parser("python -m silkie.inference", "Make weights loadable.", commands)
+    command, options = parse_command(parser, commands, argv)
     return command.run(options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +16,8 @@ from annotated_types import Ge
 from silkie.data import SOURCES, DataError
 from silkie.data.inspect import inspect_preferences
 from silkie.data.rendering import to_text
-from silkie.io.options import Command, argument, option, parse_command
+from silkie.io.console import complain
+from silkie.io.options import Command, argument, command_parser, option, parse_command
 
 FORMATS = ", ".join(sorted(SOURCES))
 
@@ -63,8 +65,7 @@ def run_inspect(options: InspectOptions) -> int:
 
             write_gallery(inspection, options.html, groups=options.groups, seed=options.seed)
     except (DataError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return complain(error, 1)
     print(json.dumps(inspection.to_json(), indent=2) if options.json else to_text(inspection))
     return 0
 
@@ -83,10 +84,16 @@ COMMANDS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+ABOUT = "Preference data: look at it before training on it."
+
+
+def make_parser(prog: str) -> ArgumentParser:
+    return command_parser(prog, ABOUT, COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.data") -> int:
     """Run the command line; the return value is the exit status."""
-    about = "Preference data: look at it before training on it."
-    command, options = parse_command("python -m silkie.data", about, COMMANDS, argv)
+    command, options = parse_command(make_parser(prog), COMMANDS, argv)
     return command.run(options)
 
 

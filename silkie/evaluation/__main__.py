@@ -25,7 +25,8 @@ from silkie.evaluation.options import (
 )
 from silkie.evaluation.records import ResultError, read_records
 from silkie.evaluation.text import comparison_text, score_text
-from silkie.io.options import Command, parse_command
+from silkie.io.console import complain
+from silkie.io.options import Command, command_parser, parse_command
 
 
 def run_benchmark(options: RunOptions) -> int:
@@ -211,19 +212,24 @@ def _named_first(argv: list[str]) -> list[str]:
     return [argv[0], *front, *(back if front else []), *rest, *([] if front else back)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+ABOUT = "Benchmarks of vision-language models: run, judge, score, compare."
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    return command_parser(prog, ABOUT, COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.evaluation") -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command, options = parse_command(
-        "python -m silkie.evaluation",
-        "Benchmarks of vision-language models: run, judge, score, compare.",
+        make_parser(prog),
         COMMANDS,
         _named_first(list(sys.argv[1:] if argv is None else argv)),
     )
     try:
         return command.run(options)
     except (AnswererError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from silkie.feedback.options import (
     RunOptions,
     SampleCommand,
 )
-from silkie.io.options import Command, parse_command
+from silkie.io.console import complain
+from silkie.io.options import Command, command_parser, parse_command
 
 STOPPED_EARLY = 3
 OF_MEMBERS = ("model", "key_variable", "price_prompt", "price_completion")
@@ -188,10 +190,16 @@ COMMANDS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+ABOUT = "Responses, ratings and a preference dataset without annotators."
+
+
+def make_parser(prog: str) -> ArgumentParser:
+    return command_parser(prog, ABOUT, COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.feedback") -> int:
     """0: every item is accounted for; 1: every item failed; 2: wrong use; 3: stopped early, run again to resume."""
-    about = "Responses, ratings and a preference dataset without annotators."
-    command, options = parse_command("python -m silkie.feedback", about, COMMANDS, argv)
+    command, options = parse_command(make_parser(prog), COMMANDS, argv)
 
     from silkie.endpoint.errors import ItemError, StopRun
     from silkie.feedback.journal import JournalError
@@ -203,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(options)
     # records, rubrics and pools raise ValueErrors
     except (ItemError, StopRun, JournalError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
         quiet: bool = option(False, "no progress line")
 
     commands = [Command("rate", "rate responses with a judge", Rate, run_rate)]
-    command, options = parse_command("python -m silkie.feedback", "what it does", commands, argv)
+    parser = command_parser("python -m silkie.feedback", "what it does", commands)
+    command, options = parse_command(parser, commands, argv)
     status = command.run(options)
 
 Why not transformers' `HfArgumentParser`: its import takes half a second, it has no positional arguments, and it reads
@@ -27,7 +28,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
-__all__ = ["Command", "argument", "option", "parse_command", "parse_options"]
+__all__ = [
+    "Command",
+    "argument",
+    "command_parser",
+    "option",
+    "options_parser",
+    "parse_command",
+    "parse_options",
+]
 
 _NAMES = {int: "a whole number", float: "a number"}
 _BOUNDS = ((Ge, "at least", "ge"), (Gt, "more than", "gt"), (Le, "at most", "le"), (Lt, "less than", "lt"))
@@ -70,9 +79,18 @@ def option(
 
 
 def parse_command(
-    prog: str, description: str, commands: Sequence[Command], argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, commands: Sequence[Command], argv: Sequence[str] | None = None
 ) -> tuple[Command, Any]:
-    """The subcommand that was called and its options. A wrong use ends the process with status 2, as argparse does."""
+    """The subcommand that was called and its options. A wrong use ends the process with status 2, as argparse does.
+    `parser`: from `command_parser`."""
+    arguments = vars(parser.parse_args(argv))
+    name = arguments.pop("command")
+    command = next(command for command in commands if command.name == name)
+    return command, _made(command.options, arguments)
+
+
+def command_parser(prog: str, description: str, commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """The parser of a program with subcommands."""
     parser = _Parser(prog=prog, description=description)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in commands:
@@ -84,17 +102,19 @@ def parse_command(
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_fields(own, command.options)
-    arguments = vars(parser.parse_args(argv))
-    name = arguments.pop("command")
-    command = next(command for command in commands if command.name == name)
-    return command, _made(command.options, arguments)
+    return parser
 
 
-def parse_options(prog: str, description: str, options: type, argv: Sequence[str] | None = None) -> Any:
-    """The options of a program without subcommands."""
+def parse_options(parser: argparse.ArgumentParser, options: type, argv: Sequence[str] | None = None) -> Any:
+    """The options of a program without subcommands. `parser`: from `options_parser`."""
+    return _made(options, vars(parser.parse_args(argv)))
+
+
+def options_parser(prog: str, description: str, options: type) -> argparse.ArgumentParser:
+    """The parser of a program without subcommands."""
     parser = _Parser(prog=prog, description=description)
     _add_fields(parser, options)
-    return _made(options, vars(parser.parse_args(argv)))
+    return parser
 
 
 def _made(options: type, arguments: dict[str, Any]) -> Any:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from silkie.plan.memory import LEAST, Engine, Workload, choose, load_shape, parse_memory
 from silkie.plan.shapes import SHAPES
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m silkie.plan",
+        prog=prog,
         description=(
             "Memory by part and FLOPs of a run, and which config fits: estimates. LoRA unless --full or --qlora; bf16."
         ),
@@ -41,6 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         "--optimizer-8bit", action="store_true", help="optimizer states in 8 bits: optim=adamw_bnb_8bit"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan") -> None:
+    """Command line."""
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
     try:
         memory, shape = parse_memory(args.memory), load_shape(args.model)

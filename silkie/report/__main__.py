@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from silkie.io.options import argument, option, parse_options
+from silkie.io.console import complain
+from silkie.io.options import argument, option, options_parser, parse_options
 from silkie.report import build_report
 
 
@@ -16,13 +17,19 @@ class ReportOptions:
     out: str | None = option(None, "the page (default: RUN_DIR/report.html)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options("python -m silkie.report", "One self-contained HTML page for a run.", ReportOptions, argv)
+ABOUT = "One self-contained HTML page for a run."
+
+
+def make_parser(prog: str) -> ArgumentParser:
+    return options_parser(prog, ABOUT, ReportOptions)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.report") -> int:
+    options = parse_options(make_parser(prog), ReportOptions, argv)
     try:
         page = build_report(options.run_dir, options.out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"{page} ({page.stat().st_size / 1024:.0f} KiB)")
     return 0
 

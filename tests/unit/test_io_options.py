@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Gt, Le
 
-from silkie.io.options import Command, argument, option, parse_command, parse_options
+from silkie.io.options import (
+    Command,
+    argument,
+    command_parser,
+    option,
+    options_parser,
+    parse_command,
+    parse_options,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ COMMANDS = [Command("draw", "draw items", Draw, lambda options: options.seed), C
 
 
 def parse(*words: str) -> Draw:
-    return parse_command("prog", "about", COMMANDS, ["draw", *words])[1]
+    return parse_command(command_parser("prog", "about", COMMANDS), COMMANDS, ["draw", *words])[1]
 
 
 def test_defaults_types_and_aliases():
@@ -43,7 +51,8 @@ def test_defaults_types_and_aliases():
     got = parse("--quiet", "a", "--out=b_c", "--max-items", "3", "--temperatures", "0", "0.5", "--annotations", "q")
     assert got == Draw(source="a", out="b_c", max_items=3, temperatures=(0.0, 0.5), questions="q", quiet=True)
     assert isinstance(got.temperatures[0], float)
-    command, options = parse_command("prog", "about", COMMANDS, ["draw", "a", "--out", "b", "--seed", "7"])
+    parser = command_parser("prog", "about", COMMANDS)
+    command, options = parse_command(parser, COMMANDS, ["draw", "a", "--out", "b", "--seed", "7"])
     assert command.run(options) == 7
 
 
@@ -96,7 +105,7 @@ def test_help_shows_defaults_and_one_spelling(capsys):
 
 
 def test_a_program_without_subcommands():
-    assert parse_options("prog", "about", Shared, ["--seed", "3"]) == Shared(seed=3)
+    assert parse_options(options_parser("prog", "about", Shared), Shared, ["--seed", "3"]) == Shared(seed=3)
 
 
 def test_it_imports_nothing_heavy():

@@ -1,5 +1,5 @@
-"""What `recipes/dpo_silkie.py` does: arguments, data, model, training, saving. Importable, so that a script can change
-one part and keep the rest."""
+"""What `silkie train` and `recipes/dpo_silkie.py` do: arguments, data, model, training, saving. Importable, so that a
+script can change one part and keep the rest. `command` reads the command line, `launch` starts several processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data import load_preferences
 from silkie.data.splits import By, check_choice, check_leak, split_groups
+from silkie.io.console import computing
 from silkie.model.families import shell
 from silkie.model.processor import load_processor
 from silkie.model.vision import unquantized_modules
@@ -107,7 +108,8 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
     if run_args.dry_run:
         dry_run(trainer)
         return trainer
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or run_args.resume)
+    with computing():
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or run_args.resume)
     if trainer.preempted:  # with on_preempt="return", which leaves the decision to the caller of train()
         raise SystemExit(PREEMPTED_EXIT_CODE)
     trainer.save_model(args.output_dir)

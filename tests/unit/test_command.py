@@ -1,0 +1,207 @@
+"""The console command: help without imports, dispatch, one-line errors, launching, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from silkie import __main__ as console
+from silkie.io import console as messages
+from silkie.io.completion import script
+from silkie.losses import LOSSES
+from silkie.run import command, launch
+
+ROOT = Path(__file__).parents[2]
+
+
+def modules_after(*words: str) -> tuple[str, set[str]]:
+    """Output of the command in a fresh process, and the packages that it imported."""
+    code = (
+        "import sys, silkie.__main__ as m\n"
+        "try: m.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "import json; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    text, _, names = result.stdout.rpartition("\n" if not result.stdout.endswith("\n") else "\n[")
+    return text, set(json.loads("[" + names))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["feedback", "rate", "--help"], ["eval", "--help"]])
+def test_help_does_not_import_torch(words):
+    text, modules = modules_after(*words)
+    assert "usage: silkie" in text
+    assert not {"torch", "transformers", "trl"} & modules
+    if words == ["--help"]:
+        assert not {"datasets", "pydantic", "numpy"} & modules
+        assert all(f"  {name} " in text for name in console.PROGRAMS)
+
+
+def test_the_entry_point_is_the_command():
+    assert 'silkie = "silkie.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_misspelt_command_is_one_line(capsys):
+    assert console.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: no command `trian`: did you mean `train`?\n"
+
+
+def test_debug_is_taken_off_except_where_it_is_transformers_option(monkeypatch):
+    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+    assert console._debug(["data", "inspect", "x"]) == ["data", "inspect", "x"] and "SILKIE_DEBUG" not in os.environ
+    assert console._debug(["train", "--debug", "underflow_overflow"]) == ["train", "--debug", "underflow_overflow"]
+    assert console._debug(["infer", "--debug", "policy"]) == ["infer", "policy"]
+    assert os.environ["SILKIE_DEBUG"] == "1"
+
+
+def raised_here():
+    raise KeyError("a bug")
+
+
+def of_a_library():
+    json.loads("{")
+
+
+def of_silkie():
+    command._config(["--config", "nothing.yaml"])
+
+
+def test_errors_of_users_are_one_line_and_bugs_keep_their_traceback(monkeypatch, capsys):
+    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+    assert messages.guarded(of_silkie) == 2
+    assert capsys.readouterr().err == "error: --config nothing.yaml: no such file.\n"
+    with pytest.raises(KeyError):
+        messages.guarded(raised_here)
+    assert messages.guarded(of_a_library) == 2  # arguments that cannot work
+
+    def in_training():
+        with messages.computing():
+            of_a_library()
+
+    with pytest.raises(ValueError):
+        messages.guarded(in_training)
+    capsys.readouterr()
+    monkeypatch.setenv("SILKIE_DEBUG", "1")
+    assert messages.guarded(of_silkie) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_that_all_ranks_meet_is_said_by_rank_0(monkeypatch, capsys):
+    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+
+    def wrong_options():
+        with messages.alike():
+            of_silkie()
+
+    monkeypatch.setenv("RANK", "1")
+    assert messages.guarded(wrong_options) == 2 and capsys.readouterr().err == ""
+    assert messages.guarded(of_silkie) == 2 and "error: rank 1: --config" in capsys.readouterr().err
+
+
+def test_a_full_gpu_has_a_remedy(capsys):
+    class OutOfMemoryError(RuntimeError):
+        """As torch's, which needs a GPU to be raised."""
+
+    def fill():
+        with messages.computing():
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    assert messages.guarded(fill) == 2
+    assert "--max_tokens_per_batch" in capsys.readouterr().err
+
+
+def test_help_is_in_groups_and_lists_all_losses():
+    parser = command.make_parser()
+    text, everything = " ".join(parser.format_help().split()), " ".join(parser.format_help(everything=True).split())
+    assert text.index("data and run:") < text.index("losses:") < text.index("often used options of TRL")
+    assert f"{', '.join(LOSSES)} (examples/losses.md)" in text
+    assert "--max_tokens_per_batch" in text and "--hub_token" not in text and "--hub_token" in everything
+    missing = [name for action in parser._actions if f"--{(name := action.dest)} " not in everything]
+    assert [name for name in missing if name not in ("help", "help_all")] == []
+
+
+def test_no_option_is_in_two_groups():
+    names = [name for _, names in command.groups(everything=True) for name in names]
+    assert len(names) == len(set(names))
+
+
+def test_options_of_the_launcher_are_told_from_those_of_a_run(tmp_path):
+    (tmp_path / "c.yaml").write_text("dataset_name: x\nnum_processes: 2\nmulti_gpu: true\nlearning_rate: 1.0e-5\n")
+    asked = command.read([f"--config={tmp_path / 'c.yaml'}", "--num-machines", "3", "--use_cpu", "--loss_type", "ipo"])
+    assert asked.launch == {"num_processes": 2, "multi_gpu": True, "num_machines": "3"} and asked.use_cpu
+    assert launch.launch_words(asked.launch) == ["--num_processes", "2", "--multi_gpu", "--num_machines", "3"]
+    assert command.read(["--dataset_name", "x"]).launch == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--max_token_per_batch", "5"],
+            "unknown option `--max_token_per_batch`: did you mean `max_tokens_per_batch`?",
+        ),
+        (["--num_processes", "2", "3"], "unknown option `3`"),
+        (["--config"], "--config wants a YAML file."),
+    ],
+)
+def test_unknown_options_are_an_error_with_a_suggestion(words, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        command.read(["--dataset_name", "x", *words])
+
+
+def test_accelerate_is_told_that_cpu_processes_are_one_run():
+    words = launch._with_defaults(["--num_processes", "2"], use_cpu=True)
+    assert "--multi_gpu" in words and "--mixed_precision=no" in words
+    assert "--multi_gpu" not in launch._with_defaults(["--num_processes", "1"], use_cpu=True)
+    assert launch._with_defaults(["--config_file", "f.yaml"], use_cpu=True) == ["--config_file", "f.yaml"]
+
+
+def test_several_gpus_and_launcher_options_launch(monkeypatch):
+    started = []
+    monkeypatch.setattr(command, "launch", lambda words, argv, *, use_cpu: started.append(words) or 0)
+    monkeypatch.setattr(command, "_train", lambda argv, prog: started.append("here") or 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for devices, words in ((False, []), (True, []), (True, ["--use_cpu"]), (False, ["--num_processes", "2"])):
+        monkeypatch.setattr(command, "several_devices", lambda devices=devices: devices)
+        assert command.start(["--dataset_name", "x", *words]) == 0
+    assert started == ["here", [], "here", ["--num_processes", "2"]]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher started this process: it is one of the run's
+    command.start(["--dataset_name", "x"])
+    assert started[-1] == "here"
+
+
+def test_options_of_a_launcher_without_one_are_refused(monkeypatch, capsys):
+    monkeypatch.delenv(launch.LAUNCHED, raising=False)
+    assert command.train(["--dataset_name", "x", "--num_processes", "2"]) == 2
+    assert "Start with `silkie train`" in capsys.readouterr().err
+
+
+def test_completion_in_bash(tmp_path):
+    parsers = {name: _parser(name) for name in ("data", "eval", "report")} | {"check": None}
+    (tmp_path / "completion.sh").write_text(script("bash", parsers))
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        code = f"source {tmp_path}/completion.sh; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _silkie"
+        shell = subprocess.run(
+            ["bash", "-c", code + '; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
+        )
+        return shell.stdout.split()
+
+    assert complete("silkie", "da") == ["data"]
+    assert complete("silkie", "data", "ins") == ["inspect"]
+    assert complete("silkie", "data", "inspect", "x.jsonl", "--image") == ["--image-root"]
+    assert "--html" in complete("silkie", "eval", "compare", "--")
+    assert complete("silkie", "check", "--") == []
+    assert script("zsh", parsers).startswith("autoload -U +X bashcompinit && bashcompinit\n")
+
+
+def _parser(name: str):
+    import importlib
+
+    return importlib.import_module(console.PROGRAMS[name].module).make_parser(f"silkie {name}")
