@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from silkie.model.recurrent import mask_kinds, why_not_forkable
+from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def shell(config: PretrainedConfig) -> PreTrainedModel:
             cls = AutoModelForImageTextToText._model_mapping[type(config)]
         except KeyError:
             raise ValueError(f"transformers has no image-text-to-text class for {config.model_type!r}.") from None
-    with torch.device("meta"):
+    with weightless():
         return cls(copy.deepcopy(config))
 
 

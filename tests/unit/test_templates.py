@@ -18,7 +18,7 @@ from silkie.batch.encoding import GroupEncoder
 from silkie.batch.preparation import GroupError, prepare_groups
 from silkie.batch.template import TemplateMismatch
 from silkie.data import DataError, load_preferences
-from silkie.model.processor import _image_only_class
+from silkie.model.processor import image_only_class
 from tests.support.data import dataset, mixed_groups
 from tests.support.tiny import byte_level_tokenizer, image, tiny_processor
 
@@ -96,7 +96,7 @@ def processor(template, mark="<|image_pad|>"):
     made = tokenizer(template)
     made.image_token, made.image_token_id = mark, made.convert_tokens_to_ids(mark)
     images = tiny_processor().image_processor
-    cls = _image_only_class(transformers.Qwen2_5_VLProcessor)
+    cls = image_only_class(transformers.Qwen2_5_VLProcessor)
     return cls(image_processor=images, tokenizer=made, chat_template=template)
 
 
@@ -336,7 +336,7 @@ def test_a_tokenizer_that_adds_its_own_tokens():
         single="<bos> $A", special_tokens=[("<bos>", added.bos_token_id)]
     )
     added.image_token, added.image_token_id = "<image>", added.convert_tokens_to_ids("<image>")
-    cls = _image_only_class(transformers.Qwen2_5_VLProcessor)
+    cls = image_only_class(transformers.Qwen2_5_VLProcessor)
     template = made.chat_template
     own = cls(image_processor=tiny_processor().image_processor, tokenizer=added, chat_template=template)
     picture, turns = image(0), CONVERSATIONS["one turn"]

@@ -23,6 +23,7 @@ from silkie.batch.packing import Segment
 from silkie.model.recurrent.fork import forked
 from silkie.model.recurrent.layers import cache_argument, count_recurrent, mixers
 from silkie.model.recurrent.plan import fork_plan
+from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def _skeleton(config: PretrainedConfig) -> Any:
     mapping: Any
     for mapping, own in ((MODEL_MAPPING, text), (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, copy.deepcopy(config))):
         if type(own) in mapping:
-            with torch.device("meta"):
+            with weightless():
                 return mapping[type(own)](own)
     raise ValueError(f"transformers has no model class for {type(text).__name__}, whose layers could be looked at")
 
