@@ -116,7 +116,7 @@ class Scorer:
         return {
             "input_ids": batch["input_ids"],
             "position_ids": positions if positions.shape[0] > 1 else positions[0],
-            **self.attention.inputs(base.config, batch),
+            **self.attention.inputs(batch),
             **batch["token_inputs"],
             **{k: v.to(base.dtype) if _is_floating(v) else v for k, v in batch["vision"].items()},
         }
