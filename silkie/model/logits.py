@@ -71,15 +71,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def without_softcap(base: Any, options: HeadOptions) -> Iterator[None]:
     """Within the context, the forward of `base` does not cap what its head returns: its cap is out of reach, a power of
     two, which divides and multiplies without rounding (some configs take no None)."""
-    if options.softcap is None:
-        yield
-        return
-    text = base.config.get_text_config()
-    cap, text.final_logit_softcapping = text.final_logit_softcapping, _OUT_OF_REACH
+    places = [] if options.softcap is None else list(_caps(base, options.softcap))
+    for owner, name in places:
+        setattr(owner, name, _OUT_OF_REACH)
     try:
         yield
     finally:
-        text.final_logit_softcapping = cap
+        for owner, name in places:
+            setattr(owner, name, options.softcap)
+
+
+def _caps(base: Any, cap: float) -> Iterator[tuple[Any, str]]:
+    """Where a model keeps its cap: in its config, some in an attribute or a small module as well."""
+    yield base.config.get_text_config(), "final_logit_softcapping"
+    for module in (base, *base.children()):
+        yield from ((module, name) for name, value in list(vars(module).items()) if "softcap" in name and value == cap)
 
 
 class _Given(BaseModelOutputWithPast):
@@ -90,6 +96,13 @@ class _Given(BaseModelOutputWithPast):
 
 
 class _Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(1, 1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
     def forward(self, *args: Any, **kwargs: Any) -> _Given:
         return _Given(last_hidden_state=torch.zeros(1, 1, 1, dtype=torch.float64))
 
@@ -110,7 +123,7 @@ def _returned(base: Any) -> Tensor:
     inner = backbone(base)
     replaced = language_model(base) if inner is base else inner
     twin = _twin(base, {id(replaced): _Backbone(), id(base.get_output_embeddings()): _Head()})
-    ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(base.parameters()).device)
     try:
         with torch.no_grad():
             return type(base).forward(twin, input_ids=ids, use_cache=False).logits[0, -1]
