@@ -103,12 +103,14 @@ class Scorer:
         ):
             more = {"output_router_logits": True} if router_aux else {}
             out = model(**self._inputs(base, batch), **more, use_cache=False)
+        if router_aux and out.aux_loss is None:
+            raise ValueError(f"{type(base).__name__} returned no aux_loss: set router_aux_loss_coef=0.")
         per_token = out.logits.reshape(-1)
         return Scores(
             per_token_logps=per_token,
             logps=sum_by_response(per_token, batch),
             stats=box.get("stats"),
-            aux_loss=getattr(out, "aux_loss", None) if router_aux else None,
+            aux_loss=out.aux_loss if router_aux else None,
         )
 
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:

@@ -114,8 +114,19 @@ class _Head(nn.Module):
         return _HANDED.expand(*hidden.shape[:-1], -1).clone()
 
 
+def gives_router_loss(model: Any) -> bool:
+    """Whether a model's forward returns a load balancing loss of its routers when asked for it. Some mixtures of experts
+    have the option in their config and no such loss in their forward."""
+    return getattr(_output(causal_lm(model), output_router_logits=True), "aux_loss", None) is not None
+
+
 def _returned(base: Any) -> Tensor:
-    """What the forward returns for a head that says `_HANDED`.
+    """What the forward returns for a head that says `_HANDED`. Raises what `_output` raises."""
+    return _output(base).logits[0, -1]
+
+
+def _output(base: Any, **more: Any) -> Any:
+    """The output of the forward on a backbone and a head that return given numbers.
 
     Raises:
         ValueError: the forward does not run so.
@@ -126,7 +137,7 @@ def _returned(base: Any) -> Tensor:
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(base.parameters()).device)
     try:
         with torch.no_grad():
-            return type(base).forward(twin, input_ids=ids, use_cache=False).logits[0, -1]
+            return type(base).forward(twin, input_ids=ids, use_cache=False, **more)
     except Exception as error:
         name = type(base).__name__
         raise ValueError(
