@@ -125,6 +125,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             )
         if peft_config is None and args.freeze_vision and isinstance(model, str):
             freeze_vision(self.model)
+        self.aux_loss_enabled = self.aux_loss_enabled and guards.has_router_loss(self.model, args)
         self.frozen_vision = vision_is_frozen(self.model)
         if self.frozen_vision and find_unused is None:
             # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused

@@ -152,13 +152,17 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
-                **{**self.kwargs, **_row_kwargs(row)},
+                **self.variables(row),
             )
         except (MemoryError, OverflowError, RecursionError) as error:
             raise TemplateMismatch(
                 f"the chat template ends in {type(error).__name__} instead of a text",
                 "It is a program that comes with the model, and this one is broken or hostile: do not use the model",
             ) from error
+
+    def variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of the template for a row: those of the run, and the row's own, which win."""
+        return {**self.kwargs, **_row_kwargs(row)}
 
     def _answer(self, response: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [self._turn("assistant", response)] if isinstance(response, str) else self._turns(response)

@@ -74,7 +74,9 @@ def language_model(model: Any) -> nn.Module:
     """
     base: Any = causal_lm(model)
     inner = backbone(base)
-    decoder = base.get_decoder()
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    if decoder not in (base, inner) and any(m is head for m in decoder.modules()):
+        decoder = decoder.get_decoder()  # a causal language model as a whole (Llama 4)
     if decoder in (base, inner):
         # not under one of transformers' usual names: the module that runs on the text config
         text = base.config.get_text_config()

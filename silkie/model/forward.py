@@ -8,21 +8,21 @@ Legend: B rows, T tokens, N scored tokens, R responses, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from silkie.batch.batch import Batch
 from silkie.logprob import Impl, LogprobStats, linear_logprob
-from silkie.logprob.head import HeadOptions, head_operands, head_options
+from silkie.logprob.head import HeadOptions, head_operands
 from silkie.model.attention import Attention
 from silkie.model.families import causal_lm
+from silkie.model.logits import applied_options, without_softcap
 from silkie.model.vision import FeatureCache, image_features_once
 
 
@@ -103,12 +103,14 @@ class Scorer:
         ):
             more = {"output_router_logits": True} if router_aux else {}
             out = model(**self._inputs(base, batch), **more, use_cache=False)
+        if router_aux and out.aux_loss is None:
+            raise ValueError(f"{type(base).__name__} returned no aux_loss: set router_aux_loss_coef=0.")
         per_token = out.logits.reshape(-1)
         return Scores(
             per_token_logps=per_token,
             logps=sum_by_response(per_token, batch),
             stats=box.get("stats"),
-            aux_loss=getattr(out, "aux_loss", None) if router_aux else None,
+            aux_loss=out.aux_loss if router_aux else None,
         )
 
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class Scorer:
         return {
             "input_ids": batch["input_ids"],
             "position_ids": positions if positions.shape[0] > 1 else positions[0],
-            **self.attention.inputs(base.config, batch),
+            **self.attention.inputs(batch),
             **batch["token_inputs"],
             **{k: v.to(base.dtype) if _is_floating(v) else v for k, v in batch["vision"].items()},
         }
@@ -145,7 +147,7 @@ def scored_head(
     """
     head = base.get_output_embeddings()
     plain_forward = head.forward
-    options = _applied_options(base)
+    options = applied_options(base)
 
     def forward(hidden: Tensor) -> Tensor:
         scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather.to(hidden.device))
@@ -173,7 +175,7 @@ def scored_head(
     previous = head.__dict__.get("forward")
     head.forward = forward
     try:
-        with _without_softcap(base, options):
+        with without_softcap(base, options):
             yield
     finally:
         if had_own:
@@ -202,46 +204,3 @@ def _plain(
             log_sum_sq_probs=torch.logsumexp(2 * logp, 1),
         )
     return chosen, stats
-
-
-def _applied_options(base: nn.Module) -> HeadOptions:
-    """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their
-    config and ignore it.
-
-    Raises:
-        ValueError: the forward scales and always caps (Muse): the cap cannot be switched off for the log-probs.
-    """
-    options, source = head_options(base.config), _source(type(base).forward)
-    if "output_multiplier" in source:
-        raise ValueError(
-            f"{type(base).__name__} caps its logits in a way that silkie cannot switch off: use TRL's DPOTrainer"
-            " for it."
-        )
-    return HeadOptions(
-        softcap=options.softcap if "final_logit_softcapping" in source else None,
-        logit_scale=(
-            options.logit_scale
-            if any(name in source for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-            else 1.0
-        ),
-    )
-
-
-@cache
-def _source(function: Callable[..., Any]) -> str:
-    """Read once: every forward pass asks for it."""
-    return inspect.getsource(function)
-
-
-@contextmanager
-def _without_softcap(base: Any, options: HeadOptions) -> Iterator[None]:
-    """The model's forward would cap the head's output once more; what it returns are log-probs already."""
-    if options.softcap is None:
-        yield
-        return
-    text = base.config.get_text_config()
-    cap, text.final_logit_softcapping = text.final_logit_softcapping, None
-    try:
-        yield
-    finally:
-        text.final_logit_softcapping = cap

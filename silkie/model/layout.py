@@ -83,7 +83,8 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     kinds = ", ".join(sorted(layer_types(config))).replace("_attention", "")
     reason = "asked for" if args.layout == "packed" else f"{config.model_type} has {kinds} attention only"
     if forks := recurrent.count_recurrent(config):
-        reason = f"{forks} recurrent layers start each response from the state of its prompt"
+        layers = "recurrent layer starts" if forks == 1 else "recurrent layers start"
+        reason = f"{forks} {layers} each response from the state of its prompt"
     return LayoutChoice(
         layout="packed",
         reason=reason,

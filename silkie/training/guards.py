@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import DistributedType
+
+from silkie.model.families import causal_lm
+from silkie.model.logits import gives_router_loss
+
+logger = logging.getLogger(__name__)
 
 
 class LaunchError(RuntimeError):
@@ -135,3 +141,26 @@ def keep_fp32_outputs(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def has_router_loss(model: Any, args: Any) -> bool:
+    """Whether the model's forward returns the load balancing loss that TRL's rule asks of it: `router_aux_loss_coef`, or
+    the model's own coefficient where that is None.
+
+    Raises:
+        LaunchError: it does not, and the option asks for it.
+    """
+    if gives_router_loss(model):
+        return True
+    name = type(causal_lm(model)).__name__
+    if args.router_aux_loss_coef:
+        raise LaunchError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef:g}, but {name} returns no load balancing loss for its"
+            " routers: set router_aux_loss_coef=0."
+        )
+    logger.warning(
+        "%s has a coefficient for a load balancing loss of its routers, but its forward returns none: training without"
+        " it. router_aux_loss_coef=0 turns this warning off",
+        name,
+    )
+    return False

@@ -196,7 +196,7 @@ def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], respo
         ]
         messages.append({**message, "content": parts})
     messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-    kwargs = row.get("chat_template_kwargs") or {}
+    kwargs = encoder.template.variables(row)
     return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs))
 
 

@@ -160,7 +160,13 @@ class Transformed(Qwen2_5_VLForConditionalGeneration):
 
 class AlwaysCapped(Qwen2_5_VLForConditionalGeneration):
     def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs) * self.config.text_config.output_multiplier
+        out = super().forward(*args, **kwargs)
+        out.logits = 5.0 * torch.tanh(out.logits / 5.0)
+        return out
+
+
+class IgnoresItsCap(Qwen2_5_VLForConditionalGeneration):
+    """As Gemma3's image-text class: the cap is in the config only."""
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -182,5 +188,15 @@ def test_logits_that_the_model_scales_or_caps(scale, cap, fused):
 def test_a_cap_that_cannot_be_switched_off_is_refused_by_name():
     model = family_model("qwen2_5_vl")
     model.__class__ = AlwaysCapped
-    with pytest.raises(ValueError, match="AlwaysCapped caps its logits"):
+    with pytest.raises(ValueError, match="AlwaysCapped changes its logits in a way that silkie cannot account for"):
         score(model, family_processor("qwen2_5_vl"), groups("qwen2_5_vl"), "packed")
+
+
+def test_a_cap_that_the_forward_ignores_is_ignored():
+    model = family_model("qwen2_5_vl").double()
+    model.__class__ = IgnoresItsCap
+    model.config.text_config.update({"logit_scale": 0.25, "final_logit_softcapping": 3.0})
+    processor, rows = family_processor("qwen2_5_vl"), groups("qwen2_5_vl")
+    with torch.no_grad():
+        truth = stock_logps("qwen2_5_vl", model, processor, rows)
+        assert difference(score(model, processor, rows, "packed").logps, truth) < EXACT

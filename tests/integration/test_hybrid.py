@@ -330,7 +330,7 @@ def test_vision_language_models_hand_the_plan_through_to_their_mixers(name):
         positions = p.position_ids.expand(3, -1, -1) if "Qwen" in name else p.position_ids[0]
         with attention.masks(model, batch):
             logits = model(
-                input_ids=p.input_ids, position_ids=positions, use_cache=False, **attention.inputs(model.config, batch)
+                input_ids=p.input_ids, position_ids=positions, use_cache=False, **attention.inputs(batch)
             ).logits
         logps = scored(logits.flatten(0, 1)[p.gather], p.target)
         found.append(

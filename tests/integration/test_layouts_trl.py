@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset, Image, List
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -16,6 +15,7 @@ from silkie.model.adapters import default_lora_targets
 from silkie.model.attention import segments
 from tests.support.data import dataset, group
 from tests.support.tiny import image, tiny_model, tiny_processor
+from tests.support.trl import alive, distance, loss_and_gradients, options, pair_rows
 
 ANSWERS = ["a red cat", "yes", "no not a dog on the table", "is it ?"]
 
@@ -53,46 +53,6 @@ def by_segment(monkeypatch):
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
 
 
-def pair_rows(groups):
-    def answer(text):
-        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-
-    rows = [
-        {
-            "images": g["images"],
-            "prompt": g["prompt"],
-            "chosen": answer(g["responses"][c]),
-            "rejected": answer(g["responses"][r]),
-        }
-        for g in groups
-        for c, r in g["pairs"]
-    ]
-    return Dataset.from_list(rows).cast_column("images", List(Image()))
-
-
-def options(tmp_path, **more):
-    return dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, **more)
-
-
-def alive(trainer, dtype):
-    """Adapter factors with fixed random values: the policy differs from the reference and every gradient is alive."""
-    torch.manual_seed(7)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape)
-    trainer.model.to(dtype).train()
-    return trainer
-
-
-def loss_and_gradients(trainer, batch, **more):
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), **more)
-    loss.backward()
-    return loss.detach().double(), {
-        n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None
-    }
-
-
 def stock(tmp_path, groups, dtype, **more):
     model = tiny_model("qwen2_5_vl")
     rows = pair_rows(groups)
@@ -121,11 +81,6 @@ def ours(tmp_path, groups, layout, **more):
     alive(trainer, torch.float32)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(groups))])
     return loss_and_gradients(trainer, batch)
-
-
-def distance(a, b):
-    assert a.keys() == b.keys() and len(a) >= 28
-    return torch.stack([(a[n] - b[n]).norm() for n in a]).norm().item()
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

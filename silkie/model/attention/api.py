@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from silkie.batch.batch import Batch
@@ -51,22 +51,25 @@ class Attention:
     backend: Backend
     layout: Literal["packed", "rows"]
 
-    def inputs(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any]:
+    @staticmethod
+    def inputs(batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model's forward: `attention_mask`, which says where padding is. What sees what is
-        told within `masks`.
+        told within `masks`."""
+        return {"attention_mask": (batch["segment_ids"] >= 0).long()}
 
-        Packed recurrent layers cannot be told so: a model that has some takes a mask per kind of layer, ready-made, and
-        the plan of the forks in place of the recurrent one.
-        """
+    def recurrent_masks(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any] | None:
+        """The masks of a text decoder with recurrent layers, for packed rows: ready-made per kind of attention layer,
+        and the plan of the forks in place of the recurrent one, which no mask function could make. None: there are no
+        such layers, or the rows are not packed."""
         attention, recurrent = mask_kinds(config)
         if self.layout == "rows" or not recurrent:
-            return {"attention_mask": (batch["segment_ids"] >= 0).long()}
+            return None
         window = getattr(config.get_text_config(), "sliding_window", None)
         masks = {
             kind: self._ready_made(config, batch, window if kind == "sliding_attention" else None)
             for kind in sorted(attention)
         }
-        return {"attention_mask": masks | dict.fromkeys(sorted(recurrent), _forks(batch))}
+        return masks | dict.fromkeys(sorted(recurrent), _forks(batch))
 
     def _ready_made(self, config: PretrainedConfig, batch: Batch, window: int | None) -> Any:
         """The causal mask of packed rows in the backend's form."""
@@ -81,8 +84,8 @@ class Attention:
         if self.layout == "rows":
             yield
             return
-        text = base.config.get_text_config()
-        decoder = [id(m.config) for m in base.get_decoder().modules() if hasattr(m, "config")]
+        text, module = base.config.get_text_config(), base.get_decoder()
+        decoder = [id(m.config) for m in module.modules() if hasattr(m, "config")]
         build = None if self.backend in ("sdpa", "eager") else partial(self.build, text.model_type)
         with packed_masks(
             text._attn_implementation,
@@ -90,7 +93,7 @@ class Attention:
             batch,
             build=build,
             float_mask=self.backend == "eager",
-        ):
+        ), _given(module, self.recurrent_masks(base.config, batch)):
             yield
 
     def build(self, name: str, batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
@@ -118,6 +121,24 @@ class Attention:
         if kind not in kept:
             kept[kind] = _flex(batch, window, two_way) if self.backend == "flex" else _varlen(batch, window)
         return kept[kind]
+
+
+@contextmanager
+def _given(decoder: nn.Module, masks: dict[str, Any] | None) -> Iterator[None]:
+    """Within the context, the text decoder gets `masks` as its attention mask. Its model keeps the mask of padding,
+    which it needs for more than attention: the load balancing loss of its routers leaves padding out by it."""
+    if masks is None:
+        yield
+        return
+
+    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": masks}
+
+    handle = decoder.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _forks(batch: Batch) -> ForkPlan:

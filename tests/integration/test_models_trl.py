@@ -1,0 +1,116 @@
+"""Tiny models of transformers' types against stock TRL 1.16: loss and LoRA gradients of one step, the load balancing
+loss of routers included.
+
+Tolerance: the error of TRL's own float32 step against its float64 one, and a little more.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from silkie.model import tiny
+from silkie.training.guards import LaunchError
+from silkie.training.self_test import plain_inputs
+from tests.support.data import group
+from tests.support.tiny import image
+from tests.support.trl import distance, silkie_step, trl_step
+
+GROUPS = [
+    group([image(0)], "what is in image ?", ["a red cat", "no not a dog on the table"], [[0, 1]]),
+    group([image(4)], "how many cat are there in the image ?", ["two cat", "one"], [[0, 1]]),
+]
+TYPES = ["qwen3_5", "qwen3_vl_moe", "qwen3_5_moe", "gemma4", "llava"]
+MIXTURES = ["qwen3_vl_moe", "qwen3_5_moe"]
+
+
+def size(gradients):
+    return distance(gradients, {n: torch.zeros_like(g) for n, g in gradients.items()})
+
+
+def compare(folder, model_type, layout, **more):
+    """Largest differences of loss and gradients (relative) between silkie and TRL, and what they may be."""
+    true_loss, true, _ = trl_step(folder, model_type, GROUPS, torch.float64, **more)
+    trl_loss, trl, _ = trl_step(folder, model_type, GROUPS, **more)
+    loss, found, _ = silkie_step(folder, model_type, GROUPS, layout, **more)
+    scale = size(true)
+    assert abs(true_loss - 0.6931) > 1e-3 and scale > 1e-2, "nothing to compare"
+    assert abs(loss - true_loss) <= 3 * abs(trl_loss - true_loss) + 1e-5
+    assert distance(found, true) <= 3 * distance(trl, true) + 1e-4 * scale
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_step_in_rows_equals_stock_trl(tmp_path, model_type):
+    """A mixture of experts with its own coefficient, as both take it by default."""
+    compare(tmp_path, model_type, "rows")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_packed_step_equals_stock_trl(tmp_path, model_type):
+    """Without the load balancing loss, which counts a prompt once where it is computed once, see `Scores`."""
+    more = {"router_aux_loss_coef": 0.0} if model_type in MIXTURES else {}
+    compare(tmp_path, model_type, "packed", **more)
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_the_load_balancing_loss_shows_in_the_loss_and_the_log(tmp_path, layout):
+    weighed = {"router_aux_loss_coef": 0.5}
+    loss, gradients, trainer = silkie_step(tmp_path, "qwen3_vl_moe", GROUPS, layout, **weighed)
+    without, other, _ = silkie_step(tmp_path, "qwen3_vl_moe", GROUPS, layout, router_aux_loss_coef=0.0)
+    logged = trainer._logged["train"].pop(trainer._sum).means["aux_loss"]
+    assert logged > 0.5 and abs(loss - without - 0.5 * logged) < 1e-5
+    assert distance(gradients, other) > 1e-3 * size(other)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_packed_routers_see_every_token_once(tmp_path, model_type):
+    """The model's own function on the routers' logits of plain forwards: the prompt's tokens once, each response's."""
+    _, _, trainer = silkie_step(tmp_path, model_type, GROUPS[:1], "packed")
+    model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[0]])
+    with torch.no_grad():
+        found = trainer.passes.scorer(model, batch, frozen_vision=True, router_aux=True).aux_loss
+        seen = router_logits(trainer, model)
+    config = model.config.get_text_config()
+    own = importlib.import_module(type(model.get_base_model()).__module__).load_balancing_loss_func
+    expected = own(seen, config.num_experts, config.num_experts_per_tok)
+    assert abs(found - expected) < 1e-5
+    twice = own(tuple(torch.cat([layer, layer[:9]]) for layer in seen), config.num_experts, config.num_experts_per_tok)
+    assert abs(found - twice) > 1e-4, "a prompt that is counted twice must show"
+
+
+def router_logits(trainer, model):
+    """Per layer [tokens, E]: of a group's prompt once, and of each of its responses."""
+    row = trainer.train_dataset[0]
+    start, out = len(trainer.encoder.encode(row).prompt_ids), []
+    for i, response in enumerate(row["responses"]):
+        inputs = plain_inputs(trainer.encoder, model.get_base_model(), row, response)
+        layers = model(**inputs, output_router_logits=True, use_cache=False).router_logits
+        out.append([layer.reshape(-1, layer.shape[-1])[start if i else 0 :] for layer in layers])
+    return tuple(torch.cat(layer) for layer in zip(*out, strict=True))
+
+
+def test_a_model_without_a_load_balancing_loss_is_told(tmp_path, monkeypatch, caplog):
+    from transformers import Qwen3VLMoeForConditionalGeneration as Model
+
+    stock = Model.forward
+
+    def forgetful(self, *args, output_router_logits=None, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "forward", forgetful)
+    with pytest.raises(LaunchError, match="Qwen3VLMoeForConditionalGeneration returns no load balancing loss"):
+        silkie_step(tmp_path, "qwen3_vl_moe", GROUPS, "rows", router_aux_loss_coef=0.1)
+    silkie_step(tmp_path, "qwen3_vl_moe", GROUPS, "rows")
+    assert "training without it" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [t for t in tiny.types() if t not in TYPES])
+def test_every_type_that_trl_runs(tmp_path, model_type):
+    """In the layout that `auto` takes, without the load balancing loss."""
+    try:
+        tiny.tiny(model_type)
+        trl_step(tmp_path, model_type, GROUPS)
+    except Exception as error:
+        pytest.skip(f"not built here, or TRL cannot run it: {type(error).__name__}: {error}"[:200])
+    compare(tmp_path, model_type, "auto")
