@@ -28,7 +28,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
     `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
-    non-finite loss stops the run and names its rows).
+    non-finite loss stops the run and names its rows), and full fine-tuning leaves the vision tower frozen
+    (`freeze_vision=False` trains it, as TRL does). `examples/from_trl.md` lists every difference.
     """
 
     # TRL parses these from JSON strings
@@ -274,7 +275,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         """A config with every option of TRL's, and silkie's own at their defaults."""
         config = object.__new__(cls)  # `__init__` would derive anew what TRL's has derived, such as the device
         own = {name: _default(f) for name, f in cls.__dataclass_fields__.items() if name not in vars(args)}
-        config.__dict__.update({**own, **vars(args), "logging_nan_inf_filter": False})
+        # TRL trains the vision tower in full fine-tuning
+        config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})
         config._check_own_options()
         config._check_trl_options()
         config._check_losses()

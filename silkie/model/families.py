@@ -79,6 +79,8 @@ def language_model(model: Any) -> nn.Module:
         text = base.config.get_text_config()
         found = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m not in (base, inner)]
         decoder = next((m for m in found if m.config is text or m.config.model_type == text.model_type), decoder)
+    if decoder is inner and not reads_images(base.config):
+        return inner  # a language model is its own text decoder
     if decoder in (base, inner):
         raise ValueError(f"{type(base).__name__} keeps its text decoder in no module: silkie cannot train it.")
     return decoder

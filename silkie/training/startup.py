@@ -51,7 +51,8 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
         args = SilkieDPOConfig.from_trl(args)
         logger.info(
             "args is TRL's DPOConfig: taken over with all its values (max_length=%s: response tails are cut, prompts"
-            " never); silkie's own options have their defaults, and a non-finite loss stops the run",
+            " never; full fine-tuning trains the vision tower); silkie's own options have their defaults, and a"
+            " non-finite loss stops the run",
             args.max_length,
         )
     if train_dataset is None:
