@@ -50,6 +50,7 @@ class Case:
         peft: train a LoRA adapter; False trains the whole model with a reference model.
         trl_crashes: TRL cannot run the case, so there is nothing to compare with.
         metrics: what is compared.
+        note: a remark for the table, where both do the same.
     """
 
     name: str
@@ -61,9 +62,13 @@ class Case:
     peft: bool = True
     trl_crashes: bool = False
     metrics: tuple[str, ...] = METRICS
+    note: str = ""
 
     def dataset(self) -> Any:
-        return self.rows() if callable(self.rows) else datasets.Dataset.from_list(list(self.rows))
+        if callable(self.rows):
+            return self.rows()
+        rows = [{name: value for name, value in row.items() if value is not ...} for row in self.rows]
+        return datasets.Dataset.from_list(rows)
 
 
 def options(tmp: Path, case: Case) -> dict[str, Any]:
