@@ -263,6 +263,13 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 raise ValueError(f"`{name}={value!r}` has no effect in silkie; leave it at {neutral[0]!r}. {instead}")
 
     def _check_losses(self) -> None:
+        smoothed = sorted({"sigmoid", "sigmoid_norm"} & set(self.loss_type))
+        if self.label_smoothing and smoothed:
+            logger.warning(
+                "label_smoothing=%g smooths the loss %s here (conservative DPO); TRL ignores it for this loss",
+                self.label_smoothing,
+                ", ".join(smoothed),
+            )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
         validate(self.loss_type, self.loss_weights, self.loss_options)

@@ -164,7 +164,8 @@ LOSSES = [
     *(Case(name=f"f_divergence_type={kind!r}", options={"f_divergence_type": kind}) for kind in ("forward_kl", "js_divergence", "alpha_divergence")),
     Case(name="ld_alpha", options={"ld_alpha": 0.5}),
     Case(name="use_weighting (WPO)", options={"use_weighting": True}),
-    Case(name="label_smoothing", options={"label_smoothing": 0.1}),
+    Case(name="label_smoothing, sigmoid", options={"label_smoothing": 0.1}, expected="different", why="conservative DPO; TRL ignores the option for this loss"),
+    Case(name="label_smoothing, robust", options={"loss_type": ["robust"], "label_smoothing": 0.1}),
     Case(name="beta", options={"beta": 0.5}),
 ]  # fmt: skip
 
@@ -178,7 +179,7 @@ OPTIONS = [
     Case(name="precompute_ref_log_probs, text data", rows=chats(False), options={"precompute_ref_log_probs": True}),
     Case(name="precompute_ref_log_probs, images", options={"precompute_ref_log_probs": True}, trl_crashes=True, expected="different", why="TRL refuses; here it runs, and its numbers are kept on disk"),
     Case(name="train_sampling_strategy='sequential'", options={"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}),
-    Case(name="dataloader_drop_last", rows=chats() + chats()[:1], options={"dataloader_drop_last": True, "train_sampling_strategy": "sequential"}),
+    Case(name="dataloader_drop_last", rows=[*chats(), {**chats()[0], "prompt": talk("is it a dog ?")}], options={"dataloader_drop_last": True, "train_sampling_strategy": "sequential"}),
     Case(name="padding_free", options={"padding_free": True}, note="both trainers switch it off with a warning"),
     Case(name="pad_token", options={"pad_token": "<unk>"}),
     Case(name="pad_token that does not exist", options={"pad_token": "nope"}, trl_crashes=True, expected="refused", why="not found in the vocabulary"),
