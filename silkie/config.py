@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import MISSING, Field, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,11 +12,13 @@ from trl import DPOConfig
 from silkie.batch.corruption import Corruption
 from silkie.batch.encoding import ResponseEnd, SpecialTokens
 from silkie.batch.packing import Layout
-from silkie.batch.preparation import OnBadRow
+from silkie.batch.preparation import OnBadRow, StringRows
 from silkie.logprob import Impl
 from silkie.losses import LOSSES, build_objective
 from silkie.losses.options import LossFields, LossOptions, validate
 from silkie.model.attention import Backend
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,7 +28,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
     `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
-    non-finite loss stops the run and names its rows).
+    non-finite loss stops the run and names its rows), and full fine-tuning leaves the vision tower frozen
+    (`freeze_vision=False` trains it, as TRL does). `examples/from_trl.md` lists every difference.
     """
 
     # TRL parses these from JSON strings
@@ -104,6 +108,23 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         metadata={
             "help": "Freeze the vision tower and its projector (full fine-tuning; an adapter trains what it is put on)."
         },
+    )
+    source_format: str | None = field(
+        default=None,
+        metadata={"help": "Format of the rows, a name from silkie.data.SOURCES. None: told by their columns."},
+    )
+    string_rows: StringRows = field(
+        default="auto",
+        metadata={
+            "help": (
+                "Rows whose prompt, chosen and rejected are strings. plain: text and end token, as in TRL; template: "
+                "written with the chat template. auto: plain, unless they have images and no image tokens."
+            )
+        },
+    )
+    stream_rows: int | None = field(
+        default=None,
+        metadata={"help": "Rows to read of a streaming train_dataset. None: as many as max_steps take."},
     )
     on_bad_row: OnBadRow = field(
         default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
@@ -207,9 +228,19 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     def _check_trl_options(self) -> None:
         """Options of TRL and transformers that silkie does not support or read: an error, never ignored."""
         if self.padding_free:
+            logger.warning(
+                "padding_free=True is switched off, as TRL does. silkie's packed layout with"
+                " attention_backend='varlen' or 'flex' is free of padding."
+            )
+            self.padding_free = False
+        if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                "`padding_free` is TRL's; silkie's packed layout with attention_backend='varlen' or 'flex' is free of"
-                " padding."
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported: with"
+                " `max_tokens_per_batch`, groups of similar length share a batch. 'random' and 'sequential' are."
+            )
+        if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "`dataloader_drop_last` has nothing to drop with `max_tokens_per_batch`, whose batches are all filled."
             )
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name, False):
@@ -232,12 +263,31 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 raise ValueError(f"`{name}={value!r}` has no effect in silkie; leave it at {neutral[0]!r}. {instead}")
 
     def _check_losses(self) -> None:
+        smoothed = sorted({"sigmoid", "sigmoid_norm"} & set(self.loss_type))
+        if self.label_smoothing and smoothed:
+            logger.warning(
+                "label_smoothing=%g smooths the loss %s here (conservative DPO); TRL ignores it for this loss",
+                self.label_smoothing,
+                ", ".join(smoothed),
+            )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
         validate(self.loss_type, self.loss_weights, self.loss_options)
         objective = build_objective(self.loss_type, self.loss_weights, self.loss_options)
         if self.sync_ref_model and not objective.needs_reference:
             raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
+
+    @classmethod
+    def from_trl(cls, args: DPOConfig) -> SilkieDPOConfig:
+        """A config with every option of TRL's, and silkie's own at their defaults."""
+        config = object.__new__(cls)  # `__init__` would derive anew what TRL's has derived, such as the device
+        own = {name: _default(f) for name, f in cls.__dataclass_fields__.items() if name not in vars(args)}
+        # TRL trains the vision tower in full fine-tuning
+        config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})
+        config._check_own_options()
+        config._check_trl_options()
+        config._check_losses()
+        return config
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -251,6 +301,10 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         return LossOptions.from_config(self)
 
 
+def _default(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
 @cache
 def _choices() -> dict[str, tuple[str, ...]]:
     """silkie's own options that take one of a few words, with the words; the losses check theirs."""
@@ -262,6 +316,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 _POSITIVE = (
     "max_tokens_per_batch",
+    "stream_rows",
     "max_length",
     "max_response_length",
     "eval_benchmark_steps",
@@ -272,9 +327,4 @@ _POSITIVE = (
 _NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
     "pad_to_multiple_of": (("auto", None), "Rows are padded to the longest of a batch."),
     "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
-    "train_sampling_strategy": (
-        ("random",),
-        "With `max_tokens_per_batch`, groups of similar length share a batch.",
-    ),
-    "dataloader_drop_last": ((False,), "Every group is used once per epoch."),
 }

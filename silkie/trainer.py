@@ -7,19 +7,20 @@ Of TRL's trainer it uses `__init__`, `compute_loss`, `_set_signature_columns_if_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
-from trl import DPOTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOConfig, DPOTrainer
 
 from silkie.batch.batch import Batch
-from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, is_prepared
+from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
@@ -41,30 +42,33 @@ from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
 from silkie.training.self_test import LayoutMismatch, SelfTest, groups_to_test
+from silkie.training.trl_surface import TrlSurface
 
 logger = logging.getLogger(__name__)
 
 _MICRO_BATCHES = "micro_batches"  # among the totals of an optimizer step: micro-batches of all ranks
 
 
-class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
+class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
     """Preference-trains a vision-language model on preference groups.
 
     Args:
         model: model, PeftModel, local directory or hub name.
         ref_model: reference model; None with LoRA: the same weights with the adapter off (for a pre-loaded adapter:
             with its frozen initial copy).
-        args: `SilkieDPOConfig`.
+        args: `SilkieDPOConfig`, or TRL's `DPOConfig`, which is taken over.
         train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt /
             chosen / rejected / images), which are regrouped so that pairs over the same prompt and images share their
-            forward pass. `eval_dataset` may be a dict of them.
-        processing_class: the model's processor; None loads it from the model's name.
+            forward pass. `eval_dataset` may be a dict of them. Of a stream, the rows that the run needs are read first.
+        processing_class: the model's processor, or the tokenizer of a language model; None loads it from the model's
+            name.
         peft_config: LoRA config; without `target_modules` it adapts the language model's attention and MLP
             projections.
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
+        data_collator: must be None; arguments come in TRL's order.
 
     Raises:
-        TypeError: `args` is not a `SilkieDPOConfig`, or the data is not a `Dataset`.
+        TypeError: `args` is no config of silkie or TRL, or the data is not a `Dataset`.
         ValueError, silkie.data.DataError: options or data that cannot work, before any compute is spent.
     """
 
@@ -78,27 +82,33 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
     _signature_columns: Any
     reports: dict[str, PreparationReport]
     objective: Objective
+    _packed_tokens = 0
     loss_is_scaled_for_ga = True  # compute_loss divides by the totals of the whole optimizer step
 
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
         ref_model: PreTrainedModel | None = None,
-        args: SilkieDPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: ProcessorMixin | None = None,
+        args: DPOConfig | None = None,
+        data_collator: None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
-        **kwargs: Any,
     ) -> None:
-        args = args if args is not None else SilkieDPOConfig(output_dir="silkie-dpo")
-        startup.check_arguments(args, train_dataset)
+        args = startup.settle_arguments(args, model, data_collator, train_dataset)
+        self._card: dict[str, Any] = {}
         guards.check_launch(args)
         config, processing_class = startup.config_and_processor(model, processing_class, args)
         default_targets = peft_config is not None and names_no_targets(peft_config)
         peft_config = startup.choose_trained_parts(model, peft_config, config, args)
         self.encoder = build_encoder(processing_class, args)
         self.reports: dict[str, PreparationReport] = {}
+        self.streamed = isinstance(train_dataset, IterableDataset)
         train_dataset = self._prepared(train_dataset, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(d, args, name) for name, d in eval_dataset.items()}
@@ -120,8 +130,11 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
                 peft_config=peft_config,
-                **kwargs,
             )
         if peft_config is None and args.freeze_vision and isinstance(model, str):
             freeze_vision(self.model)
@@ -151,7 +164,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         self.data_collator = build_collator(
             self.model,
             self.encoder,
-            self.processing_class.tokenizer,
+            self.encoder.tokenizer,
             self.choice,
             args,
             aspects=aspects,
@@ -232,14 +245,17 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
 
     def _prepared(self, dataset: Any, args: SilkieDPOConfig, name: str) -> Dataset:
         with args.main_process_first(desc=f"preparing the {name} data"):
+            if isinstance(dataset, IterableDataset):
+                dataset = read_stream(dataset, args, name)
             groups, self.reports[name] = prepare_groups(
-                as_groups(dataset, on_bad_row=args.on_bad_row, name=name),
+                as_groups(dataset, on_bad_row=args.on_bad_row, name=name, source_format=args.source_format),
                 self.encoder,
                 on_bad_row=args.on_bad_row,
                 num_proc=args.dataset_num_proc,
                 name=name,
+                string_rows=args.string_rows,
             )
-        return groups
+        return startup.without_images(groups, self.encoder.processor)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -252,18 +268,8 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             self.choice.shapes(self.train_dataset),
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,
+            shuffle=self.args.train_sampling_strategy == "random" and not self.streamed,
         )
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Batches of an evaluation set: one given here, one of `eval_dataset` by name, or `eval_dataset` itself."""
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        if dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`.")
-        if not is_prepared(dataset):
-            dataset = self._prepared(dataset, self.args, "eval")
-        return self.loaders.evaluation(dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -305,15 +311,6 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": scores.logps}) if return_outputs else loss
 
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """Evaluation needs the loss and the metrics only."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last call, over all ranks, under TRL's names."""
         mode = "train" if self.model.training else "eval"
@@ -324,7 +321,9 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         self._metrics[mode].update({name: [mean] for name, mean in line.means.items()})
         if mode == "train":
             self._total_train_tokens += line.tokens
+            self._packed_tokens += line.packed_tokens
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
+            self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
             self.check_finite()
         super().log(logs, start_time)
 
@@ -348,6 +347,7 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
             setup=self.setup_lines(),
             reports=self.reports,
             log_history=self.state.log_history,
+            **self._card,
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -356,21 +356,21 @@ class SilkieDPOTrainer(RecoverableTrainer, DPOTrainer):
         if self.args.should_save:
             write_card(output_dir or str(self.args.output_dir), self.describe())
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes silkie's card in place of TRL's."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self.describe())
-
     def run_state(self) -> dict[str, Any]:
         """State of the losses, and the tokens trained on."""
         # Tokens since the last line of the log are in no total yet
-        pending = self._logged["train"].tokens(self._sum, self.accelerator.device)
-        return {"objective": self.objective.state_dict(), "train_tokens": self._total_train_tokens + pending}
+        tokens, packed = self._logged["train"].tokens(self._sum, self.accelerator.device)
+        return {
+            "objective": self.objective.state_dict(),
+            "train_tokens": self._total_train_tokens + tokens,
+            "packed_tokens": self._packed_tokens + packed,
+        }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Restores the state saved by `run_state`."""
         self.objective.load_state_dict(state.get("objective", {}))
         self._total_train_tokens = state.get("train_tokens", 0)
+        self._packed_tokens = state.get("packed_tokens", 0)
 
     @cached_property
     def _start(self) -> Start:  # a second call of train() starts from trained weights

@@ -24,6 +24,8 @@ class Batch(TypedDict):
         corrupted_vision: those of the corrupted images, for mDPO's second pass only.
         row_groups, segments: groups that a row holds, and the segments of all rows, as plain numbers.
         image_tokens: image tokens of each group.
+        prompt_lengths: [G] tokens of each prompt, images expanded.
+        as_rows: the same groups in the rows layout, for `predict` and `compute_metrics` only.
 
     Scored tokens:
         gather: [N] flat position (b * T + t) of the hidden state that predicts a token.
@@ -56,6 +58,8 @@ class Batch(TypedDict):
     row_groups: list[list[int]]
     segments: list[Segment]
     image_tokens: list[int]
+    prompt_lengths: Tensor
+    as_rows: NotRequired[Batch]
 
     gather: Tensor
     target: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +99,7 @@ class GroupCollator:
             "owner": packed.owner,
             "offset": packed.offset,
             "lengths": lengths,
+            "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in encoded]),
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
             "pairs": pairs,
             "pair_weights": weights,
@@ -128,6 +129,21 @@ class GroupCollator:
         if self.image_token_id is None or not group.n_images:
             return 0
         return int((group.prompt_ids == self.image_token_id).sum())
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class CollateWithRows:
+    """Batches that also hold their groups as one row per response, the form in which TRL hands logits to
+    `compute_metrics` and `predict`."""
+
+    collate: GroupCollator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """The micro-batch of `rows`, with `as_rows`."""
+        batch = self.collate(rows)
+        plain = replace(self.collate, layout="rows", groups_per_row=1, corruption=None)
+        batch["as_rows"] = plain(rows)
+        return batch
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ class GroupEncoder:
         ]
         try:
             texts = self._texts(row)
-            out = self._process(texts.prompt, images, plain=texts.plain)
+            out = self.process(texts.prompt, images, plain=texts.plain)
             prompt_ids = out["input_ids"][0]
             split = self._split(texts, prompt_ids.tolist(), images)
         except TemplateMismatch as error:
@@ -198,7 +198,7 @@ class GroupEncoder:
         texts = self._texts(row)
         if texts.plain or (image_sizes and not self._counts_image_tokens):
             images = [open_image(image, where=describe(row)) for image in row.get("images") or []]
-            ids = self._process(texts.prompt, images, plain=texts.plain)["input_ids"][0].tolist()
+            ids = self.process(texts.prompt, images, plain=texts.plain)["input_ids"][0].tolist()
             split = self._split(texts, ids, images)
         else:
             split = self._counted_split(texts, image_sizes)
@@ -267,7 +267,7 @@ class GroupEncoder:
         """Hash of everything that decides the tokens."""
         return hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _process(self, text: str, images: Sequence[Image.Image], *, plain: bool = False) -> Any:
+    def process(self, text: str, images: Sequence[Image.Image], *, plain: bool = False) -> Any:
         """What the processor makes of a rendered text, or of plain text, for which TRL leaves special tokens to the
         tokenizer where there are no images."""
         arguments: dict[str, Any] = {"images": [images]} if images else {}
@@ -289,7 +289,7 @@ class GroupEncoder:
     def _added_by_default(self) -> tuple[list[int], list[int]]:
         plain = self.tokenizer("x", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("x")["input_ids"]
-        if whole == plain or self._process("x", [])["input_ids"][0].tolist() == plain:
+        if whole == plain or self.process("x", [])["input_ids"][0].tolist() == plain:
             return [], []
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
@@ -327,7 +327,7 @@ class GroupEncoder:
             answers = [c[texts.shared :] for c in texts.conversations]
             responses = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
             return _Split(length=len(ids), responses=responses, header=(0,) * len(responses), unlike=0)
-        whole = [self._process(c, [], plain=True)["input_ids"][0].tolist() for c in texts.conversations]
+        whole = [self.process(c, [], plain=True)["input_ids"][0].tolist() for c in texts.conversations]
         shared = min(_shared(ids, conversation) for conversation in whole)
         if not shared:
             raise TemplateMismatch(
@@ -408,7 +408,7 @@ class GroupEncoder:
             images = [Image.new("RGB", (width, height)) for height, width in sizes]
             content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "x"}]
             texts = self.template.write({"prompt": [{"role": "user", "content": content}], "responses": ["x"]})
-            encoded = self._split(texts, self._process(texts.prompt, images)["input_ids"][0].tolist())
+            encoded = self._split(texts, self.process(texts.prompt, images)["input_ids"][0].tolist())
             if encoded.length != self._counted_split(texts, sizes).length:
                 return False
         return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset, List
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -15,6 +16,8 @@ from silkie.batch.preparation import OnBadRow
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.data import load_preferences
 from silkie.data.schema import ROW_FORM, is_group_features
+
+logger = logging.getLogger(__name__)
 
 GROUP_COLUMNS = [
     "id",
@@ -59,6 +62,52 @@ def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str, source_format: s
     return load_preferences(dataset, on_error=on_bad_row, source_format=source_format)
 
 
+def read_stream(stream: IterableDataset, args: Any, name: str) -> Dataset:
+    """The rows of a stream that a run needs, in a file of `datasets`' cache: of training data as many as its steps
+    take, of other data all.
+
+    silkie regroups, measures and checks the rows before training, and resumes by position: it cannot do so with rows
+    that it has not read.
+
+    Args:
+        args: options of the run.
+
+    Raises:
+        ValueError: the number of training rows is not known.
+    """
+    if name == "train":
+        rows = args.stream_rows or _rows_of_run(args)
+        stream = stream.take(rows)
+        logger.info(
+            "train: reading the %s rows of the stream that the run takes before training starts, in their order, and"
+            " keeping them on disk; pairs of the same prompt and images among them are joined",
+            f"{rows:,}",
+        )
+    features = None if stream.features is None else undecoded(stream.features)
+    stream = stream if features is None else stream.cast(features)
+    return Dataset.from_generator(_rows, gen_kwargs={"stream": stream}, features=features)
+
+
+def _rows(stream: IterableDataset) -> Iterator[Any]:
+    yield from stream
+
+
+def _rows_of_run(args: Any) -> int:
+    if args.max_steps <= 0 or args.max_tokens_per_batch is not None:
+        missing = "max_steps" if args.max_steps <= 0 else "stream_rows"  # a token budget makes batches of any size
+        raise ValueError(f"A streaming train_dataset has no length: set {missing}.")
+    return args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
+
+
+def undecoded(features: Any) -> Any:
+    """Features whose images stay encoded, so that copying them loses nothing."""
+    if isinstance(features, Image):
+        return Image(decode=False)
+    if isinstance(features, dict):
+        return type(features)({name: undecoded(feature) for name, feature in features.items()})
+    return List(undecoded(features.feature)) if isinstance(features, List) else features
+
+
 def is_prepared(dataset: Any) -> bool:
     """Whether a dataset has been through `prepare_groups`; one given to `evaluate` has not."""
     return isinstance(dataset, Dataset) and "row" in dataset.column_names
@@ -83,12 +132,12 @@ class GroupLoaders:
     train_sampler: GroupBatchSampler | None = None
 
     def train(
-        self, dataset: Dataset, shapes: Sequence[tuple[int, int]], *, batch_size: int, padded: bool
+        self, dataset: Dataset, shapes: Sequence[tuple[int, int]], *, batch_size: int, padded: bool, shuffle: bool
     ) -> DataLoader:
         """Batches of prepared groups, in an order that the seed and the epoch decide.
 
         Args:
-            shapes, batch_size, padded: see `GroupBatchSampler`.
+            shapes, batch_size, padded, shuffle: see `GroupBatchSampler`.
         """
         args = self.args
         self.train_sampler = GroupBatchSampler(
@@ -98,23 +147,40 @@ class GroupLoaders:
             world_size=self.accelerator.num_processes,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             padded=padded,
+            shuffle=shuffle,
+            drop_last=args.dataloader_drop_last,
         )
         return self._loader(dataset, self.train_sampler, persistent_workers=args.dataloader_persistent_workers)
 
-    def evaluation(self, dataset: Dataset) -> DataLoader:
-        """Every group once over all ranks: accelerate would repeat some to fill the last round, and the loss would
-        count them twice."""
-        sampler = GroupBatchSampler(
-            [(1, 1)] * len(dataset), batch_size=self.args.eval_batch_size, world_size=self.accelerator.num_processes
-        )
-        return self._loader(dataset, sampler, persistent_workers=False)
+    def evaluation(self, dataset: Dataset, *, collate: Callable[[Any], Any] | None = None) -> DataLoader:
+        """Every group once over all ranks, in the order of the data: accelerate would repeat some to fill the last
+        round, and the loss would count them twice.
 
-    def _loader(self, dataset: Dataset, sampler: GroupBatchSampler, *, persistent_workers: bool) -> DataLoader:
+        Args:
+            collate: in place of the run's own.
+        """
+        sampler = GroupBatchSampler(
+            [(1, 1)] * len(dataset),
+            batch_size=self.args.eval_batch_size,
+            world_size=self.accelerator.num_processes,
+            shuffle=False,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return self._loader(dataset, sampler, persistent_workers=False, collate=collate)
+
+    def _loader(
+        self,
+        dataset: Dataset,
+        sampler: GroupBatchSampler,
+        *,
+        persistent_workers: bool,
+        collate: Callable[[Any], Any] | None = None,
+    ) -> DataLoader:
         args, accelerator = self.args, self.accelerator
         loader = DataLoader(
             WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])),
             batch_sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=collate if collate is not None else self.collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=persistent_workers,

@@ -237,7 +237,7 @@ def settle_string_rows(dataset: Dataset, encoder: GroupEncoder, wanted: StringRo
         settled = "plain" if placed else "template"
     if settled == "plain":
         how = f"plain text that ends with {encoder.tokenizer.eos_token!r}, as in TRL"
-        other = "string_rows='template' writes them with the chat template"
+        other = "TRL leaves it out where rows have images; string_rows='template' writes them with the chat template"
     else:
         how = "written with the chat template"
         other = "asked for" if wanted == "template" else "they have images, and no image token of the model in the text"

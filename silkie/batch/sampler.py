@@ -32,6 +32,9 @@ class GroupBatchSampler(Sampler[list[int]]):
         world_size: number of ranks; the number of batches is a multiple of it.
         seed: decides the order, with the epoch.
         padded: rows are padded to the longest, so a batch costs (rows) * (longest row); False: the sum of its groups.
+        shuffle: False keeps the order of the data in every epoch.
+        drop_last: leave out the groups that do not fill a batch of every rank; not with a token budget, whose batches
+            are filled.
 
     Where the last round has fewer groups than ranks, indices beyond the dataset fill it up: `WithEmptyGroups` turns
     them into copies of weight 0, which keep a rank busy and do not change the loss.
@@ -46,12 +49,21 @@ class GroupBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         seed: int = 0,
         padded: bool = True,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
         if max_tokens is not None and max_tokens <= 0:
             raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")
         self.shapes = list(shapes)
         self.batch_size, self.max_tokens, self.padded = batch_size, max_tokens, padded
         self.world_size, self.seed = world_size, seed
+        self.shuffle = shuffle
+        if drop_last and max_tokens is None and len(self.shapes) < batch_size * world_size:
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch: {len(self.shapes)} groups for batches of {batch_size} on"
+                f" {world_size} rank(s)."
+            )
+        self.drop_last = drop_last
         self.epoch = 0
         self.finished = False  # True: the next pass yields nothing
         self._sizes = self._budget_sizes() if max_tokens is not None else None
@@ -60,6 +72,8 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
+        if self.drop_last and self._sizes is None:
+            return len(self.shapes) // (self.batch_size * self.world_size) * self.world_size
         n = len(self._sizes) if self._sizes is not None else -(-len(self.shapes) // self.batch_size)
         return -(-n // self.world_size) * self.world_size
 
@@ -67,19 +81,24 @@ class GroupBatchSampler(Sampler[list[int]]):
         if self.finished:
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.shapes), generator=generator).tolist()
+        order = list(range(len(self.shapes)))
+        if self.shuffle:
+            order = torch.randperm(len(order), generator=generator).tolist()
+        if self.drop_last and self._sizes is None:
+            order = order[: len(self) * self.batch_size]
         if self._sizes is None:
             batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         else:
             # A stable sort keeps the shuffled order of exchangeable groups: batches differ between epochs, their sizes
             # do not.
-            order.sort(key=self._step)
+            if self.shuffle:
+                order.sort(key=self._step)
             batches, at = [], 0
             for size in self._sizes:
                 batches.append(order[at : at + size])
                 at += size
         batches = self._fill(batches)
-        if self._sizes is None:
+        if self._sizes is None or not self.shuffle:
             yield from batches
             return
         rounds = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
@@ -92,16 +111,18 @@ class GroupBatchSampler(Sampler[list[int]]):
         return -(-length // _COST_STEP), rows
 
     def _budget_sizes(self) -> list[int]:
-        """Groups in each batch, for groups sorted by step, so that the last group of a batch is its longest."""
+        """Groups in each batch, for groups sorted by step, or in the order of the data."""
         assert self.max_tokens is not None
-        sizes, count, in_batch, total = [], 0, 0, 0
-        for steps, rows in sorted(self._step(i) for i in range(len(self.shapes))):
+        sizes, count, in_batch, total, longest = [], 0, 0, 0, 0
+        groups = [self._step(i) for i in range(len(self.shapes))]
+        for steps, rows in sorted(groups) if self.shuffle else groups:
             length = steps * _COST_STEP
-            longer = length * (in_batch + rows) if self.padded else total + length * rows
+            longer = max(longest, length) * (in_batch + rows) if self.padded else total + length * rows
             if count and longer > self.max_tokens:
                 sizes.append(count)
-                count, in_batch, total = 0, 0, 0
+                count, in_batch, total, longest = 0, 0, 0, 0
             count, in_batch, total = count + 1, in_batch + rows, total + length * rows
+            longest = max(longest, length)
         if count:
             sizes.append(count)
         # Split the largest, so that every rank has a batch in every round

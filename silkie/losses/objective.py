@@ -154,6 +154,10 @@ class Objective:
         """[P] weight of each pair: the data's, times those that the options take from the ratings."""
         return _PairView(batch, self.options).weights
 
+    def reference_logps(self, batch: GroupLogps) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected log-probs [P] of the reference, weighted by token where the options say so."""
+        return _PairView(batch, self.options).reference
+
     def check_aspects(self, aspects: Sequence[str]) -> None:
         """Whether data that is rated on `aspects` carries what the options read.
 
@@ -326,7 +330,8 @@ def _check_equal_weights(name: str, weights: Tensor) -> None:
 def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
     inputs = {spec.inputs for spec in specs}
     needs: set[str] = set()
-    if inputs & {"reference", "image", "anchor", "listwise"}:
+    # sft alone reads no reference, but its rewards do: TRL logs them, so they must be those of TRL
+    if inputs & {"reference", "image", "anchor", "listwise"} or inputs == {"sft"}:
         needs.add("reference")
     if options.token_weighted:
         needs |= {"tokens", "reference_tokens"}

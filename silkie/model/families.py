@@ -82,6 +82,8 @@ def language_model(model: Any) -> nn.Module:
         text = base.config.get_text_config()
         found = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m not in (base, inner)]
         decoder = next((m for m in found if m.config is text or m.config.model_type == text.model_type), decoder)
+    if decoder is inner and not reads_images(base.config):
+        return inner  # a language model is its own text decoder
     if decoder in (base, inner):
         raise ValueError(f"{type(base).__name__} keeps its text decoder in no module: silkie cannot train it.")
     return decoder
@@ -104,6 +106,11 @@ def shell(config: PretrainedConfig) -> PreTrainedModel:
         return cls(copy.deepcopy(config))
 
 
+def reads_images(config: PretrainedConfig) -> bool:
+    """Whether transformers has a class for this config that reads images."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
 def check_merges_images(model: Any) -> None:
     """Whether a model puts image features in the place of image tokens, which is what silkie hands to it.
 
@@ -114,7 +121,7 @@ def check_merges_images(model: Any) -> None:
     name = type(base).__name__
     if base.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: silkie trains decoders that continue their prompt.")
-    if not hasattr(backbone(model), "get_image_features"):
+    if reads_images(base.config) and not hasattr(backbone(model), "get_image_features"):
         raise ValueError(
             f"{name} does not merge image features into its text (it has no get_image_features): silkie cannot"
             " train it."

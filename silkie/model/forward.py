@@ -113,6 +113,15 @@ class Scorer:
             aux_loss=out.aux_loss if router_aux else None,
         )
 
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """[B, T, V] logits of every token of a batch in this scorer's layout, without gradient."""
+        base = causal_lm(model)
+        features = image_features_once(
+            base, frozen=True, cache=None, tokens_per_group=batch["image_tokens"], row_groups=batch["row_groups"]
+        )
+        with torch.no_grad(), features, self.attention.masks(base, batch):
+            return model(**self._inputs(base, batch), use_cache=False).logits
+
     def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
         positions = batch["position_ids"]
         return {

@@ -52,6 +52,8 @@ def vision_is_frozen(model: Any) -> bool:
 
 def describe_vision(model: Any) -> str:
     """For the log: which parts make features, how many numbers they hold, how many of them train."""
+    if not any(True for _ in vision_parts(model)):
+        return "none (a language model)"
     names = ", ".join(name.removeprefix("model.") for name, _ in vision_parts(model))
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in vision_parameters(model)]
     trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
@@ -115,6 +117,9 @@ def image_features_once(
         row_groups: the groups that each row of the forward holds.
     """
     inner = backbone(model)
+    if not hasattr(inner, "get_image_features"):  # a language model: rows of text only
+        yield
+        return
     compute = inner.get_image_features
     order = [g for row in row_groups for g in row]
     once_in_order = order == list(range(len(tokens_per_group)))

@@ -27,10 +27,11 @@ class DeviceMeans:
         pair = torch.stack([total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def peek(self, name: str, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float:
-        """The sum under `name` over all ranks since the last `pop`. Every rank must call it."""
+    def peek(self, name: str, reduce: Callable[[Tensor], Tensor], device: torch.device) -> tuple[float, float]:
+        """The sum and count under `name` over all ranks since the last `pop`. Every rank must call it."""
         pair = self._sums.get(name, torch.zeros(2, dtype=torch.float64, device=device))
-        return float(reduce(pair.clone())[0])
+        total, count = reduce(pair.clone()).tolist()
+        return total, count
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
         """Returns and resets name -> (sum, count) over all ranks. `reduce` sums a tensor over the ranks."""
@@ -44,11 +45,12 @@ class DeviceMeans:
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class LogLine:
-    """Result of `RunMetrics.pop`: metric -> mean, tokens seen, and the loss over an evaluation set (None in
-    training)."""
+    """Result of `RunMetrics.pop`: metric -> mean, tokens seen (as TRL counts them, and those of the packed rows), and
+    the loss over an evaluation set (None in training)."""
 
     means: dict[str, float]
     tokens: int
+    packed_tokens: int
     loss: float | None
 
 
@@ -71,7 +73,13 @@ class RunMetrics:
         counted = self.objective.pair_weights(group_logps) > 0
         for name, value in metrics.items():
             self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
-        self._means.add(_TOKENS, (batch["segment_ids"] >= 0).sum() * counted.any(), 0)
+        chosen, rejected = batch["pairs"].unbind(1)
+        # TRL's count: prompt and response of both sides of every pair
+        both = (
+            2 * batch["prompt_lengths"][batch["group"][chosen]] + batch["lengths"][chosen] + batch["lengths"][rejected]
+        )
+        packed = (batch["segment_ids"] >= 0).sum() * counted.any()
+        self._means.add(_TOKENS, (both * counted).sum(), packed)
         if scores.aux_loss is not None:
             self._means.add("aux_loss", scores.aux_loss, 1)
         if scores.stats is not None and self.token_stats:
@@ -100,16 +108,21 @@ class RunMetrics:
             share, _ = self.objective(group_logps, alone, training=False)
             self._means.add(_LOSS + unit, share, total)
 
-    def tokens(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> int:
-        """Tokens over all ranks since the last `pop`. Every rank must call it."""
-        return int(self._means.peek(_TOKENS, reduce, device))
+    def tokens(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> tuple[int, int]:
+        """Tokens as TRL counts them, and tokens of the packed rows, over all ranks since the last `pop`. Every rank
+        must call it."""
+        tokens, packed = self._means.peek(_TOKENS, reduce, device)
+        return int(tokens), int(packed)
 
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> LogLine:
         """Returns and resets the means over all ranks. `reduce` sums a tensor over the ranks."""
         sums = self._means.pop(reduce)
-        tokens, _ = sums.pop(_TOKENS, (0.0, 0.0))
+        tokens, packed = sums.pop(_TOKENS, (0.0, 0.0))
         parts = [sums.pop(name) for name in list(sums) if name.startswith(_LOSS)]
         loss = sum(total / count for total, count in parts if count) if any(count for _, count in parts) else None
         return LogLine(
-            means={name: total / count for name, (total, count) in sums.items() if count}, tokens=int(tokens), loss=loss
+            means={name: total / count for name, (total, count) in sums.items() if count},
+            tokens=int(tokens),
+            packed_tokens=int(packed),
+            loss=loss,
         )

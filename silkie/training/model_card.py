@@ -40,6 +40,20 @@ _OPTIONS = (
     "use_fused_logprob",
     "precompute_ref_log_probs",
 )
+_REFERENCES = """\
+DPO: Rafailov et al., [Direct Preference Optimization: Your Language Model is Secretly a Reward \
+Model](https://huggingface.co/papers/2305.18290), NeurIPS 2023. Trained with \
+[TRL](https://github.com/huggingface/trl)'s trainer.
+
+```bibtex
+@inproceedings{rafailov2023direct,
+    title = {{Direct Preference Optimization: Your Language Model is Secretly a Reward Model}},
+    author = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano \
+and Finn, Chelsea},
+    booktitle = {Advances in Neural Information Processing Systems 36},
+    year = 2023,
+}
+```"""
 RUN_FILE = "silkie_run.json"
 _METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -56,6 +70,7 @@ class RunDescription:
         setup: lines of the form "name: what runs".
         reports: dataset name -> what was kept and dropped.
         log_history: transformers' log of the run.
+        model_name, dataset_name, tags: what `create_model_card` was given.
     """
 
     args: SilkieDPOConfig
@@ -65,6 +80,9 @@ class RunDescription:
     setup: Sequence[str]
     reports: Mapping[str, PreparationReport]
     log_history: Sequence[Mapping[str, Any]]
+    model_name: str | None = None
+    dataset_name: str | None = None
+    tags: Sequence[str] = ()
 
 
 def _shown_options(args: SilkieDPOConfig) -> dict[str, Any]:
@@ -114,8 +132,12 @@ def card_text(run: RunDescription) -> str:
     header: dict[str, Any] = {
         "library_name": "peft" if run.adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["silkie", "trl", "dpo"],
+        "tags": list(dict.fromkeys([*run.tags, "silkie", "trl", "dpo"])),
     }
+    if run.dataset_name:
+        header["datasets"] = [run.dataset_name]
+    if run.model_name:
+        header["model_name"] = run.model_name
     if not Path(base).is_dir() and "/" in base:
         header["base_model"] = base
     load = 'from silkie.inference import load_policy\n\nmodel, processor = load_policy("path/to/this/directory")'
@@ -123,17 +145,18 @@ def card_text(run: RunDescription) -> str:
     versions = [f"python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in _VERSIONS)]
     sections = [
         "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
-        f"# {Path(str(run.args.output_dir)).name}",
+        f"# {run.model_name or Path(str(run.args.output_dir)).name}",
         (
             f"Preference-trained from `{_shown(base)}` with silkie {silkie.__version__}"
             f" ({'LoRA adapter' if run.adapter else 'full weights'}, {'+'.join(run.args.loss_type)} loss, reference:"
-            f" {run.reference or 'none'})."
+            f" {run.reference or 'none'}){f' on `{run.dataset_name}`' if run.dataset_name else ''}."
         ),
         f"```python\n{load}\n```",
         "## Data\n\n" + "\n".join(data),
         "## Training metrics\n\n" + _metric_table(run.log_history),
         "## Options\n\n```json\n" + json.dumps(_shown_options(run.args), indent=1) + "\n```",
         "## Versions\n\n" + ", ".join(versions),
+        "## References\n\n" + _REFERENCES,
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -70,7 +70,7 @@ def build_collator(
         encoder=encoder,
         positions=PromptPositions(model),
         layout=choice.layout,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,  # `startup.set_pad_token` has set it
         image_token_id=getattr(causal_lm(model).config, "image_token_id", None),
         groups_per_row=choice.groups_per_row,
         aspects=aspects,

@@ -63,6 +63,19 @@ class Passes:
             self._score_corrupted(policy, batch, logps)
         return scores, logps
 
+    def score_reference(self, policy: Any, batch: Batch) -> GroupLogps:
+        """The reference's log-probs of a batch, computed now.
+
+        Raises:
+            ValueError: the losses need no reference, so that there is none.
+        """
+        if self.reference is None:
+            raise ValueError("The run has no reference: its losses need none.")
+        scores = self._score_reference(self.reference, policy, batch, None)
+        logps = preferences_of(batch, self.aspects)
+        logps.ref_logps, logps.ref_per_token_logps = scores.logps, scores.per_token_logps
+        return logps
+
     def _new_cache(self) -> FeatureCache | None:
         return FeatureCache() if self.frozen_vision else None
 

@@ -153,7 +153,8 @@ def group_key(row: Mapping[str, Any], text: str) -> str:
     """Hash of what a group's reference log-probs depend on, besides model and tokenizer: responses, image bytes, the
     template's variables and the `text` of its prompt as the chat template wrote it (a template may write the date)."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([text, row["responses"], row.get("chat_template_kwargs")]).encode())
+    form = [row["form"]] if row.get("form") else []
+    digest.update(json.dumps([text, row["responses"], row.get("chat_template_kwargs"), *form]).encode())
     for image in row.get("images") or []:
         if hasattr(image, "tobytes"):  # a decoded PIL image
             digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())

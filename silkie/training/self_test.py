@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from silkie.batch.encoding import GroupEncoder, describe
+from silkie.batch.template import plain_texts
 from silkie.data.images import open_image
-from silkie.data.schema import to_messages
+from silkie.data.schema import ROW_FORM, to_messages
 from silkie.model.families import causal_lm, family_of, layer_types
 from silkie.model.forward import Scorer
 from silkie.training.forward_context import ForwardContext
@@ -187,6 +188,11 @@ def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], respo
             add_special_tokens=False,
         )
         return dict(out)
+    if row.get("form") == "plain":
+        return _plain_text_inputs(encoder, row, response, images)
+    if encoder.tokenizer is processor or any(row.get(name) for name in ROW_FORM):
+        text = encoder.template.write({**row, "responses": [response]}).conversations[0]
+        return dict(encoder.process(text, images))
     waiting = iter(images)
     messages = []
     for message in to_messages(row["prompt"]):
@@ -198,6 +204,21 @@ def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], respo
     messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
     kwargs = encoder.template.variables(row)
     return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs))
+
+
+def _plain_text_inputs(encoder: GroupEncoder, row: Mapping[str, Any], response: str, images: Any) -> dict[str, Any]:
+    """Inputs of a row of strings: prompt and response as one text, or with images tokenised apart, as TRL does."""
+    texts = plain_texts({**row, "responses": [response]}, encoder.tokenizer.eos_token)
+    if not images:
+        return dict(encoder.processor(text=[texts.conversations[0]], return_tensors="pt"))
+    out = dict(encoder.processor(text=[texts.prompt], images=[images], return_tensors="pt", add_special_tokens=False))
+    answer = encoder.tokenizer(texts.conversations[0][texts.shared :], add_special_tokens=False, return_tensors="pt")
+    ids, prompt = answer["input_ids"], out["input_ids"]
+    added = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name, value in list(out.items()):
+        if isinstance(value, Tensor) and value.shape == prompt.shape and not value.is_floating_point():
+            out[name] = torch.cat([value, added.get(name, torch.zeros_like(ids))], 1)
+    return out
 
 
 def _difference(encoder: GroupEncoder, row: Mapping[str, Any], plain: Tensor, own: Tensor, start: int) -> str:

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOConfig
 
 from silkie.config import SilkieDPOConfig
 from silkie.model.adapters import with_default_targets
-from silkie.model.families import causal_lm
+from silkie.model.families import causal_lm, reads_images
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.vision import freeze_vision
 from silkie.model.weights import refuse_pickled
 from silkie.training import guards
 from silkie.training.output_dir import check_free
 
+logger = logging.getLogger(__name__)
 
-def check_arguments(args: Any, train_dataset: Any) -> None:
-    """The arguments that silkie cannot do without, and a directory that the run can write to.
+
+def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: Any) -> SilkieDPOConfig:
+    """The options of the run: those given, TRL's converted, or, without any, the defaults with TRL's output directory.
 
     Raises:
-        TypeError: `args` is not a `SilkieDPOConfig`.
-        ValueError: there is no training data.
+        TypeError: `args` is no config of silkie or TRL.
+        ValueError: there is no training data, or a collator is given.
         silkie.training.checkpoints.CheckpointError: `output_dir` cannot be written, or another run holds it.
     """
+    if data_collator is not None:
+        raise ValueError(
+            "`data_collator` is not supported: silkie packs preference groups with its own, silkie.batch.collator."
+            "GroupCollator. Shape the rows with `Dataset.map` or `with_transform` instead; `max_length`,"
+            " `chat_template_kwargs` and `pad_token` are options."
+        )
+    if args is None:
+        name = model if isinstance(model, str) else causal_lm(model).config._name_or_path
+        args = SilkieDPOConfig(output_dir=f"{(name or type(causal_lm(model)).__name__).split('/')[-1]}-DPO")
     if not isinstance(args, SilkieDPOConfig):
-        raise TypeError(
-            f"args must be a SilkieDPOConfig, not {type(args).__name__}: `from silkie import SilkieDPOConfig`."
+        if not isinstance(args, DPOConfig):
+            raise TypeError(
+                f"args must be a SilkieDPOConfig or TRL's DPOConfig, not {type(args).__name__}: `from silkie import"
+                " SilkieDPOConfig`."
+            )
+        args = SilkieDPOConfig.from_trl(args)
+        logger.info(
+            "args is TRL's DPOConfig: taken over with all its values (max_length=%s: response tails are cut, prompts"
+            " never; full fine-tuning trains the vision tower); silkie's own options have their defaults, and a"
+            " non-finite loss stops the run",
+            args.max_length,
         )
     if train_dataset is None:
         raise ValueError(
@@ -38,6 +61,7 @@ def check_arguments(args: Any, train_dataset: Any) -> None:
         )
     if args.process_index == 0:
         check_free(str(args.output_dir))
+    return args
 
 
 def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> tuple[Any, Any]:
@@ -47,7 +71,7 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
         silkie.model.weights.PickledWeights: the directory's weights are pickled.
         FileNotFoundError: `model` looks like a directory and is none.
         ValueError: there is no processor, and no name to load one from.
-        TypeError: `processor` is a tokenizer or something else.
+        TypeError: `processor` is neither a processor nor a tokenizer.
     """
     if isinstance(model, str):
         if looks_local(model) and not Path(model).is_dir():
@@ -66,15 +90,46 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
             raise ValueError(
                 "The model was not loaded from a directory or hub name; pass its processor as `processing_class`."
             )
-        processor = load_processor(
-            name, trust_remote_code=args.trust_remote_code, **({"revision": revision} if revision else {})
-        )
-    if not isinstance(processor, ProcessorMixin):
+        load = load_processor if reads_images(config) else AutoTokenizer.from_pretrained
+        processor = load(name, trust_remote_code=args.trust_remote_code, **({"revision": revision} if revision else {}))
+    if not isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
         raise TypeError(
-            "processing_class must be the model's processor (image processor + tokenizer), not"
-            f" {type(processor).__name__}."
+            "processing_class must be the model's processor (image processor + tokenizer), or the tokenizer of a"
+            f" language model, not {type(processor).__name__}."
         )
+    set_pad_token(getattr(processor, "tokenizer", processor), args.pad_token)
     return config, processor
+
+
+def set_pad_token(tokenizer: Any, token: str | None) -> None:
+    """Sets the padding token: `token`, or where that is None the tokenizer's own, or its end token.
+
+    Raises:
+        ValueError: the vocabulary has no such token.
+    """
+    token = token or tokenizer.pad_token or tokenizer.eos_token
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"`pad_token` {token!r} is not found in the vocabulary of {type(tokenizer).__name__}: choose a token that"
+            " exists there, or leave it out."
+        )
+    tokenizer.pad_token = token
+
+
+def without_images(dataset: Dataset, processor: Any) -> Dataset:
+    """The data of a run with a tokenizer, whose rows are text only, without its column of images.
+
+    Raises:
+        ValueError: it has images.
+    """
+    if isinstance(processor, ProcessorMixin) or "images" not in dataset.column_names:
+        return dataset
+    if any(row["images"] for row in dataset.select_columns("images")):
+        raise ValueError(
+            "The data has images, but processing_class is a tokenizer: pass the processor of a vision-language model,"
+            " or data without images."
+        )
+    return dataset.remove_columns("images")
 
 
 def choose_trained_parts(

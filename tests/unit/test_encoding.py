@@ -91,5 +91,6 @@ def test_fingerprint_follows_what_decides_the_tokens(processor):
 def test_a_processor_without_template_is_refused():
     processor = tiny_processor()
     processor.chat_template = None
+    encoder = GroupEncoder(processor)
     with pytest.raises(ValueError, match="chat template"):
-        GroupEncoder(processor)
+        encoder.encode(mixed_groups()[0])

@@ -1,0 +1,212 @@
+"""The table of `examples/from_trl.md`: what a user of TRL's DPOTrainer meets after changing one import.
+
+Every row is a `Case` that the tests run in both trainers, or in silkie alone where TRL cannot run it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from tests.conformance.compare import METRICS, Case, chats, talk, turn
+from tests.support.tiny import image
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+PLAIN = [
+    {"prompt": "what is in image ?", "chosen": " a red cat", "rejected": " no"},
+    {"prompt": "is there a dog", "chosen": " yes", "rejected": " one two three"},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+MARK = "silkie reads it as the place of an image; TRL as text, with the images in front"
+
+
+def parts(text: str, n_images: int = 1) -> list[dict[str, Any]]:
+    content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def answers(rows: list[dict[str, Any]], chosen: list[Any], rejected: list[Any]) -> list[dict[str, Any]]:
+    return [{**row, "chosen": c, "rejected": r} for row, c, r in zip(rows, chosen, rejected, strict=True)]
+
+
+def transformed() -> Any:
+    rows = chats()
+    data = datasets.Dataset.from_list([{"i": 0}, {"i": 1}])
+    return data.with_transform(lambda batch: {name: [rows[i][name] for i in batch["i"]] for name in rows[0]})
+
+
+def streamed() -> Any:
+    return datasets.Dataset.from_list(chats()).to_iterable_dataset()
+
+
+SEVERAL_TURNS = answers(
+    chats(False),
+    [turn("a cat") + talk("how many ?") + turn("two"), turn("yes")],
+    [turn("no") + talk("how many ?") + turn("one"), turn("no no")],
+)
+TOOL_CALLS = answers(
+    chats(False),
+    [[{"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "two"}, *turn("two")]] * 2,
+    [turn("no"), turn("one dog")],
+)
+TOOL_PROMPT = [
+    {
+        **row,
+        "prompt": [
+            *row["prompt"],
+            {"role": "assistant", "content": "", "tool_calls": CALL},
+            {"role": "tool", "content": "two"},
+        ],
+    }
+    for row in chats(False)
+]
+
+DATA = [
+    Case(name="conversations with `images`"),
+    Case(name="conversations with `image`", rows=[{**r, "image": r["images"][0], "images": ...} for r in chats()]),
+    Case(
+        name="conversations of text and image parts",
+        rows=[{**r, "prompt": parts("what is in image ?")} for r in chats()],
+    ),
+    Case(
+        name="two images of different size",
+        rows=[{**r, "images": [image(3), image(4, 84, 56)], "prompt": parts("what ?", 2)} for r in chats()],
+    ),
+    Case(name="rows without images", rows=[{**r, "images": []} for r in chats()]),
+    Case(name="text data on a vision-language model", rows=chats(False)),
+    Case(
+        name="system and earlier turns in the prompt",
+        rows=[
+            {**r, "prompt": [{"role": "system", "content": "a cat"}, *talk("is it ?"), *turn("yes"), *talk("what ?")]}
+            for r in chats()
+        ],
+    ),
+    Case(name="an extra `messages` column", rows=chats(messages=talk("is it ?") + turn("no"))),
+    Case(name="an extra `conversations` column", rows=chats(conversations=[{"from": "human", "value": "is it ?"}])),
+    Case(name="an extra `instruction` column", rows=chats(instruction="is it ?")),
+    Case(name="an extra `question` column", rows=chats(question="is it ?")),
+    Case(name="extra columns of any other name", rows=chats(score=3.0, source="x", responses=["a"])),
+    Case(
+        name="prompt in chosen and rejected (conversations)",
+        rows=[{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in chats(False)],
+    ),
+    Case(
+        name="prompt in chosen and rejected (strings)",
+        rows=[{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in PLAIN],
+    ),
+    Case(name="rows of strings", rows=PLAIN),
+    Case(name="several turns in an answer", rows=SEVERAL_TURNS),
+    Case(name="tool calls in an answer", rows=TOOL_CALLS),
+    Case(name="tool calls in the prompt", rows=TOOL_PROMPT),
+    Case(name="a `tools` column", rows=chats(False, tools=TOOLS)),
+    Case(name="a `tools` column of JSON text", rows=chats(False, tools='[{"type": "function"}]')),
+    Case(name="a `chat_template_kwargs` column", rows=chats(False, chat_template_kwargs={"enable_thinking": False})),
+    Case(name="`Dataset.with_transform`", rows=transformed, options={"remove_unused_columns": False}),
+    Case(
+        name="`IterableDataset` (streaming)",
+        rows=streamed,
+        note="the rows that max_steps takes are read before training starts and kept on disk, in their order",
+    ),
+    Case(
+        name="torch-formatted dataset",
+        rows=lambda: datasets.Dataset.from_list(chats()).with_format("torch"),
+        trl_crashes=True,
+    ),
+    Case(
+        name="rows of strings with image tokens",
+        rows=[{**r, "prompt": IMAGE + r["prompt"], "images": [image(i)]} for i, r in enumerate(PLAIN)],
+        expected="different",
+        why="the end token is added to every answer; TRL leaves it out where rows have images, so that the model does not learn to stop",
+    ),
+    Case(
+        name="rows of strings with images and no image token",
+        rows=[{**r, "images": [image(i)]} for i, r in enumerate(PLAIN)],
+        trl_crashes=True,
+        expected="different",
+        why="TRL stops; here the chat template places the images, and the log says so",
+    ),
+    Case(
+        name="prompt in chosen and rejected, with images",
+        rows=[
+            {"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"], "images": r["images"]}
+            for r in chats()
+        ],
+        trl_crashes=True,
+        expected="different",
+        why="TRL stops; here it trains",
+    ),
+    Case(
+        name="`images` that are null",
+        rows=[{**r, "images": None} for r in chats()],
+        trl_crashes=True,
+        expected="different",
+        why="TRL stops; here it is a row without images",
+    ),
+    Case(name="a `videos` column", rows=chats(videos=["a.mp4"]), expected="refused", why="sample frames into `images`"),
+    Case(
+        name="a `DatasetDict` as train_dataset",
+        rows=lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(chats())),
+        expected="refused",
+        why="one split",
+    ),
+    Case(name="a list as train_dataset", rows=lambda: chats(), expected="refused", why="Dataset.from_list"),
+]
+
+LOSSES = [
+    *(Case(name=f'loss_type=["{name}"]', options={"loss_type": [name]}) for name in (
+        "sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+        "apo_down", "discopop", "sft", "sigmoid_norm",
+    )),
+    Case(name='loss_type=["exo_pair"]', options={"loss_type": ["exo_pair"], "label_smoothing": 1e-3}),
+    Case(name="several losses with weights (MPO)", options={"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    *(Case(name=f"f_divergence_type={kind!r}", options={"f_divergence_type": kind}) for kind in ("forward_kl", "js_divergence", "alpha_divergence")),
+    Case(name="ld_alpha", options={"ld_alpha": 0.5}),
+    Case(name="use_weighting (WPO)", options={"use_weighting": True}),
+    Case(name="label_smoothing, sigmoid", options={"label_smoothing": 0.1}, expected="different", why="conservative DPO; TRL ignores the option for this loss"),
+    Case(name="label_smoothing, robust", options={"loss_type": ["robust"], "label_smoothing": 0.1}),
+    Case(name="beta", options={"beta": 0.5}),
+]  # fmt: skip
+
+OPTIONS = [
+    Case(name="LoRA, reference with the adapter off"),
+    Case(name="full fine-tuning with a reference model", peft=False, own={"freeze_vision": False}, note="freeze_vision=True is silkie's default; TRL's own DPOConfig trains the tower here, too"),
+    Case(name="sync_ref_model", peft=False, own={"freeze_vision": False}, options={"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    Case(name="gradient_checkpointing", options={"gradient_checkpointing": True}),
+    Case(name="gradient_accumulation_steps", options={"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}),
+    Case(name="max_length that cuts answers", rows=chats(False), options={"max_length": 17}),
+    Case(name="precompute_ref_log_probs, text data", rows=chats(False), options={"precompute_ref_log_probs": True}),
+    Case(name="precompute_ref_log_probs, images", options={"precompute_ref_log_probs": True}, trl_crashes=True, expected="different", why="TRL refuses; here it runs, and its numbers are kept on disk"),
+    Case(name="train_sampling_strategy='sequential'", options={"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}),
+    Case(name="dataloader_drop_last", rows=[*chats(), {**chats()[0], "prompt": talk("is it a dog ?")}], options={"dataloader_drop_last": True, "train_sampling_strategy": "sequential"}),
+    Case(name="padding_free", options={"padding_free": True}, note="both trainers switch it off with a warning"),
+    Case(name="pad_token", options={"pad_token": "<unk>"}),
+    Case(name="pad_token that does not exist", options={"pad_token": "nope"}, trl_crashes=True, expected="refused", why="not found in the vocabulary"),
+    Case(name="disable_dropout=False", options={"disable_dropout": False}),
+    Case(name="max_grad_norm", options={"max_grad_norm": 0.01}),
+    Case(name="weight_decay", options={"weight_decay": 0.1}),
+    Case(name="token statistics in the log", own={"log_token_stats": True}, metrics=(*METRICS, "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens"), note="entropy, mean_token_accuracy and logits/* need log_token_stats=True"),
+    Case(name="train_sampling_strategy='group_by_length'", options={"train_sampling_strategy": "group_by_length"}, expected="refused", why="max_tokens_per_batch"),
+    Case(name="pad_to_multiple_of", options={"pad_to_multiple_of": 8}, expected="refused", why="padded to the longest"),
+    Case(name="truncation_mode='keep_end'", options={"truncation_mode": "keep_end"}, expected="refused", why="prompts never"),
+    Case(name="torch_compile", options={"torch_compile": True}, expected="refused", why="recompiles"),
+    Case(name="accelerator_config.split_batches", options={"accelerator_config": {"split_batches": True}}, expected="refused", why="leave it off"),
+]  # fmt: skip
+
+TABLE = {"Data": DATA, "Losses": LOSSES, "Options": OPTIONS}
+
+# What is called on a trainer; `test_calls.py` runs each.
+CALLS = [
+    ("positional arguments", "same", "TRL's order"),
+    ("a plain `DPOConfig` as `args`", "same", "taken over with all its values; one log line"),
+    ("no `args`", "same", "output_dir is MODEL-DPO"),
+    ("`data_collator=`", "refused", "silkie packs with its own; shape rows with `map` or `with_transform`"),
+    ("`processing_class=` a tokenizer", "same", "text data; language models pack, too"),
+    ("`compute_metrics=`", "same", "logits and token ids of TRL's rows, from an extra forward, as in TRL"),
+    ("`evaluate` on raw rows, or a dict of them", "same", ""),
+    ("`predict` on raw rows", "same", "logits and token ids"),
+    ("`compute_ref_log_probs(model, batch)`", "same", "on the trainer's own batches"),
+    ("`create_model_card(model_name, dataset_name, tags)`", "same", "silkie's card, with DPO's reference"),
+    ("`num_tokens` in the log", "same", "tokens that silkie computes are num_packed_tokens"),
+]

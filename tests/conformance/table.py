@@ -1,0 +1,41 @@
+"""Writes `examples/from_trl.md` from the cases: `python -m tests.conformance.table`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conformance.cases import CALLS, TABLE
+from tests.conformance.compare import Case
+
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "from_trl.md"
+HEAD = """\
+# From TRL's DPOTrainer: change one import
+
+```python
+from silkie import SilkieDPOConfig as DPOConfig, SilkieDPOTrainer as DPOTrainer
+```
+
+"same": the logged losses, rewards and log-probs of the first steps equal those of the installed TRL in fp32. "different":
+both train, or TRL stops, and the reason is given. "refused": silkie stops before any compute is spent and says what to do
+instead. `tests/conformance/` runs every row; `python -m tests.conformance.table` writes this page.
+"""
+
+
+def line(case: Case) -> str:
+    cell = case.why if case.expected != "refused" else f"instead: {case.why}"
+    cell = cell or case.note
+    return f"| {case.name} | {case.expected} | {cell} |"
+
+
+def page() -> str:
+    sections = [HEAD]
+    for title, cases in TABLE.items():
+        rows = "\n".join(map(line, cases))
+        sections.append(f"## {title}\n\n| option or case | | why, or instead |\n|---|---|---|\n{rows}\n")
+    rows = "\n".join(f"| {name} | {expected} | {why} |" for name, expected, why in CALLS)
+    sections.append(f"## Calls\n\n| call | | how |\n|---|---|---|\n{rows}\n")
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

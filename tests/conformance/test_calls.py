@@ -1,0 +1,152 @@
+"""What TRL's users call on a trainer, in the installed TRL and in silkie."""
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from tests.conformance.compare import METRICS, Case, build, chats, history, options
+from tests.support.tiny import tiny_model, tiny_processor, tiny_tokenizer
+
+BOTH = [(DPOTrainer, DPOConfig), (SilkieDPOTrainer, SilkieDPOConfig)]
+CASE = Case(name="chat")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    datasets.disable_progress_bars()
+
+
+def language_model():
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rows", [chats(False), [{"prompt": "is it ?", "chosen": " yes", "rejected": " no"}] * 2])
+def test_language_models_pack_and_equal_trl(rows, tmp_path):
+    case, logs = Case(name="text", rows=rows), []
+    for cls, config in BOTH:
+        trainer = cls(
+            language_model(),
+            args=config(**options(tmp_path, case)),
+            train_dataset=case.dataset(),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        )
+        logs.append(history(trainer, METRICS))
+    np.testing.assert_allclose(logs[0], logs[1], atol=1e-5)
+    assert trainer.choice.layout == "packed"
+
+
+def test_a_tokenizer_refuses_images(tmp_path):
+    with pytest.raises(ValueError, match="processing_class is a tokenizer"):
+        build(SilkieDPOTrainer, SilkieDPOConfig, CASE, tmp_path, processing_class=tiny_tokenizer())
+
+
+def test_arguments_by_position(tmp_path):
+    for cls, config in BOTH:
+        args = config(**options(tmp_path, CASE))
+        trainer = cls(tiny_model(), tiny_model(), args, None, CASE.dataset(), None, tiny_processor())
+        assert len(trainer.train_dataset) == 2
+
+
+def test_a_plain_dpo_config_is_taken_over(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        taken = build(SilkieDPOTrainer, DPOConfig, CASE, tmp_path)
+    assert sum("DPOConfig" in record.getMessage() for record in caplog.records) == 1
+    assert isinstance(taken.args, SilkieDPOConfig) and taken.args.learning_rate == 0.05
+    assert history(taken, METRICS) == history(build(SilkieDPOTrainer, SilkieDPOConfig, CASE, tmp_path), METRICS)
+    with pytest.raises(ValueError, match="truncation_mode"):
+        SilkieDPOConfig.from_trl(DPOConfig(output_dir=str(tmp_path), truncation_mode="keep_end"))
+
+
+def test_a_collator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="with_transform"):
+        build(SilkieDPOTrainer, SilkieDPOConfig, CASE, tmp_path, data_collator=lambda rows: rows)
+
+
+def test_compute_metrics_gets_the_logits_and_ids_of_trl(tmp_path):
+    seen = []
+
+    def metric(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"mine": 1.0}
+
+    case = Case(name="eval", options={"eval_strategy": "no"})
+    results = []
+    for cls, config in BOTH:
+        trainer = build(cls, config, case, tmp_path, compute_metrics=metric, eval_dataset=case.dataset())
+        results.append(trainer.evaluate())
+    assert results[1]["eval_mine"] == 1.0
+    assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], abs=1e-6)
+    (logits, ids), (own_logits, own_ids) = seen
+    assert np.array_equal(ids, own_ids)
+    words = ids != tiny_tokenizer().pad_token_id
+    np.testing.assert_allclose(logits[words], own_logits[words], atol=1e-4)
+
+
+def test_predict_on_raw_rows(tmp_path):
+    outputs = [build(cls, config, CASE, tmp_path).predict(CASE.dataset()) for cls, config in BOTH]
+    theirs, ours = outputs
+    assert np.array_equal(theirs.label_ids, ours.label_ids) and theirs.predictions.shape == ours.predictions.shape
+    assert ours.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], abs=1e-6)
+
+
+def test_evaluate_on_raw_rows_and_on_a_dict(tmp_path):
+    for data in (CASE.dataset(), {"a": CASE.dataset(), "b": CASE.dataset()}):
+        theirs, ours = (build(cls, config, CASE, tmp_path).evaluate(data) for cls, config in BOTH)
+        for name in (key for key in theirs if key.endswith("loss") or "rewards" in key):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("more", [{}, {"ld_alpha": 0.5}])
+def test_reference_log_probs_of_a_batch(more, tmp_path):
+    case, found = Case(name="reference", options=more), []
+    for cls, config in BOTH:
+        trainer = build(cls, config, case, tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        found.append(sorted(map(tuple, torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), 1).tolist())))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+def test_the_model_card_has_its_arguments_and_references(tmp_path):
+    trainer = build(SilkieDPOTrainer, SilkieDPOConfig, CASE, tmp_path)
+    trainer.create_model_card(model_name="my-model", dataset_name="org/data", tags=["mine"])
+    for card in (Path(trainer.args.output_dir, "README.md"), tmp_path / "saved" / "README.md"):
+        if not card.exists():
+            trainer.save_model(str(card.parent))  # a card written later keeps them
+        text = card.read_text()
+        header = yaml.safe_load(text.split("---")[1])
+        assert header["datasets"] == ["org/data"] and header["tags"] == ["mine", "silkie", "trl", "dpo"]
+        assert "# my-model" in text and "2305.18290" in text
+
+
+def test_a_stream_must_say_how_long_the_run_is(tmp_path):
+    stream = CASE.dataset().to_iterable_dataset()
+    case = Case(name="stream", rows=lambda: stream, options={"max_steps": -1})
+    with pytest.raises(ValueError, match="max_steps"):
+        build(SilkieDPOTrainer, SilkieDPOConfig, case, tmp_path)
