@@ -63,7 +63,10 @@ class _JournalReader:
         if offset is None:
             return None
         self._file.seek(offset)
-        return json.loads(self._file.readline())
+        record = json.loads(self._file.readline())
+        if "status" not in record:
+            raise JournalError(f"item {item_id!r}: its line is no rating: not the journal of `rate`; pass another file")
+        return record
 
     def close(self) -> None:
         self._file.close()
