@@ -100,7 +100,14 @@ def test_a_source_that_is_no_file_is_refused(tmp_path):
             load(tmp_path / name)
 
 
-STRANGE_ANNOTATIONS = ["N/A", ["a"], {"N": "/A"}, {"Z": {"Rating": "9"}}, {"\ud800": {"Rating": "1"}}, {"a\0": {"Rating": "1"}}]
+STRANGE_ANNOTATIONS = [
+    "N/A",
+    ["a"],
+    {"N": "/A"},
+    {"Z": {"Rating": "9"}},
+    {"\ud800": {"Rating": "1"}},
+    {"a\0": {"Rating": "1"}},
+]
 
 
 @pytest.mark.parametrize("strange", STRANGE_ANNOTATIONS, ids=range(len(STRANGE_ANNOTATIONS)))
