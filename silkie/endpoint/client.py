@@ -310,16 +310,13 @@ class Endpoint:
             raise _Transient("timeout", f"no answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            if isinstance(cause, BodyTooLarge):
-                raise AnswerError("bad_response", f"the endpoint sends {cause}", usage=Usage(calls=1)) from error
-            if isinstance(cause, OtherHost):
-                raise StopRun(
-                    f"the endpoint redirects to {self.redact(str(cause))}, and the prompt and its images would go"
-                    " there; where that is right, pass it as the base URL"
-                ) from error
+            if isinstance(cause, BodyTooLarge | OtherHost):  # older clients wrap what a hook raises
+                raise self._refused(cause) from error
             raise _Transient(
                 "connection", f"connection failed: {type(cause).__name__}: {self.redact(str(cause))}"
             ) from error
+        except (BodyTooLarge, OtherHost) as error:
+            raise self._refused(error) from error
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
                 raise StopRun(self.redact(f"the account's quota is used up: {error.message}")) from error
@@ -342,6 +339,15 @@ class Endpoint:
             if error.status_code in (402, 405):  # no credit left; an address that takes no chat requests
                 raise StopRun(message) from error
             raise ItemError("rejected", message, raw=self.redact(error.response.text)) from error
+
+    def _refused(self, cause: BodyTooLarge | OtherHost) -> AnswerError | StopRun:
+        """What a refusal of ours (`silkie.endpoint.transport`) means for the run."""
+        if isinstance(cause, BodyTooLarge):
+            return AnswerError("bad_response", f"the endpoint sends {cause}", usage=Usage(calls=1))
+        return StopRun(
+            f"the endpoint redirects to {self.redact(str(cause))}, and the prompt and its images would go there; where"
+            " that is right, pass it as the base URL"
+        )
 
     def _moved_to_v1(self, used: Any) -> bool:
         """After a 404 at `used`: True where the same request may work below /v1, because that has not been tried."""

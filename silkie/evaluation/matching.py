@@ -94,7 +94,7 @@ def _by_text(answers: Sequence[Record], questions: Sequence[Record], source: Pat
         if found is None:
             about = f" about {answer.image}" if with_images else ""
             raise answer.error(f"the question {question_of(answer)[:120]!r}{about} is not in {source}.")
-        if (first := used.setdefault(found.line, answer)) is not answer:
+        if (first := used.setdefault(id(found), answer)) is not answer:
             raise answer.error(
                 f"the question at {source}:{found.line} was already answered at line {first.line}. Expected one answer"
                 " per question: remove one of them."

@@ -63,7 +63,10 @@ class _JournalReader:
         if offset is None:
             return None
         self._file.seek(offset)
-        return json.loads(self._file.readline())
+        record = json.loads(self._file.readline())
+        if "status" not in record:
+            raise JournalError(f"item {item_id!r}: its line is no rating: not the journal of `rate`; pass another file")
+        return record
 
     def close(self) -> None:
         self._file.close()
@@ -168,7 +171,10 @@ def _aspects(reader: _JournalReader) -> list[str]:
     for item_id in reader.offsets:
         record = reader.get(item_id)
         if record is not None and record["status"] == "ok":
-            return list(record["ratings"][0])
+            ratings = record.get("ratings")
+            if not isinstance(ratings, list) or not ratings or not isinstance(ratings[0], dict):
+                raise JournalError(f"item {item_id!r}: its line in the journal has no `ratings`")
+            return list(ratings[0])
     raise JournalError("the journal holds no rated item, so there is nothing to build")
 
 

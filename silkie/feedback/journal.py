@@ -64,7 +64,7 @@ def record_offsets(path: str | Path) -> dict[str, int]:
     offsets: dict[str, int] = {}
     begin = 0
     for record, end in _scan(Path(path)):
-        if "id" not in record or "status" not in record:
+        if "id" not in record:
             raise JournalError(
                 f"{path}: the line at byte {begin} is no rating: not the journal of `rate`; pass another file"
             )

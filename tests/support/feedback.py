@@ -114,7 +114,8 @@ class ScriptedServer:
                     self.close_connection = True
                     return
                 status, headers, content = answer
-                data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                text = content if isinstance(content, str | bytes) else json.dumps(content)
+                data = text.encode() if isinstance(text, str) else text
                 self.send_response(status)
                 for key, value in {
                     "content-type": "application/json",

@@ -24,7 +24,7 @@ def pope_file(path, reads, labels, images=None):
         {
             "question_id": i,
             "image": images[i] if images else f"{i}.jpg",
-            "text": "q",
+            "text": f"q{i}",
             "label": label,
             "answer": read,
             "category": ("random", "popular")[i % 2],
