@@ -71,7 +71,7 @@ class RunArguments:
         metadata={"help": "Largest image area after resizing, in pixels; Qwen spends a token on 28 x 28 (32 x 32)."},
     )
     resume: bool = field(
-        default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir, where there is one."}
+        default=True, metadata={"help": "Resume from the last complete checkpoint in output_dir, where there is one."}
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, run one optimizer step, print the plan and stop."}

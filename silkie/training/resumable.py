@@ -21,7 +21,7 @@ from silkie.model.families import causal_lm
 from silkie.model.weights import refuse_pickled_adapter
 from silkie.training import checkpoints
 from silkie.training.checkpoints import CheckpointError
-from silkie.training.ending import PREEMPTED_EXIT_CODE, STOP_FILE, on_signals
+from silkie.training.ending import ECHO, PREEMPTED_EXIT_CODE, STOP_FILE, on_signals
 from silkie.training.identity import LENGTH, Identity, differences
 from silkie.training.non_finite import FiniteWatch, check_weights
 from silkie.training.output_dir import OutputLock, check_writable, clear_disk_errors
@@ -230,7 +230,11 @@ class RecoverableTrainer(Trainer):
 
     def _stop_soon(self, signal_name: str) -> None:
         self.asked_to_stop = True
-        logger.warning("%s: saving a checkpoint after this step, then stopping; once more stops at once", signal_name)
+        logger.warning(
+            "%s: saving a checkpoint after this step, then stopping; again in %d seconds stops at once",
+            signal_name,
+            ECHO,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:  # gathered from shards, which split a tied tensor in two

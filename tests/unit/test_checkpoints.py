@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from silkie.training import checkpoints as c
+from silkie.training import ending
 from silkie.training.ending import on_signals
 from silkie.training.output_dir import clear_disk_errors
 from tests.support.families import FAMILIES, QWEN, family_model
@@ -170,13 +171,23 @@ def test_other_errors_pass_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_handlers_are_put_back(number):
-    asked, before = [], [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    with on_signals(asked.append):
-        os.kill(os.getpid(), number)
-        assert asked == [number.name]
-        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+def test_the_first_signal_asks_its_echo_is_ignored_and_a_later_one_ends(monkeypatch, number):
+    """ATTACKS 15: `accelerate launch` passes on what the terminal has sent to its processes already."""
+    ended, asked = [], []
+    both = {n: signal.signal(n, lambda number, frame: ended.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        before = [signal.getsignal(n) for n in both]
+        with on_signals(asked.append):
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked == [number.name] and not ended
+            monkeypatch.setattr(ending, "ECHO", -1.0)
+            os.kill(os.getpid(), number)
+            assert asked == [number.name] and ended == [number]
+        assert [signal.getsignal(n) for n in both] == before
+    finally:
+        for n, handler in both.items():
+            signal.signal(n, handler)
 
 
 def test_the_marker_lists_every_file(tmp_path):
