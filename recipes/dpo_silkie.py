@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from silkie.demo import __main__ as demo
-from silkie.run.command import train
+from silkie.io.console import say
 
 NAME = "dpo_silkie.py"
 
@@ -27,7 +27,12 @@ NAME = "dpo_silkie.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, or runs the demo where nothing but the demo's own options are named."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return demo.main([w for w in words if w != "--demo"], NAME) if is_demo(words) else train(words, NAME)
+    say("silkie: loading torch and transformers ...")
+    if is_demo(words):
+        return demo.main([word for word in words if word != "--demo"], NAME)
+    from silkie.run.command import train  # takes seconds
+
+    return train(words, NAME)
 
 
 def is_demo(words: Sequence[str]) -> bool:

@@ -35,8 +35,12 @@ alone without loading the trainer stack. `tests/unit/test_import_direction.py` h
 
 from typing import TYPE_CHECKING
 
+from silkie.io.quiet import quiet
+
 __version__ = "0.1.0"
 __all__ = ["SilkieDPOConfig", "SilkieDPOTrainer", "__version__"]
+
+quiet()
 
 if TYPE_CHECKING:
     from silkie.config import SilkieDPOConfig

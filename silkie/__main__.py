@@ -6,7 +6,6 @@ Every command is a module's `main(argv, prog)`, named here and imported when cal
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -91,8 +90,7 @@ def _run(name: str, program: Program, rest: list[str]) -> int:
     if program.waits and int(os.environ.get("RANK", "0")) == 0:
         print(f"silkie {name}: loading torch and transformers ...", file=sys.stderr, flush=True)
     function = getattr(importlib.import_module(program.module), program.function)
-    named = {"prog": f"silkie {name}"} if "prog" in inspect.signature(function).parameters else {}
-    return function([*program.before, *rest], **named) or 0
+    return function([*program.before, *rest], prog="silkie" if program.before else f"silkie {name}") or 0
 
 
 def _debug(words: list[str]) -> list[str]:

@@ -199,10 +199,18 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._rename_checkpointing()
         super().__post_init__()
         self._check_own_options()
         self._check_trl_options()
         self._check_losses()
+
+    def _rename_checkpointing(self) -> None:
+        """`gradient_checkpointing` is TRL's name and default, `activation_checkpointing` the one that transformers
+        wants; without this every run would warn about the old name."""
+        for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, new.replace("activation", "gradient")))
 
     def _check_own_options(self) -> None:
         for name, allowed in _choices().items():

@@ -46,7 +46,8 @@ class InspectOptions:
 
 def run_inspect(options: InspectOptions) -> int:
     logging.basicConfig(level=logging.ERROR)
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         inspection = inspect_preferences(
             options.source,

@@ -25,7 +25,7 @@ from silkie.evaluation.options import (
 )
 from silkie.evaluation.records import ResultError, read_records
 from silkie.evaluation.text import comparison_text, score_text
-from silkie.io.console import complain
+from silkie.io.console import complain, say
 from silkie.io.options import Command, command_parser, parse_command
 
 
@@ -125,7 +125,7 @@ def compare_results(options: CompareOptions) -> int:
     if options.json:
         print(json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False))
     else:
-        print(comparison_text(comparison))
+        print(comparison_text(comparison, names=(options.a, options.b)))
     return 0
 
 
@@ -168,6 +168,7 @@ def _answerers(
     generation = options.generation(benchmark)
     if options.base_url:
         return {out: EndpointAnswerer(options.base_url, options.model, key_variable=options.key_variable, **generation)}
+    say(f"loading {adapter or options.model} ...")
     from silkie.inference import load_policy
 
     model, processor = load_policy(

@@ -37,11 +37,20 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
     return "\n\n".join([*head, *(f"note: {warning}" for warning in score.warnings)])
 
 
-def comparison_text(comparison: Comparison, shown_flips: int = 10) -> str:
-    """Metrics and categories with difference, interval and p-value, and the first flipped questions."""
+def comparison_text(comparison: Comparison, shown_flips: int = 10, names: tuple[str, str] | None = None) -> str:
+    """Metrics and categories with difference, interval and p-value, and the first flipped questions.
+
+    Args:
+        names: what A and B are; two lines say it.
+    """
     header = ["", "A", "B", "B - A", "95 % interval", "p"]
     parts = [
-        f"{comparison.benchmark}: {comparison.questions} questions",
+        "\n".join(
+            [
+                f"{comparison.benchmark}: {comparison.questions} questions",
+                *(f"{letter}: {name}" for letter, name in zip("AB", names or (), strict=False)),
+            ]
+        ),
         table([header, *map(_row, comparison.metrics)]),
     ]
     if comparison.categories:

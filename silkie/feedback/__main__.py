@@ -18,7 +18,7 @@ from silkie.feedback.options import (
     RunOptions,
     SampleCommand,
 )
-from silkie.io.console import complain
+from silkie.io.console import complain, say
 from silkie.io.options import Command, command_parser, parse_command
 
 STOPPED_EARLY = 3
@@ -72,6 +72,7 @@ def run_rate(options: RateCommand) -> int:
         if options.base_url:
             raise ValueError("--local and --base-url name two judges; pass one of them")
         _refuse(options, "an endpoint, and --local is none", **OF_JUDGES)
+        say(f"loading {options.local} ...")
         from silkie.inference import load_policy
 
         judge = LocalJudge(

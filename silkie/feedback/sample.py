@@ -30,6 +30,7 @@ from silkie.feedback.options import SampleOptions
 from silkie.feedback.pool import Member, Pool, Sampler, accepted_slots, draw_seed, sampler_of
 from silkie.feedback.prompting import conversation, endpoint_messages
 from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
+from silkie.io.console import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +272,13 @@ class SampleRun(JournalRun):
                     await self.write(record)
 
     def _generate(self, member: Member, temperature: float, batch: tuple[Draw, ...]) -> list[Record]:
+        assert member.local is not None
+        new = self.local is None or self.local[0] != member.name
+        if new:
+            say(f"loading {member.local} ...")
         from silkie.inference import generate, load_policy
 
-        assert member.local is not None
-        if self.local is None or self.local[0] != member.name:
+        if self.local is None or new:
             self.local = None
             self.local = (member.name, *load_policy(member.local, base_model=member.base_model))
         records, ready = [], []
@@ -324,11 +328,14 @@ class SampleRun(JournalRun):
         return record | {"response": response}
 
     async def write(self, record: Record) -> None:
-        before = sum(accepted_slots(self.state.texts(record["id"], self.options.k)))
         await self.journal.append(record)
+        before = self._accepted(record["id"])  # after the wait: other draws of the item are written meanwhile
         self.state.add(record)
-        gained = sum(accepted_slots(self.state.texts(record["id"], self.options.k))) - before
-        self.progress.update(failed=record.get("response") is None, spent=self.state.spent, count=max(0, gained))
+        gained = self._accepted(record["id"]) - before  # below 0 where the text repeats that of a later slot
+        self.progress.update(failed=record.get("response") is None, spent=self.state.spent, count=gained)
+
+    def _accepted(self, item: str) -> int:
+        return sum(accepted_slots(self.state.texts(item, self.options.k)))
 
 
 def _batches(draws: list[Draw], size: int) -> Iterator[tuple[Draw, ...]]:

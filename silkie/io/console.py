@@ -39,13 +39,11 @@ def say(text: str) -> None:
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Log records of `level` on stderr from rank 0; the other ranks log warnings, which may be about themselves."""
+    """silkie's log records of `level` on stderr from rank 0; other ranks and libraries log warnings."""
     logging.basicConfig(
-        level=level if rank() == 0 else logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
+        level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    logging.getLogger("silkie").setLevel(level if rank() == 0 else logging.WARNING)
 
 
 def complain(error: BaseException, status: int = WRONG_USE) -> int:

@@ -19,9 +19,9 @@ from silkie.model import tiny
 from silkie.plan.check import Verdict, check_model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
     """0 where every model named can be trained exactly, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m silkie.model", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="one model: both layouts, LoRA coverage, one step")
     check.add_argument("model", help="model directory, or a model type of transformers")

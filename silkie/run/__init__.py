@@ -116,6 +116,7 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         logger.info("saved to %s; load it with silkie.inference.load_policy(%r)", args.output_dir, args.output_dir)
+        logger.info("next: silkie infer %s IMAGE QUESTION; silkie report %s", args.output_dir, args.output_dir)
     return trainer
 
 

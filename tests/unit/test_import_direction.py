@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"data", "evaluation", *GROUND},
     "plan": FLOW,
     "run": {"plan", "inference", "io", *FLOW},
-    "__init__": FLOW,
+    "__init__": FLOW | {"io"},
     "__main__": {"io"},  # the console command names the modules of its commands and imports one when it is called
 }
 MAY_IMPORT_ALL = {"demo"}  # it shows the whole loop; nothing imports it
