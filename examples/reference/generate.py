@@ -62,7 +62,7 @@ def config_page() -> str:
         "# Every option of a run",
         wrap(
             "`SilkieDPOConfig` is TRL's `DPOConfig` with silkie's fields. On a command line the same names are options"
-            " (`--layout packed`), in a YAML file keys. \"Read by\" names the silkie modules that use a field; one that"
+            ' (`--layout packed`), in a YAML file keys. "Read by" names the silkie modules that use a field; one that'
             " nothing would read is refused, not ignored. " + MADE
         ),
         "## silkie's own",
@@ -173,25 +173,30 @@ def of_properties() -> dict[str, set[str]]:
 
 # ---- commands.md
 
-COMMANDS = {
-    "python -m silkie.data": ("silkie.data.__main__", "main"),
-    "python -m silkie.feedback": ("silkie.feedback.__main__", "main"),
-    "python -m silkie.evaluation": ("silkie.evaluation.__main__", "main"),
-    "python -m silkie.report": ("silkie.report.__main__", "main"),
-    "python -m silkie.plan": ("silkie.plan.__main__", "main"),
-    "python -m silkie.model": ("silkie.model.__main__", "main"),
-    "python recipes/dpo_silkie.py": ("recipes.dpo_silkie", "main"),
-    "python recipes/iterative.py": ("recipes.iterative", "main"),
-    "python examples/infer.py": ("examples.infer", "main"),
-    "python examples/merge_adapter.py": ("examples.merge_adapter", "main"),
-}
+RECIPES = {"python recipes/iterative.py": ("recipes.iterative", "main")}
 
 
-class Captured(Exception):
+class Captured(BaseException):  # no handler of errors on the way catches it
     """Carries the parser that a program has built."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
+
+
+def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command of `silkie`, as its shell completion finds them, and the recipes."""
+    from silkie.__main__ import PROGRAMS
+
+    for name, program in PROGRAMS.items():
+        if program.parser:
+            yield f"silkie {name}", getattr(importlib.import_module(program.module), program.parser)(f"silkie {name}")
+            continue
+        parser = captured_parser(program.module, program.function)
+        for word in program.before:
+            parser = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[word]
+        yield f"silkie {name}", parser
+    for name, (module, function) in RECIPES.items():
+        yield name, captured_parser(module, function)
 
 
 def captured_parser(module: str, function: str) -> argparse.ArgumentParser:
@@ -215,8 +220,7 @@ def commands_page() -> str:
         "# Every command",
         wrap("`--like-this` and `--like_this` are the same option. A command's `--help` prints the same. " + MADE),
     ]
-    for name, (module, function) in COMMANDS.items():
-        parser = captured_parser(module, function)
+    for name, parser in parsers():
         parts += [f"## `{name}`", wrap(sentence((parser.description or "").strip().partition("\n\n")[0]))]
         parts += list(of_parser(name, parser))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -226,7 +230,7 @@ def of_parser(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     from silkie import SilkieDPOConfig
 
     of_config = {field.name for field in dataclasses.fields(SilkieDPOConfig)}
-    lines, skipped = [], 0
+    lines, seen, skipped = [], {"help", "help_all"}, 0
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             helps = {choice.dest: choice.help for choice in action._choices_actions}
@@ -235,8 +239,9 @@ def of_parser(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield wrap(sentence(helps.get(sub) or ""))
                 yield from of_parser(f"{name} {sub}", own)
             continue
-        if action.dest == "help" or action.help == argparse.SUPPRESS:
+        if action.dest in seen or action.help == argparse.SUPPRESS:  # a switch of TRL's has a second flag, --no_x
             continue
+        seen.add(action.dest)
         if action.dest in of_config and len(parser._actions) > 150:
             skipped += 1
             continue
@@ -250,7 +255,9 @@ def of_parser(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 def option_line(action: argparse.Action) -> str:
     shown = [f"`{flag}`" for flag in action.option_strings if not flag.startswith("--no_")]
     # TrlParser adds the dashed form of every flag
-    shown = [flag for flag in shown if "_" in flag or flag.replace("-", "_") not in [s.replace("-", "_") for s in shown]]
+    shown = [
+        flag for flag in shown if "_" in flag or flag.replace("-", "_") not in [s.replace("-", "_") for s in shown]
+    ]
     flags = ", ".join(dict.fromkeys(shown or [f"`{action.option_strings[0]}`" if action.option_strings else ""]))
     if not action.option_strings:
         flags = f"`{action.metavar or action.dest}`"
@@ -258,7 +265,7 @@ def option_line(action: argparse.Action) -> str:
     about = re.sub(r"\(default: [^()]*\)\s*$", "", (action.help or "").replace("%%", "%").replace("%(default)s", ""))
     given = action.default
     value = getattr(given, "value", given)
-    told = value is not None and value is not argparse.SUPPRESS and not isinstance(value, bool)
+    told = value is not None and value is not argparse.SUPPRESS and (value is not False and action.nargs != 0)
     required = " Required." if action.required and action.option_strings else ""
     return f"{flags}: {sentence(about.strip())}{choices}{f' Default `{value}`.' if told else ''}{required}"
 
@@ -379,9 +386,9 @@ def errors_page() -> str:
 
 
 def exit_code(name: str) -> int:
-    from silkie.training import checkpoints
+    from silkie.training import ending
 
-    return getattr(checkpoints, name)
+    return getattr(ending, name)
 
 
 PAGES = {

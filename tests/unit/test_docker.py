@@ -1,8 +1,11 @@
 """The Dockerfile names what is in the repository and in the pinned set. No image is built here."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
+
+from silkie.__main__ import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = re.sub(r"\\\n\s*", " ", (ROOT / "recipes/docker/Dockerfile").read_text()).splitlines()
@@ -15,9 +18,9 @@ def _arguments(instruction: str) -> list[str]:
 def test_what_is_copied_and_started_exists():
     sources = [word for copy in _arguments("COPY") for word in copy.split()[1:-1]]
     assert "pyproject.toml" in sources and all((ROOT / source).exists() for source in sources)
-    (command,) = _arguments("CMD")
-    script = re.findall(r'"([^"]+\.py)"', command)[0]
-    assert (ROOT / script).exists() and any(script.startswith(source + "/") for source in sources)
+    program, name = json.loads(_arguments("CMD")[0])
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert program in scripts and name in PROGRAMS
 
 
 def test_the_pinned_set_is_installed_with_extras_that_exist():
