@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-install check-install constraints lint format clean
+.PHONY: demo docs reference test test-slow test-install check-install constraints lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
 	$(BIN)/silkie demo $(DEMO_ARGS)
@@ -37,6 +37,12 @@ check-install: $(VENV)/.dev  ## the pinned set resolves from the package index a
 
 constraints: $(VENV)/.dev  ## write constraints.txt anew; pinned versions stay, unless UPGRADE="-P torch" (or --upgrade) names them
 	$(BIN)/python .ci/check_install.py --write $(UPGRADE)
+
+reference: $(VENV)/.dev  ## write examples/reference anew from the code
+	$(BIN)/python examples/reference/generate.py
+
+docs: $(VENV)/.dev  ## the documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file examples/site/mkdocs.yml
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
