@@ -115,8 +115,8 @@ class _Head(nn.Module):
 
 
 def gives_router_loss(model: Any) -> bool:
-    """Whether a model's forward returns a load balancing loss of its routers when asked for it. Some mixtures of experts
-    have the option in their config and no such loss in their forward."""
+    """Whether a model's forward returns a load balancing loss of its routers when asked for it. Some mixtures of
+    experts have the option in their config and no such loss in their forward."""
     return getattr(_output(causal_lm(model), output_router_logits=True), "aux_loss", None) is not None
 
 
@@ -152,7 +152,8 @@ def _twin(module: nn.Module, stand_ins: dict[int, nn.Module]) -> Any:
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = {
-        name: stand_ins.get(id(child)) or (_twin(child, stand_ins) if _holds(child, stand_ins) else child)
+        name: stand_ins.get(id(child))
+        or (_twin(child, stand_ins) if child is not None and _holds(child, stand_ins) else child)
         for name, child in module._modules.items()
     }
     return twin

@@ -109,7 +109,8 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         for row in rows:
             encoder.encode(row)
         choice = choose_layout(
-            causal_lm(model).config, SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu", bf16=False, fp16=False)
+            causal_lm(model).config,
+            SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu", bf16=False, fp16=False),
         )
         verdict.layout, verdict.why = choice.layout, choice.reason
         if hasattr(causal_lm(model), "set_experts_implementation"):

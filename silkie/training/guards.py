@@ -144,8 +144,8 @@ def keep_fp32_outputs(accelerator: Any) -> None:
 
 
 def has_router_loss(model: Any, args: Any) -> bool:
-    """Whether the model's forward returns the load balancing loss that TRL's rule asks of it: `router_aux_loss_coef`, or
-    the model's own coefficient where that is None.
+    """Whether the model's forward returns the load balancing loss that TRL's rule asks of it: `router_aux_loss_coef`,
+    or the model's own coefficient where that is None.
 
     Raises:
         LaunchError: it does not, and the option asks for it.
