@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from silkie.data.registry import SOURCES, describe
 from silkie.data.schema import DataError
 from silkie.io.archives import is_archive, open_member, read_member, zip_archive
-from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, FileError, is_below, open_file, read_file
+from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, is_below, open_file, read_file
 from silkie.io.jsonl import MAX_LINE_BYTES, JsonError, bounded_lines, decode, json_lines, parse_json
 
 logger = logging.getLogger(__name__)
@@ -324,7 +324,7 @@ def _readable() -> Iterator[None]:
     """What cannot be read, as a DataError: a FIFO, a damaged archive, a text that is not JSON."""
     try:
         yield
-    except (FileError, JsonError) as error:
+    except (OSError, JsonError) as error:
         raise DataError(str(error)) from error
 
 

@@ -20,7 +20,7 @@ from silkie.feedback.inputs import RecordError, read_items, with_images
 from silkie.feedback.items import JudgeItem, prompt_text
 from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
-from silkie.feedback.vlfeedback import write_vlfeedback
+from silkie.feedback.vlfeedback import SCALE, write_vlfeedback
 from silkie.io.files import open_file
 from silkie.io.jsonl import json_lines
 
@@ -145,8 +145,8 @@ def build_dataset(
                     judged.append(_judged(item, record))
                     yield row
 
-            aspects = _aspects(reader)
-            files = write_vlfeedback(records(), out, aspects=aspects, shard_bytes=shard_bytes)
+            aspects, scale = _aspects_and_scale(reader)
+            files = write_vlfeedback(records(), out, aspects=aspects, scale=scale, shard_bytes=shard_bytes)
         if not judged:
             raise ValueError(f"nothing to build from {responses}: every item is left out ({_listed(left_out)})")
         (out / "pairs.csv.partial").replace(out / "pairs.csv")
@@ -166,15 +166,19 @@ def build_dataset(
     )
 
 
-def _aspects(reader: _JournalReader) -> list[str]:
-    """The aspects of the first rated item: a journal has one rubric, so the others have the same."""
+def _aspects_and_scale(reader: _JournalReader) -> tuple[list[str], tuple[float, float]]:
+    """Aspects and scale of the first rated item: a journal has one rubric, so the others have the same. Journals of
+    silkie 0.1 name no scale: VLFeedback's is taken."""
     for item_id in reader.offsets:
         record = reader.get(item_id)
         if record is not None and record["status"] == "ok":
             ratings = record.get("ratings")
             if not isinstance(ratings, list) or not ratings or not isinstance(ratings[0], dict):
                 raise JournalError(f"item {item_id!r}: its line in the journal has no `ratings`")
-            return list(ratings[0])
+            scale = record.get("scale", SCALE)
+            if not isinstance(scale, (list, tuple)) or len(scale) != 2 or not all(map(_is_number, scale)):
+                raise JournalError(f"item {item_id!r}: its line in the journal has no `scale` [lowest, highest]")
+            return list(ratings[0]), (float(scale[0]), float(scale[1]))
     raise JournalError("the journal holds no rated item, so there is nothing to build")
 
 
@@ -200,8 +204,12 @@ def _check_rating(item: JudgeItem, record: Record) -> None:
         if not sized or not all(isinstance(value, kind) for value in values or []):
             raise JournalError(f"item {item.id!r}: its line in the journal has no `{name}` for {count} responses")
     for rating in record["ratings"]:
-        if not all(value is None or isinstance(value, (int, float)) for value in rating.values()):
+        if not all(value is None or _is_number(value) for value in rating.values()):
             raise JournalError(f"item {item.id!r}: its line in the journal has a rating that is no number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]:

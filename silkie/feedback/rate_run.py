@@ -3,7 +3,8 @@
 A line of the journal, one per item:
 
     {"id", "status": "ok", "judge": {"model", "rubric"}, "item": fingerprint, "ratings": [K x {aspect: number | null}],
-     "rationales": [K x {aspect: text}], "orders": [votes x [response at position p]], "form", "usage", "seconds"}
+     "rationales": [K x {aspect: text}], "orders": [votes x [response at position p]], "form",
+     "scale": [lowest, highest], "usage", "seconds"}
      and with several votes "spread" (K x {aspect: number}) and "vote_ratings" (votes x K x {aspect: number})
     {"id", "status": "failed", "judge", "item", "error": {"kind", "message"}, "attempts": [{"kind", "message", "raw"}],
     "usage", "seconds"}
@@ -215,7 +216,8 @@ class RateRun(JournalRun):
         if fatal is None and 2 * len(votes) > self.options.votes:
             rated = combine_votes(item, votes, self.judge.rubric.aspect_names)
             record |= {"status": "ok", "ratings": rated.ratings, "rationales": rated.rationales}
-            record |= {"orders": rated.orders, "form": rated.form}
+            rubric = self.judge.rubric
+            record |= {"orders": rated.orders, "form": rated.form, "scale": [rubric.minimum, rubric.maximum]}
             if self.options.votes > 1:
                 record |= {"spread": rated.spread, "vote_ratings": rated.vote_ratings}
         else:

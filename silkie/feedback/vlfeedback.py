@@ -21,12 +21,17 @@ from datasets import Features, Image, List, Value
 from silkie.endpoint.media import image_bytes
 from silkie.feedback.rubric import default_rubric, number_text
 
+SCALE = (1.0, 5.0)  # of VLFeedback's ratings
 
-def vlfeedback_features(aspects: Sequence[str]) -> Features:
-    """Column types of a VLFeedback table whose ratings carry `aspects`."""
+
+def vlfeedback_features(aspects: Sequence[str], scale: Sequence[float] = SCALE) -> Features:
+    """Column types of a VLFeedback table whose ratings carry `aspects`. Ratings on another scale than VLFeedback's have
+    it beside them in a column `rating_scale`, for the reader would refuse them otherwise."""
     annotation = {aspect: {"Rating": Value("string"), "Rationale": Value("string")} for aspect in aspects}
+    declared = {} if tuple(scale) == SCALE else {"rating_scale": List(Value("float64"))}
     return Features(
         {
+            **declared,
             "id": Value("string"),
             "prompt": Value("string"),
             "image": Image(),
@@ -88,6 +93,7 @@ def write_vlfeedback(
     directory: str | Path,
     *,
     aspects: Sequence[str] | None = None,
+    scale: Sequence[float] = SCALE,
     split: str = "train",
     shard_bytes: int = 500_000_000,
     rows_per_group: int = 100,
@@ -104,7 +110,7 @@ def write_vlfeedback(
     existing = sorted(folder.glob(f"{split}-*.parquet"))
     if existing:
         raise FileExistsError(f"{folder} already holds {existing[0].name}; choose another directory or remove it")
-    features = vlfeedback_features(aspects if aspects is not None else default_rubric().aspect_names)
+    features = vlfeedback_features(aspects if aspects is not None else default_rubric().aspect_names, scale)
     schema = features.arrow_schema
     paths: list[Path] = []
     writer: pq.ParquetWriter | None = None
@@ -134,6 +140,8 @@ def write_vlfeedback(
     try:
         for record in records:
             row = vlfeedback_row(**record)
+            if "rating_scale" in features:
+                row["rating_scale"] = [float(bound) for bound in scale]
             group.append(row)
             group_bytes += len(row["image"]["bytes"]) if row["image"] else 0
             if len(group) >= rows_per_group or in_shard + group_bytes >= shard_bytes:

@@ -97,8 +97,8 @@ def open_member(path: str, member: str) -> Iterator[IO[bytes]]:
 def _damage(path: str, member: str | None = None) -> Iterator[None]:
     try:
         yield
-    except _DAMAGE as error:
+    except FileError:
+        raise
+    except (*_DAMAGE, OSError) as error:  # OSError: an offset before the beginning of the file, say
         what = repr(path) if member is None else f"{path!r}, member {member!r}"
-        raise ArchiveError(
-            f"{what} cannot be read: {str(error.args[0]) if error.args else type(error).__name__}"
-        ) from error
+        raise ArchiveError(f"{what} cannot be read: {str(error) or type(error).__name__}") from error

@@ -12,6 +12,7 @@ import re
 import time
 import zlib
 
+import pyarrow.parquet as pq
 import pytest
 
 from silkie.endpoint import transport
@@ -430,3 +431,23 @@ def test_reports_of_another_kind(tmp_path):
     os.mkfifo(tmp_path / "report.json")
     with pytest.raises(OSError, match="report.json"):
         build_report(tmp_path)
+
+
+def test_ratings_on_another_scale_are_written_with_it(tmp_path):
+    """Line 19: what silkie writes, it reads; VLFeedback's own scale needs no column."""
+    from silkie.data import load_preferences
+    from silkie.feedback import OracleJudge, RateOptions, rate_file
+    from silkie.feedback.rubric import Aspect, Rubric
+
+    for top in (5.0, 10.0):
+        rubric = Rubric(name="r", introduction="x", aspects=(Aspect(name="Help"),), maximum=top)
+        folder = tmp_path / f"{top:g}"
+        folder.mkdir()
+        responses = write_responses(folder, 2)
+        judge = OracleJudge(lambda item, t=top: [{"Help": t - i} for i in range(len(item.responses))], rubric=rubric)
+        rate_file(responses, judge, folder / "journal", RateOptions(progress=False))
+        build_dataset(responses, folder / "journal", folder / "out")
+        groups = load_preferences(folder / "out", cache_dir=folder / "cache")
+        assert max(rating["Help"] for rating in groups[0]["ratings"]) == top
+        (written,) = (folder / "out" / "data").glob("*.parquet")
+        assert ("rating_scale" in pq.read_schema(written).names) == (top != 5)
