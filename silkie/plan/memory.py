@@ -204,11 +204,8 @@ def _trained_bytes(w: Workload, engine: Engine) -> tuple[float, float, float]:
 def _activations(shape: ModelShape, w: Workload) -> float:
     """Bytes kept for the backward pass: with checkpointing a hidden state per layer and one layer in full, else all in
     full."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # tensors of a layer: two norms (input in fp32, normalised, scaled), q, k, v, attention output, gate, up, their
-    # product
-    norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden
-    layer = w.tokens * (norms + w.bytes * (2 * q + 2 * kv + 4 * shape.intermediate))
+    norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden  # two: input in fp32, normalised, scaled
+    layer = w.tokens * (norms + w.bytes * shape.kept)
     boundaries = shape.layers * w.tokens * shape.hidden * w.bytes
     mask = w.tokens**2 / w.rows  # the packed layout's boolean mask on sdpa
     return (boundaries + layer if w.checkpointing else shape.layers * layer) + mask
@@ -237,17 +234,12 @@ def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
     A product [a, b] @ [b, c] counts 2abc. Attention counts what sdpa with a mask computes (all T x T scores).
     """
     q = shape.heads * shape.head_dim
-    matrices = (
-        shape.layer_parameters
-        - 2 * shape.hidden
-        - (q + 2 * shape.kv_heads * shape.head_dim if shape.attention_bias else 0)
-    )
-    attention = shape.layers * 4 * w.tokens**2 / w.rows * q
-    forward = _FLOPS_FORWARD * shape.layers * matrices * w.tokens + attention
+    attention = shape.attending * 4 * w.tokens**2 / w.rows * q
+    forward = _FLOPS_FORWARD * shape.matrices * w.tokens + attention
     rank = w.lora_rank if w.training != "full" else 0
     adapters = _FLOPS_FORWARD * shape.lora_parameters(rank) * w.tokens if rank else 0.0
     # backward: gradients of activations (as forward; attention twice) and of the weights that train
-    weights = _FLOPS_FORWARD * shape.layers * matrices * w.tokens if w.training == "full" else adapters
+    weights = _FLOPS_FORWARD * shape.matrices * w.tokens if w.training == "full" else adapters
     backward = forward + attention + adapters + weights
     recompute = forward + adapters if w.checkpointing else 0.0
     head = _FLOPS_FORWARD * shape.head_parameters * w.scored

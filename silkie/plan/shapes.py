@@ -3,14 +3,47 @@ exactly."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+
+from silkie.model.adapters import lora_targets
+from silkie.model.families import language_model, shell
+from silkie.model.recurrent.layers import count_recurrent
+from silkie.model.vision import vision_parameters, vision_parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What the weightless model of a config says of itself, exact for every family.
+
+    Attributes:
+        parameters, vision, head: of the whole model, of its vision tower with projector, of the output head.
+        largest_layer: of the largest layer of the language model.
+        active: matrix weights that a token passes in all layers; of a mixture's experts those that it is sent to.
+        kept: numbers per token that the backward pass of all layers needs, besides the norms'.
+        lora: adapter weights per rank.
+        attending: layers that compare every token with every other; the others keep a state.
+    """
+
+    parameters: int
+    vision: int
+    head: int
+    largest_layer: int
+    active: int
+    kept: int
+    lora: int
+    attending: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The sizes of a VLM that memory and FLOPs depend on. `vision_*` describe the vision tower, patch = pixels of a
-    patch's side, merge = patches merged along a side into one image token."""
+    patch's side, merge = patches merged along a side into one image token. With `counts`, those replace the formulas,
+    which are of the Qwen-VL kind."""
 
     name: str
     hidden: int
@@ -29,26 +62,54 @@ class ModelShape:
     patch: int = 14
     merge: int = 2
     attention_bias: bool = True
+    counts: Counts | None = None
+
+    @property
+    def attending(self) -> int:
+        """Layers of the language model with attention over all tokens."""
+        return self.counts.attending if self.counts else self.layers
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the language model's layers that multiply a token."""
+        if self.counts:
+            return self.counts.active
+        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.attention_bias else 0
+        return self.layers * (self.layer_parameters - 2 * self.hidden - biases)
+
+    @property
+    def kept(self) -> float:
+        """Numbers per token and layer that the backward pass needs, besides the norms': q, k, v, attention's output,
+        gate, its activation, up, and their product. A mean over the layers."""
+        if self.counts:
+            return self.counts.kept / self.layers
+        return 2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim + 4 * self.intermediate
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one language-model layer."""
+        """Parameters of one language-model layer, the largest where they differ."""
+        if self.counts:
+            return self.counts.largest_layer
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
     def head_parameters(self) -> int:
-        return self.vocab * self.hidden
+        return self.counts.head if self.counts else self.vocab * self.hidden
 
     @property
     def language_parameters(self) -> int:
         """Language model with embedding and head."""
+        if self.counts:
+            return self.counts.parameters - self.counts.vision
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
     @property
     def vision_parameters(self) -> int:
-        """Vision tower and merger of the Qwen-VL kind."""
+        """Vision tower and merger."""
+        if self.counts:
+            return self.counts.vision
         d, f, m = self.vision_hidden, self.vision_intermediate, self.vision_hidden * self.merge**2
         attention = 4 * d * d + 4 * d
         mlp = 3 * d * f + 2 * f + d if self.vision_gated else 2 * d * f + f + d
@@ -61,7 +122,9 @@ class ModelShape:
         return self.language_parameters + self.vision_parameters
 
     def lora_parameters(self, rank: int) -> int:
-        """LoRA on the language model's attention and MLP projections."""
+        """LoRA on the language model's linear layers and experts."""
+        if self.counts:
+            return self.counts.lora * rank
         q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
         return self.layers * rank * ((d + q) * 2 + (d + kv) * 2 + 3 * (d + f))
 
@@ -119,41 +182,139 @@ SHAPES = {
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate.
+    """The shape of a transformers config of any image-text model, counted on its weightless model.
 
     Raises:
-        ValueError: the model has no vision tower, or its config does not say its sizes.
+        ValueError: the model has no vision tower, or its config does not build a model.
     """
     name = config._name_or_path or config.model_type
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(f"{name} has no vision tower (no vision_config): not a vision-language model.")
     try:
-        return _shape(name, config, config.get_text_config(), config.vision_config)
-    except AttributeError as error:
-        raise ValueError(f"The planner cannot tell the sizes of {name}: {error}.") from error
+        model = shell(config)
+        if not list(vision_parts(model)):
+            raise ValueError("it has no vision tower, so it is no vision-language model")
+        return _shape(name, config, model)
+    except (ValueError, AttributeError, TypeError, KeyError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"The planner cannot tell the sizes of {name}: {' '.join(str(error).split())}.") from error
 
 
-def _shape(name: str, config: Any, text: Any, vision: Any) -> ModelShape:
-    gated = config.model_type in ("qwen2_5_vl",)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
-    heads, patch = text.num_attention_heads, vision.patch_size
+def _shape(name: str, config: Any, model: Any) -> ModelShape:
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None) or config
+    width, inner, depth = _vision_sizes(model)
+    heads = _first(text, "num_attention_heads", "n_heads", "num_heads") or 1
+    hidden = model.get_output_embeddings().weight.shape[1]
+    patch, windowed = getattr(vision, "patch_size", None) or 14, config.model_type in ("qwen2_5_vl",)
     return ModelShape(
         name=name,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
+        hidden=hidden,
+        intermediate=_first(text, "intermediate_size", "moe_intermediate_size", "ffn_hidden_size") or 4 * hidden,
+        layers=len(decoder_layers(model)),
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
-        tied=bool((config if hasattr(config, "tie_word_embeddings") else text).tie_word_embeddings),
+        kv_heads=_first(text, "num_key_value_heads") or heads,
+        head_dim=_first(text, "head_dim") or hidden // heads,
+        vocab=model.get_output_embeddings().weight.shape[0],
+        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         vision_hidden=width,
         vision_intermediate=inner,
-        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-        vision_gated=gated,
-        vision_window=getattr(vision, "window_size", None) if gated else None,
+        vision_layers=depth,
+        vision_gated=windowed,
+        vision_window=getattr(vision, "window_size", None) if windowed else None,
         patch=patch if isinstance(patch, int) else patch[0],  # InternVL gives height and width
         merge=getattr(vision, "spatial_merge_size", 2),
         attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
+        counts=count(config, model),
     )
+
+
+def count(config: Any, model: Any) -> Counts:
+    """The counts of a weightless model."""
+    layers, chosen = decoder_layers(model), _chosen_experts(config.get_text_config())
+    return Counts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        vision=sum(p.numel() for p in {id(p): p for p in vision_parameters(model)}.values()),
+        head=model.get_output_embeddings().weight.numel(),
+        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        active=round(sum(_active(layer, chosen) for layer in layers)),
+        kept=round(sum(_kept(layer, chosen) for layer in layers)),
+        lora=_lora_per_rank(model),
+        attending=len(layers) - count_recurrent(config),
+    )
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of the text decoder: its longest list of modules.
+
+    Raises:
+        ValueError: it has none.
+    """
+    lists = [m for m in language_model(model).modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ValueError("its text decoder has no list of layers")
+    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+
+
+def _chosen_experts(text: Any) -> int:
+    return _first(text, "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k") or 1
+
+
+def _weights(layer: nn.Module, chosen: int) -> Iterator[tuple[nn.Module, int, int, float]]:
+    """Module, input width, output width and times used per token of every matrix of a layer: linear layers, and stacked
+    experts, of which a token passes `chosen`."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            yield module, module.in_features, module.out_features, 1.0
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for weight in module.parameters(recurse=False):
+                if weight.dim() == 3 and min(weight.shape) > 1:
+                    yield module, weight.shape[2], weight.shape[1], min(chosen, weight.shape[0])
+
+
+def _active(layer: nn.Module, chosen: int) -> float:
+    return sum(wide * out * times for _, wide, out, times in _weights(layer, chosen))
+
+
+def _kept(layer: nn.Module, chosen: int) -> float:
+    """The outputs of matrices that lead inside, the inputs of those that lead out; a gated product is two more than
+    what its matrices show: the activation of the gate besides gate, up and product."""
+    matrices = list(_weights(layer, chosen))
+    hidden = Counter(wide for _, wide, _, _ in matrices).most_common(1)[0][0]
+    total = 0.0
+    for _, wide, out, times in matrices:
+        gated = out == hidden and sum(o in (wide, 2 * wide) for _, i, o, _ in matrices if i == hidden) > 0
+        mlp = gated and wide > hidden
+        total += times * ((out if out != hidden else 0) + (wide * (2 if mlp else 1) if wide != hidden else 0))
+    return total + sum(out * times for _, wide, out, times in matrices if wide == out == hidden)
+
+
+def _lora_per_rank(model: Any) -> int:
+    targets = lora_targets(model)
+    linear = (model.get_submodule(name) for name in targets.modules)
+    stacked = (model.get_parameter(name) for name in targets.parameters)
+    return sum(m.in_features + m.out_features for m in linear) + sum(
+        p.shape[0] * (p.shape[1] + p.shape[2]) for p in stacked
+    )
+
+
+def _vision_sizes(model: Any) -> tuple[int, int, int]:
+    """Width, inner width and layers of the vision tower: those of its longest list of blocks."""
+    towers = [part for _, part in vision_parts(model) if isinstance(part, nn.Module)]
+    lists = [m for tower in towers for m in tower.modules() if isinstance(m, nn.ModuleList)]
+    blocks = max(lists, key=len, default=None)
+    linear = [m for m in (blocks or nn.ModuleList(towers)).modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError("its vision tower has no linear layers")
+    width = Counter(m.in_features for m in linear).most_common(1)[0][0]
+    inner = [m.out_features for m in linear if m.in_features == width and m.out_features % width]
+    wide = [m.in_features for m in linear if m.out_features == width and m.in_features != width]
+    return width, (wide or inner or [4 * width])[0], len(blocks) if blocks is not None else 1
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """The first of these fields that is a positive number; a field with a value per layer gives its largest."""
+    fields = {key: value for key, value in config.to_dict().items() if value is not None}
+    for name in names:
+        value = fields.get(config.attribute_map.get(name, name))
+        if isinstance(value, (list, tuple)):
+            value = max((v for v in value if isinstance(v, int)), default=None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
