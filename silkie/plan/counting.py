@@ -85,7 +85,8 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     lists = [m for m in language_model(model).modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ValueError("its text decoder has no list of layers")
-    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+    weights = [sum(p.numel() for p in found.parameters()) for found in lists]
+    return list(lists[weights.index(max(weights))])
 
 
 def _chosen_experts(text: Any) -> int:
