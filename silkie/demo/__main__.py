@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from silkie.io.console import guarded, log_to_stderr
 from silkie.io.options import option, options_parser, parse_options
@@ -41,9 +42,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.demo")
         from silkie.demo.loop import run_demo  # imports torch: after the options were read
 
         print(run_demo(options.output_dir, options.seed, options.controls, options.dry_run))
+        if not options.dry_run:
+            out = Path(options.output_dir)
+            print(f"page: {out / 'demo.html'} (open it in a browser)")
+            print(f'next: silkie infer {out / "adapter"} {first_image(out)} "Describe the image." --compare')
         return 0
 
     return guarded(run)
+
+
+def first_image(output: Path) -> Path:
+    """An image of the demo's, to ask about."""
+    return min((output / "data" / "images").iterdir(), default=Path("IMAGE"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, W
 from silkie.demo.scenes import render
 from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
+from silkie.io.console import say
 from silkie.model.weights import refuse_pickled_adapter
 from silkie.plan.dry_run import dry_run as run_one_step
 from silkie.trainer import SilkieDPOTrainer
@@ -85,21 +87,39 @@ def run_demo(
     data = preferences(DPO, source, seed)
     summary = Summary(str(base_dir), seed, len(data), sum(len(pairs) for pairs in data["pairs"]))
     answers = {"base": evaluate(summary, "base", "Base", *load_base(base_dir), test, output, watch)}
-    for recipe in (DPO, *(CONTROLS if controls else ())):
+    recipes = (DPO, *(CONTROLS if controls else ()))
+    for number, recipe in enumerate(recipes):
+        if recipe is not DPO:
+            say(f"\ncontrol {number} of {len(recipes) - 1}: {recipe.title}")
         directory = output / ("adapter" if recipe is DPO else f"controls/{recipe.name}")
-        trainer = make_trainer(recipe, preferences(recipe, source, seed), base_dir, directory, seed)
+        shared = sharing_reference(recipe, output)
+        trainer = make_trainer(shared, preferences(recipe, source, seed), base_dir, directory, seed)
         with watch(f"train {recipe.title}"):
             trainer.train()
         if recipe is DPO:
             trainer.save_model(str(directory))
             history, options = trainer.state.log_history, shown_options(trainer)
+        trainer.model.merge_adapter()  # generates a third faster, and nothing trains it any more
         answers[recipe.name] = evaluate(
             summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch
         )
-    summary.seconds = watch.seconds
-    write_outputs(summary, test, answers, output, history, options)
+        summary.seconds = watch.seconds
+        waiting = [later.title for later in recipes[number + 1 :]]
+        page = write_outputs(summary, test, answers, output, history, options, waiting=waiting)
+        if recipe is DPO and waiting:
+            say(f"\n{summary.table}\nBase against DPO, with the answers side by side: {page}")
+            say(f"The controls follow ({', '.join(waiting)}); each is added to the page.")
     (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def sharing_reference(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe, reading the reference's log-probs from a cache of the run: DPO and its controls train on the same
+    responses, so the reference sees each of them once instead of once per epoch and recipe."""
+    if set(recipe.losses) <= {"sft"}:  # reads no reference
+        return recipe
+    cache = {"precompute_ref_log_probs": True, "reference_cache_dir": str(output / "reference")}
+    return replace(recipe, options={**cache, **recipe.options})
 
 
 def held_out(sizes: Sizes) -> list[DemoItem]:

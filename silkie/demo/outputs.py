@@ -27,18 +27,22 @@ def write_outputs(
     output: Path,
     log_history: Sequence[Mapping[str, Any]] = (),
     configuration: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
+    *,
+    waiting: Sequence[str] = (),
+) -> Path:
     """`table.md`, the report page `demo.html`, and `demo.png` where matplotlib is installed. Sets `summary.table`.
 
     `log_history` (of the DPO trainer) gives the page its curves, `configuration` (section -> option -> value) its table
-    of options."""
+    of options. `waiting`: what is still to be trained, which the page says. Returns the page's path."""
     summary.table = markdown(summary)
     (output / "table.md").write_text(summary.table, encoding="utf-8")
-    shown = examples(test)
-    build_report(
-        demo_report(summary, test, answers, log_history=log_history, configuration=configuration), output / "demo.html"
+    page = build_report(
+        demo_report(summary, test, answers, log_history=log_history, configuration=configuration, waiting=waiting),
+        output / "demo.html",
     )
-    picture(summary, test, answers, shown[:6], output / "demo.png")
+    if not (output / "demo.png").exists() or not waiting:  # of base and DPO: the controls change nothing in it
+        picture(summary, test, answers, examples(test)[:6], output / "demo.png")
+    return page
 
 
 def markdown(summary: Summary) -> str:

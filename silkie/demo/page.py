@@ -30,13 +30,15 @@ def demo_report(
     *,
     log_history: Sequence[Mapping[str, Any]] = (),
     configuration: Mapping[str, Mapping[str, Any]] | None = None,
+    waiting: Sequence[str] = (),
 ) -> Report:
-    """The page of a finished demo run.
+    """The page of a demo run.
 
     Args:
         answers: policy -> decoding -> an answer per item of `test`; the policies "base" and "dpo" are shown side by
             side.
         log_history: of the DPO trainer's state.
+        waiting: recipes that are still to be trained.
     """
     rows = [
         row
@@ -67,6 +69,7 @@ def demo_report(
         gallery=pick_cards(cards, CARDS),
         gallery_counts=Counter(card.flip for card in cards),
         notes=[
+            *([f"Still to be trained, and then added here: {', '.join(waiting)}. Reload the page."] if waiting else []),
             (
                 "The base model's flaws are planted (silkie/demo/README.md says which). Training removes behaviour, it"
                 " adds no sight."

@@ -45,6 +45,8 @@ class Comparison:
     """(a's, b's) answers of the questions that a gets wrong and b right."""
     broken: list[tuple[Item, Item]]
     mcnemar_p: float | None
+    warnings: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """What the scorers say about a's and b's numbers."""
 
     def to_dict(self, *, flips: bool = True) -> dict[str, Any]:
         result: dict[str, Any] = {
@@ -94,6 +96,7 @@ def compare_scores(
         fixed=[(x, y) for x, y in zip(items_a, items_b, strict=True) if x.correct is False and y.correct],
         broken=[(x, y) for x, y in zip(items_a, items_b, strict=True) if x.correct and y.correct is False],
         mcnemar_p=_mcnemar(items_a, items_b),
+        warnings=(a.warnings, b.warnings),
     )
 
 

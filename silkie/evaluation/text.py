@@ -65,7 +65,8 @@ def comparison_text(comparison: Comparison, shown_flips: int = 10, names: tuple[
             )
         if len(pairs) > shown_flips:
             parts.append(f"... {len(pairs) - shown_flips} more {title}; --json lists all, --html shows them")
-    return "\n\n".join(parts)
+    said = (f"note: {letter}: {text}" for letter, own in zip("AB", comparison.warnings, strict=True) for text in own)
+    return "\n\n".join([*parts, *said])
 
 
 def number(value: float | None) -> str:

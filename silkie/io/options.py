@@ -33,6 +33,7 @@ __all__ = [
     "argument",
     "command_parser",
     "option",
+    "optional_argument",
     "options_parser",
     "parse_command",
     "parse_options",
@@ -56,6 +57,11 @@ class Command:
 def argument(help: str, *, metavar: str | None = None) -> Any:
     """A positional argument that must be given. `metavar`: its name in the help."""
     return dataclasses.field(metadata={"help": help, "metavar": metavar, "positional": True})
+
+
+def optional_argument(help: str, *, metavar: str | None = None) -> Any:
+    """A positional argument that may be left out; it is None then."""
+    return dataclasses.field(default=None, metadata={"help": help, "metavar": metavar, "positional": True})
 
 
 def option(
@@ -146,6 +152,7 @@ def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
         else:
             settings["type"] = _reader(hint)
         if about["positional"]:
+            settings |= {"nargs": "?"} if field.default is None else {}
             parser.add_argument(field.name, **settings)
             continue
         flags = [about["flag"] or f"--{field.name.replace('_', '-')}", *about["aliases"]]

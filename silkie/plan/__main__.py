@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from silkie.io.console import complain
 from silkie.plan.memory import LEAST, Engine, Workload, choose, load_shape, parse_memory
 from silkie.plan.shapes import SHAPES
+from silkie.plan.write import machines_of, write_plan
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -40,12 +43,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--optimizer-8bit", action="store_true", help="optimizer states in 8 bits: optim=adamw_bnb_8bit"
     )
+    parser.add_argument(
+        "--write", metavar="DIR", help="write accelerate's config and the training YAML of the recommendation"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan") -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan") -> int:
+    """The command line; the return value is the exit status."""
     parser = make_parser(prog)
     args = parser.parse_args(argv)
     try:
@@ -83,7 +89,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
                 }
             )
         )
-        return
+        return 0
     print(
         f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {workload.training}, {workload.tokens} tokens in a"
         " micro-batch"
@@ -96,13 +102,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
         else _config(best.engine, args.gpus)
     )
     print(f"use: {name}")
+    if not args.write:
+        return 0
+    if best is None:
+        return complain(ValueError(f"nothing fits, so nothing is written to {args.write}"))
+    try:
+        print(f"written; name your data in the YAML, then: {write_plan(args.write, args.model, best)}")
+    except OSError as error:
+        return complain(error)
+    return 0
 
 
 def _config(engine: Engine, gpus: int) -> str:
     """What to give to `accelerate launch --config_file`, machines having 8 GPUs."""
     if engine == "ddp" and gpus == 1:
         return "recipes/accelerate/single.yaml"
-    machines = -(-gpus // 8)
+    machines = machines_of(gpus)
     name = "multinode_zero3" if engine == "zero3" and machines > 1 else engine
     return (
         f"recipes/accelerate/{name}.yaml --num_processes {gpus}{f' --num_machines {machines}' if machines > 1 else ''}"
@@ -110,4 +125,4 @@ def _config(engine: Engine, gpus: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

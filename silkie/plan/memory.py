@@ -9,10 +9,14 @@ Legend: G groups, K responses, T tokens of a packed group, N scored tokens, D hi
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
+from silkie.io.console import say
 from silkie.plan.shapes import SHAPES, ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ LEAST = {
     "image_tokens": 0,
     "lora_rank": 1,
 }
+TIGHT = 0.1  # share of the memory
 _CONTEXT = 1.0 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
 _FRAGMENTATION = 1.1  # the caching allocator's peak over what is alive
 
@@ -116,6 +121,22 @@ class Plan:
     def fits(self) -> bool:
         return self.total <= self.memory
 
+    @property
+    def spare(self) -> float:
+        """Share of the GPU's memory that is left; below 0 where it does not fit."""
+        return 1 - self.total / self.memory
+
+    @property
+    def tight(self) -> bool:
+        """Fits, with less left than an estimate should be trusted with."""
+        return 0 <= self.spare < TIGHT
+
+    @property
+    def margin(self) -> str:
+        """For people: `3 % to spare: tight`."""
+        share = f"{abs(self.spare) * 100:.0f} %"
+        return f"{share} to spare{': tight' * self.tight}" if self.fits else f"{share} too much"
+
     def lines(self) -> list[str]:
         """For people."""
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead")
@@ -125,7 +146,7 @@ class Plan:
         return [
             (
                 f"{self.engine} on {self.gpus} GPU(s): {_size(self.total)} per GPU, {verdict} in {_size(self.memory)}"
-                " (estimate)"
+                f" (estimate): {self.margin}"
             ),
             f"  {by_part}{host}",
             f"  {self.flops / 1e12:.3g} TFLOP per GPU and micro-batch of {self.workload.tokens:.0f} tokens",
@@ -204,11 +225,8 @@ def _trained_bytes(w: Workload, engine: Engine) -> tuple[float, float, float]:
 def _activations(shape: ModelShape, w: Workload) -> float:
     """Bytes kept for the backward pass: with checkpointing a hidden state per layer and one layer in full, else all in
     full."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # tensors of a layer: two norms (input in fp32, normalised, scaled), q, k, v, attention output, gate, up, their
-    # product
-    norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden
-    layer = w.tokens * (norms + w.bytes * (2 * q + 2 * kv + 4 * shape.intermediate))
+    norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden  # two: input in fp32, normalised, scaled
+    layer = w.tokens * (norms + w.bytes * shape.kept)
     boundaries = shape.layers * w.tokens * shape.hidden * w.bytes
     mask = w.tokens**2 / w.rows  # the packed layout's boolean mask on sdpa
     return (boundaries + layer if w.checkpointing else shape.layers * layer) + mask
@@ -237,17 +255,12 @@ def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
     A product [a, b] @ [b, c] counts 2abc. Attention counts what sdpa with a mask computes (all T x T scores).
     """
     q = shape.heads * shape.head_dim
-    matrices = (
-        shape.layer_parameters
-        - 2 * shape.hidden
-        - (q + 2 * shape.kv_heads * shape.head_dim if shape.attention_bias else 0)
-    )
-    attention = shape.layers * 4 * w.tokens**2 / w.rows * q
-    forward = _FLOPS_FORWARD * shape.layers * matrices * w.tokens + attention
+    attention = shape.attending * 4 * w.tokens**2 / w.rows * q
+    forward = _FLOPS_FORWARD * shape.matrices * w.tokens + attention
     rank = w.lora_rank if w.training != "full" else 0
     adapters = _FLOPS_FORWARD * shape.lora_parameters(rank) * w.tokens if rank else 0.0
     # backward: gradients of activations (as forward; attention twice) and of the weights that train
-    weights = _FLOPS_FORWARD * shape.layers * matrices * w.tokens if w.training == "full" else adapters
+    weights = _FLOPS_FORWARD * shape.matrices * w.tokens if w.training == "full" else adapters
     backward = forward + attention + adapters + weights
     recompute = forward + adapters if w.checkpointing else 0.0
     head = _FLOPS_FORWARD * shape.head_parameters * w.scored
@@ -282,13 +295,15 @@ def _vision_flops(shape: ModelShape, w: Workload) -> float:
 
 
 def choose(shape: ModelShape, workload: Workload, *, gpus: int, memory: float) -> tuple[Plan | None, list[Plan]]:
-    """The first engine that fits, from the fastest to the most frugal, and the plans of all engines for that number of
-    GPUs."""
+    """The first engine that fits with a margin, from the fastest to the most frugal, or where none does the one that
+    fits with the largest; and the plans of all engines for that number of GPUs."""
     engines: list[Engine] = ["ddp"] if gpus == 1 else list(ENGINES)
     if gpus == 1 and workload.training == "full":
         engines.append("zero3_offload")
     plans = [estimate(shape, workload, engine=engine, gpus=gpus, memory=memory) for engine in engines]
-    return next((p for p in plans if p.fits), None), plans
+    fitting = [p for p in plans if p.fits]
+    easy = next((p for p in fitting if not p.tight), None)
+    return easy or max(fitting, key=lambda p: p.spare, default=None), plans
 
 
 def parse_memory(text: str) -> float:
@@ -312,10 +327,41 @@ def parse_memory(text: str) -> float:
 
 
 def load_shape(model: str) -> ModelShape:
-    """A known name, or a directory (or cached hub name) with a config.json."""
+    """The shape of a known name, a model type of transformers (its default config), or a directory or hub name with a
+    config.json. The hub is asked only where the cache lacks the config and the network answers.
+
+    Raises:
+        ValueError: the config builds no image-text model.
+        OSError: no such model.
+    """
     key = Path(model).name.lower().removesuffix("-instruct")
     if not Path(model).exists() and key in SHAPES:
         return SHAPES[key]
-    from transformers import AutoConfig
+    say(f"building {model} without weights ...")
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    return shape_of(AutoConfig.from_pretrained(model))
+    if not Path(model).exists() and model in CONFIG_MAPPING:
+        return shape_of(CONFIG_MAPPING[model]())
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+    except OSError:
+        if Path(model).exists() or not _hub_answers():
+            raise
+        config = AutoConfig.from_pretrained(model)
+    return shape_of(config)
+
+
+def _hub_answers(seconds: float = 2.0) -> bool:
+    """Whether the hub can be reached at all; its own client would try for a minute. A proxy is left to the client."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=seconds).close()
+    except OSError:
+        return False
+    return True

@@ -8,9 +8,33 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What the weightless model of a config says of itself, exact for every family.
+
+    Attributes:
+        parameters, vision, head: of the whole model, of its vision tower with projector, of the output head.
+        largest_layer: of the largest layer of the language model.
+        active: matrix weights that a token passes in all layers; of a mixture's experts those that it is sent to.
+        kept: numbers per token that the backward pass of all layers needs, besides the norms'.
+        lora: adapter weights per rank.
+        attending: layers that compare every token with every other; the others keep a state.
+    """
+
+    parameters: int
+    vision: int
+    head: int
+    largest_layer: int
+    active: int
+    kept: int
+    lora: int
+    attending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The sizes of a VLM that memory and FLOPs depend on. `vision_*` describe the vision tower, patch = pixels of a
-    patch's side, merge = patches merged along a side into one image token."""
+    patch's side, merge = patches merged along a side into one image token. With `counts`, those replace the formulas,
+    which are of the Qwen-VL kind."""
 
     name: str
     hidden: int
@@ -29,26 +53,54 @@ class ModelShape:
     patch: int = 14
     merge: int = 2
     attention_bias: bool = True
+    counts: Counts | None = None
+
+    @property
+    def attending(self) -> int:
+        """Layers of the language model with attention over all tokens."""
+        return self.counts.attending if self.counts else self.layers
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the language model's layers that multiply a token."""
+        if self.counts:
+            return self.counts.active
+        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.attention_bias else 0
+        return self.layers * (self.layer_parameters - 2 * self.hidden - biases)
+
+    @property
+    def kept(self) -> float:
+        """Numbers per token and layer that the backward pass needs, besides the norms': q, k, v, attention's output,
+        gate, its activation, up, and their product. A mean over the layers."""
+        if self.counts:
+            return self.counts.kept / self.layers
+        return 2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim + 4 * self.intermediate
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one language-model layer."""
+        """Parameters of one language-model layer, the largest where they differ."""
+        if self.counts:
+            return self.counts.largest_layer
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
     def head_parameters(self) -> int:
-        return self.vocab * self.hidden
+        return self.counts.head if self.counts else self.vocab * self.hidden
 
     @property
     def language_parameters(self) -> int:
         """Language model with embedding and head."""
+        if self.counts:
+            return self.counts.parameters - self.counts.vision
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
     @property
     def vision_parameters(self) -> int:
-        """Vision tower and merger of the Qwen-VL kind."""
+        """Vision tower and merger."""
+        if self.counts:
+            return self.counts.vision
         d, f, m = self.vision_hidden, self.vision_intermediate, self.vision_hidden * self.merge**2
         attention = 4 * d * d + 4 * d
         mlp = 3 * d * f + 2 * f + d if self.vision_gated else 2 * d * f + f + d
@@ -61,7 +113,9 @@ class ModelShape:
         return self.language_parameters + self.vision_parameters
 
     def lora_parameters(self, rank: int) -> int:
-        """LoRA on the language model's attention and MLP projections."""
+        """LoRA on the language model's linear layers and experts."""
+        if self.counts:
+            return self.counts.lora * rank
         q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
         return self.layers * rank * ((d + q) * 2 + (d + kv) * 2 + 3 * (d + f))
 
@@ -119,41 +173,11 @@ SHAPES = {
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape of a transformers config of the Qwen-VL kind; other families' vision towers are approximate.
+    """The shape of a transformers config of any image-text model, counted on its weightless model.
 
     Raises:
-        ValueError: the model has no vision tower, or its config does not say its sizes.
+        ValueError: the model has no vision tower, or its config does not build a model.
     """
-    name = config._name_or_path or config.model_type
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(f"{name} has no vision tower (no vision_config): not a vision-language model.")
-    try:
-        return _shape(name, config, config.get_text_config(), config.vision_config)
-    except AttributeError as error:
-        raise ValueError(f"The planner cannot tell the sizes of {name}: {error}.") from error
+    from silkie.plan.counting import counted_shape  # loads torch, which a known name does without
 
-
-def _shape(name: str, config: Any, text: Any, vision: Any) -> ModelShape:
-    gated = config.model_type in ("qwen2_5_vl",)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
-    heads, patch = text.num_attention_heads, vision.patch_size
-    return ModelShape(
-        name=name,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
-        tied=bool((config if hasattr(config, "tie_word_embeddings") else text).tie_word_embeddings),
-        vision_hidden=width,
-        vision_intermediate=inner,
-        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-        vision_gated=gated,
-        vision_window=getattr(vision, "window_size", None) if gated else None,
-        patch=patch if isinstance(patch, int) else patch[0],  # InternVL gives height and width
-        merge=getattr(vision, "spatial_merge_size", 2),
-        attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
-    )
+    return counted_shape(config)

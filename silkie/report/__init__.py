@@ -1,7 +1,7 @@
 """One self-contained HTML page for a run: configuration, data, curves, benchmarks with intervals, and a gallery of
 answers before and after.
 
-    python -m silkie.report RUN_DIR
+    python -m silkie.report RUN_DIR [OTHER_RUN_DIR]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from silkie.report.schema import Report
 if TYPE_CHECKING:
     from silkie.evaluation.compare import Comparison
 
-__all__ = ["Report", "build_report", "write_comparison"]
+__all__ = ["Report", "build_report", "build_side_by_side", "write_comparison"]
 
 
 def build_report(run: str | Path | Report, out: str | Path | None = None) -> Path:
@@ -43,6 +43,13 @@ def build_report(run: str | Path | Report, out: str | Path | None = None) -> Pat
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(report), encoding="utf-8")
     return page
+
+
+def build_side_by_side(a: str | Path, b: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of two runs. `out`: default `report_vs_B.html` in A's directory. Raises as `build_report` does."""
+    from silkie.report.side_by_side import side_by_side
+
+    return build_report(side_by_side(a, b), out or Path(a) / f"report_vs_{Path(b).resolve().name}.html")
 
 
 def write_comparison(

@@ -28,7 +28,7 @@ from silkie.report.schema import (
     read_run_file,
 )
 
-__all__ = ["collect", "comparison_report", "curves_of", "pick_cards"]
+__all__ = ["collect", "comparison_report", "curves_of", "evaluate", "pick_cards", "read_run", "short_names"]
 
 MAX_CARDS = 160
 
@@ -57,12 +57,15 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
 )
 
 
-def collect(run_dir: str | Path) -> Report:
+def collect(run_dir: str | Path, *, evaluations: bool = True) -> Report:
     """Read `report.json` (see `silkie.report.schema`) and the trainer's state from a run directory; either may be
     missing, not both.
 
     Configuration and data that `report.json` does not give are those that the trainer saved (`silkie_run.json`,
     `adapter_config.json`).
+
+    Args:
+        evaluations: score and compare the results files that `report.json` names.
 
     Raises:
         FileNotFoundError: neither is there, or a file that `report.json` names is missing.
@@ -90,8 +93,8 @@ def collect(run_dir: str | Path) -> Report:
     )
     if compared := [evaluation.compared for evaluation in given.evaluations if evaluation.compared]:
         report.names = compared[0]
-    for evaluation in given.evaluations:
-        rows, cards, notes = _evaluation(root, evaluation)
+    for evaluation in given.evaluations if evaluations else ():
+        rows, cards, notes = evaluate(root, evaluation)
         report.benchmarks += rows
         report.gallery += cards
         report.notes += notes
@@ -105,13 +108,26 @@ def collect(run_dir: str | Path) -> Report:
     return report
 
 
+def read_run(run_dir: str | Path) -> RunFile:
+    """A run's `report.json`; an empty one where there is none."""
+    file = Path(run_dir) / "report.json"
+    return read_run_file(file) if file.is_file() else RunFile()
+
+
 def comparison_report(comparison: Comparison, image_root: str | Path | None, names: tuple[str, str]) -> Report:
     """The page of `compare --html`: metrics, categories and every flipped question."""
-    root, names = Path(image_root or "."), _short_names(*map(Path, names))
+    root, names = Path(image_root or "."), short_names(*map(Path, names))
     pairs = [*comparison.fixed, *comparison.broken]
     cards, notes = _cards(pairs, root, comparison.benchmark)
     rows = [
-        _row(m, comparison.benchmark, names, comparison.questions, headline=i == 0)
+        _row(
+            m,
+            comparison.benchmark,
+            names,
+            comparison.questions,
+            headline=i == 0,
+            said=comparison.warnings if i == 0 else ((), ()),
+        )
         for i, m in enumerate(comparison.metrics)
     ]
     rows += [
@@ -132,7 +148,7 @@ def comparison_report(comparison: Comparison, image_root: str | Path | None, nam
     )
 
 
-def _short_names(a: Path, b: Path) -> tuple[str, str]:
+def short_names(a: Path, b: Path) -> tuple[str, str]:
     """The files' names without endings; with their folders where the names are the same (`base/pope.jsonl`,
     `trained/pope.jsonl`)."""
     if a.stem != b.stem:
@@ -189,7 +205,7 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
     return list(values) if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
 
 
-def _evaluation(root: Path, described: Evaluation) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
+def evaluate(root: Path, described: Evaluation) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
     """Score the results files of one evaluation and compare every system with the first: rows, cards, notes."""
     compared, benchmark = described.compared, get_benchmark(described.benchmark)
     files = {name: root / file for name, file in described.systems.items()}
@@ -245,11 +261,28 @@ def _system(
         high=high,
         **changed,
         p_value=difference.p_value if difference else None,
+        caveats=caveats(score) if metric == score.primary else (),
     )
 
 
+def caveats(score: Score) -> tuple[str, ...]:
+    """What the scorer says about its numbers, and answers that it could not read or grade."""
+    counts = ((name, score.metrics.get(name)) for name in ("unreadable", "ungraded"))
+    unread = (f"{_share(number)} of {len(score.items)} answers {name}." for name, number in counts if number)
+    return (*unread, *score.warnings)
+
+
+def _share(number: float) -> str:
+    return f"{number}" if isinstance(number, int) else f"{100 * number:.1f} %"
+
+
 def _row(
-    m: MetricDifference, name: str, names: tuple[str, str], questions: int | None, headline: bool = False
+    m: MetricDifference,
+    name: str,
+    names: tuple[str, str],
+    questions: int | None,
+    headline: bool = False,
+    said: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> BenchmarkRow:
     lower = bool(m.difference and m.better is not None and (m.difference < 0) == m.better)
     b = System(
@@ -259,12 +292,13 @@ def _row(
         difference_low=m.low,
         difference_high=m.high,
         p_value=m.p_value,
+        caveats=tuple(said[1]),
     )
     return BenchmarkRow(
         name=name,
         metric=m.name,
         lower_is_better=lower,
-        systems=(System(name=names[0], value=m.a), b),
+        systems=(System(name=names[0], value=m.a, caveats=tuple(said[0])), b),
         headline=headline,
         questions=questions,
     )

@@ -133,6 +133,7 @@ def _tile(row: BenchmarkRow) -> dict[str, Any]:
         "difference": difference,
         "low": trained.difference_low,
         "high": trained.difference_high,
+        "caveats": _caveats([{"row": row}]),
         # coloured where the change is sure, or where nothing says how sure it is
         "kind": _direction(row, difference) if _sure(trained) or trained.difference_low is None else "same",
     }
@@ -153,11 +154,22 @@ def _tables(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
         {
             "name": name,
             "rows": own,
+            "caveats": _caveats(own),
             "tested": any(s.p_value is not None for r in own for s in r["row"].systems),
             "questions": next((r["row"].questions for r in own if r["row"].questions), None),
         }
         for name, own in tables.items()
     ]
+
+
+def _caveats(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the table's systems' scorers say; once, without a name, what all of them say."""
+    said: dict[str, list[str]] = {}
+    for system in (system for row in rows for system in row["row"].systems):
+        for caveat in system.caveats:
+            said.setdefault(caveat, []).append(system.name)
+    systems = {system.name for row in rows for system in row["row"].systems}
+    return [text if set(who) == systems else f"{', '.join(dict.fromkeys(who))}: {text}" for text, who in said.items()]
 
 
 def _row(row: BenchmarkRow) -> dict[str, Any]:

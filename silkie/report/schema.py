@@ -61,7 +61,7 @@ Flip = Literal["fixed", "broken", "right", "wrong", "unjudged"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """One system's value in a benchmark row. `difference` is its value minus the base's, with its interval and p-value,
-    where known."""
+    where known. `caveats`: what a reader must know before trusting the value, as the scorer says it."""
 
     name: str
     value: Number | None
@@ -71,6 +71,7 @@ class System:
     difference_low: Number | None = None
     difference_high: Number | None = None
     p_value: Number | None = None
+    caveats: tuple[str, ...] = ()
 
     __pydantic_config__ = CHECKED
 

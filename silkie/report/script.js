@@ -6,6 +6,11 @@
   all("img[data-same]").forEach((image) => { image.src = document.getElementById("i" + image.dataset.same).src; });
   all(".card img").forEach((image) => image.addEventListener("click", () => image.closest(".card").classList.toggle("big")));
 
+  // A table that is wider than the screen says so.
+  const hints = () => all(".scroll").forEach((box) => { box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1; });
+  addEventListener("resize", hints);
+  hints();
+
   const form = document.querySelector(".filters");
   if (form) {
     const cards = all(".card"), count = document.getElementById("count"), none = document.querySelector(".none");

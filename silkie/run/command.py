@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig, TrlParser
@@ -61,11 +62,18 @@ def _train(argv: list[str], prog: str) -> int:
             raise ValueError(
                 f"{', '.join(asked.launch)}: options of a launcher, and this is none. Start with `silkie train`."
             )
-        run_args, args, model_args, *_ = make_parser(prog).parse_args_and_config(
-            _two_words(argv), return_remaining_strings=True
-        )
+        parser = make_parser(prog)
+        parser.set_defaults(**precision(asked.use_cpu))
+        run_args, args, model_args, *_ = parser.parse_args_and_config(_two_words(argv), return_remaining_strings=True)
     run(run_args, args, model_args)
     return 0
+
+
+def precision(use_cpu: bool) -> dict[str, bool | None]:
+    """Defaults of `bf16` and `tf32` on this machine's device: on where the GPU computes in them (compute capability 8),
+    which the recipes then need not say; a command line or YAML that sets them wins."""
+    fits = not use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return {"bf16": fits, "tf32": True if fits else None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "feedback": {"data", "inference", *GROUND},
     "evaluation": {"data", "inference", *GROUND},
     "report": {"data", "evaluation", *GROUND},
-    "plan": FLOW,
+    "plan": FLOW | {"io"},
     "run": {"plan", "inference", "io", *FLOW},
     "__init__": FLOW | {"io"},
     "__main__": {"io"},  # the console command names the modules of its commands and imports one when it is called

@@ -2,15 +2,18 @@
 tracked ones."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Blip2Config, Qwen2Config
+from transformers import CONFIG_MAPPING, Qwen2Config
 
-from silkie.model.adapters import default_lora_targets
+from silkie.model import tiny
+from silkie.model.adapters import default_lora_targets, with_default_targets
 from silkie.model.families import backbone
 from silkie.model.vision import vision_parameters
 from silkie.plan import __main__ as command
@@ -152,7 +155,7 @@ def test_command_line_that_cannot_be(capsys, options, message):
 
 def test_a_model_without_a_vision_tower_is_refused(tmp_path):
     Qwen2Config(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no vision tower"):
+    with pytest.raises(ValueError, match="no image-text-to-text class for 'qwen2'"):
         plan.load_shape(str(tmp_path))
 
 
@@ -162,9 +165,9 @@ def test_other_families_have_an_estimate(family):
     assert plan.estimate(shape).total > shape.parameters * 2
 
 
-def test_a_config_without_sizes_is_refused():
-    with pytest.raises(ValueError, match=r"cannot tell the sizes of blip-2.*intermediate_size"):
-        plan.shape_of(Blip2Config())
+def test_a_config_that_builds_no_model_is_refused():
+    with pytest.raises(ValueError, match="cannot tell the sizes of mistral4: .* no module"):
+        plan.shape_of(CONFIG_MAPPING["mistral4"]())
 
 
 @pytest.mark.parametrize(
@@ -219,3 +222,67 @@ def test_the_guide_gives_the_planners_figures(model, training, engine, gpus):
         if line.startswith("|") and f"`{'single' if gpus == 1 else engine}.yaml`" in line
     )
     assert f"{total / plan.GIB:.1f} GiB" in row
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_formulas_give_what_is_counted(family, tie):
+    counted = plan.shape_of(tiny_model(family, tie=tie).config)
+    formulas = replace(counted, counts=None)
+    names = ("parameters", "vision_parameters", "language_parameters", "head_parameters", "layer_parameters")
+    for name in (*names, "matrices", "kept", "attending"):
+        assert getattr(counted, name) == getattr(formulas, name), name
+    assert counted.lora_parameters(3) == formulas.lora_parameters(3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3", "llava", "internvl"])
+def test_types_are_counted_as_their_models_are(model_type):
+    """Parameters and adapter against a real tiny model with peft's adapter on it, mixtures and hybrids included."""
+    model, _ = tiny.tiny(model_type)
+    shape = plan.shape_of(model.config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.vision_parameters == sum(p.numel() for p in vision_parameters(model))
+    config = with_default_targets(LoraConfig(r=3), model)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    assert shape.lora_parameters(3) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_mixture_computes_with_the_experts_that_a_token_is_sent_to():
+    config = tiny.tiny("qwen3_vl_moe")[0].config
+    text = config.get_text_config()
+    shape = plan.shape_of(config)
+    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    router, expert = text.hidden_size * text.num_experts, 3 * text.hidden_size * text.moe_intermediate_size
+    attention = text.hidden_size * (2 * q + 2 * kv)
+    expected = text.num_hidden_layers * (attention + text.num_experts_per_tok * expert)
+    assert shape.matrices in (expected, expected + text.num_hidden_layers * router)  # the router is no nn.Linear
+    assert shape.language_parameters > shape.matrices
+
+
+def test_recurrent_layers_compare_no_pairs_of_tokens():
+    config = tiny.tiny("qwen3_5")[0].config
+    shape = plan.shape_of(config)
+    assert shape.attending == config.get_text_config().layer_types.count("full_attention") < shape.layers
+
+
+def test_a_margin_is_said_and_a_tight_fit_is_not_chosen_over_an_easy_one():
+    shape, w = plan.SHAPES["qwen2.5-vl-7b"], plan.Workload()
+    needed = plan.estimate(shape, w).total
+    tight, easy, short = (plan.estimate(shape, w, memory=needed * f) for f in (1.03, 2.0, 0.8))
+    assert tight.margin == "3 % to spare: tight" and "(estimate): 3 % to spare: tight" in tight.lines()[0]
+    assert easy.margin == "50 % to spare" and short.margin == "25 % too much"
+    full = plan.Workload(training="full", second_model=True)
+    zero2 = plan.estimate(shape, full, engine="zero2", gpus=8)
+    best, _ = plan.choose(shape, full, gpus=8, memory=zero2.total * 1.05)
+    assert zero2.total < best.memory and best.engine == "zero3"
+    one, _ = plan.choose(shape, w, gpus=1, memory=needed * 1.05)
+    assert one.engine == "ddp" and one.tight  # there is no other
+
+
+def test_the_hub_is_not_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "_hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    start = time.process_time()
+    with pytest.raises(OSError):
+        plan.load_shape("nobody/no-such-model")
+    assert time.process_time() - start < 30
