@@ -181,6 +181,15 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     eval_benchmark_limit: int | None = field(
         default=None, metadata={"help": "Questions per benchmark while training. None: all."}
     )
+    log_answers: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "At every evaluation, answer this many prompts of the evaluation data and log a table of image, prompt,"
+                " base and trained answer (W&B, trackio, TensorBoard; also answers/ in output_dir). None: off."
+            )
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave it off: a non-finite loss must stop the run, not be hidden in the log."}
     )
@@ -329,6 +338,7 @@ _POSITIVE = (
     "max_response_length",
     "eval_benchmark_steps",
     "eval_benchmark_limit",
+    "log_answers",
 )
 
 # Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).

@@ -238,6 +238,14 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
 
             limit, every = args.eval_benchmark_limit, args.eval_benchmark_steps
             self.add_callback(BenchmarkCallback(args.eval_benchmarks, every, limit=limit, seed=args.seed, trainer=self))
+        if args.log_answers:
+            from silkie.evaluation.sample_answers import SampleAnswers
+
+            held_out = self.eval_dataset
+            data = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+            if data is None:
+                raise ValueError("`log_answers` answers prompts of the evaluation data: pass an eval_dataset.")
+            self.add_callback(SampleAnswers(data, args.log_answers, trainer=self, seed=args.seed))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
