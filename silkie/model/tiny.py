@@ -66,10 +66,14 @@ _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 _PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"image_token_index": "<image>"}},
-    "granite4_vision": {"": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"}},
+    "granite4_vision": {
+        "": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"}
+    },
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
     "llava_onevision": {"": {"image_grid_pinpoints": _PINPOINTS}},
+    "minicpmv4_6": {"": {"insert_layer_id": 0}},
+    "minicpmv4_7": {"": {"insert_layer_id": 0}},
     "ovis2": {"": {"image_token_id": "<IMG_ATOM>"}},
     "glm4v_moe": {"text_config": {"topk_group": 1}},
     "kimi_k25": {"text_config": {"topk_group": 1, "head_dim": 8}},
@@ -83,16 +87,25 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_omni_moe_thinker": {"": _OMNI},
     "step3p7": {"text_config": {"sliding_window": 6}},
 }
+# The processor ends the prompt itself, and a response with nothing but the end token.
+_PALIGEMMA = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}<end>{% else %}"
+    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
 _OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "aya_vision": {"img_size": SIDE, "patch_size": PATCH, "downsample_factor": 2},
-    "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": PATCH}},
-    "gemma4_unified": {"_images": {"pil": "Gemma4ImageProcessorPil"}, "_settings": {"pooling_kernel_size": 1, "patch_size": 42}},
-    "lfm2_vl": {"_images": {"pil": "Siglip2ImageProcessorPil"}},
+    "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": 2}},
+    "gemma4_unified": {
+        "_images": {"pil": "Gemma4ImageProcessorPil"},
+        "_settings": {"pooling_kernel_size": 1, "patch_size": 42},
+    },
+    "granite4_vision": {"downsample_rate": "1/2"},
     "llava_onevision": {"_settings": {"image_grid_pinpoints": _PINPOINTS}},
     "hunyuan_vl": {"_image": "<image_start><image><image_end>"},
     "ovis2": {"image_seq_length": 16},
-    "paligemma": {"_settings": {"image_seq_length": 16}},
+    "paligemma": {"_settings": {"image_seq_length": 16}, "_template": _PALIGEMMA},
     "deepseek_vl_hybrid": {"_settings": {"high_res_size": {"height": SIDE, "width": SIDE}}},
     "gemma3": {"_image": "<boi>"},
     "qianfan_ocr": {"_image": "<image>"},
@@ -439,6 +452,8 @@ def _tokenizer(model_type: str, cls: type) -> PreTrainedTokenizerFast:
 
 def _template(model_type: str, processor: ProcessorMixin) -> str:
     """A chat template that writes an image as the type's processor expects it."""
+    if (written := _PROCESSORS.get(model_type, {}).get("_template")) is not None:
+        return str(written)
     image = _PROCESSORS.get(model_type, {}).get("_image") or getattr(processor, "image_token", None) or "<image>"
     return (
         "{% for m in messages %}<turn>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"

@@ -61,7 +61,9 @@ def of_type(model_type, dtype=torch.float32):
     """A tiny model of a type of transformers, and its processor."""
     model, processor = tiny.tiny(model_type)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products differ with the number of rows, and have no float64
+        model.set_experts_implementation(
+            "eager"
+        )  # grouped products differ with the number of rows, and have no float64
     ask_for_token_types(processor, type(model).forward)
     return model.to(dtype), processor
 

@@ -87,13 +87,16 @@ class Attention:
         text, module = base.config.get_text_config(), base.get_decoder()
         decoder = [id(m.config) for m in module.modules() if hasattr(m, "config")]
         build = None if self.backend in ("sdpa", "eager") else partial(self.build, text.model_type)
-        with packed_masks(
-            text._attn_implementation,
-            {id(text), id(base.config), *decoder},
-            batch,
-            build=build,
-            float_mask=self.backend == "eager",
-        ), _given(module, self.recurrent_masks(base.config, batch)):
+        with (
+            packed_masks(
+                text._attn_implementation,
+                {id(text), id(base.config), *decoder},
+                batch,
+                build=build,
+                float_mask=self.backend == "eager",
+            ),
+            _given(module, self.recurrent_masks(base.config, batch)),
+        ):
             yield
 
     def build(self, name: str, batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
