@@ -403,6 +403,8 @@ class GroupEncoder:
         small images, alone and together."""
         if not hasattr(getattr(self.processor, "image_processor", None), "get_number_of_image_patches"):
             return False
+        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
+            return False
         shapes = [(56, 56), (84, 140), (300, 64)]
         for sizes in ([shapes[0]], [shapes[1]], shapes):
             images = [Image.new("RGB", (width, height)) for height, width in sizes]

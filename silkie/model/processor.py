@@ -106,6 +106,18 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class NoVideo:
+    """Stands where a processor without a video part has none: some copy settings of it on being built."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
 def image_only_class(
     cls: type[ProcessorMixin], without: tuple[str, ...] = ("video_processor",)
 ) -> type[ProcessorMixin]:
@@ -131,6 +143,8 @@ def image_only_class(
         "__doc__": cls.__doc__,
         "__module__": __name__,
     }
+    if "video_processor" in without:
+        members["video_processor"] = NoVideo()
     given = inspect.signature(cls.__init__).parameters
     missing = [name for name in without if name in given and given[name].default is inspect.Parameter.empty]
     if missing:

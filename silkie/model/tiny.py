@@ -62,13 +62,24 @@ _LAYERS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_laye
 
 # What the names do not tell: type -> part of its config ("" for the top) -> values.
 _OMNI = {"vision_start_token_id": "<vision_bos>", "audio_start_token_id": "<audio_bos>"}
+_CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+_PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"image_token_index": "<image>"}},
+    "granite4_vision": {
+        "": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"}
+    },
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    "llava_onevision": {"": {"image_grid_pinpoints": _PINPOINTS}},
+    "minicpmv4_6": {"": {"insert_layer_id": 0}},
+    "minicpmv4_7": {"": {"insert_layer_id": 0}},
+    "ovis2": {"": {"image_token_id": "<IMG_ATOM>"}},
     "glm4v_moe": {"text_config": {"topk_group": 1}},
     "kimi_k25": {"text_config": {"topk_group": 1, "head_dim": 8}},
     "dots3_note": {"text_config": {"topk_group": 1, "num_key_value_heads": 4}},
     "mistral_large4": {"text_config": {"topk_group": 1}},
-    "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": {"layer_types": ["conv", "full_attention"]}},
+    "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": _CONV},
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
@@ -76,8 +87,26 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_omni_moe_thinker": {"": _OMNI},
     "step3p7": {"text_config": {"sliding_window": 6}},
 }
+# The processor ends the prompt itself, and a response with nothing but the end token.
+_PALIGEMMA = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}<end>{% else %}"
+    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
 _OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
+    "aya_vision": {"img_size": SIDE, "patch_size": PATCH, "downsample_factor": 2},
+    "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": 2}},
+    "gemma4_unified": {
+        "_images": {"pil": "Gemma4ImageProcessorPil"},
+        "_settings": {"pooling_kernel_size": 1, "patch_size": 42},
+    },
+    "granite4_vision": {"downsample_rate": "1/2"},
+    "llava_onevision": {"_settings": {"image_grid_pinpoints": _PINPOINTS}},
+    "hunyuan_vl": {"_image": "<image_start><image><image_end>"},
+    "ovis2": {"image_seq_length": 16},
+    "paligemma": {"_settings": {"image_seq_length": 16}, "_template": _PALIGEMMA},
+    "deepseek_vl_hybrid": {"_settings": {"high_res_size": {"height": SIDE, "width": SIDE}}},
     "gemma3": {"_image": "<boi>"},
     "qianfan_ocr": {"_image": "<image>"},
     "gemma3n": {"_image": "<boi>"},
@@ -214,7 +243,9 @@ def _shrunk_value(key: str, value: Any, count: int | None, layers: list[int]) ->
 
 def _by_layer(value: Any) -> bool:
     """Whether a value says something of single layers, by their numbers."""
-    return isinstance(value, Mapping) and bool(value) and all(str(k).isdigit() for k in value)
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(str(k).isdigit() and isinstance(v, Mapping) for k, v in value.items())
 
 
 def _small_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,6 +452,8 @@ def _tokenizer(model_type: str, cls: type) -> PreTrainedTokenizerFast:
 
 def _template(model_type: str, processor: ProcessorMixin) -> str:
     """A chat template that writes an image as the type's processor expects it."""
+    if (written := _PROCESSORS.get(model_type, {}).get("_template")) is not None:
+        return str(written)
     image = _PROCESSORS.get(model_type, {}).get("_image") or getattr(processor, "image_token", None) or "<image>"
     return (
         "{% for m in messages %}<turn>{{ m['role'] }}\n{% for p in m['content'] %}{% if p['type'] == 'image' %}"

@@ -106,13 +106,12 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         check_merges_images(model)
         ask_for_token_types(processor, type(causal_lm(model)).forward)
         encoder = GroupEncoder(processor)
-        for row in rows:
-            encoder.encode(row)
+        rows, refused = _usable(model, encoder, rows)
         choice = choose_layout(
             causal_lm(model).config,
             SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu", bf16=False, fp16=False),
         )
-        verdict.layout, verdict.why = choice.layout, choice.reason
+        verdict.layout, verdict.why = choice.layout, "; ".join([choice.reason, *refused])
         if hasattr(causal_lm(model), "set_experts_implementation"):
             causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
         adapted = _with_adapter(model.double())
@@ -138,6 +137,31 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
             verdict.layout, verdict.why = None, f"a training step failed: {_told(error)}"
     verdict.seconds = time.monotonic() - start
     return verdict
+
+
+def _usable(
+    model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The groups that a model and its processor take, and what they say of the others: some take no text without an
+    image, some no second image.
+
+    Raises:
+        Exception: what they say of the first, where fewer than two are left to compare.
+    """
+    kept, errors = [], {}
+    for row in rows:
+        try:
+            encoder.encode(row)
+            if not row["images"]:
+                with torch.no_grad():
+                    plain_logps(model, encoder, row, dict)
+            kept.append(row)
+        except Exception as error:  # whatever a processor's or a model's own code raises
+            errors[len(row["images"])] = error
+    if len(kept) < 2:
+        raise next(iter(errors.values()))
+    counts = {0: "no image", 1: "one image", 2: "two images"}
+    return kept, [f"a row with {counts[n]} is refused ({_told(error)})" for n, error in errors.items()]
 
 
 def _told(error: Exception) -> str:
