@@ -8,12 +8,12 @@ Legend: B rows, T tokens, N scored tokens, R responses, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +83,6 @@ class Scorer:
         base = causal_lm(model)
         box: dict[str, Any] = {}
         with (
-            scored_head(
-                base,
-                batch["gather"],
-                batch["target"],
-                fused=self.fused,
-                impl=self.impl,
-                return_stats=return_stats,
-                box=box,
-            ),
             image_features_once(
                 base,
                 frozen=frozen_vision,
@@ -101,8 +92,18 @@ class Scorer:
             ),
             self.attention.masks(base, batch),
         ):
-            more = {"output_router_logits": True} if router_aux else {}
-            out = model(**self._inputs(base, batch), **more, use_cache=False)
+            inputs = self._inputs(base, batch) | ({"output_router_logits": True} if router_aux else {})
+            with scored_head(
+                base,
+                batch["gather"],
+                batch["target"],
+                options=applied_options(model, base, inputs),
+                fused=self.fused,
+                impl=self.impl,
+                return_stats=return_stats,
+                box=box,
+            ):
+                out = model(**inputs, use_cache=False)
         per_token = out.logits.reshape(-1)
         return Scores(
             per_token_logps=per_token,
@@ -145,16 +146,23 @@ def sum_by_response(per_token: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def scored_head(
-    base: Any, gather: Tensor, target: Tensor, *, fused: bool, impl: Impl, return_stats: bool, box: dict[str, Any]
+    base: Any,
+    gather: Tensor,
+    target: Tensor,
+    *,
+    options: HeadOptions,
+    fused: bool,
+    impl: Impl,
+    return_stats: bool,
+    box: dict[str, Any],
 ) -> Iterator[None]:
     """Within the context, the output head of `base` returns the log-probs [1, N, 1] of `target` at the flat positions
     `gather` in place of logits.
 
-    Statistics go to `box["stats"]`.
+    Statistics go to `box["stats"]`; `options` are those of `applied_options`.
     """
     head = base.get_output_embeddings()
     plain_forward = head.forward
-    options = _applied_options(base)
 
     def forward(hidden: Tensor) -> Tensor:
         scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather.to(hidden.device))
@@ -178,17 +186,8 @@ def scored_head(
         # view.
         return (logps / options.logit_scale)[None, :, None].clone()
 
-    had_own = "forward" in head.__dict__
-    previous = head.__dict__.get("forward")
-    head.forward = forward
-    try:
-        with _without_softcap(base, options):
-            yield
-    finally:
-        if had_own:
-            head.forward = previous
-        else:
-            del head.forward
+    with _own_forward(head, forward), _without_softcap(base, options):
+        yield
 
 
 def _plain(
@@ -213,33 +212,80 @@ def _plain(
     return chosen, stats
 
 
-def _applied_options(base: nn.Module) -> HeadOptions:
-    """The logit transform that the model's own forward applies. Some classes (Gemma3's image-text one) have it in their
-    config and ignore it.
+_PROBE = (1.0, 10.0, 100.0, 1000.0)  # what the head returns when the forward is asked what it makes of it
+_ASKED: WeakKeyDictionary[nn.Module, tuple[HeadOptions, HeadOptions]] = WeakKeyDictionary()
+
+
+def applied_options(model: Any, base: nn.Module, inputs: Mapping[str, Any]) -> HeadOptions:
+    """The logit transform that the model's own forward applies to what its head returns. Some classes (Gemma3's
+    image-text one) have one in their config and ignore it, so the forward is asked: known numbers are put in the place
+    of the head's, and compared with those that come out. Asked once per model, and only where the config has one.
+
+    Args:
+        model: wrapped or not; sharded weights need the wrapper's call.
+        inputs: of a batch.
 
     Raises:
-        ValueError: the forward scales and always caps (Muse): the cap cannot be switched off for the log-probs.
+        ValueError: the forward does something else, or its cap cannot be switched off for the log-probs.
     """
-    options, source = head_options(base.config), _source(type(base).forward)
-    if "output_multiplier" in source:
+    declared = head_options(base.config)  # type: ignore[arg-type]
+    if declared == HeadOptions(None, 1.0):
+        return declared
+    known, answer = _ASKED.get(base, (None, declared))
+    if known == declared:
+        return answer
+    written = _written_by_forward(model, base, inputs)
+    candidates = [HeadOptions(c, s) for s in (1.0, declared.logit_scale) for c in (None, declared.softcap)]
+    found = next((options for options in candidates if _close(written, _transformed(options))), None)
+    if found is not None and found.softcap is not None:
+        with _without_softcap(base, found):
+            bare = _written_by_forward(model, base, inputs)
+        found = found if _close(bare, _transformed(HeadOptions(None, found.logit_scale))) else None
+    if found is None:
         raise ValueError(
-            f"{type(base).__name__} caps its logits in a way that silkie cannot switch off: use TRL's DPOTrainer"
-            " for it."
+            f"{type(base).__name__} caps its logits in a way that silkie cannot tell or switch off ({declared};"
+            f" {list(_PROBE)} became {written.tolist()}): use TRL's DPOTrainer for it."
         )
-    return HeadOptions(
-        softcap=options.softcap if "final_logit_softcapping" in source else None,
-        logit_scale=(
-            options.logit_scale
-            if any(name in source for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-            else 1.0
-        ),
-    )
+    _ASKED[base] = declared, found
+    return found
 
 
-@cache
-def _source(function: Callable[..., Any]) -> str:
-    """Read once: every forward pass asks for it."""
-    return inspect.getsource(function)
+def _transformed(options: HeadOptions) -> Tensor:
+    values = torch.tensor(_PROBE) * options.logit_scale
+    return values if options.softcap is None else options.softcap * torch.tanh(values / options.softcap)
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=0.02, atol=0.0)  # bf16 keeps three digits
+
+
+def _written_by_forward(model: Any, base: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """What the forward makes of `_PROBE` in the place of the head's output."""
+    head, training = base.get_output_embeddings(), model.training
+
+    def forward(hidden: Tensor) -> Tensor:
+        return torch.tensor(_PROBE, dtype=hidden.dtype, device=hidden.device)[None, :, None]
+
+    model.eval()  # dropout would draw random numbers
+    try:
+        with torch.no_grad(), _own_forward(head, forward):
+            return model(**inputs, use_cache=False).logits.reshape(-1).float().cpu()
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _own_forward(head: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, a module's forward is `forward`."""
+    had_own, previous = "forward" in head.__dict__, head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            head.forward = previous
+        else:
+            del head.forward
 
 
 @contextmanager

@@ -160,7 +160,13 @@ class Transformed(Qwen2_5_VLForConditionalGeneration):
 
 class AlwaysCapped(Qwen2_5_VLForConditionalGeneration):
     def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs) * self.config.text_config.output_multiplier
+        out, text = super().forward(*args, **kwargs), self.config.text_config
+        out.logits = 5.0 * torch.tanh(out.logits * text.output_multiplier / 5.0)
+        return out
+
+
+class Ignores(Qwen2_5_VLForConditionalGeneration):
+    """Has a cap in its config and does not apply it, as Gemma3's image-text class."""
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -182,5 +188,15 @@ def test_logits_that_the_model_scales_or_caps(scale, cap, fused):
 def test_a_cap_that_cannot_be_switched_off_is_refused_by_name():
     model = family_model("qwen2_5_vl")
     model.__class__ = AlwaysCapped
+    model.config.text_config.update({"output_multiplier": 0.5, "final_logit_softcapping": 5.0})
     with pytest.raises(ValueError, match="AlwaysCapped caps its logits"):
         score(model, family_processor("qwen2_5_vl"), groups("qwen2_5_vl"), "packed")
+
+
+def test_a_cap_that_the_forward_ignores_is_not_applied():
+    model = family_model("qwen2_5_vl").double()
+    processor, rows = family_processor("qwen2_5_vl"), groups("qwen2_5_vl")
+    plain = score(model, processor, rows, "packed").logps
+    model.__class__ = Ignores
+    model.config.text_config.update({"logit_scale": 0.5, "final_logit_softcapping": 5.0})
+    assert difference(score(model, processor, rows, "packed").logps, plain) == 0.0
