@@ -230,7 +230,7 @@ class GroupEncoder:
         """Whether the text of a row of strings itself says where its images go, in the model's own tokens."""
         names = ("image_token", "boi_token")
         tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
-        return any(plain_prompt(row).count(token) == len(row["images"]) for token in tokens)
+        return any(plain_prompt(row).count(token) == len(row.get("images") or []) for token in tokens)
 
     def control_token(self, text: str) -> str | None:
         """A token in a text of the data that no text may hold; None where there is none.
