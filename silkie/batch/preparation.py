@@ -318,14 +318,16 @@ def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
-    own_tokens = row.get("form") == "plain" and bool(row.get("images"))  # a text that itself says where its images go
+    plain = row.get("form") == "plain"
+    own_tokens = plain and bool(row.get("images"))  # a text that itself says where its images go
     if own_tokens and not encoder.places_images(row):
         found = Found(f"{len(row['images'])} image(s) and another number of image tokens")
         raise checked.error("prompt", found, "one image token of the model per image", "Or string_rows='template'.")
     for column, text in _texts(row):
         if own_tokens and column.startswith("prompt"):
             continue
-        if (token := encoder.control_token(text)) is not None:
+        token = encoder.media_token(text) if plain else encoder.control_token(text)
+        if token is not None:
             raise checked.error(
                 column,
                 Found(f"the model's special token {token}"),
