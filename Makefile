@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo docs reference test test-slow test-install check-install constraints lint format clean
+.PHONY: demo docs reference test test-slow test-versions test-install check-install constraints lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
 	$(BIN)/silkie demo $(DEMO_ARGS)
@@ -28,6 +28,9 @@ test: $(VENV)/.dev  ## everything that fits a CI run
 
 test-slow: $(VENV)/.dev  ## what takes longer: kill matrices, large data, full numerics
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(PYTEST_ARGS)
+
+test-versions:  ## a chosen subset in fresh environments with the oldest and the newest versions allowed (several GB; WHICH=oldest or newest)
+	PYTHON="$(PYTHON)" WHICH="$(WHICH)" PYTEST_ARGS="$(PYTEST_ARGS)" bash .ci/test_versions
 
 test-install:  ## both README commands in a fresh clone with the package index's own torch (minutes, several GB, deleted afterwards)
 	PYTHON="$(PYTHON)" DEMO_ARGS="$(DEMO_ARGS)" PYTEST_ARGS="$(PYTEST_ARGS)" bash .ci/test_install

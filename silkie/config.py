@@ -259,12 +259,17 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             raise ValueError(
                 "`dataloader_drop_last` has nothing to drop with `max_tokens_per_batch`, whose batches are all filled."
             )
-        for name in ("dispatch_batches", "split_batches"):
-            if getattr(self.accelerator_config, name, False):
-                raise ValueError(
-                    f"`accelerator_config` asks for {name}, but silkie's sampler makes whole batches for every rank:"
-                    " leave it off."
-                )
+        accelerate: Any = self.accelerator_config
+        if getattr(accelerate, "dispatch_batches", False):
+            logger.warning(
+                "dispatch_batches=True is switched off: every rank reads its own batches, and the numbers are the same."
+            )
+            accelerate.dispatch_batches = False
+        if getattr(accelerate, "split_batches", False):
+            raise ValueError(
+                "`accelerator_config` asks for split_batches, but silkie's sampler makes whole batches for every rank:"
+                " leave it off, and divide per_device_train_batch_size by the number of processes."
+            )
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which"

@@ -26,7 +26,7 @@ from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import Objective, build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
-from silkie.model.families import causal_lm
+from silkie.model.families import causal_lm, reads_images
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
@@ -255,15 +255,16 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
         with args.main_process_first(desc=f"preparing the {name} data"):
             if isinstance(dataset, IterableDataset):
                 dataset = read_stream(dataset, args, name)
+            groups = as_groups(dataset, on_bad_row=args.on_bad_row, name=name, source_format=args.source_format)
             groups, self.reports[name] = prepare_groups(
-                as_groups(dataset, on_bad_row=args.on_bad_row, name=name, source_format=args.source_format),
+                startup.without_images(groups, self.encoder.processor),
                 self.encoder,
                 on_bad_row=args.on_bad_row,
                 num_proc=args.dataset_num_proc,
                 name=name,
                 string_rows=args.string_rows,
             )
-        return startup.without_images(groups, self.encoder.processor)
+        return groups
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -355,6 +356,7 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             setup=self.setup_lines(),
             reports=self.reports,
             log_history=self.state.log_history,
+            reads_images=reads_images(self.model.config),
             **self._card,
         )
 

@@ -230,7 +230,7 @@ class GroupEncoder:
         """Whether the text of a row of strings itself says where its images go, in the model's own tokens."""
         names = ("image_token", "boi_token")
         tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
-        return any(plain_prompt(row).count(token) == len(row["images"]) for token in tokens)
+        return any(plain_prompt(row).count(token) == len(row.get("images") or []) for token in tokens)
 
     def control_token(self, text: str) -> str | None:
         """A token in a text of the data that no text may hold; None where there is none.
@@ -242,14 +242,31 @@ class GroupEncoder:
         found = self._control_tokens.search(text)
         return found and found[0]
 
+    def media_token(self, text: str) -> str | None:
+        """A token in a text that stands for an image or a video. Rows of strings may hold any other: their prompts are
+        often written with a chat template already, as TRL wants them."""
+        found = self._media_tokens.search(text)
+        return found and found[0]
+
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        tokens = {getattr(self.processor, name, None) for name in ("image_token", "video_token")}
-        if self.special_tokens == "refuse":
-            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-            tokens |= {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        texts = sorted((token for token in tokens if isinstance(token, str) and token), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        if self.special_tokens == "parse":
+            return self._media_tokens
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        own = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return _any_of({*self._media_texts, *own})
+
+    @cached_property
+    def _media_tokens(self) -> re.Pattern[str]:
+        return _any_of(self._media_texts)
+
+    @property
+    def _media_texts(self) -> set[str]:
+        return {
+            token
+            for name in ("image_token", "video_token")
+            if isinstance(token := getattr(self.processor, name, None), str)
+        }
 
     def facts(self) -> dict[str, Any]:
         """Everything that decides the tokens, by name: tokenizer, its special tokens (templates write them), template
@@ -457,6 +474,11 @@ def describe(row: Mapping[str, Any]) -> str:
     if row.get("id"):
         parts.append(f"id {row['id']!r}")
     return ", ".join(parts) or "row without id"
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """Finds the longest of some texts."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or "(?!)")
 
 
 def _shared(first: list[int], second: list[int]) -> int:

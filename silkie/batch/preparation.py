@@ -231,9 +231,10 @@ def settle_string_rows(dataset: Dataset, encoder: GroupEncoder, wanted: StringRo
     if "form" not in dataset.column_names:
         return "template"
     settled: StringRows = wanted
-    rows = (row for row in dataset.select_columns(["form", "images", "prompt"]) if row["form"] == "plain")
+    columns = [name for name in ("form", "images", "prompt") if name in dataset.column_names]
+    rows = (row for row in dataset.select_columns(columns) if row["form"] == "plain")
     if wanted == "auto":
-        placed = next((encoder.places_images(row) for row in rows if row["images"]), True)
+        placed = next((encoder.places_images(row) for row in rows if row.get("images")), True)
         settled = "plain" if placed else "template"
     if settled == "plain":
         how = f"plain text that ends with {encoder.tokenizer.eos_token!r}, as in TRL"
@@ -250,7 +251,7 @@ def _in_form(row: Mapping[str, Any], string_rows: StringRows) -> Mapping[str, An
     if row.get("form") != "plain" or string_rows == "plain":
         return row
     try:
-        turn = user_turn(plain_prompt(row), len(row["images"] or []))
+        turn = user_turn(plain_prompt(row), len(row.get("images") or []))
     except ValueError as error:
         raise _EncodingError(describe(row), str(error), "Write one mark per image, or none.") from error
     turn = {**turn, "content": [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]}
@@ -317,14 +318,16 @@ def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
     check_group(row, checked)
     if row["pairs"]:
         check_distinct(row, checked)
-    own_tokens = row.get("form") == "plain" and bool(row["images"])  # a text that itself says where its images go
+    plain = row.get("form") == "plain"
+    own_tokens = plain and bool(row.get("images"))  # a text that itself says where its images go
     if own_tokens and not encoder.places_images(row):
         found = Found(f"{len(row['images'])} image(s) and another number of image tokens")
         raise checked.error("prompt", found, "one image token of the model per image", "Or string_rows='template'.")
     for column, text in _texts(row):
         if own_tokens and column.startswith("prompt"):
             continue
-        if (token := encoder.control_token(text)) is not None:
+        token = encoder.media_token(text) if plain else encoder.control_token(text)
+        if token is not None:
             raise checked.error(
                 column,
                 Found(f"the model's special token {token}"),

@@ -70,6 +70,7 @@ class RunDescription:
         setup: lines of the form "name: what runs".
         reports: dataset name -> what was kept and dropped.
         log_history: transformers' log of the run.
+        reads_images: False for a language model.
         model_name, dataset_name, tags: what `create_model_card` was given.
     """
 
@@ -80,6 +81,7 @@ class RunDescription:
     setup: Sequence[str]
     reports: Mapping[str, PreparationReport]
     log_history: Sequence[Mapping[str, Any]]
+    reads_images: bool = True
     model_name: str | None = None
     dataset_name: str | None = None
     tags: Sequence[str] = ()
@@ -131,7 +133,7 @@ def card_text(run: RunDescription) -> str:
     base = run.base or "a model built from config"
     header: dict[str, Any] = {
         "library_name": "peft" if run.adapter else "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": "image-text-to-text" if run.reads_images else "text-generation",
         "tags": list(dict.fromkeys([*run.tags, "silkie", "trl", "dpo"])),
     }
     if run.dataset_name:

@@ -64,7 +64,7 @@ class Passes:
         return scores, logps
 
     def score_reference(self, policy: Any, batch: Batch) -> GroupLogps:
-        """The reference's log-probs of a batch, computed now.
+        """The reference's log-probs of a batch, computed now, also in the place of the policy's.
 
         Raises:
             ValueError: the losses need no reference, so that there is none.
@@ -73,7 +73,8 @@ class Passes:
             raise ValueError("The run has no reference: its losses need none.")
         scores = self._score_reference(self.reference, policy, batch, None)
         logps = preferences_of(batch, self.aspects)
-        logps.ref_logps, logps.ref_per_token_logps = scores.logps, scores.per_token_logps
+        logps.logps = logps.ref_logps = scores.logps
+        logps.per_token_logps = logps.ref_per_token_logps = scores.per_token_logps
         return logps
 
     def _new_cache(self) -> FeatureCache | None:

@@ -97,6 +97,28 @@ DATA = [
         rows=[{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in PLAIN],
     ),
     Case(name="rows of strings", rows=PLAIN),
+    Case(
+        name="rows of strings with control tokens (a template applied beforehand)",
+        rows=[
+            {
+                **r,
+                "prompt": f"<|im_start|>user\n{r['prompt']}<|im_end|>\n<|im_start|>assistant\n",
+                "chosen": "yes<|im_end|>",
+            }
+            for r in PLAIN
+        ],
+    ),
+    Case(
+        name="control tokens of the model in a conversation",
+        rows=[{**r, "chosen": turn("yes<|im_end|>")} for r in chats()],
+        expected="refused",
+        why="special_tokens='parse', as TRL does",
+    ),
+    Case(
+        name="control tokens in a conversation, special_tokens='parse'",
+        rows=[{**r, "chosen": turn("yes<|im_end|> no")} for r in chats()],
+        own={"special_tokens": "parse"},
+    ),
     Case(name="several turns in an answer", rows=SEVERAL_TURNS),
     Case(name="tool calls in an answer", rows=TOOL_CALLS),
     Case(name="tool calls in the prompt", rows=TOOL_PROMPT),
@@ -188,6 +210,7 @@ OPTIONS = [
     Case(name="weight_decay", options={"weight_decay": 0.1}),
     Case(name="token statistics in the log", own={"log_token_stats": True}, metrics=(*METRICS, "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens"), note="entropy, mean_token_accuracy and logits/* need log_token_stats=True"),
     Case(name="train_sampling_strategy='group_by_length'", options={"train_sampling_strategy": "group_by_length"}, expected="refused", why="max_tokens_per_batch"),
+    Case(name="accelerator_config.dispatch_batches", options={"accelerator_config": {"dispatch_batches": True}}, note="switched off with a warning; the numbers are the same"),
     Case(name="pad_to_multiple_of", options={"pad_to_multiple_of": 8}, expected="refused", why="padded to the longest"),
     Case(name="truncation_mode='keep_end'", options={"truncation_mode": "keep_end"}, expected="refused", why="prompts never"),
     Case(name="torch_compile", options={"torch_compile": True}, expected="refused", why="recompiles"),

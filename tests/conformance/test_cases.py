@@ -17,7 +17,12 @@ TOLERANCE = 2e-4  # fp32 sums in another order, over two steps
 
 
 def of(kind: str) -> list:
-    return [pytest.param(case, id=case.name) for case in ALL if case.expected == kind]
+    """The losses are slow ones: `tests/numerics/test_losses_trl.py` compares each with TRL's in every run."""
+    return [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if "loss_type" in case.options else ())
+        for case in ALL
+        if case.expected == kind
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -64,13 +64,7 @@ BROKEN = {
     "empty prompt": ("trl", {**PAIR, "prompt": ""}, "prompt", "found ''"),
     "prompt of a wrong type": ("trl", {**PAIR, "prompt": 3}, "prompt", "found 3; expected a string or a conversation"),
     "video": ("trl", {**PAIR, "videos": ["a.mp4"]}, "videos", "expected no videos"),
-    "tools": ("trl", {**PAIR, "tools": [{"name": "f"}]}, "tools", "expected no template options per row"),
-    "template options": (
-        "trl",
-        {**PAIR, "chat_template_kwargs": {"enable_thinking": False}},
-        "chat_template_kwargs",
-        "`processor.chat_template`",
-    ),
+    "tools": ("trl", {**PAIR, "tools": "[{"}, "tools", "expected JSON text"),
     "prompt ends with an answer": (
         "trl",
         {**PAIR, "prompt": [{"role": "assistant", "content": "x"}]},
@@ -84,11 +78,11 @@ BROKEN = {
         "prompt[0]",
         "Videos are not supported",
     ),
-    "two answers": (
+    "turns of an answer that starts with a user": (
         "trl",
-        {**PAIR, "prompt": TALK["conversations"], "chosen": [{"role": "assistant", "content": "x"}] * 2},
+        {**PAIR, "prompt": TALK["conversations"], "chosen": [{"role": "user", "content": "x"}] * 2},
         "chosen",
-        "found 2 turns",
+        "an answer that starts with an assistant turn",
     ),
     "answer of a user": (
         "trl",

@@ -189,7 +189,7 @@ NEEDS = {
     "simpo": set(),
     "cpo": set(),
     "orpo": set(),
-    "sft": set(),
+    "sft": {"reference"},  # its rewards are those of TRL
     "plackett_luce": {"reference", "groups"},
     "mdpo_anchor": {"reference"},
     "mdpo": {"reference", "corrupted"},

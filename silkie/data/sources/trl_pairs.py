@@ -47,7 +47,7 @@ def trl_pairs(row: Row) -> Group:
     prompt, chosen, rejected = prompt_and_answers(row)
     extra: dict[str, Any] = {name: _json(row, name) for name in ("tools", "chat_template_kwargs")}
     if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-        row.check_text(prompt, "prompt")
+        question(row, prompt, images, "prompt")  # as many marks as images, or none
         parts = [*(image_part() for _ in images), text_part(prompt)]  # marks in the text are the processor's affair
         turns: Any = [{"role": "user", "content": parts}]
         responses = [row.check_text(chosen, "chosen"), row.check_text(rejected, "rejected")]
@@ -71,7 +71,8 @@ def trl_pairs(row: Row) -> Group:
 def prompt_and_answers(row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected, each a string or a list of turns."""
     kinds = (str, list, dict)
-    chosen, rejected = (as_list(row.require(name, kinds, "a string or a conversation")) for name in ANSWERS)
+    expected = "a non-empty response: a string or a conversation"
+    chosen, rejected = (as_list(row.require(name, kinds, expected)) for name in ANSWERS)
     if "prompt" not in row.record:
         return implicit_prompt(row, chosen, rejected)
     prompt = as_list(row.require("prompt", kinds, "a string or a conversation"))
