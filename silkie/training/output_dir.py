@@ -21,7 +21,8 @@ from silkie.training.checkpoints import CheckpointError, last_complete_checkpoin
 
 logger = logging.getLogger(__name__)
 
-LOCK = "silkie_run.lock"
+# A name that transformers does not upload: closing a second handle of the file would give the lock up
+LOCK = "_silkie_run.lock"
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some network file systems
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -73,7 +74,7 @@ class Holder:
 
 
 class OutputLock:
-    """Makes one run the only writer of a directory, by a lock on the file `silkie_run.lock` in it.
+    """Makes one run the only writer of a directory, by a lock on the file `_silkie_run.lock` in it.
 
     The kernel drops the lock when its process ends, however it ends. So a lock file that nobody has locked was left by
     a killed run of this machine, and is taken over. Not every file system shows the locks of other machines: a lock
@@ -86,15 +87,28 @@ class OutputLock:
         self.file = Path(directory).absolute() / LOCK
         self._handle: int | None = None
 
-    def take(self) -> None:
-        """Takes the directory.
+    def take(self, *, largest_file: int = 0, checkpoint: int = 0) -> None:
+        """Takes the directory, makes it where there is none, and checks that it has room.
+
+        Args:
+            largest_file, checkpoint: as in `check_writable`.
 
         Raises:
-            OutputDirInUse: another run holds it, or a run on another machine may.
-            OSError: the directory cannot be written.
+            OutputDirInUse: another run holds it, or a run on another machine may; nothing was written.
+            CheckpointError: it cannot be written, or is too small.
         """
         if self.file in self.held:
             raise self._in_use(Holder.me())
+        with clear_disk_errors(self.file.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        try:
+            check_writable(self.file.parent, largest_file=largest_file, checkpoint=checkpoint)
+        except CheckpointError:
+            self.release()
+            raise
+
+    def _lock(self) -> None:
         while self._handle is None:
             handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -163,14 +177,13 @@ def check_free(directory: str | Path) -> None:
     Raises:
         CheckpointError: it cannot be written, or another run holds it.
     """
-    check_writable(directory)
     lock = OutputLock(directory)
     lock.take()
     lock.release()
 
 
 def check_writable(directory: str | Path, *, largest_file: int = 0, checkpoint: int = 0) -> None:
-    """Makes the directory where there is none, and checks that a checkpoint can be written to it.
+    """Checks that a checkpoint can be written to a directory.
 
     Args:
         largest_file: bytes of the largest file that the run is certain to write.
@@ -181,7 +194,6 @@ def check_writable(directory: str | Path, *, largest_file: int = 0, checkpoint: 
     """
     directory = Path(directory)
     with clear_disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".silkie-probe-{os.getpid()}"
         try:
             with probe.open("wb") as file:

@@ -24,7 +24,7 @@ from silkie.training.checkpoints import CheckpointError
 from silkie.training.ending import ECHO, PREEMPTED_EXIT_CODE, STOP_FILE, on_signals
 from silkie.training.identity import LENGTH, Identity, differences
 from silkie.training.non_finite import FiniteWatch, check_weights
-from silkie.training.output_dir import OutputLock, check_writable, clear_disk_errors
+from silkie.training.output_dir import OutputLock, clear_disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,7 @@ class RecoverableTrainer(Trainer):
         """Makes this run the only writer of its directory, which must have room for a checkpoint."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
-        check_writable(lock.file.parent, largest_file=min(size, _LARGEST_SHARD), checkpoint=size)
-        lock.take()
+        lock.take(largest_file=min(size, _LARGEST_SHARD), checkpoint=size)
 
     def _checkpoint_to_resume(self, asked: str | bool | None, directory: str) -> str | None:
         """The checkpoint that the caller asks for, once its files are known to be whole."""

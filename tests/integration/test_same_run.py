@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,10 +14,12 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.inference import load_processor
 from silkie.training import checkpoints
+from silkie.training.ending import PREEMPTED_EXIT_CODE
 from silkie.training.identity import _order, describe_data, differences
 from silkie.training.non_finite import NonFiniteError
 from silkie.training.output_dir import LOCK, OutputDirInUse, OutputLock
 from silkie.training.resumable import RunChanged
+from tests.integration.test_distributed import ROOT
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
 
@@ -247,3 +251,22 @@ def test_a_script_that_handles_preemption_gets_it_back(tmp_path):
     trainer = make(tmp_path, on_preempt="return")
     trainer.train()
     assert trainer.preempted and trainer.state.global_step == 1
+
+
+def test_all_processes_leave_together(tmp_path):
+    """ATTACKS 2 and 15 with two processes: none of them waits for another that has left."""
+    spec = {"out": str(tmp_path / "out"), "data": "mixed", "resume": True}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stop").touch()
+    jobs = [{"mode": "ddp", "spec": spec}, {"mode": "ddp", "spec": {**spec, "args": {"loss_type": ["ipo"]}}}]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run(
+        [sys.executable, "-m", "tests.support.fork_run", str(tmp_path / "jobs.json")], cwd=ROOT, check=True, timeout=280
+    )
+    stopped, changed = (set(job["codes"]) for job in json.loads((tmp_path / "jobs.out").read_text()))
+    log = (tmp_path / "out" / "log.0").read_text() + (tmp_path / "out" / "log.1").read_text()
+    assert PREEMPTED_EXIT_CODE in stopped and 0 not in stopped | changed, log[
+        -2000:
+    ]  # the first to leave ends the rest
+    assert "belongs to another run" in log and 'loss_type is ["ipo"], was ["sigmoid"]' in log, log[-2000:]
+    assert checkpoints.is_complete(tmp_path / "out" / "checkpoint-1") and not (tmp_path / "out" / "final").exists()

@@ -103,8 +103,12 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
         with pytest.raises(CheckpointError, match="Cannot write to .*file.*choose a directory as output_dir"):
             check_free(place)
 
-    def read_only(*args, **kwargs):
-        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "probe"))
+    original = output_dir.Path.open
+
+    def read_only(self, *args, **kwargs):
+        if "probe" in self.name:
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="read-only.*choose an output_dir"):
         patch.setattr(output_dir.Path, "open", read_only)
