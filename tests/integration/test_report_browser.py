@@ -47,6 +47,7 @@ addEventListener("load", () => {
   const svg = document.querySelector("svg.chart"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width * 12 / 420, clientY: box.top + 20, bubbles: true}));
   seen.readout = document.querySelector("figure output").textContent;
+  seen.hints = [...document.querySelectorAll(".hint")].map((hint) => !hint.hidden);
   seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
   parent.postMessage(JSON.stringify(seen), "*");
 });
@@ -119,4 +120,5 @@ def test_filters_width_and_silence(tmp_path, width):
     assert (seen["searchOdd"], seen["search"]) == (0, 1), "filters add up, and searching ignores case and order"
     assert seen["emptyNote"]
     assert seen["brokenNumbers"] == []
+    assert seen["hints"] and set(seen["hints"]) == {width < 600}, "a table that is cut off says so, another does not"
     assert seen["images"] and seen["readout"] == "step 2: 0.25"
