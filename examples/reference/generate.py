@@ -278,8 +278,13 @@ TRAINING = {
     "grad_norm": "norm of the gradient before clipping",
     "learning_rate": "of the step",
     "epoch": "passes over the data, with fractions",
-    "num_tokens": "tokens that went through the policy since the start of the run, prompts counted once per group when packed",
-    "rewards/chosen": "beta times the log-ratio of policy and reference of the chosen response (without a reference: beta times its log-prob; simpo: per token)",
+    "num_tokens": (
+        "tokens that went through the policy since the start of the run, prompts counted once per group when packed"
+    ),
+    "rewards/chosen": (
+        "beta times the log-ratio of policy and reference of the chosen response (without a reference: beta times its"
+        " log-prob; simpo: per token)"
+    ),
     "rewards/rejected": "the same of the rejected response",
     "rewards/margins": "rewards/chosen - rewards/rejected",
     "rewards/accuracies": "share of pairs whose margin is above 0",

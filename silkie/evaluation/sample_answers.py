@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 from PIL import Image
@@ -35,6 +36,12 @@ class Sampled:
     trained: str
 
 
+class Reporting(Host, Protocol):
+    """A trainer with the callbacks of its trackers."""
+
+    callback_handler: Any
+
+
 class SampleAnswers(TrainerCallback):
     """Answers `count` prompts of `dataset` at every evaluation, greedily.
 
@@ -51,7 +58,7 @@ class SampleAnswers(TrainerCallback):
     """
 
     def __init__(
-        self, dataset: Dataset, count: int, *, trainer: Host, seed: int = 0, max_new_tokens: int = 128
+        self, dataset: Dataset, count: int, *, trainer: Reporting, seed: int = 0, max_new_tokens: int = 128
     ) -> None:
         if count < 1:
             raise ValueError(f"log_answers must be at least 1, got {count}.")
@@ -98,7 +105,7 @@ class SampleAnswers(TrainerCallback):
         first = [own[0] if own else None for own in self.images]
         table = [Sampled(*row) for row in zip(first, prompts, base, trained, strict=True)]
         self._write(table, state.global_step)
-        for log in sinks(self.trainer):
+        for log in sinks(self.trainer.callback_handler.callbacks):
             log(table, state.global_step)
 
     def _answers(self, *, base: bool = False) -> list[str]:
@@ -108,16 +115,13 @@ class SampleAnswers(TrainerCallback):
         from silkie.inference import generate
 
         host, training = self.trainer, self.trainer.model.training
-        with preserved_random_state(), unwrap_model_for_generation(host.model_wrapped, host.accelerator) as model:
-            with model.disable_adapter() if base else nullcontext():
-                answers = generate(
-                    model,
-                    host.processing_class,
-                    self.prompts,
-                    self.images,
-                    max_new_tokens=self.max_new_tokens,
-                    seed=self.seed,
-                )
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        with (
+            preserved_random_state(),
+            unwrap_model_for_generation(host.model_wrapped, host.accelerator) as model,
+            model.disable_adapter() if base else nullcontext(),
+        ):
+            answers = generate(model, host.processing_class, self.prompts, self.images, **options)
         host.model.train(training)
         return [texts[0] for texts in answers]
 
@@ -144,13 +148,13 @@ def words_of(prompt: Sequence[dict[str, Any]]) -> str:
     return "\n".join(part["text"] for turn in prompt for part in turn["content"] if part["type"] == "text")
 
 
-def sinks(trainer: Any) -> list[Callable[[Sequence[Sampled], int], None]]:
+def sinks(callbacks: Sequence[TrainerCallback]) -> list[Callable[[Sequence[Sampled], int], None]]:
     """Where tables go: one function per tracker that the run reports to and that takes images."""
     found: list[Callable[[Sequence[Sampled], int], None]] = []
-    for callback in trainer.callback_handler.callbacks:
+    for callback in callbacks:
         name = type(callback).__name__
-        if name == "TensorBoardCallback" and callback.tb_writer is not None:
-            found.append(lambda table, step, writer=callback.tb_writer: to_tensorboard(writer, table, step))
+        if name == "TensorBoardCallback" and (writer := getattr(callback, "tb_writer", None)) is not None:
+            found.append(partial(to_tensorboard, writer))
         elif name in _MODULES:
             found.append(_MODULES[name])
     return found

@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from silkie.endpoint.errors import AnswerError, Usage
+from silkie.endpoint.loop import run_to_end
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import JudgeItem, Verdict
 from silkie.feedback.judges import Judge
@@ -202,7 +203,7 @@ def injection_report(
     responses. Calls: items x (1 + injections). Raises what `judge.arate` raises, but for AnswerError: an answer that
     cannot be used is counted.
     """
-    return asyncio.run(_report(judge, items, injections(judge.rubric) if suite is None else suite, concurrency))
+    return run_to_end(_report(judge, items, injections(judge.rubric) if suite is None else suite, concurrency))
 
 
 async def _report(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from silkie.endpoint.errors import AnswerError, ItemError
+from silkie.endpoint.loop import run_to_end
 from silkie.feedback.items import AspectRating, JudgeItem, Verdict
 from silkie.feedback.parse import parse_answer
 from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_text
@@ -159,7 +160,7 @@ class OpenAIJudge:
             finally:
                 await self.endpoint.close()
 
-        return asyncio.run(once())
+        return run_to_end(once())
 
     async def arate(self, item: JudgeItem, *, attempt: int = 0) -> Verdict:
         form = self._form(attempt)

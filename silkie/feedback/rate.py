@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.endpoint.loop import run_to_end
 from silkie.feedback.items import AspectRating, JudgeItem, RatedItem, Verdict
 from silkie.feedback.judges import Judge
 
@@ -161,9 +162,8 @@ def rate_items(
 ) -> list[RatedItem]:
     """Rate items one after the other in this process; the first error ends it. For the oracle and small local
     judges."""
-    import asyncio
 
     async def run() -> list[RatedItem]:
         return [await rate_item(item, judge, votes=votes, seed=seed, attempts=attempts) for item in items]
 
-    return asyncio.run(run())
+    return run_to_end(run())

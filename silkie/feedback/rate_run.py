@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.endpoint.loop import run_to_end
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
@@ -98,7 +99,7 @@ def rate_file(
     Raises RecordError for a line of `responses` that cannot be used, JournalError for a journal in use, damaged, of
     another judge or rubric, or whose ratings belong to other texts than `responses` now holds. All of that is checked
     before the first call."""
-    return asyncio.run(_rate_file(Path(responses), judge, Path(journal), options or RateOptions()))
+    return run_to_end(_rate_file(Path(responses), judge, Path(journal), options or RateOptions()))
 
 
 async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOptions) -> RateSummary:

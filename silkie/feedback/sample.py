@@ -22,6 +22,7 @@ from typing import Any
 from silkie.endpoint.budget import Prices
 from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
+from silkie.endpoint.loop import run_to_end
 from silkie.endpoint.media import data_url, load_image
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import JudgeItem
@@ -106,7 +107,7 @@ def sample_file(
     Raises ValueError where `out` is `prompts`, RecordError for a line that cannot be used, JournalError for a journal
     (`out` + ".journal") in use, damaged, or begun with another pool, seed, k or other prompts.
     """
-    return asyncio.run(_sample_file(Path(prompts), pool, Path(out), options or SampleOptions()))
+    return run_to_end(_sample_file(Path(prompts), pool, Path(out), options or SampleOptions()))
 
 
 async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOptions) -> SampleSummary:
