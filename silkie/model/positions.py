@@ -34,8 +34,7 @@ class PromptPositions:
 
     def __call__(self, prompt_ids: Tensor, token_inputs: Mapping[str, Tensor], vision: Mapping[str, Any]) -> Tensor:
         """[C, L] positions of a prompt with its per-token inputs [L] and the image tensors of its group."""
-        grids = "image_grid_thw" in vision
-        if self._rule is None or not grids:
+        if self._rule is None or not vision:
             steps = torch.arange(self.first, self.first + len(prompt_ids))
             return steps.expand(self.channels, -1)
         rule = type(self._rule).get_rope_index

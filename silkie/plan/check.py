@@ -245,7 +245,7 @@ def _gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _without_dropout(model: Any) -> Any:
     """Training mode, which some models compute differently, with every dropout and every skipped path off."""
-    random = [(m, name, getattr(m, name)) for m in model.modules() for name in ("p", "drop_prob") if _rate(m, name)]
+    random = [(m, name, rate) for m in model.modules() for name, rate in vars(m).items() if _is_dropout(name, rate)]
     for module, name, _ in random:
         setattr(module, name, 0.0)
     try:
@@ -255,8 +255,8 @@ def _without_dropout(model: Any) -> Any:
             setattr(module, name, rate)
 
 
-def _rate(module: torch.nn.Module, name: str) -> bool:
-    return isinstance(vars(module).get(name), float)
+def _is_dropout(name: str, value: Any) -> bool:
+    return isinstance(value, float) and (name == "p" or "drop" in name)
 
 
 def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout: Any) -> None:
