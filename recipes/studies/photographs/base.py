@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import time
@@ -56,8 +55,8 @@ class BaseSizes:
     """`eye_boards` for the closed form; then `described` descriptions and `asked` conversations of four questions."""
 
     eye_boards: int = 1500
-    described: int = 1000
-    asked: int = 500
+    described: int = 900
+    asked: int = 300
     batch: int = 16
     learning_rate: float = 1e-3
     rank: int = 16
@@ -283,7 +282,10 @@ def teach(model: Any, data: Lessons, directory: Path, sizes: BaseSizes, seed: in
         target_modules=default_lora_targets(model.config),
         modules_to_save=["multi_modal_projector"],
     )
-    policy = get_peft_model(model, adapter)
+    policy = get_peft_model(model.to(dtype), adapter)
+    for parameter in policy.parameters():  # frozen weights in the fast dtype, those that train in fp32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=sizes.batch,
@@ -370,8 +372,3 @@ def confusions(read: Tensor, truth: Tensor) -> list[int]:
     for said, there in zip(read.flatten().tolist(), truth.flatten().tolist(), strict=True):
         counts[there, said] += said != there
     return counts.argmax(1).tolist()
-
-
-def plain_copy(model: Any) -> Any:
-    """A copy of a model, for callers that train one and keep the other."""
-    return copy.deepcopy(model)
