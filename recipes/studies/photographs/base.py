@@ -43,9 +43,11 @@ IMAGE_TOKEN = "<image>"
 # What the language model's own template writes per message, and its turn for conversations that bring no system message:
 # 20 tokens that tell a text model its name. The first is made to take image parts, the second is dropped.
 _PLAIN = "message['content']"
-_PARTS = (
-    "(message['content'] if message['content'] is string else"
-    " (message['content'] | map(attribute='text', default='" + IMAGE_TOKEN + "\n') | join))"
+_PARTS = "parts(message['content'])"
+_MACRO = (
+    "{% macro parts(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
 )
 _SYSTEM_START, _SYSTEM_END = "{% if loop.first and messages[0]['role'] != 'system' %}", "{% endif %}"
 
@@ -87,7 +89,7 @@ def chat_template(own: str) -> str:
     if own.count(_PLAIN) != 1 or own.count(_SYSTEM_START) != 1:
         raise ValueError(f"the language model's chat template has changed: {own!r}")
     head, _, rest = own.partition(_SYSTEM_START)
-    return head + rest.partition(_SYSTEM_END)[2].replace(_PLAIN, _PARTS)
+    return _MACRO + head + rest.partition(_SYSTEM_END)[2].replace(_PLAIN, _PARTS)
 
 
 def make_processor(sources: Sources) -> LlavaProcessor:
@@ -362,7 +364,8 @@ def eye_facts(eye: Eye, features: Tensor, own: Sequence[Board]) -> dict[str, Any
         "exact": right.all(1).double().mean().item(),
         "invented_per_board": invented / len(own),
         "chair_i": invented / named,
-        "recall": 1 - sum(len(set(t) - set(s)) for s, t in zip(read.tolist(), truth.tolist(), strict=True)) / truth.numel(),
+        "recall": 1
+        - sum(len(set(t) - set(s)) for s, t in zip(read.tolist(), truth.tolist(), strict=True)) / truth.numel(),
     }
 
 

@@ -36,10 +36,16 @@ SPLITS = {
 # Word forms -> the thing meant. The first ten are Fashion-MNIST's kinds; the others are never on a board, so that
 # naming one is an invention.
 FORMS = {
-    **{"t-shirt": "T-shirt", "tshirt": "T-shirt", "tee": "T-shirt"},
-    **{"pair of trousers": "pair of trousers", "trousers": "pair of trousers", "pants": "pair of trousers"},
+    "t-shirt": "T-shirt",
+    "tshirt": "T-shirt",
+    "tee": "T-shirt",
+    "pair of trousers": "pair of trousers",
+    "trousers": "pair of trousers",
+    "pants": "pair of trousers",
     **{name: name for name in NAMES[2:]},
-    **{"ankle boot": "boot", "handbag": "bag", "purse": "bag"},
+    "ankle boot": "boot",
+    "handbag": "bag",
+    "purse": "bag",
     **{
         name: name
         for name in ("hat", "cap", "jacket", "sweater", "jeans", "skirt", "sock", "glove", "scarf", "watch", "belt")

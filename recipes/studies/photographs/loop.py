@@ -81,7 +81,9 @@ def draw_boards(place: Place, split: str, count: int, seed: int, folder: Path) -
 # --- preferences -----------------------------------------------------------------------------------------------------
 
 
-def preferences(place: Place, folder: Path, own: Sequence[Board], images: Path, seed: int, arm: Arm, policy: Path) -> Path:
+def preferences(
+    place: Place, folder: Path, own: Sequence[Board], images: Path, seed: int, arm: Arm, policy: Path
+) -> Path:
     """Responses of `policy` to prompts about boards, rated and built: a directory in VLFeedback's schema."""
     dataset = folder / "dataset"
     if (dataset / "pairs.csv").exists():
@@ -135,7 +137,9 @@ def shuffled(data: Dataset, seed: int) -> Dataset:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train(place: Place, arm: Arm, data: Dataset, directory: Path, seed: int, adapter: Path | None = None) -> dict[str, Any]:
+def train(
+    place: Place, arm: Arm, data: Dataset, directory: Path, seed: int, adapter: Path | None = None
+) -> dict[str, Any]:
     """Train an adapter (or go on with `adapter`, which is then also the reference) and save it. Returns what the page
     and the table say about the run."""
     done = directory / "training.json"
@@ -185,7 +189,9 @@ def train(place: Place, arm: Arm, data: Dataset, directory: Path, seed: int, ada
     return result
 
 
-def run_arm(place: Place, arm: Arm, seed: int, folder: Path, images: Path, own: Sequence[Board]) -> tuple[Path, dict[str, Any]]:
+def run_arm(
+    place: Place, arm: Arm, seed: int, folder: Path, images: Path, own: Sequence[Board]
+) -> tuple[Path, dict[str, Any]]:
     """Every round of an arm. Arms with the base's own sampling share the responses of round 1.
 
     Returns:
@@ -266,7 +272,9 @@ def _write_mme(asked: Sequence[Board], rng: Any, pictures: NDArray[np.uint8], fo
             (folder / subtask / f"{board.id}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def evaluate(place: Place, benchmarks: Path, out: Path, adapter: Path | None, which: Sequence[str] = EVALUATIONS) -> dict[str, Score]:
+def evaluate(
+    place: Place, benchmarks: Path, out: Path, adapter: Path | None, which: Sequence[str] = EVALUATIONS
+) -> dict[str, Score]:
     """Answers of the base (no adapter) or of a trained policy through `python -m silkie.evaluation run`, scored."""
     scores = {}
     for name in which:
