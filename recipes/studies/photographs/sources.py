@@ -42,8 +42,8 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian pa
 HOW_PHOTOGRAPHS = (
     f"on Debian or Ubuntu `apt-get install {DEBIAN}` (or run with --fetch, which unpacks that package into the cache"
     " without installing it); elsewhere download train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz,"
-    " t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz of Fashion-MNIST (github.com/zalandoresearch/fashion-mnist,"
-    " MIT) into one folder and pass --photographs FOLDER"
+    " t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz of Fashion-MNIST"
+    " (github.com/zalandoresearch/fashion-mnist, MIT) into one folder and pass --photographs FOLDER"
 )
 
 
