@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -57,8 +59,8 @@ class BaseSizes:
     """`eye_boards` for the closed form; then `described` descriptions and `asked` conversations of four questions."""
 
     eye_boards: int = 1500
-    described: int = 900
-    asked: int = 300
+    described: int = 800
+    asked: int = 240
     batch: int = 16
     learning_rate: float = 1e-3
     rank: int = 16
@@ -149,14 +151,20 @@ def assemble(sources: Sources, processor: LlavaProcessor) -> LlavaForConditional
     return model.eval()
 
 
-@torch.inference_mode()
-def eye_features(model: Any, processor: Any, images: Sequence[Image.Image], batch: int = 25) -> Tensor:
-    """What the frozen eye makes of boards: [N, 4, D]."""
+@torch.no_grad()
+def eye_features(model: Any, processor: Any, images: Sequence[Image.Image], dtype: torch.dtype, file: Path) -> Tensor:
+    """What the frozen eye makes of boards, computed in `dtype`: [N, 4, D]. Kept in `file`."""
+    if file.exists():
+        return load_file(file)["features"]
     parts = []
-    for start in range(0, len(images), batch):
-        pixels = processor.image_processor(images[start : start + batch], return_tensors="pt")["pixel_values"]
-        parts.append(model.model.vision_tower(pixels).last_hidden_state)
-    return torch.cat(parts).clone()
+    for start in tqdm(range(0, len(images), 25), desc="reading boards with the frozen eye", unit="batch"):
+        pixels = processor.image_processor(images[start : start + 25], return_tensors="pt")["pixel_values"]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            parts.append(model.model.vision_tower(pixels).last_hidden_state.float())
+    features = torch.cat(parts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"features": features}, file)
+    return features
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +221,7 @@ def turns(question: str, answer: str, first: bool) -> list[dict[str, Any]]:
 
 
 def lessons(own: Sequence[Board], described: int, seed: int) -> list[list[dict[str, Any]]]:
-    """A conversation per board: the first `described` are described, of the others four questions are answered."""
+    """A conversation per board: the first `described` are described, about the others four questions are answered."""
     rng = np.random.default_rng([seed, 5])
     result = []
     for number, board in enumerate(own):
@@ -258,6 +266,19 @@ class Lessons(torch.utils.data.Dataset):
         return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def batched_order(kinds: Sequence[int], batch: int, seed: int) -> list[int]:
+    """An order of the rows in which every batch is of one kind (so that long rows do not pad short ones), the batches
+    shuffled. Rows that fill no batch of their kind come last."""
+    rng = np.random.default_rng([seed, 6])
+    batches, rest = [], []
+    for kind in sorted(set(kinds)):
+        own = rng.permutation([i for i, k in enumerate(kinds) if k == kind]).tolist()
+        whole = len(own) // batch * batch
+        batches += [own[i : i + batch] for i in range(0, whole, batch)]
+        rest += own[whole:]
+    return [i for k in rng.permutation(len(batches)) for i in batches[k]] + rest
+
+
 @dataclass(frozen=True, slots=True)
 class Pad:
     """Right-pads a batch of lessons."""
@@ -294,6 +315,7 @@ def teach(model: Any, data: Lessons, directory: Path, sizes: BaseSizes, seed: in
         num_train_epochs=1,
         learning_rate=sizes.learning_rate,
         lr_scheduler_type="cosine",
+        train_sampling_strategy="sequential",  # the lessons are in their order
         warmup_steps=5,
         weight_decay=0.0,
         logging_steps=5,
@@ -331,21 +353,24 @@ def build_base(sources: Sources, directory: Path, sizes: BaseSizes, *, seed: int
     own = boards(labels, "base", count, seed)
     images = [render(board, pictures) for board in own]
     development = boards(labels, "development", min(300, sizes.eye_boards), seed)
-    logger.info("reading %d boards with the frozen eye", count + len(development))
-    features = eye_features(model, processor, images)
-    unseen = eye_features(model, processor, [render(board, pictures) for board in development])
+    stage = directory.with_name(directory.name + "-stage")
+    dtype = fast_dtype()
+    logger.info("this processor is faster in %s", dtype)
+    features = eye_features(model, processor, images, dtype, stage / "features.safetensors")
+    looked = [render(board, pictures) for board in development]
+    unseen = eye_features(model, processor, looked, dtype, stage / "unseen.safetensors")
     truth = torch.tensor([board.labels for board in own])
     eye = fit_eye(features, truth, word_embeddings(model, processor))
     install(eye, model)
-    facts = {"dtype": str(fast_dtype()).removeprefix("torch."), **eye_facts(eye, unseen, development)}
+    facts = {"dtype": str(dtype).removeprefix("torch."), **eye_facts(eye, unseen, development)}
     half = count // 2  # the confusions are read on photographs that this regression has not seen
     part = fit_eye(features[:half], truth[:half], word_embeddings(model, processor))
     facts["confusable"] = confusions(part.read(features[half:]), truth[half:])
     logger.info("the eye reads %.1f %% of unseen photographs rightly", 100 * facts["probe"])
-    dtype = getattr(torch, facts["dtype"])
     conversations = lessons(own[: sizes.described + sizes.asked], sizes.described, seed)
-    data = Lessons(conversations, images, processor)
-    merged = teach(model, data, directory.with_name(directory.name + "-stage"), sizes, seed, dtype)
+    order = batched_order([len(c) for c in conversations], sizes.batch, seed)
+    data = Lessons([conversations[i] for i in order], [images[i] for i in order], processor)
+    merged = teach(model, data, stage, sizes, seed, dtype)
     facts["train_photographs"] = 4 * (sizes.described + sizes.asked)
     merged.to(dtype).save_pretrained(directory)
     processor.save_pretrained(directory)
