@@ -60,7 +60,7 @@ def build_groups(processor: Any, k: int, count: int, sources: Sources | None = N
 
 
 def run(
-    contender: str, *, k: int = 4, groups_per_step: int = 1, timed: int = 3, learning_rate: float = 1e-4, **_: Any
+    contender: str, *, k: int = 4, groups_per_step: int = 1, timed: int = 3, learning_rate: float = 1e-4
 ) -> dict[str, Any]:
     """Trains a warm-up and the timed steps of one contender of `bench_step.py`, in fp32 on the CPU, and returns what was
     measured."""

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequence[int], command: str) -> str:
     """Train and answer everything, write the results; returns the table."""
     from photographs.loop import as_json, draw_boards, evaluate, run_arm, write_benchmarks
+    from photographs.picture import write_picture
     from photographs.results import against, summarise, table, write_page
 
     out, started = place.root, time.time()
@@ -152,7 +153,7 @@ def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequen
     shown = {"seeds": len(seeds), "boards per seed": place.sizes.boards, "command": command}
     if "dpo" in names:
         page = write_page(out, summary, titles, scores, benchmarks / "images", facts, shown, NOTES)
-        logger.info("page: %s", page)
+        logger.info("page: %s, picture: %s", page, write_picture(out, summary, titles, scores, benchmarks / "images"))
     return text
 
 
