@@ -2,12 +2,12 @@
 
     python recipes/studies/photographs/run.py --out outputs/photographs --fetch     # first run: fetch the parts
     python recipes/studies/photographs/run.py --out outputs/photographs --quick     # the whole loop, small
-    python recipes/studies/photographs/run.py --out outputs/photographs --seeds 5 --arms dpo sft shuffled
+    python recipes/studies/photographs/run.py --out outputs/photographs --seeds 0 1 2 3 4 --arms dpo sft shuffled
     python recipes/studies/photographs/run.py --out outputs/photographs --explore   # settings, on development boards
 
 Builds the base, then per seed: sample, rate, build, train every arm, answer the held-out boards. Everything is kept
 under --out and done once: a stopped run is continued by the same command. Writes results.json, table.md and
-report.html (the page with photographs and answers); `--explore` writes explore.json and explore.md and never opens the
+report.html (the page with photographs and answers), photographs.png; `--explore` writes explore.json and explore.md and never opens the
 held-out boards. README.md beside this file says what is measured and what it shows.
 """
 
@@ -40,7 +40,9 @@ MAIN = ("dpo", "sft", "shuffled", "longest", "helpfulness", "faithfulness")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; run again to continue")
-    parser.add_argument("--seeds", type=int, default=None, help="how many seeds (default 3; with --quick 1)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="seeds of sampling and training (default 0 1 2; --quick: 0)"
+    )
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=None, help=f"default: {' '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="small sizes, one seed, DPO and SFT")
     parser.add_argument("--explore", nargs="*", metavar="VARIANT", help="train variants on the development split only")
@@ -107,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.explore is not None:
         print(explore(place, arguments.explore))
         return 0
+    seeds = list(dict.fromkeys(arguments.seeds or ([0] if arguments.quick else [0, 1, 2])))
     names = arguments.arms or (("dpo", "sft") if arguments.quick else MAIN)
-    seeds = range(arguments.seeds or (1 if arguments.quick else 3))
-    print(study(place, facts, names, list(seeds), " ".join(sys.argv if argv is None else ["run.py", *argv])))
+    print(study(place, facts, names, seeds, " ".join(sys.argv if argv is None else ["run.py", *argv])))
     return 0
 
 

@@ -15,20 +15,20 @@ class Sizes:
     beside its description. `held_out`: boards described; `question_boards`: boards of each set of yes/no questions."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
-    boards: int = 200
+    boards: int = 160
     questions: int = 1
     responses: int = 4
     held_out: int = 300
-    sampled: int = 300
-    question_boards: int = 60
+    sampled: int = 100
+    question_boards: int = 40
 
 
 QUICK = Sizes(
     base=BaseSizes(eye_boards=600, described=400, asked=100),
     boards=60,
-    held_out=100,
-    sampled=100,
-    question_boards=25,
+    held_out=60,
+    sampled=40,
+    question_boards=15,
 )
 
 
