@@ -6,9 +6,9 @@
     python recipes/studies/photographs/run.py --out outputs/photographs --explore   # settings, on development boards
 
 Builds the base, then per seed: sample, rate, build, train every arm, answer the held-out boards. Everything is kept
-under --out and done once: a stopped run is continued by the same command. Writes results.json, table.md and
-report.html (the page with photographs and answers), photographs.png; `--explore` writes explore.json and explore.md and never opens the
-held-out boards. README.md beside this file says what is measured and what it shows.
+under --out and done once: a stopped run is continued by the same command. Writes results.json, table.md, report.html
+(the page with photographs and answers) and photographs.png; `--explore` writes explore.json and explore.md and never
+opens the held-out boards. README.md beside this file says what is measured and what it shows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; run again to continue")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="seeds of sampling and training (default 0 1 2; --quick: 0)"
+        "--seeds", type=int, nargs="+", help="of sampling and training (default 0 1 2; --quick: 0)"
     )
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=None, help=f"default: {' '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="small sizes, one seed, DPO and SFT")
