@@ -42,10 +42,12 @@ def build(sources: Sources | None = None) -> tuple[Any, Any]:
     return assemble(sources, processor), processor
 
 
-def build_groups(processor: Any, k: int, count: int, sources: Sources | None = None) -> list[dict[str, Any]]:
-    """`count` groups of k responses of about 35 tokens to a prompt of PROMPT_TOKENS and a question; all pairs."""
+def build_groups(
+    processor: Any, k: int, count: int, prompt_tokens: int = PROMPT_TOKENS, sources: Sources | None = None
+) -> list[dict[str, Any]]:
+    """`count` groups of k responses of about 35 tokens to a text of `prompt_tokens` and a question; all pairs."""
     pictures, labels = photographs(sources or Sources(default_cache()), SPLITS["preference"][0])
-    ids = processor.tokenizer(TEXT * 8, add_special_tokens=False).input_ids[:PROMPT_TOKENS]
+    ids = processor.tokenizer(TEXT * 8, add_special_tokens=False).input_ids[:prompt_tokens]
     prompt = f"{processor.tokenizer.decode(ids)}\n{DESCRIBE}"
     rng = np.random.default_rng(0)
     rows = []
@@ -60,12 +62,18 @@ def build_groups(processor: Any, k: int, count: int, sources: Sources | None = N
 
 
 def run(
-    contender: str, *, k: int = 4, groups_per_step: int = 1, timed: int = 3, learning_rate: float = 1e-4
+    contender: str,
+    *,
+    k: int = 4,
+    groups_per_step: int = 1,
+    timed: int = 3,
+    learning_rate: float = 1e-4,
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> dict[str, Any]:
     """Trains a warm-up and the timed steps of one contender of `bench_step.py`, in fp32 on the CPU, and returns what was
     measured."""
     model, processor = build()
-    groups = build_groups(processor, k, groups_per_step)
+    groups = build_groups(processor, k, groups_per_step, prompt_tokens)
     pairs = k * (k - 1) // 2 * groups_per_step
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=default_lora_targets(model.config))
     meter = StepMeter("cpu")
