@@ -57,6 +57,7 @@ def explore(place: Any, names: Sequence[str] = ()) -> str:
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ValueError(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}.")
     folder = place.root / "explore"
+    place = replace(place, sizes=replace(place.sizes, held_out=place.sizes.development))
     benchmarks = write_benchmarks(place, "development", DEVELOPMENT_SEED, folder / "development")
     which = ("chair", "chair_sampled")
     base = evaluate(place, benchmarks, folder / "answers" / "base", None, which)

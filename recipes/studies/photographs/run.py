@@ -40,9 +40,7 @@ MAIN = ("dpo", "sft", "shuffled", "longest", "helpfulness", "faithfulness")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; run again to continue")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="of sampling and training (default 0 1 2; --quick: 0)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="of sampling and training (default 0 1 2; --quick: 0)")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=None, help=f"default: {' '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="small sizes, one seed, DPO and SFT")
     parser.add_argument("--explore", nargs="*", metavar="VARIANT", help="train variants on the development split only")

@@ -12,7 +12,8 @@ from photographs.base import BaseSizes
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """How much of everything. `boards`: prompts per round come from so many; `questions`: yes/no questions per board
-    beside its description. `held_out`: boards described; `question_boards`: boards of each set of yes/no questions."""
+    beside its description. `held_out`: boards described; `question_boards`: boards of each set of yes/no questions;
+    `development`: boards of `--explore`."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
     boards: int = 160
@@ -20,6 +21,7 @@ class Sizes:
     responses: int = 4
     held_out: int = 300
     sampled: int = 100
+    development: int = 150
     question_boards: int = 40
 
 
@@ -28,6 +30,7 @@ QUICK = Sizes(
     boards=60,
     held_out=60,
     sampled=40,
+    development=60,
     question_boards=15,
 )
 
