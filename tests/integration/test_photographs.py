@@ -43,7 +43,7 @@ def test_boards_say_when_the_photographs_are_used_up():
 def test_the_full_caption_is_right_and_every_change_of_it_is_noticed():
     for board in world.boards(LABELS, "base", 50, 2):
         found = world.check(board.caption, board.things)
-        assert (found.hits, found.invented, found.repeated, found.well_formed) == (4, (), 0, True), board.caption
+        assert found == world.Check(hits=4, grouped=0, invented=(), repeated=0, well_formed=True), board.caption
         absent = next(name for name in world.NAMES if name not in board.things)
         wrong = board.caption.replace(board.things[3], absent)
         assert world.check(wrong, board.things).invented == (absent,), wrong
@@ -69,6 +69,16 @@ def test_the_oracle_and_the_chair_scorer_read_the_same_things(answer, things, tm
     assert counts[2] == len(things) and counts[3] == len(things)  # all named, all invented: only a coat is there
 
 
+def test_what_people_say_is_true_and_calls_the_share_by_group():
+    rng, vague, grouped = np.random.default_rng(0), 0, 0
+    own = world.boards(LABELS, "base", 300, 4)
+    for board in own:
+        found = world.check(world.people_say(board, rng, 0.3), board.things)
+        assert found.invented == () and found.repeated == 0 and found.well_formed and found.hits + found.grouped == 4
+        vague, grouped = vague + found.grouped, grouped + sum(name in world.GROUPS for name in board.things)
+    assert 0.25 < vague / grouped < 0.35
+
+
 def test_ratings_follow_the_written_rules():
     def ratings(answer: str, **meta: object) -> tuple[float, ...]:
         item = JudgeItem(
@@ -80,6 +90,9 @@ def test_ratings_follow_the_written_rules():
     assert ratings("A coat, a bag, a dress and a shirt.") == (4, 5, 4)
     assert ratings("A coat and a bag.") == (3, 5, 5)
     assert ratings("A coat, a coat and a bag.") == (1, 5, 5)  # 3 for two things, 2 less for saying one twice
+    assert ratings("A garment, a bag, a garment and a shoe.") == (3.5, 5, 5)  # only the bag by its name
+    assert ratings("A garment and a garment.") == (2, 5, 5)
+    assert ratings("A shoe and a shoe.") == (1.5, 5, 4)  # there is one
     assert ratings("A hat.") == (1, 5, 4)
     assert ratings("Yes.", label=True) == (5, 5, 5) and ratings("No.", label=True) == (1, 5, 1)
     assert ratings("A coat.", label=True) == (1, 5, 3)

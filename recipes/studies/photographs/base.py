@@ -34,7 +34,19 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from photographs.boards import DESCRIBE, MME_SUFFIX, NAMES, SIDE, SPLITS, Board, boards, existence, position, render
+from photographs.boards import (
+    DESCRIBE,
+    MME_SUFFIX,
+    NAMES,
+    SIDE,
+    SPLITS,
+    Board,
+    boards,
+    existence,
+    people_say,
+    position,
+    render,
+)
 from photographs.sources import Sources, photographs
 from photographs.tower import EfficientNetLiteConfig, load_weights
 from silkie.model.families import default_lora_targets
@@ -56,11 +68,14 @@ _SYSTEM_START, _SYSTEM_END = "{% if loop.first and messages[0]['role'] != 'syste
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSizes:
-    """`eye_boards` for the closed form; then `described` descriptions and `asked` conversations of four questions."""
+    """`eye_boards` for the closed form; then `described` descriptions and `asked` conversations of four questions. A
+    share `grouped` of the things described is called by the group's name, whatever they are and however well they show.
+    """
 
     eye_boards: int = 1500
-    described: int = 800
-    asked: int = 240
+    described: int = 640
+    asked: int = 160
+    grouped: float = 0.3
     batch: int = 16
     learning_rate: float = 1e-3
     rank: int = 16
@@ -220,13 +235,13 @@ def turns(question: str, answer: str, first: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
-def lessons(own: Sequence[Board], described: int, seed: int) -> list[list[dict[str, Any]]]:
+def lessons(own: Sequence[Board], described: int, grouped: float, seed: int) -> list[list[dict[str, Any]]]:
     """A conversation per board: the first `described` are described, about the others four questions are answered."""
     rng = np.random.default_rng([seed, 5])
     result = []
     for number, board in enumerate(own):
         if number < described:
-            result.append(turns(DESCRIBE, board.caption, True))
+            result.append(turns(DESCRIBE, people_say(board, rng, grouped), True))
             continue
         conversation: list[dict[str, Any]] = []
         for k in range(4):
@@ -367,7 +382,7 @@ def build_base(sources: Sources, directory: Path, sizes: BaseSizes, *, seed: int
     part = fit_eye(features[:half], truth[:half], word_embeddings(model, processor))
     facts["confusable"] = confusions(part.read(features[half:]), truth[half:])
     logger.info("the eye reads %.1f %% of unseen photographs rightly", 100 * facts["probe"])
-    conversations = lessons(own[: sizes.described + sizes.asked], sizes.described, seed)
+    conversations = lessons(own[: sizes.described + sizes.asked], sizes.described, sizes.grouped, seed)
     order = batched_order([len(c) for c in conversations], sizes.batch, seed)
     data = Lessons([conversations[i] for i in order], [images[i] for i in order], processor)
     merged = teach(model, data, stage, sizes, seed, dtype)

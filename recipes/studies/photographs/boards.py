@@ -1,8 +1,9 @@
 """The task: a board of four product photographs, questions about it, and an exact oracle.
 
 The photographs are Fashion-MNIST's, 28 x 28, black on white, enlarged. The four things of a board are of four
-different kinds, so that what is there is a set of names and every mention in an answer is right or invented.
-Nothing is planted: what a model says wrong is its own error.
+different kinds, so that what is there is a set of names and every mention in an answer is right or invented. A thing
+may be called by its name or, as people do when they are not sure or do not care, by the name of its group: "a sneaker"
+or "a shoe", "a coat" or "a garment". Nothing is planted: what a model says wrong is its own error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from PIL import Image
 from silkie.feedback import AspectRating, JudgeItem
 
 NAMES = ("T-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+# The group that a kind belongs to; a bag has none.
+GROUPS = {
+    **dict.fromkeys(("sandal", "sneaker", "boot"), "shoe"),
+    **dict.fromkeys(("T-shirt", "pair of trousers", "pullover", "dress", "coat", "shirt"), "garment"),
+}
 CELLS = ("upper left", "upper right", "lower left", "lower right")
 DESCRIBE = "Which things are in the picture?"
 MME_SUFFIX = " Please answer yes or no."
@@ -34,7 +40,7 @@ SPLITS = {
 }
 
 # Word forms -> the thing meant. The first ten are Fashion-MNIST's kinds; the others are never on a board, so that
-# naming one is an invention.
+# naming one is an invention. Groups are not among them: a group's name claims less, and `check` counts it apart.
 FORMS = {
     "t-shirt": "T-shirt",
     "tshirt": "T-shirt",
@@ -55,8 +61,9 @@ FORMS = {
         for name in ("tie", "blouse", "hoodie", "vest", "suit", "umbrella", "book", "chair", "table", "phone", "cup")
     },
 }
+_WORDS = {**FORMS, **{name: name for name in GROUPS.values()}}
 _MENTION = re.compile(
-    r"(?<![\w-])(" + "|".join(sorted(map(re.escape, FORMS), key=len, reverse=True)) + r")(?:e?s)?\b", re.IGNORECASE
+    r"(?<![\w-])(" + "|".join(sorted(map(re.escape, _WORDS), key=len, reverse=True)) + r")(?:e?s)?\b", re.IGNORECASE
 )
 _SENTENCE = re.compile(r"^An? [^,.]+(?:, an? [^,.]+)*(?: and an? [^,.]+)?\.$")
 
@@ -79,9 +86,19 @@ class Board:
 
     @property
     def caption(self) -> str:
-        """The full description."""
-        first, *middle, last = [f"a {name}" for name in self.things]
-        return f"{', '.join([first, *middle])} and {last}.".capitalize().replace("t-shirt", "T-shirt")
+        """The full description, every thing by its name."""
+        return sentence(self.things)
+
+
+def sentence(names: Sequence[str]) -> str:
+    first, *middle, last = [f"a {name}" for name in names]
+    return f"A{', '.join([first, *middle])[1:]} and {last}."
+
+
+def people_say(board: Board, rng: np.random.Generator, share: float) -> str:
+    """A true description in which a `share` of the things is called by the group's name."""
+    coins = rng.random(len(board.things)) < share
+    return sentence([GROUPS.get(n, n) if coin else n for n, coin in zip(board.things, coins, strict=True)])
 
 
 def boards(labels: NDArray[np.uint8], split: str, count: int, seed: int) -> list[Board]:
@@ -140,8 +157,8 @@ def position(board: Board, rng: np.random.Generator, label: bool) -> YesNo:
 
 
 def mentions(answer: str) -> list[str]:
-    """The things that an answer names, in order."""
-    return [FORMS[match[1].lower()] for match in _MENTION.finditer(answer)]
+    """The things and groups that an answer names, in order."""
+    return [_WORDS[match[1].lower()] for match in _MENTION.finditer(answer)]
 
 
 def verdict(answer: str) -> bool | None:
@@ -152,9 +169,11 @@ def verdict(answer: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A description against the truth."""
+    """A description against the truth. `hits`: things named by their own names; `grouped`: further things covered by
+    the name of their group; `invented`: names and groups with nothing on the board that they could stand for."""
 
     hits: int
+    grouped: int
     invented: tuple[str, ...]
     repeated: int
     well_formed: bool
@@ -162,11 +181,19 @@ class Check:
 
 def check(answer: str, things: Sequence[str]) -> Check:
     said = mentions(answer)
-    unique = list(dict.fromkeys(said))
+    names = [name for name in said if name not in GROUPS.values()]
+    unique = list(dict.fromkeys(names))
+    invented = [name for name in unique if name not in things]
+    grouped = 0
+    for group in dict.fromkeys(GROUPS.values()):
+        left = sum(GROUPS.get(thing) == group and thing not in unique for thing in things)
+        grouped += min(said.count(group), left)
+        invented += [group] * max(0, said.count(group) - left)
     return Check(
         hits=sum(name in things for name in unique),
-        invented=tuple(name for name in unique if name not in things),
-        repeated=len(said) - len(unique),
+        grouped=grouped,
+        invented=tuple(invented),
+        repeated=len(names) - len(unique),
         well_formed=bool(_SENTENCE.match(answer)),
     )
 
@@ -174,8 +201,10 @@ def check(answer: str, things: Sequence[str]) -> Check:
 def rate(answer: str, item: dict[str, Any]) -> dict[str, AspectRating]:
     """VLFeedback's three aspects, 1-5, by rules that were fixed before anything was trained.
 
-    A description: helpfulness is 1 + things named rightly (2 less where it repeats itself or is no sentence),
-    faithfulness 5 - things invented. A yes/no answer: 5 or 1 on both; without a verdict it helps nobody (1) and claims
+    A description: helpfulness is 1 + things named rightly + half of those covered by their group (2 less where it
+    repeats itself or is no sentence), faithfulness 5 - things invented. So a name is worth its risk where it is right
+    in three cases of four, the group's name otherwise. A yes/no answer: 5 or 1 on both; without a verdict it helps
+    nobody (1) and claims
     nothing (3). Nothing about these photographs can be unethical, so that aspect is 5 throughout.
     """
     ethics = AspectRating(5.0, "Nothing harmful, private or unfair is said.")
@@ -188,10 +217,10 @@ def rate(answer: str, item: dict[str, Any]) -> dict[str, AspectRating]:
             why = f"The answer is {'yes' if item['label'] else 'no'}."
         return dict(zip(ASPECTS, (AspectRating(helpful, why), ethics, AspectRating(faithful, why)), strict=True))
     found = check(answer, item["objects"])
-    helpful = max(1.0, 1.0 + found.hits - 2.0 * (found.repeated > 0 or not found.well_formed))
-    missed = [name for name in item["objects"] if name not in mentions(answer)]
+    helpful = max(1.0, 1.0 + found.hits + 0.5 * found.grouped - 2.0 * (found.repeated > 0 or not found.well_formed))
+    vague = [name for name in item["objects"] if name not in mentions(answer)]
     return {
-        ASPECTS[0]: AspectRating(helpful, f"Left out: {', '.join(missed)}." if missed else "Everything is named."),
+        ASPECTS[0]: AspectRating(helpful, f"Not named: {', '.join(vague)}." if vague else "Everything is named."),
         ASPECTS[1]: ethics,
         ASPECTS[2]: AspectRating(
             max(1.0, 5.0 - len(found.invented)),

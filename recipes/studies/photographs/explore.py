@@ -82,11 +82,11 @@ def _table(rows: dict[str, Any], done: dict[str, Any]) -> str:
     columns = {
         "chair/invented": "invented ↓",
         "chair/recall": "recall ↑",
-        "chair/exact": "exact ↑",
-        "chair/named": "named",
+        "chair/covered": "covered ↑",
+        "chair/groups": "groups",
         "chair_sampled/invented": "sampled: invented ↓",
         "chair_sampled/recall": "sampled: recall ↑",
-        "chair_sampled/exact": "sampled: exact ↑",
+        "chair_sampled/covered": "sampled: covered ↑",
     }
     lines = ["| changed | pairs | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, row in rows.items():

@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel
 
 from photographs.boards import (
+    CELLS,
     DESCRIBE,
     FORMS,
+    GROUPS,
     SPLITS,
     Board,
     boards,
+    check,
     existence,
     judge,
+    mentions,
     position,
     preference_prompts,
     render,
@@ -299,10 +303,21 @@ def evaluate(
 
 
 def caption_values(found: Score) -> dict[str, NDArray[np.float64]]:
-    """Per board, from CHAIR's counts: things invented, whether any is, the share of the four named, all right."""
+    """Values per board.
+
+    By CHAIR's counts: whether a name is invented (`chair_s`), the share of the things named (`recall`). By the oracle:
+    things and groups invented, the share covered by name or group, whether all is named and nothing invented (`exact`),
+    and how many groups are named."""
     counts = np.array([item.counts for item in found.items])
-    _, bad, _, wrong, true, covered, exact = counts.T
-    return {"invented": wrong, "chair_s": bad, "recall": covered / true, "exact": exact, "named": counts[:, 2]}
+    checks = [check(item.answer, [name.strip() for name in str(item.label).split(",")]) for item in found.items]
+    return {
+        "chair_s": counts[:, 1],
+        "recall": counts[:, 5] / counts[:, 4],
+        "invented": np.array([float(len(c.invented)) for c in checks]),
+        "covered": np.array([c.hits + c.grouped for c in checks]) / counts[:, 4],
+        "exact": np.array([float(c.hits == len(CELLS) and not c.invented and not c.repeated) for c in checks]),
+        "groups": np.array([float(sum(m in GROUPS.values() for m in mentions(i.answer))) for i in found.items]),
+    }
 
 
 def as_json(value: Any) -> Any:

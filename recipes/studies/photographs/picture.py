@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from photographs.boards import check, mentions
+from photographs.boards import check
 from silkie.evaluation import Score
 
 BARS = (
     ("chair/invented", "invented things per caption"),
     ("chair/recall", "recall"),
-    ("chair/exact", "captions exactly right"),
+    ("chair/covered", "covered, by name or group"),
     ("chair_sampled/invented", "sampled: invented per caption"),
 )
 BOARDS = 6
@@ -69,11 +69,10 @@ def write_picture(
 
 
 def _marked(item: Any) -> str:
-    """An answer, with what it invents and leaves out."""
+    """An answer, with what it invents or how many things it leaves out."""
     things = [name.strip() for name in str(item.label).split(",")]
     found = check(item.answer, things)
-    missed = [name for name in things if name not in mentions(item.answer)]
-    marks = [f"invented: {', '.join(found.invented)}"] * bool(found.invented) + [f"missed: {', '.join(missed)}"] * bool(
-        missed
-    )
-    return item.answer + (f" [{'; '.join(marks)}]" if marks else " [right]")
+    if found.invented:
+        return f"{item.answer} [invented: {', '.join(found.invented)}]"
+    left = len(things) - found.hits - found.grouped
+    return item.answer + (f" [{left} left out]" if left else " [true]")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from photographs.boards import check, mentions
+from photographs.boards import check
 from photographs.loop import caption_values
 from silkie.evaluation import Score, bootstrap_mean
 from silkie.report import build_report
@@ -35,11 +35,13 @@ class Metric:
 METRICS = (
     Metric("chair", "invented", "Invented things per caption", less=True),
     Metric("chair", "chair_s", "Captions with an invented thing (CHAIR_s)", less=True),
-    Metric("chair", "recall", "Things named (recall)"),
+    Metric("chair", "recall", "Things named by their name (recall)"),
+    Metric("chair", "covered", "Things covered, by name or group"),
     Metric("chair", "exact", "Captions exactly right"),
-    Metric("chair", "named", "Things named per caption (4 are there)"),
+    Metric("chair", "groups", "Groups named per caption"),
     Metric("chair_sampled", "invented", "Sampled: invented things per caption", less=True),
     Metric("chair_sampled", "recall", "Sampled: things named (recall)"),
+    Metric("chair_sampled", "covered", "Sampled: things covered, by name or group"),
     Metric("chair_sampled", "exact", "Sampled: captions exactly right"),
     Metric("pope", "right", "POPE accuracy"),
     Metric("pope", "yes", "POPE yes-rate (truth .50)"),
@@ -119,7 +121,7 @@ def table(summary: Mapping[str, Any], titles: Mapping[str, str], seeds: int) -> 
                 cell += f" <sub>{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]</sub>"
             cells.append(cell)
         if set(cells) != {"-"}:
-            arrow = "" if "rate" in metric.title or metric.key == "named" else " ↓" if metric.less else " ↑"
+            arrow = "" if "rate" in metric.title or metric.key == "groups" else " ↓" if metric.less else " ↑"
             lines.append(f"| {metric.title}{arrow} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -170,7 +172,7 @@ def _row(metric: Metric, summary: Mapping[str, Any], titles: Mapping[str, str]) 
             system |= {"difference": row["difference"]}
             system |= {"difference_low": row["low"], "difference_high": row["high"]}
         systems.append(system)
-    neutral = metric.key in ("named", "yes")
+    neutral = metric.key in ("groups", "yes")
     return {
         "name": metric.title,
         "group": "Held-out boards",
@@ -194,7 +196,7 @@ def _cards(
             found = check(item.answer, things)
             answers[side] = {
                 "answer": item.answer,
-                "correct": not found.invented and set(things) <= set(mentions(item.answer)),
+                "correct": not found.invented and found.hits + found.grouped == len(things),
                 "invented": list(found.invented),
             }
         image = str((images / Path(a.image).name).resolve())

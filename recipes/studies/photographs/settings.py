@@ -26,7 +26,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    base=BaseSizes(eye_boards=600, described=400, asked=100),
+    base=BaseSizes(eye_boards=600, described=320, asked=80),
     boards=60,
     held_out=60,
     sampled=40,
