@@ -16,13 +16,13 @@ class Sizes:
     `development`: boards of `--explore`."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
-    boards: int = 160
+    boards: int = 100
     questions: int = 1
     responses: int = 4
     held_out: int = 300
     sampled: int = 100
     development: int = 150
-    question_boards: int = 40
+    question_boards: int = 25
 
 
 QUICK = Sizes(
@@ -65,7 +65,7 @@ class Arm:
     loss_weights: tuple[float, ...] = (1.0, 0.2)
     beta: float = 0.1
     learning_rate: float = 5e-4
-    epochs: float = 1.0
+    epochs: float = 2.0
     batch: int = 8
     shuffled: bool = False
     rounds: int = 1
