@@ -109,7 +109,10 @@ def preferences(
     options = SampleOptions(
         k=arm.responses or place.sizes.responses, minimum=2, redraws=1, seed=seed, image_root=str(images)
     )
-    logger.info("%s", sample_file(prompts, load_pool(folder / "pool.yaml"), folder / "responses.jsonl", options).text())
+    sampled = sample_file(prompts, load_pool(folder / "pool.yaml"), folder / "responses.jsonl", options)
+    logger.info("%s", sampled.text())
+    if sampled.stopped:  # half of the prompts are not the study
+        raise SystemExit(f"sampling was stopped ({sampled.stopped}); run the same command again to resume")
     rated = rate_file(
         folder / "responses.jsonl", OracleJudge(judge), folder / "journal.jsonl", RateOptions(image_root=str(images))
     )
