@@ -49,11 +49,11 @@ from photographs.boards import (
 )
 from photographs.sources import Sources, photographs
 from photographs.tower import EfficientNetLiteConfig, load_weights
-from silkie.model.families import default_lora_targets
 
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
+LANGUAGE_PROJECTIONS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What the language model's own template writes per message, and its turn for conversations without system message:
 # 20 tokens that tell a text model its name. The first is made to take image parts, the second is dropped.
 _PLAIN = "message['content']"
@@ -317,7 +317,7 @@ def teach(model: Any, data: Lessons, directory: Path, sizes: BaseSizes, seed: in
     adapter = LoraConfig(
         r=sizes.rank,
         lora_alpha=2 * sizes.rank,
-        target_modules=default_lora_targets(model.config),
+        target_modules=LANGUAGE_PROJECTIONS,
         modules_to_save=["multi_modal_projector"],
     )
     policy = get_peft_model(model.to(dtype), adapter)
