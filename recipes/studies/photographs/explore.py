@@ -22,7 +22,7 @@ VARIANTS: dict[str, Arm] = {
         replace(DPO, name="x-dpo", title="DPO as in the main runs"),
         replace(ARMS["sft"], name="x-sft", title="SFT on the best"),
         replace(DPO, name="x-lr-low", title="learning rate 2e-4", learning_rate=2e-4),
-        replace(DPO, name="x-lr-high", title="learning rate 1e-3", learning_rate=1e-3),
+        replace(DPO, name="x-lr-half", title="learning rate 5e-4", learning_rate=5e-4),
         replace(DPO, name="x-one-epoch", title="one epoch", epochs=1.0),
         replace(DPO, name="x-plain", title="no SFT term", losses=("sigmoid",), loss_weights=(1.0,)),
         replace(DPO, name="x-sft1", title="SFT term of weight 1", loss_weights=(1.0, 1.0)),

@@ -64,7 +64,7 @@ class Arm:
     losses: tuple[str, ...] = ("sigmoid", "sft")
     loss_weights: tuple[float, ...] = (1.0, 0.2)
     beta: float = 0.1
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     epochs: float = 2.0
     batch: int = 8
     shuffled: bool = False
