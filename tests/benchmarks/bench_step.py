@@ -187,7 +187,9 @@ def main() -> None:
     if args.model == "photographs":
         fixed = ("device", "shape", "backend", "family", "lengths", "image_tokens")
         if touched := [name for name in fixed if getattr(args, name) != parser.get_default(name)]:
-            parser.error(f"--model photographs is one model and one prompt on the CPU: leave {', '.join(touched)} alone")
+            parser.error(
+                f"--model photographs is one model and one prompt on the CPU: leave {', '.join(touched)} alone"
+            )
         args.image_tokens, args.name = [4], args.name or "photographs_cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     family = "" if args.family == FAMILIES[0] else f"_{args.family}"

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data.schema import group_features
-from silkie.model.families import default_lora_targets
+from silkie.model.adapters import default_lora_targets
 from tests.support.data import group
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "studies"))
@@ -112,6 +112,7 @@ def run(
     best = min(meter.seconds)
     return {
         "contender": contender,
+        "lengths": "equal",
         "image_tokens": 4,
         "k": k,
         "pairs": pairs,
