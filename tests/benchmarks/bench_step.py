@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_step.py --device cuda --shape 3b --groups 2            # CUDA: 3B parameters, random weights, bf16
     python tests/benchmarks/bench_step.py --family qwen3_5 --lengths equal unequal       # a hybrid model
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
+    python tests/benchmarks/bench_step.py --model photographs --ks 4 --repeats 1         # real weights, see photographs_setting.py
 
 Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors,
 reference pass, policy pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen.
@@ -42,19 +43,21 @@ def in_own_process(contender: str, image_tokens: int, k: int, lengths: str, args
     """One contender in a fresh process: no memory, caches or compiled code of another."""
     one = {
         "contender": contender,
-        "image_tokens": image_tokens,
         "k": k,
         "groups_per_step": args.groups,
         "timed": args.timed,
     }
-    one |= {
-        "shape": args.shape,
-        "device": args.device,
-        "backend": args.backend,
-        "family": args.family,
-        "lengths": lengths,
-    }
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], capture_output=True, text=True)
+    if args.model == "shape":
+        one |= {
+            "image_tokens": image_tokens,
+            "shape": args.shape,
+            "device": args.device,
+            "backend": args.backend,
+            "family": args.family,
+            "lengths": lengths,
+        }
+    command = [sys.executable, __file__, "--model", args.model, "--one", json.dumps(one)]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode or not lines:
         reason = "out of memory" if "OutOfMemoryError" in done.stderr else done.stderr.strip()[-2000:]
@@ -142,6 +145,15 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def setting(model: str) -> Callable[..., dict[str, Any]]:
+    """What runs one contender."""
+    if model == "shape":
+        return run
+    from photographs_setting import run as run_photographs  # wants packages that are no dependency of silkie
+
+    return run_photographs
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -152,6 +164,9 @@ def device_name(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--model", choices=("shape", "photographs"), default="shape", help="random weights, or real ones"
+    )
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="whose shape the model has")
     parser.add_argument("--lengths", nargs="+", choices=tuple(RESPONSE_WORDS), default=["equal"], help="of responses")
@@ -167,8 +182,15 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(_RESULT + json.dumps(run(**json.loads(args.one))))
+        print(_RESULT + json.dumps(setting(args.model)(**json.loads(args.one))))
         return
+    if args.model == "photographs":
+        fixed = ("device", "shape", "backend", "family", "lengths", "image_tokens")
+        if touched := [name for name in fixed if getattr(args, name) != parser.get_default(name)]:
+            parser.error(
+                f"--model photographs is one model and one prompt on the CPU: leave {', '.join(touched)} alone"
+            )
+        args.image_tokens, args.name = [4], args.name or "photographs_cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     family = "" if args.family == FAMILIES[0] else f"_{args.family}"
     file = args.out / f"{args.name or f'step{family}_{args.device}'}.json"
@@ -178,8 +200,8 @@ def main() -> None:
         "device": device_name(args.device),
         "python": platform.python_version(),
         "packages": {p: metadata.version(p) for p in PACKAGES},
-        "family": args.family,
-        "shape": SHAPES[args.shape],
+        "family": args.family if args.model == "shape" else "llava",
+        "shape": SHAPES[args.shape] if args.model == "shape" else "recipes/studies/photographs",
     }
     # after every run: a long measurement that is cut off keeps what it has
     results = measure(

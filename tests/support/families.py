@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from silkie.model.processor import image_only_class
 from tests.support.tiny import WORDS, tiny_model, tiny_processor
 
-FAMILIES = ["llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"]
+FAMILIES = ["llava", "llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"]
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 _BASE = ["<pad>", "<bos>", "<turn>", "<end>", "<unk>"]
 _NAMED = {
+    "llava": {"image_token": "<image>"},
     "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
     "internvl": {
         "start_image_token": "<img>",
@@ -91,7 +92,13 @@ def family_processor(family: str) -> Any:
         return tiny_processor(family)
     tok = family_tokenizer(family)
     keep = {"tokenizer": tok, "chat_template": tok.chat_template}
-    if family == "llava_onevision":
+    if family == "llava":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        size = {"height": 56, "width": 56}
+        images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+        cls, more = transformers.LlavaProcessor, {"patch_size": 14, "vision_feature_select_strategy": "full"}
+    elif family == "llava_onevision":
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
             LlavaOnevisionImageProcessorPil,
         )
@@ -157,7 +164,17 @@ def family_model(family: str, *, seed: int = 0, **text_kwargs: Any) -> Any:
     siglip = {**vision, "model_type": "siglip_vision_model", "vision_use_head": False}
     ids = {name: tok.convert_tokens_to_ids(token) for name, token in _NAMED[family].items()}
     common = {"tie_word_embeddings": False}
-    if family == "llava_onevision":
+    if family == "llava":
+        config = transformers.LlavaConfig(
+            text_config={"model_type": "llama", **text},
+            vision_config={**siglip, "image_size": 56},
+            image_token_index=ids["image_token"],
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+            **common,
+        )
+        cls = transformers.LlavaForConditionalGeneration
+    elif family == "llava_onevision":
         config = transformers.LlavaOnevisionConfig(
             text_config={"model_type": "qwen2", **text},
             vision_config={**siglip, "image_size": 28},
