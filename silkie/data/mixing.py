@@ -50,8 +50,10 @@ def with_aspects(dataset: datasets.Dataset, aspects: Sequence[str]) -> datasets.
     """The groups with rating columns for `aspects`; those that a group was not rated on are null."""
     if aspects_of(dataset.features) == tuple(aspects):
         return dataset
+    features = group_features(aspects)
+    features.update({name: kind for name, kind in dataset.features.items() if name not in features})  # ROW_FORM
     return dataset.map(
-        _extend, fn_kwargs={"aspects": tuple(aspects)}, features=group_features(aspects), desc="aligning rating aspects"
+        _extend, fn_kwargs={"aspects": tuple(aspects)}, features=features, desc="aligning rating aspects"
     )
 
 
