@@ -239,7 +239,10 @@ def _reason(error: Exception, output_dir: Path) -> tuple[str, str] | None:
     """Why nothing can be written, and the remedy; None for an error of another kind or another place."""
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.EFBIG:
-        return "the disk is full, or this shell limits files", "free space or raise `ulimit -f`, then start again."
+        return (
+            "the disk is full, or this shell limits files",
+            "free space or raise `ulimit -f`, then start the same command again.",
+        )
     if number in _FULL or any(sign in str(error).lower() for sign in _FULL_SIGNS):
         return "the disk is full", "free some space and start the same command again."
     place = Path(str(getattr(error, "filename", None) or "")).absolute()
