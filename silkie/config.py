@@ -111,7 +111,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     )
     source_format: str | None = field(
         default=None,
-        metadata={"help": "Format of the rows, a name from silkie.data.SOURCES. None: told by their columns."},
+        metadata={"help": "Format of the rows, a name from silkie.data.SOURCES. None: it is told by their columns."},
     )
     string_rows: StringRows = field(
         default="auto",

@@ -279,6 +279,10 @@ TRAINING = {
     "learning_rate": "of the step",
     "epoch": "passes over the data, with fractions",
     "num_tokens": (
+        "tokens trained on since the start of the run, counted as TRL does: prompt and response of both sides of every"
+        " pair"
+    ),
+    "num_packed_tokens": (
         "tokens that went through the policy since the start of the run, prompts counted once per group when packed"
     ),
     "rewards/chosen": (
