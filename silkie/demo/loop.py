@@ -99,7 +99,7 @@ def run_demo(
         if recipe is DPO:
             trainer.save_model(str(directory))
             history, options = trainer.state.log_history, shown_options(trainer)
-        trainer.model.merge_adapter()  # generates a third faster, and nothing trains it any more
+        trainer.model.merge_adapter()  # generates a sixth faster, and nothing trains it any more
         answers[recipe.name] = evaluate(
             summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch
         )
