@@ -75,6 +75,11 @@ def config_page() -> str:
         "\n".join(bullet(f"`{n}`: `{default(fields[n])}`, in TRL `{default(trl[n])}`.") for n in differ),
         wrap("Refused with an error where they would ask for something that silkie does not do:"),
         "\n".join(bullet(f"`{name}`: {refusal(name)}") for name in refused),
+        wrap(
+            "Switched off with a warning, since the numbers are the same without them: `padding_free` (the packed layout"
+            " with `attention_backend='varlen'` or `'flex'` has no padding) and `dispatch_batches` of"
+            " `accelerator_config`."
+        ),
         "## TRL's",
         *(entry(fields[name], readers, "TRL") for name in of_trl),
         "## transformers'",
@@ -133,7 +138,7 @@ def refusal(name: str) -> str:
     if name in _NOT_READ:
         neutral, instead = _NOT_READ[name]
         return f"leave it at `{neutral[0]!r}`. {instead}"
-    if name in ("padding_free", "torch_compile"):
+    if name in ("torch_compile",):
         settings: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "report_to": "none", name: True}
         try:
             SilkieDPOConfig(**settings)
@@ -279,8 +284,9 @@ TRAINING = {
     "learning_rate": "of the step",
     "epoch": "passes over the data, with fractions",
     "num_tokens": (
-        "tokens that went through the policy since the start of the run, prompts counted once per group when packed"
+        "tokens trained on since the start of the run, as TRL counts them: prompt and response of both sides of every pair"
     ),
+    "num_packed_tokens": "tokens that went through the policy: packed, the prompt once per group",
     "rewards/chosen": (
         "beta times the log-ratio of policy and reference of the chosen response (without a reference: beta times its"
         " log-prob; simpo: per token)"
