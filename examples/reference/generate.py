@@ -76,8 +76,8 @@ def config_page() -> str:
         wrap("Refused with an error where they would ask for something that silkie does not do:"),
         "\n".join(bullet(f"`{name}`: {refusal(name)}") for name in refused),
         wrap(
-            "Switched off with a warning, since the numbers are the same without them: `padding_free` (the packed layout"
-            " with `attention_backend='varlen'` or `'flex'` has no padding) and `dispatch_batches` of"
+            "Switched off with a warning, since the numbers are the same without them: `padding_free` (the packed"
+            " layout with `attention_backend='varlen'` or `'flex'` has no padding) and `dispatch_batches` of"
             " `accelerator_config`."
         ),
         "## TRL's",
@@ -284,7 +284,7 @@ TRAINING = {
     "learning_rate": "of the step",
     "epoch": "passes over the data, with fractions",
     "num_tokens": (
-        "tokens trained on since the start of the run, as TRL counts them: prompt and response of both sides of every pair"
+        "tokens trained on since the start of the run, as TRL counts them: prompt and response of both sides of a pair"
     ),
     "num_packed_tokens": "tokens that went through the policy: packed, the prompt once per group",
     "rewards/chosen": (
