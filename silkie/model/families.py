@@ -113,14 +113,14 @@ def check_merges_images(model: Any) -> None:
     name = type(base).__name__
     if base.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: silkie trains decoders that continue their prompt.")
-    if base.get_output_embeddings() is None:
-        raise ValueError(
-            f"{name} does not name its output head (get_output_embeddings gives None): silkie cannot train it."
-        )
     if not hasattr(backbone(model), "get_image_features"):
         raise ValueError(
             f"{name} does not merge image features into its text (it has no get_image_features): silkie cannot"
             " train it."
+        )
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} does not name its output head (get_output_embeddings gives None): silkie cannot train it."
         )
 
 

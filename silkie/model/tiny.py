@@ -79,7 +79,7 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
             "projector_input_dim": WIDTH,
             "projector_output_dim": WIDTH,
             "intermediate_size": 4 * WIDTH,
-        }
+        },
     },
     "minicpmv4_6": {"": {"insert_layer_id": 0}},
     "minicpmv4_7": {"": {"insert_layer_id": 0}},
