@@ -144,6 +144,8 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
             args.ddp_find_unused_parameters = False
         check_model(self.model, args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
+        guards.check_adapter_on_vision(self.model)
+        guards.warn_of_untrained_vision(self.model, args, default_targets=default_targets)
         self._coverage = coverage(self.model) if isinstance(self.model, PeftModel) else None
         if default_targets and self._coverage and self._coverage.share < ENOUGH:
             logger.warning("the default LoRA adapter is on %s", self._coverage)

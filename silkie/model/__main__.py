@@ -52,9 +52,19 @@ def check_named(name: str) -> Verdict:
     try:
         model, processor = _loaded(name) if Path(name).is_dir() else tiny.tiny(name)
     except Exception as error:  # a type may lack a package, or be no model that continues text
-        first = next(iter(str(error).strip().splitlines()), "")
-        return Verdict(name=name, why=f"not built here: {type(error).__name__}: {first}"[:240])
+        return Verdict(name=name, why=_not_built(error))
     return check_model(name, model, processor, tiny.tiny_groups(_pictures()))
+
+
+def _not_built(error: Exception) -> str:
+    """Why a tiny model could not be made: it says nothing about the model."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    package = missing or next(
+        (p for p in ("torchvision", "timm") if isinstance(error, ImportError) and p in str(error)), None
+    )
+    told = f"needs {package}" if package else f"{type(error).__name__}: {text}"
+    return f"could not be built here: {told}"[:240]
 
 
 def _loaded(directory: str) -> tuple[object, object]:
@@ -100,7 +110,9 @@ def page(verdicts: Sequence[Verdict]) -> str:
         run = v.packed if v.layout == "packed" else v.rows
         share = f"{100 * v.coverage.share:.0f} %" if v.coverage else ""
         table.append(f"| {v.name} | {v.layout} | {run.difference:.0e} | {run.gradient:.0e} | {share} | {v.why} |")
-    rest = [f"- `{v.name}`: {v.why}" for v in sorted(verdicts, key=lambda v: v.name) if not v.exact]
+    others = [v for v in sorted(verdicts, key=lambda v: v.name) if not v.exact]
+    unbuilt = [f"- `{v.name}`: {v.why}" for v in others if v.why.startswith("could not be built here")]
+    refused = [f"- `{v.name}`: {v.why}" for v in others if not v.why.startswith("could not be built here")]
     return (
         "# Which models\n\n"
         "Made by `python -m silkie.model sweep --out examples/models.md`: every image-text-to-text type of the"
@@ -112,8 +124,11 @@ def page(verdicts: Sequence[Verdict]) -> str:
         " A type that is not in the table may still train: the same test runs at the start of every run and stops what"
         " is not exact. `python -m silkie.model check DIR` runs it on a model of yours.\n\n"
         + "\n".join(table)
-        + "\n\nNot exact, refused, or not built here:\n\n"
-        + "\n".join(rest)
+        + "\n\nRefused before any compute, or stopped by the self-test:\n\n"
+        + "\n".join(refused)
+        + "\n\nNot known: a tiny model and processor of these types could not be built here (a missing package, or numbers"
+        " that do not fit together), which says nothing about the types. `check` runs on a real model of them.\n\n"
+        + "\n".join(unbuilt)
         + "\n"
     )
 

@@ -11,11 +11,13 @@ import copy
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -113,10 +115,11 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
     config: Any = copy.copy(peft_config)
     config.target_modules = targets.pattern
     experts = sorted({_suffix(name) for name in targets.parameters})
+    experts += [name for name in _taken_away(config, structure(source), targets.modules) if experts]
     if experts and config.lora_dropout:
         logger.warning(
-            "lora_dropout=%g: peft has no dropout for stacked expert weights, so %s get no adapter. Set lora_dropout=0"
-            " to train them.",
+            "lora_dropout=%g: peft has no dropout for weights of experts, so %s get no adapter. Set lora_dropout=0 to"
+            " train them.",
             config.lora_dropout,
             ", ".join(experts),
         )
@@ -126,6 +129,19 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
         config.exclude_modules = config.exclude_modules or targets.outside
     logger.info("LoRA targets: the linear layers%s of the language model", " and experts" if experts else "")
     return config
+
+
+def _taken_away(config: LoraConfig, base: PreTrainedModel, modules: Sequence[str]) -> list[str]:
+    """Weights of the linear layers that peft takes from the targets of some mixtures of experts, as parameters that it
+    can target: it reads a name that experts had in an older transformers (`down_proj`) as theirs alone, and shared
+    experts and dense layers have it too."""
+    converted: Any = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, base, None)
+    if isinstance(converted.target_modules, str):
+        return []
+    kept = tuple(converted.target_modules)
+    gone = [name for name in modules if not any(name == k or name.endswith(f".{k}") for k in kept)]
+    return [f"{name}.weight" for name in gone]  # in full: what a suffix hits in a tower, exclude_modules does not undo
 
 
 def coverage(model: Any) -> Coverage:

@@ -74,17 +74,17 @@ def language_model(model: Any) -> nn.Module:
     """
     base: Any = causal_lm(model)
     inner = backbone(base)
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    if decoder not in (base, inner) and any(m is head for m in decoder.modules()):
-        decoder = decoder.get_decoder()  # a causal language model as a whole (Llama 4)
-    if decoder in (base, inner):
+    decoder, head, text = base.get_decoder(), base.get_output_embeddings(), base.config.get_text_config()
+    above = [base, inner]
+    if decoder not in above and any(m is head for m in decoder.modules()):
+        above.append(decoder)  # a causal language model as a whole (Llama 4)
+    if decoder in above:
         # not under one of transformers' usual names: the module that runs on the text config
-        text = base.config.get_text_config()
-        found = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m not in (base, inner)]
+        found = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m not in above]
         decoder = next((m for m in found if m.config is text or m.config.model_type == text.model_type), decoder)
     if decoder is inner and not reads_images(base.config):
         return inner  # a language model is its own text decoder
-    if decoder in (base, inner):
+    if decoder in above:
         raise ValueError(f"{type(base).__name__} keeps its text decoder in no module: silkie cannot train it.")
     return decoder
 
@@ -125,6 +125,10 @@ def check_merges_images(model: Any) -> None:
         raise ValueError(
             f"{name} does not merge image features into its text (it has no get_image_features): silkie cannot"
             " train it."
+        )
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} does not name its output head (get_output_embeddings gives None): silkie cannot train it."
         )
 
 

@@ -72,6 +72,15 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
     "llava_onevision": {"": {"image_grid_pinpoints": _PINPOINTS}},
+    "llama4": {
+        "": {"image_token_id": "<|patch|>"},
+        "vision_config": {
+            "vision_output_dim": WIDTH,
+            "projector_input_dim": WIDTH,
+            "projector_output_dim": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+        },
+    },
     "minicpmv4_6": {"": {"insert_layer_id": 0}},
     "minicpmv4_7": {"": {"insert_layer_id": 0}},
     "ovis2": {"": {"image_token_id": "<IMG_ATOM>"}},

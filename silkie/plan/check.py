@@ -106,7 +106,9 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         check_merges_images(model)
         ask_for_token_types(processor, type(causal_lm(model)).forward)
         encoder = GroupEncoder(processor)
+        verdict.why = "could not be built here: "
         rows, refused = _usable(model, encoder, rows)
+        verdict.why = ""
         choice = choose_layout(
             causal_lm(model).config,
             SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu", bf16=False, fp16=False),
@@ -119,7 +121,7 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         truth = _plain(adapted, encoder, rows)
     except Exception as error:  # whatever a model's own classes raise
         logger.debug("%s", name, exc_info=True)
-        verdict.layout, verdict.why = None, _told(error)
+        verdict.layout, verdict.why = None, verdict.why + _told(error)
         verdict.seconds = time.monotonic() - start
         return verdict
     verdict.rows = _layout(adapted, encoder, rows, "rows", truth)

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import DistributedType
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from silkie.model.families import causal_lm
 from silkie.model.logits import gives_router_loss
+from silkie.model.vision import vision_parts
 
 logger = logging.getLogger(__name__)
 
@@ -164,3 +166,35 @@ def has_router_loss(model: Any, args: Any) -> bool:
         name,
     )
     return False
+
+
+def check_adapter_on_vision(model: Any) -> None:
+    """An adapter on the parts that make features must train: a run with a frozen tower shares the tower's features
+    between policy and reference, and no gradient reaches it.
+
+    Raises:
+        LaunchError: the active adapter is on such a part and frozen there.
+    """
+    dead = []
+    for part, module in vision_parts(model):
+        layers = [m for m in getattr(module, "modules", list)() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            own = [p for n, p in layer.named_parameters() if any(f".{a}." in f".{n}." for a in layer.active_adapters)]
+            if own and not any(p.requires_grad for p in own):
+                dead.append(part)
+    if dead:
+        raise LaunchError(
+            f"{len(dead)} layers of {', '.join(sorted(set(dead)))} have an adapter that does not train: leave them out of"
+            " the adapter with exclude_modules, or let its parameters there require gradients."
+        )
+
+
+def warn_of_untrained_vision(model: Any, args: Any, *, default_targets: bool) -> None:
+    """`freeze_vision=False` with silkie's default adapter, which is on the language model only."""
+    if default_targets and not args.freeze_vision:
+        parts = ", ".join(name for name, _ in vision_parts(model))
+        logger.warning(
+            "freeze_vision=False, but the default LoRA adapter is on the language model only: %s stay as they are. Name"
+            " their layers in the adapter's target_modules, or the parts in its modules_to_save, to train them",
+            parts,
+        )
