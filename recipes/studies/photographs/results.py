@@ -145,7 +145,6 @@ def write_page(
             "SmolLM2-135M-Instruct and EfficientNet-Lite0 in stock LLaVA, boards of four Fashion-MNIST photographs,"
             " natural errors, an exact oracle."
         ),
-        "names": [titles["base"], titles[trained]],
         "configuration": {"Run": training},
         "data": {"The eye (ridge regression on its features)": {k: v for k, v in facts.items() if k != "confusable"}},
         "benchmarks": [_row(metric, summary, titles) for metric in METRICS if _has(metric, summary)],

@@ -16,17 +16,17 @@ class Sizes:
     `development`: boards of `--explore`."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
-    boards: int = 100
+    boards: int = 300
     questions: int = 1
     responses: int = 4
     held_out: int = 300
-    sampled: int = 100
+    sampled: int = 150
     development: int = 150
-    question_boards: int = 25
+    question_boards: int = 60
 
 
 QUICK = Sizes(
-    base=BaseSizes(eye_boards=600, described=320, asked=80),
+    base=BaseSizes(eye_boards=600, described=400, asked=160),
     boards=60,
     held_out=60,
     sampled=40,
