@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
 
 from silkie.batch.batch import Batch
+from silkie.batch.companies import Company
 from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
@@ -36,12 +38,12 @@ from silkie.training.hooks import StepHooks
 from silkie.training.identity import Identity, Start, identify
 from silkie.training.metrics import RunMetrics
 from silkie.training.model_card import RunDescription, setup_lines, write_card
-from silkie.training.parts import build_collator, build_encoder, build_passes, check_model
+from silkie.training.parts import build_collator, build_encoder, build_passes, check_model, share_prefixes
 from silkie.training.passes import preferences_of
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
-from silkie.training.self_test import LayoutMismatch, SelfTest, groups_to_test
+from silkie.training.self_test import LayoutMismatch, SelfTest, company_to_test, groups_to_test
 from silkie.training.trl_surface import TrlSurface
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,8 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             eval_dataset = self._prepared(eval_dataset, args, "eval")
 
         self.choice: LayoutChoice = choose_layout(config, args)
+        with args.main_process_first(desc="looking for shared prefixes"):
+            self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)
         self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
         self.objective.check_aspects(aspects_of(train_dataset.features))
         if ref_model is None and self.objective.needs_reference:
@@ -208,16 +212,25 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
         )
         test(policy, groups_to_test(self.train_dataset))
+        if self.companies:
+            test(policy, company_to_test(self.train_dataset, self.companies))
 
     def _settle_layout(self) -> bool:
         """Where the layout is left to silkie, takes rows if the model does not compute the same in the packed one.
         Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if not self.args.self_test or self.args.layout != "auto" or self.choice.layout == "rows" or sharded:
+        undecided = self.args.layout == "auto" or (self.choice.shares_prefix and self.args.share_prefix == "auto")
+        if not self.args.self_test or not undecided or self.choice.layout == "rows" or sharded:
             return False
         try:
             self._self_test(self.model)
         except LayoutMismatch as error:
+            if self.choice.shares_prefix:
+                if self.args.share_prefix == "image":
+                    raise
+                self.choice = replace(self.choice, shares_prefix=False, sharing=f"each prompt runs by itself ({error})")
+                self._set_up_passes()
+                return self._settle_layout()
             self.choice = rows_choice(str(error))
             self._set_up_passes()
             return False
@@ -272,6 +285,11 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = list(GROUP_COLUMNS)
 
+    @property
+    def companies(self) -> list[Company]:
+        """Training groups that come together to share the beginning of their prompts."""
+        return self._companies if self.choice.shares_prefix else []
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training groups."""
         return self.loaders.train(
@@ -280,6 +298,7 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,
             shuffle=self.args.train_sampling_strategy == "random" and not self.streamed,
+            companies=self.companies,
         )
 
     def get_batch_samples(
@@ -407,6 +426,7 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
                 collate=self.data_collator,
                 context=self._context,
                 choice=self.choice,
+                companies=self.companies,
                 accelerator=self.accelerator,
                 args=self.args,
                 tokens="reference_tokens" in self.objective.needs,

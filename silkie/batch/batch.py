@@ -21,9 +21,10 @@ class Batch(TypedDict):
         token_inputs: [B, T] each, further inputs of the model per token (`mm_token_type_ids`, ...), by name.
         position_ids: [C, B, T] rotary positions.
         vision: the processor's image tensors.
-        corrupted_vision: those of the corrupted images, for mDPO's second pass only.
-        row_groups, segments: groups that a row holds, and the segments of all rows, as plain numbers.
-        image_tokens: image tokens of each group.
+        row_trees, segments: trees of groups that a row holds, and the segments of all rows, as plain numbers.
+        image_tokens: image tokens of each tree, in the order of the rows and of `vision`.
+        corrupted: `vision` of the corrupted images, for mDPO's second pass only, and whatever else of the above is
+            another there.
         prompt_lengths: [G] tokens of each prompt, images expanded.
         as_rows: the same groups in the rows layout, for `predict` and `compute_metrics` only.
 
@@ -54,8 +55,8 @@ class Batch(TypedDict):
     token_inputs: dict[str, Tensor]
     position_ids: Tensor
     vision: dict[str, Tensor]
-    corrupted_vision: NotRequired[dict[str, Tensor]]
-    row_groups: list[list[int]]
+    corrupted: NotRequired[dict[str, Any]]
+    row_trees: list[list[int]]
     segments: list[Segment]
     image_tokens: list[int]
     prompt_lengths: Tensor

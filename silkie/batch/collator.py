@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -15,7 +15,8 @@ from torch import Tensor
 from silkie.batch.batch import Batch
 from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
-from silkie.batch.packing import Layout, PromptAndResponses, pack
+from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
+from silkie.batch.stems import find_trees
 from silkie.data.images import open_image
 from silkie.data.pairs import mean_ratings
 
@@ -51,6 +52,7 @@ class GroupCollator:
             micro-batch does not run the vision tower.
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
         joins: image tensors that are joined along another dimension than the first, see `image_joins`.
+        share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
 
     encoder: GroupEncoder
@@ -63,59 +65,68 @@ class GroupCollator:
     dummy_vision: dict[str, Tensor] | None = None
     corruption: ImageCorruption | None = None
     joins: Mapping[str, int] = field(default_factory=dict)
+    share_prefix: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
         encoded = [self.encoder.encode(row) for row in rows]
-        vision = _join_vision([e.vision for e in encoded], self.joins) or dict(self.dummy_vision or {})
-        packed = pack(
-            [
-                PromptAndResponses(
-                    prompt_ids=e.prompt_ids,
-                    prompt_positions=self.positions(e.prompt_ids, e.token_inputs, e.vision),
-                    responses=e.responses,
-                    token_inputs=e.token_inputs,
-                )
-                for e in encoded
-            ],
-            self.layout,
-            pad_id=self.pad_id,
-            groups_per_row=self.groups_per_row,
-            response_types=self.positions.response_types,
-        )
+        groups = [
+            PromptAndResponses(
+                prompt_ids=e.prompt_ids,
+                prompt_positions=self.positions(e.prompt_ids, e.token_inputs, e.vision),
+                responses=e.responses,
+                token_inputs=e.token_inputs,
+            )
+            for e in encoded
+        ]
+        alone = [Tree((g,)) for g in range(len(groups))]
+        trees = alone
+        if self.share_prefix and self.layout == "packed":
+            trees = find_trees(encoded, groups, self.image_token_id, padded=self.groups_per_row == 1)
         counts = [len(e.responses) for e in encoded]
         lengths = torch.tensor([len(r) for e in encoded for r in e.responses])
         pairs, weights = _flat_pairs(rows, counts)
-        batch: Batch = {
-            "input_ids": packed.input_ids,
-            "position_ids": packed.position_ids,
-            "segment_ids": packed.segment_ids,
-            "segment_index": packed.segment_index,
-            "subtree_end": packed.subtree_end,
-            "logical_positions": packed.logical_positions,
-            "token_inputs": packed.token_inputs,
-            "gather": packed.gather,
-            "target": packed.target,
-            "owner": packed.owner,
-            "offset": packed.offset,
+        fields: dict[str, Any] = {
+            **self._rows(encoded, groups, trees),
             "lengths": lengths,
             "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in encoded]),
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
             "pairs": pairs,
             "pair_weights": weights,
-            "vision": vision,
-            "row_groups": packed.row_groups,
-            "segments": packed.segments,
-            "image_tokens": [self._image_tokens(e) for e in encoded],
             "longest": int(lengths.max()),
             "names": [describe(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
+        batch = cast(Batch, fields)
         if self.aspects:
             batch["ratings"], batch["aspect_ratings"] = self._ratings(rows, counts)
         if self.corruption is not None:
-            batch["corrupted_vision"] = _join_vision(self.corruption(self.encoder, rows), self.joins) or vision
+            # Each row has a corruption of its own, so no two share an image: rows of their own where a stem was shared.
+            own = self._rows(encoded, groups, alone) if len(trees) < len(groups) else {"vision": batch["vision"]}
+            if vision := _join_vision(self.corruption(self.encoder, rows), self.joins):
+                own["vision"] = vision
+            batch["corrupted"] = own
         return batch
+
+    def _rows(
+        self, encoded: Sequence[EncodedGroup], groups: Sequence[PromptAndResponses], trees: Sequence[Tree]
+    ) -> dict[str, Any]:
+        """The rows of the forward pass, and the tokens that it scores."""
+        packed = pack(
+            groups,
+            self.layout,
+            pad_id=self.pad_id,
+            trees=trees,
+            groups_per_row=self.groups_per_row,
+            response_types=self.positions.response_types,
+        )
+        first = [encoded[tree.groups[0]] for tree in trees]  # what a tree shares, its images among it
+        vision = _join_vision([e.vision for e in first], self.joins) or dict(self.dummy_vision or {})
+        return {
+            **{name: getattr(packed, name) for name in PackedBatch.__slots__},
+            "vision": vision,
+            "image_tokens": [self._image_tokens(e) for e in first],
+        }
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
         """Mean ratings [R] and ratings by aspect [R, A]."""
@@ -161,7 +172,8 @@ class ImageCorruption:
         out = []
         for g, (row, images) in enumerate(zip(rows, decoded, strict=True)):
             rng = random.Random(f"{self.seed}-{row.get('row')}")
-            others = [image for other, own in enumerate(decoded) if other != g for image in own]
+            # groups of one image may come together: it is no other image to any of them
+            others = [image for other, own in enumerate(decoded) if other != g for image in own if image not in images]
             corrupted = [corrupt(image, self.kind, rng, strength=self.strength, others=others) for image in images]
             out.append(encoder.encode({**row, "images": corrupted}).vision)
         return out

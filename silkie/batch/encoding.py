@@ -226,6 +226,28 @@ class GroupEncoder:
             )
         return plain_texts(row, self.tokenizer.eos_token)
 
+    def tokens_after(self, text: str, shared: int, n_images: int) -> int | None:
+        """Tokens of a rendered prompt behind the last special token within its first `shared` characters, so that the
+        others depend on these characters alone. None where there is no such token, or images follow it."""
+        start, _, ids, special = self._last_split(GroupTexts(prompt=text, conversations=[], shared=shared))
+        before = text[: start + len(self._split_tokens[ids[0]])] if special else ""
+        if not special or (n_images and before.count(self._image_mark) != n_images):
+            return None
+        return len(ids) - 1
+
+    @cached_property
+    def _image_mark(self) -> str:
+        """What the chat template writes for an image; empty where there is no template."""
+        if not getattr(self.processor, "chat_template", None):
+            return ""
+        text = {"type": "text", "text": "x"}
+        alone, both = (
+            self.render({"prompt": [{"role": "user", "content": content}]})
+            for content in ([text], [{"type": "image"}, text])
+        )
+        before = len(common_prefix([alone, both]))
+        return both[before : len(both) - len(alone) + before]
+
     def places_images(self, row: Mapping[str, Any]) -> bool:
         """Whether the text of a row of strings itself says where its images go, in the model's own tokens."""
         names = ("image_token", "boi_token")

@@ -12,6 +12,7 @@ from datasets import Dataset, Image, IterableDataset, List
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from silkie.batch.companies import Company
 from silkie.batch.preparation import OnBadRow
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.data import load_preferences
@@ -132,12 +133,19 @@ class GroupLoaders:
     train_sampler: GroupBatchSampler | None = None
 
     def train(
-        self, dataset: Dataset, shapes: Sequence[tuple[int, int]], *, batch_size: int, padded: bool, shuffle: bool
+        self,
+        dataset: Dataset,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        batch_size: int,
+        padded: bool,
+        shuffle: bool,
+        companies: Sequence[Company] = (),
     ) -> DataLoader:
         """Batches of prepared groups, in an order that the seed and the epoch decide.
 
         Args:
-            shapes, batch_size, padded, shuffle: see `GroupBatchSampler`.
+            shapes, batch_size, padded, shuffle, companies: see `GroupBatchSampler`.
         """
         args = self.args
         self.train_sampler = GroupBatchSampler(
@@ -149,6 +157,7 @@ class GroupLoaders:
             padded=padded,
             shuffle=shuffle,
             drop_last=args.dataloader_drop_last,
+            companies=companies,
         )
         return self._loader(dataset, self.train_sampler, persistent_workers=args.dataloader_persistent_workers)
 

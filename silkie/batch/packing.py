@@ -5,13 +5,17 @@ Two layouts of a group with prompt p and responses r1 ... rk:
     packed:  [ p | r1 | r2 | ... | rk ]     one row; a response sees the prompt and itself
     rows:    [ p | r1 ], [ p | r2 ], ...    one row per response (each response once, not once per pair)
 
-Positions restart after the prompt for every response. The first token of every response is predicted by the last prompt
-token.
+Groups whose prompts begin with the same tokens can share these, packed: a stem s, then what is left of each prompt with
+its responses.
 
-Prompts and responses are the segments of a row. A segment names its parent, the one that it continues: the segments of
-a group form a tree (here of depth two), and a token sees the earlier tokens of its own segment and of its ancestors.
-Segments are listed in preorder, parents before children and subtrees unbroken, so that "descends from" is a comparison
-of numbers.
+    tree:    [ s | q1 | r11 ... r1k | q2 | r21 ... r2k | ... ]
+
+Positions restart after the prompt for every response, and after the stem for every prompt. The first token of every
+response is predicted by the last prompt token.
+
+Stems, prompts and responses are the segments of a row. A segment names its parent, the one that it continues: they form
+trees of depth two or three, and a token sees the earlier tokens of its own segment and of its ancestors. Segments are
+listed in preorder, parents before children and subtrees unbroken, so that "descends from" is a comparison of numbers.
 Legend: G groups, K responses of a group, R responses (flat over groups), B rows, T tokens of a row, N scored tokens, L
 prompt tokens, S segments."""
 
@@ -48,12 +52,25 @@ class PromptAndResponses:
 
 
 @dataclass(frozen=True, slots=True)
+class Tree:
+    """Groups that share the first tokens of their prompts.
+
+    Attributes:
+        groups: numbers of the groups.
+        stem: how many tokens they share, fewer than any of their prompts has; 0 for a group without company.
+    """
+
+    groups: tuple[int, ...]
+    stem: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Tokens start..end of a row.
 
     Attributes:
-        parent: index, in the batch's list of segments, of the segment that this one continues; None for a prompt and
-            for padding.
+        parent: index, in the batch's list of segments, of the segment that this one continues; None for a stem, for a
+            prompt without one and for padding.
         padding: whether the tokens are the padding of a row. A flag, so that nobody has to ask the device.
     """
 
@@ -79,6 +96,13 @@ def lineage(segments: Sequence[Segment], index: int) -> list[Segment]:
         at = parent
 
 
+def stems(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments that several prompts start with: those that continue none and are continued by prompts."""
+    prompts = {s.parent for s in segments if s.parent is not None}
+    continued = {segments[p].parent for p in prompts}
+    return [s for n, s in enumerate(segments) if n in continued]
+
+
 def subtree_ends(segments: Sequence[Segment]) -> list[int]:
     """[S] per segment, one past the last of its descendants (itself without any); 0 for padding, which no other token
     sees."""
@@ -97,7 +121,7 @@ class PackedBatch:
     Attributes:
         input_ids: [B, T].
         position_ids: [C, B, T] rotary positions.
-        segment_ids: [B, T] -1 padding, 0 prompt, 1 ... K response within its group.
+        segment_ids: [B, T] -1 padding, 0 stem or prompt, 1 ... K response within its group.
         segment_index: [B, T] number of a token's segment in `segments`.
         subtree_end: [B, T] one past the last segment that descends from the token's own; 0 padding.
         logical_positions: [B, T] distance from the start of the group's prompt along (ancestors, own segment); sliding
@@ -107,9 +131,9 @@ class PackedBatch:
         target: [N] the scored token's id.
         owner: [N] its response, in [0, R), never decreasing.
         offset: [N] its place within the response.
-        row_groups: groups that a row holds, per row.
-        segments: the prompts, responses and paddings of all rows in order; they cover every token once. Plain numbers,
-            so that attention by segment and forks need not ask the device for them.
+        row_trees: trees that a row holds, per row.
+        segments: the stems, prompts, responses and paddings of all rows in order; they cover every token once. Plain
+            numbers, so that attention by segment and forks need not ask the device for them.
     """
 
     input_ids: Tensor
@@ -123,7 +147,7 @@ class PackedBatch:
     target: Tensor
     owner: Tensor
     offset: Tensor
-    row_groups: list[list[int]]
+    row_trees: list[list[int]]
     segments: list[Segment]
 
 
@@ -132,6 +156,7 @@ def pack(
     layout: Layout,
     *,
     pad_id: int,
+    trees: Sequence[Tree] | None = None,
     groups_per_row: int | None = 1,
     response_types: Mapping[str, int] | None = None,
 ) -> PackedBatch:
@@ -141,95 +166,141 @@ def pack(
         groups: the G groups of a micro-batch.
         layout: see the module's docstring.
         pad_id: token id of padding.
-        groups_per_row: packed layout: how many groups share a row; None puts all in one (for attention that skips what
-            is masked). A dense mask wants 1: over several groups it would be mostly empty.
+        trees: which groups share a stem; every group is in one of them. None: each group is alone.
+        groups_per_row: packed layout: how many groups, or trees of them, share a row; None puts all in one (for
+            attention that skips what is masked). A dense mask wants 1: over several it would be mostly empty.
         response_types: value of a token input within responses; by default that of the last prompt token, which is
             text as they are.
+
+    Returns:
+        The rows; scored tokens are in the order of the groups, whichever row or tree they are in.
     """
-    rows: list[list[tuple[int, list[int]]]]  # per row: (group, responses of it)
-    if layout == "packed":
-        step = groups_per_row or len(groups)
-        rows = [
-            [(g, list(range(len(groups[g].responses)))) for g in range(i, min(i + step, len(groups)))]
-            for i in range(0, len(groups), step)
-        ]
-    elif layout == "rows":
-        rows = [[(g, [k])] for g, group in enumerate(groups) for k in range(len(group.responses))]
-    else:
-        raise ValueError(f"layout must be 'packed' or 'rows', not {layout!r}")
-
-    first = [0]  # index of a group's first response in [0, R)
-    for group in groups:
-        first.append(first[-1] + len(group.responses))
-    lengths = [
-        sum(len(groups[g].prompt_ids) + sum(len(groups[g].responses[k]) for k in ks) for g, ks in row) for row in rows
-    ]
-    b, t = len(rows), max(lengths)
-    channels = groups[0].prompt_positions.shape[0]
-    input_ids = torch.full((b, t), pad_id, dtype=torch.long)
-    position_ids = torch.zeros((channels, b, t), dtype=torch.long)
-    segment_ids = torch.full((b, t), PAD_SEGMENT, dtype=torch.long)
-    logical = torch.zeros((b, t), dtype=torch.long)
-    token_inputs = {
-        name: torch.zeros((b, t), dtype=value.dtype) for group in groups for name, value in group.token_inputs.items()
-    }
-    gather, target, owner, offset = [], [], [], []
-    segments: list[Segment] = []
-
+    trees = trees if trees is not None else [Tree((g,)) for g in range(len(groups))]
+    rows = _rows(groups, layout, trees, groups_per_row)
+    t = max(sum(length(groups, trees[n], ks) for n, ks in row) for row in rows)
+    writer = _Writer(groups, len(rows), t, pad_id, response_types or {})
     for i, row in enumerate(rows):
-        at = 0
-        for g, ks in row:
-            group = groups[g]
-            size = len(group.prompt_ids)
-            prompt = slice(at, at + size)
-            input_ids[i, prompt] = group.prompt_ids
-            position_ids[:, i, prompt] = group.prompt_positions
-            segment_ids[i, prompt] = PROMPT_SEGMENT
-            logical[i, prompt] = torch.arange(size)
-            parent = len(segments)
-            for name, value in group.token_inputs.items():
-                token_inputs[name][i, prompt] = value
-            segments.append(Segment(i, prompt.start, prompt.stop))
-            restart = int(group.prompt_positions.max()) + 1
-            last_prompt_token = at + size - 1
-            at += size
-            for k in ks:
-                ids = group.responses[k]
-                n = len(ids)
-                own = slice(at, at + n)
-                steps = torch.arange(n)
-                input_ids[i, own] = ids
-                for name, value in group.token_inputs.items():
-                    token_inputs[name][i, own] = (response_types or {}).get(name, value[-1])
-                position_ids[:, i, own] = restart + steps
-                segment_ids[i, own] = k + 1
-                logical[i, own] = size + steps
-                segments.append(Segment(i, own.start, own.stop, parent))
-                predictor = torch.cat([torch.tensor([last_prompt_token]), torch.arange(at, at + n - 1)])
-                gather.append(i * t + predictor)
-                target.append(ids)
-                owner.append(torch.full((n,), first[g] + k, dtype=torch.long))
-                offset.append(steps)
-                at += n
-        if at < t:
-            segments.append(Segment(i, at, t, padding=True))
-    segment_index, subtree_end = _numbered(segments, b, t)
+        writer.start(i)
+        for n, ks in row:
+            writer.tree(trees[n], ks)
+        writer.pad()
+    segment_index, subtree_end = _numbered(writer.segments, len(rows), t)
+    scored = [(g, k) for g, group in enumerate(groups) for k in range(len(group.responses))]
+    lengths = [len(groups[g].responses[k]) for g, k in scored]
 
     return PackedBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
+        input_ids=writer.input_ids,
+        position_ids=writer.position_ids,
+        segment_ids=writer.segment_ids,
         segment_index=segment_index,
         subtree_end=subtree_end,
-        logical_positions=logical,
-        token_inputs=token_inputs,
-        gather=torch.cat(gather),
-        target=torch.cat(target),
-        owner=torch.cat(owner),
-        offset=torch.cat(offset),
-        row_groups=[[g for g, _ in row] for row in rows],
-        segments=segments,
+        logical_positions=writer.logical,
+        token_inputs=writer.token_inputs,
+        gather=torch.cat([writer.predictors[g, k] for g, k in scored]),
+        target=torch.cat([groups[g].responses[k] for g, k in scored]),
+        owner=torch.arange(len(scored)).repeat_interleave(torch.tensor(lengths)),
+        offset=torch.cat([torch.arange(n) for n in lengths]),
+        row_trees=[[n for n, _ in row] for row in rows],
+        segments=writer.segments,
     )
+
+
+# What a row holds: numbers of trees, with those of the responses that it has of their groups (None: all).
+_Row = list[tuple[int, list[int] | None]]
+
+
+def _rows(
+    groups: Sequence[PromptAndResponses], layout: Layout, trees: Sequence[Tree], groups_per_row: int | None
+) -> list[_Row]:
+    if layout == "packed":
+        step = groups_per_row or len(trees)
+        return [[(n, None) for n in range(i, min(i + step, len(trees)))] for i in range(0, len(trees), step)]
+    if layout != "rows":
+        raise ValueError(f"layout must be 'packed' or 'rows', not {layout!r}")
+    if any(len(tree.groups) > 1 for tree in trees):
+        raise ValueError("layout='rows' shares no stems: every response has a row of its own")
+    return [[(n, [k])] for n, tree in enumerate(trees) for k in range(len(groups[tree.groups[0]].responses))]
+
+
+def length(groups: Sequence[PromptAndResponses], tree: Tree, ks: list[int] | None = None) -> int:
+    """Tokens of a tree, with the responses `ks` of its groups, or all."""
+    total = tree.stem
+    for group in (groups[g] for g in tree.groups):
+        responses = group.responses if ks is None else [group.responses[k] for k in ks]
+        total += len(group.prompt_ids) - tree.stem + sum(map(len, responses))
+    return total
+
+
+class _Writer:
+    """Writes segments one after another into the tensors of a batch of `b` rows of `t` tokens.
+
+    Attributes:
+        predictors: (group, response) -> [n] flat indices (b * T + t) of the hidden states that predict its tokens.
+        others: see `PackedBatch`.
+    """
+
+    def __init__(
+        self, groups: Sequence[PromptAndResponses], b: int, t: int, pad_id: int, response_types: Mapping[str, int]
+    ) -> None:
+        self.groups, self.length, self.response_types = groups, t, response_types
+        self.input_ids = torch.full((b, t), pad_id, dtype=torch.long)
+        self.position_ids = torch.zeros((groups[0].prompt_positions.shape[0], b, t), dtype=torch.long)
+        self.segment_ids = torch.full((b, t), PAD_SEGMENT, dtype=torch.long)
+        self.logical = torch.zeros((b, t), dtype=torch.long)
+        self.token_inputs = {
+            name: torch.zeros((b, t), dtype=value.dtype)
+            for group in groups
+            for name, value in group.token_inputs.items()
+        }
+        self.segments: list[Segment] = []
+        self.predictors: dict[tuple[int, int], Tensor] = {}
+        self.row = self.at = 0
+
+    def start(self, row: int) -> None:
+        self.row, self.at = row, 0
+
+    def tree(self, tree: Tree, ks: list[int] | None) -> None:
+        """A stem, and the rest of each group behind it."""
+        stem = self._prompt(self.groups[tree.groups[0]], slice(0, tree.stem), None) if tree.stem else None
+        for g in tree.groups:
+            group = self.groups[g]
+            size = len(group.prompt_ids)
+            prompt = self._prompt(group, slice(tree.stem, size), stem)
+            last, restart = self.at - 1, int(group.prompt_positions.max()) + 1
+            for k in range(len(group.responses)) if ks is None else ks:
+                self._response(group, g, k, prompt, last, restart)
+
+    def pad(self) -> None:
+        if self.at < self.length:
+            self.segments.append(Segment(self.row, self.at, self.length, padding=True))
+
+    def _prompt(self, group: PromptAndResponses, part: slice, parent: int | None) -> int:
+        """The tokens `part` of a prompt."""
+        own = self._segment(group.prompt_ids[part], PROMPT_SEGMENT, part.start, parent)
+        self.position_ids[:, self.row, own] = group.prompt_positions[:, part]
+        for name, value in group.token_inputs.items():
+            self.token_inputs[name][self.row, own] = value[part]
+        return len(self.segments) - 1
+
+    def _response(self, group: PromptAndResponses, g: int, k: int, prompt: int, last: int, restart: int) -> None:
+        """Response `k` of group `g`, behind the segment `prompt`, whose last token is at `last` of the row."""
+        ids = group.responses[k]
+        own = self._segment(ids, k + 1, len(group.prompt_ids), prompt)
+        self.position_ids[:, self.row, own] = restart + torch.arange(len(ids))
+        for name, value in group.token_inputs.items():
+            self.token_inputs[name][self.row, own] = self.response_types.get(name, value[-1])
+        places = torch.cat([torch.tensor([last]), torch.arange(own.start, own.stop - 1)])
+        self.predictors[g, k] = self.row * self.length + places
+
+    def _segment(self, ids: Tensor, segment_id: int, before: int, parent: int | None) -> slice:
+        """Tokens with `before` others of their sequence before them; returns where they lie in the row."""
+        own = slice(self.at, self.at + len(ids))
+        self.input_ids[self.row, own] = ids
+        self.segment_ids[self.row, own] = segment_id
+        self.logical[self.row, own] = before + torch.arange(len(ids))
+        self.segments.append(Segment(self.row, own.start, own.stop, parent))
+        self.at = own.stop
+        return own
 
 
 def _numbered(segments: Sequence[Segment], b: int, t: int) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,22 @@
 
 Every group comes exactly once an epoch, in an order that depends on the seed and the epoch alone. The batches of one
 optimizer step cost about the same, so that ranks do not wait for each other; the number of batches is the same in every
-epoch, so that a run can be resumed by counting.
+epoch, so that a run can be resumed by counting. Groups that share the beginning of their prompts (companies) come
+together.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from silkie.batch.companies import Company
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +36,10 @@ class GroupBatchSampler(Sampler[list[int]]):
         world_size: number of ranks; the number of batches is a multiple of it.
         seed: decides the order, with the epoch.
         padded: rows are padded to the longest, so a batch costs (rows) * (longest row); False: the sum of its groups.
-        shuffle: False keeps the order of the data in every epoch.
+        shuffle: False keeps the order of the data in every epoch, whatever the companies.
         drop_last: leave out the groups that do not fill a batch of every rank; not with a token budget, whose batches
             are filled.
+        companies: groups that come into one batch, as one row, where it has the places. None is above the token budget.
 
     Where the last round has fewer groups than ranks, indices beyond the dataset fill it up: `WithEmptyGroups` turns
     them into copies of weight 0, which keep a rank busy and do not change the loss.
@@ -51,6 +56,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         padded: bool = True,
         shuffle: bool = True,
         drop_last: bool = False,
+        companies: Sequence[Company] = (),
     ) -> None:
         if max_tokens is not None and max_tokens <= 0:
             raise ValueError(f"max_tokens_per_batch must be positive, not {max_tokens}.")
@@ -66,6 +72,14 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
         self.epoch = 0
         self.finished = False  # True: the next pass yields nothing
+        companies = companies if shuffle else ()
+        together = {g for company in companies for g in company.groups}
+        self._units = [company.groups for company in companies] + [
+            (g,) for g in range(len(self.shapes)) if g not in together
+        ]
+        lengths = [length for _, length in self.shapes]
+        self._unit_shapes = [(1, company.tokens(lengths)) for company in companies]
+        self._unit_shapes += [self.shapes[g] for (g,) in self._units[len(companies) :]]
         self._sizes = self._budget_sizes() if max_tokens is not None else None
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,13 +95,13 @@ class GroupBatchSampler(Sampler[list[int]]):
         if self.finished:
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = list(range(len(self.shapes)))
+        order = list(range(len(self._units)))
         if self.shuffle:
             order = torch.randperm(len(order), generator=generator).tolist()
-        if self.drop_last and self._sizes is None:
-            order = order[: len(self) * self.batch_size]
         if self._sizes is None:
-            batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            batches = _filled([self._units[u] for u in order], self.batch_size)
+            if self.drop_last:
+                batches = batches[: len(self)]
         else:
             # A stable sort keeps the shuffled order of exchangeable groups: batches differ between epochs, their sizes
             # do not.
@@ -95,7 +109,7 @@ class GroupBatchSampler(Sampler[list[int]]):
                 order.sort(key=self._step)
             batches, at = [], 0
             for size in self._sizes:
-                batches.append(order[at : at + size])
+                batches.append([g for u in order[at : at + size] for g in self._units[u]])
                 at += size
         batches = self._fill(batches)
         if self._sizes is None or not self.shuffle:
@@ -106,16 +120,16 @@ class GroupBatchSampler(Sampler[list[int]]):
             yield from rounds[i]
 
     def _step(self, index: int) -> tuple[int, int]:
-        """Groups of equal step are exchangeable: (length in steps, rows)."""
-        rows, length = self.shapes[index]
+        """Units of equal step are exchangeable: (length in steps, rows)."""
+        rows, length = self._unit_shapes[index]
         return -(-length // _COST_STEP), rows
 
     def _budget_sizes(self) -> list[int]:
-        """Groups in each batch, for groups sorted by step, or in the order of the data."""
+        """Units in each batch, for units sorted by step, or in the order of the data."""
         assert self.max_tokens is not None
         sizes, count, in_batch, total, longest = [], 0, 0, 0, 0
-        groups = [self._step(i) for i in range(len(self.shapes))]
-        for steps, rows in sorted(groups) if self.shuffle else groups:
+        units = [self._step(i) for i in range(len(self._units))]
+        for steps, rows in sorted(units) if self.shuffle else units:
             length = steps * _COST_STEP
             longer = max(longest, length) * (in_batch + rows) if self.padded else total + length * rows
             if count and longer > self.max_tokens:
@@ -150,6 +164,28 @@ class GroupBatchSampler(Sampler[list[int]]):
             batches.append([])
         cheapest = min(range(len(self.shapes)), key=lambda i: self.shapes[i][0] * self.shapes[i][1])
         return [batch or [len(self.shapes) + cheapest] for batch in batches]
+
+
+def _filled(units: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Batches of `size` groups (the last one: of what is left). Each starts with the next unit and is filled with the
+    largest that fit, so that small ones are left for small places; where none fits, a unit is divided."""
+    waiting: dict[int, deque[tuple[int, Sequence[int]]]] = defaultdict(deque)  # by size, each in order
+    for place, unit in enumerate(units):
+        waiting[len(unit)].append((place, unit))
+    batches: list[list[int]] = [[]]
+    while any(waiting.values()):
+        room = size - len(batches[-1])
+        if not room:
+            batches.append([])
+            continue
+        heads = {n: queue[0][0] for n, queue in waiting.items() if queue}
+        fitting = [n for n in heads if n <= room]
+        n = max(fitting) if batches[-1] and fitting else min(heads, key=lambda n: heads[n])
+        place, unit = waiting[n].popleft()
+        batches[-1] += unit[:room]
+        if n > room:
+            waiting[n - room].appendleft((place, unit[room:]))
+    return batches if batches[-1] else batches[:-1]
 
 
 @dataclass(slots=True)

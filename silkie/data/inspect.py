@@ -11,13 +11,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from silkie.data.images import ImageError, image_size
+from silkie.data.images import ImageError, image_digest, image_size
 from silkie.data.loading import load_with_report
 from silkie.data.registry import code_digest
 from silkie.data.reports import LoadReport
 from silkie.data.schema import aspects_of
 from silkie.data.stamps import image_fingerprint
-from silkie.data.statistics import Length, Statistics, count_words, histogram
+from silkie.data.statistics import Length, Statistics, as_json, count_words, histogram
 
 BATCH = 1000  # groups read at a time, without their images
 
@@ -56,7 +56,7 @@ def inspect_preferences(
 
     Args:
         tokenizer: a transformers tokenizer, to measure lengths in its tokens; without it they are in words.
-        read_images: read the header of every image for the size histogram. No pixel is decoded.
+        read_images: read every image for the size histogram and to find equal ones. No pixel is decoded.
         load_options: as for `load_preferences`.
     """
     options = {"on_error": "skip", "keep_unpaired": True, **load_options}
@@ -81,24 +81,30 @@ def _token_length(tokenizer: Any) -> Length:
 
 
 def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dict[str, Any]:
-    """Sizes of all images: histogram of the longer side in pixels, the most frequent sizes, and images without a
-    readable header."""
+    """Sizes of all images: histogram of the longer side in pixels, the most frequent sizes, images without a readable
+    header, and how many groups ask about the same images."""
     sizes = dataset.select_columns(["images"]).map(
         _sizes,
         with_indices=True,
         remove_columns=["images"],
         features=datasets.Features(
-            {"sizes": datasets.List(datasets.List(datasets.Value("int32"))), "broken": datasets.Value("string")}
+            {
+                "sizes": datasets.List(datasets.List(datasets.Value("int32"))),
+                "key": datasets.Value("string"),
+                "broken": datasets.Value("string"),
+            }
         ),
         num_proc=num_proc,
-        new_fingerprint=image_fingerprint(dataset, "images", "sizes", code_digest()),
+        new_fingerprint=image_fingerprint(dataset, "images", "sizes and digests", code_digest()),
         desc="reading image headers",
     )
     counts: Counter[tuple[int, int]] = Counter()
     broken: list[str] = []
+    asked: Counter[str] = Counter()  # images of a group -> groups that have them
     for batch in sizes.with_format("arrow").iter(batch_size=BATCH):
         counts.update(tuple(size) for group in batch["sizes"].to_pylist() for size in group)
         broken += [message for message in batch["broken"].to_pylist() if message]
+        asked.update(key for key in batch["key"].to_pylist() if key)
     sides = np.repeat(np.array([max(size) for size in counts], dtype=np.int64), list(counts.values()))
     return {
         "images": counts.total(),
@@ -108,19 +114,21 @@ def image_figures(dataset: datasets.Dataset, num_proc: int | None = None) -> dic
         "mean_megapixels": sum(w * h * count for (w, h), count in counts.items()) / 1e6 / counts.total()
         if counts
         else None,
+        "questions_per_image": as_json(np.array(list(asked.values()), dtype=np.int64)),
         "unreadable": len(broken),
         "unreadable_examples": broken[:10],
     }
 
 
 def _sizes(group: dict[str, Any], index: int) -> dict[str, Any]:
-    sizes, broken = [], None
+    sizes, digests, broken = [], [], None
     for number, image in enumerate(group["images"]):
         try:
             sizes.append(list(image_size(image, where=f"row {index}, image {number}")))
+            digests.append(image_digest(image, where=f"row {index}, image {number}"))
         except ImageError as error:
             broken = str(error)
-    return {"sizes": sizes, "broken": broken}
+    return {"sizes": sizes, "key": None if broken else " ".join(digests), "broken": broken}
 
 
 def sample_rows(dataset: datasets.Dataset, count: int, seed: int = 0) -> list[int]:

@@ -85,6 +85,21 @@ def _lengths(figures: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _questions(per_image: dict[str, int]) -> str:
+    """How many groups ask about the same images, and what share_prefix can make of it."""
+    asked = {int(questions): images for questions, images in per_image.items()}
+    groups, images = sum(n * count for n, count in asked.items()), sum(asked.values())
+    if not groups:
+        return ""
+    found = f"questions per image: {groups / images:.2f} on average, at most {max(asked)} (equal images by their bytes)"
+    if groups == images:
+        return found
+    return (
+        f"{found}; with share_prefix='image' up to {groups - images:,} of {groups:,} prompts"
+        f" ({(groups - images) / groups:.0%}) need not run their images again"
+    )
+
+
 def _images(sizes: dict[str, Any] | None) -> str:
     if not sizes or not (sizes["images"] or sizes["unreadable"]):
         return ""
@@ -92,6 +107,7 @@ def _images(sizes: dict[str, Any] | None) -> str:
     lines = [
         f"images: longer side in pixels; {sizes['different_sizes']:,} sizes, most frequent {frequent}",
         bars(sizes["longer_side"]),
+        _questions(sizes["questions_per_image"]),
     ]
     if sizes["unreadable"]:
         lines += [

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from silkie.model.recurrent import mask_kinds, why_not_forkable
+from silkie.model.recurrent import CALLS, mask_kinds, why_not_forkable
 from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
@@ -133,13 +133,18 @@ def check_merges_images(model: Any) -> None:
 
 
 def why_not_packable(
-    config: PretrainedConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: PretrainedConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    calls: int = CALLS,
 ) -> str | None:
     """The reason why a model must train in the `rows` layout, or None where nothing that it is made of speaks against
     packing (the self-test has the last word).
 
     Args:
         device, dtype: of the run; recurrent layers are tried out there.
+        calls: of a recurrent mixer in a forward pass of the run.
     """
     attention, _ = mask_kinds(config)
     if other := attention - PACKABLE_LAYERS:
@@ -147,7 +152,7 @@ def why_not_packable(
     if (top := getattr(config.get_text_config(), "index_topk", None)) is not None:
         return f"{config.model_type} has an indexer that picks {top} keys along the row, siblings among them"
     # recurrent layers last, because the question runs a mixer
-    return why_not_forkable(config, torch.device(device), dtype)
+    return why_not_forkable(config, torch.device(device), dtype, calls=calls)
 
 
 def layer_types(config: PretrainedConfig) -> set[str]:

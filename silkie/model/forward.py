@@ -96,8 +96,8 @@ class Scorer:
                 base,
                 frozen=frozen_vision,
                 cache=cache,
-                tokens_per_group=batch["image_tokens"],
-                row_groups=batch["row_groups"],
+                tokens_per_tree=batch["image_tokens"],
+                row_trees=batch["row_trees"],
             ),
             self.attention.masks(base, batch),
         ):
@@ -117,7 +117,7 @@ class Scorer:
         """[B, T, V] logits of every token of a batch in this scorer's layout, without gradient."""
         base = causal_lm(model)
         features = image_features_once(
-            base, frozen=True, cache=None, tokens_per_group=batch["image_tokens"], row_groups=batch["row_groups"]
+            base, frozen=True, cache=None, tokens_per_tree=batch["image_tokens"], row_trees=batch["row_trees"]
         )
         with torch.no_grad(), features, self.attention.masks(base, batch):
             return model(**self._inputs(base, batch), use_cache=False).logits

@@ -23,7 +23,9 @@ class LayoutChoice:
     Attributes:
         layout, reason: what runs and why.
         backend, backend_reason: attention of the language model in the packed layout.
-        groups_per_row: groups that share a row; None: the whole micro-batch.
+        groups_per_row: groups (trees of them) that share a row; None: the whole micro-batch.
+        shares_prefix: groups may share the beginning of their prompts; recurrent layers then take a third call.
+        sharing: what is shared and why, or why not.
     """
 
     layout: Layout
@@ -31,6 +33,13 @@ class LayoutChoice:
     backend: Backend
     backend_reason: str
     groups_per_row: int | None
+    shares_prefix: bool = False
+    sharing: str = "each prompt runs by itself"
+
+    @property
+    def calls(self) -> int:
+        """Calls of a recurrent mixer per forward pass."""
+        return recurrent.SHARED_CALLS if self.shares_prefix else recurrent.CALLS
 
     def apply(self, base: Any) -> None:
         """Sets the language model's attention implementation (the vision tower keeps its own), and has its recurrent
@@ -62,6 +71,7 @@ class LayoutChoice:
         out = [f"layout: {self.layout} ({self.reason})"]
         if self.layout == "packed":
             out.append(f"attention: {self.backend} ({self.backend_reason})")
+            out.append(f"shared prefixes: {self.sharing}")
         return out
 
 
@@ -74,7 +84,8 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     if args.layout == "rows":
         return rows_choice("asked for")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    obstacle = why_not_packable(config, args.device, dtype)
+    calls = recurrent.CALLS if args.share_prefix == "off" else recurrent.SHARED_CALLS
+    obstacle = why_not_packable(config, args.device, dtype, calls=calls)
     if args.layout == "packed" and obstacle:
         raise ValueError(f"layout='packed' is not exact here: {obstacle}. Use layout='rows' or 'auto'.")
     if obstacle:

@@ -100,8 +100,8 @@ def image_features_once(
     *,
     frozen: bool,
     cache: FeatureCache | None,
-    tokens_per_group: Sequence[int],
-    row_groups: Sequence[Sequence[int]],
+    tokens_per_tree: Sequence[int],
+    row_trees: Sequence[Sequence[int]],
 ) -> Iterator[None]:
     """Within the context, the model's forward encodes each image of the batch once.
 
@@ -113,16 +113,17 @@ def image_features_once(
         frozen: run the encoder under `no_grad`: no activations are kept and checkpointing has nothing to recompute.
         cache: features are taken from here, or put here. None: compute them and keep nothing (a trainable vision
             tower).
-        tokens_per_group: image tokens of each group, in the order of the pixel inputs.
-        row_groups: the groups that each row of the forward holds.
+        tokens_per_tree: image tokens of each tree of groups, in the order of the pixel inputs; groups that share a stem
+            share its images.
+        row_trees: the trees that each row of the forward holds.
     """
     inner = backbone(model)
     if not hasattr(inner, "get_image_features"):  # a language model: rows of text only
         yield
         return
     compute = inner.get_image_features
-    order = [g for row in row_groups for g in row]
-    once_in_order = order == list(range(len(tokens_per_group)))
+    order = [g for row in row_trees for g in row]
+    once_in_order = order == list(range(len(tokens_per_tree)))
 
     def once(*args: Any, **kwargs: Any) -> Any:
         if cache is not None and cache.features is not None:
@@ -132,14 +133,14 @@ def image_features_once(
                 features = compute(*args, **kwargs)
             if cache is not None:
                 cache.features, cache.computed = features, cache.computed + 1
-        if not sum(tokens_per_group):
+        if not sum(tokens_per_tree):
             return _select(features, None, [])
         if once_in_order:
             return features
-        repeated = _select(features, list(tokens_per_group), order)
+        repeated = _select(features, list(tokens_per_tree), order)
         if repeated is features:
             raise ValueError(
-                f"{type(model).__name__}: its image features do not come to the {sum(tokens_per_group)} image tokens of"
+                f"{type(model).__name__}: its image features do not come to the {sum(tokens_per_tree)} image tokens of"
                 " the batch, so that silkie cannot repeat them for the rows. Use per_device_train_batch_size=1 with"
                 " layout='packed', or TRL's DPOTrainer."
             )

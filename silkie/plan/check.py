@@ -111,7 +111,9 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
         verdict.why = ""
         choice = choose_layout(
             causal_lm(model).config,
-            SimpleNamespace(layout="auto", attention_backend="sdpa", device="cpu", bf16=False, fp16=False),
+            SimpleNamespace(
+                layout="auto", attention_backend="sdpa", share_prefix="off", device="cpu", bf16=False, fp16=False
+            ),
         )
         verdict.layout, verdict.why = choice.layout, "; ".join([choice.reason, *refused])
         if hasattr(causal_lm(model), "set_experts_implementation"):

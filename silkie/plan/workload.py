@@ -26,7 +26,7 @@ def workload_of(trainer: SilkieDPOTrainer, batch: Batch) -> Workload:
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     base: Any = causal_lm(model)
-    groups, responses = len(batch["image_tokens"]), len(batch["lengths"])
+    groups, responses = len(batch["rows"]), len(batch["lengths"])
     images = sum(batch["image_tokens"])
     in_group = torch.bincount(batch["group"], minlength=groups)
     real = int((batch["segment_ids"] >= 0).sum())

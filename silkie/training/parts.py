@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 
 from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision, image_joins
+from silkie.batch.companies import Company, describe_companies, find_companies
 from silkie.batch.encoding import GroupEncoder
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
@@ -18,6 +22,10 @@ from silkie.model.positions import PromptPositions
 from silkie.training import guards
 from silkie.training.passes import Passes
 from silkie.training.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+_WORTHWHILE = 0.05  # of the tokens of a pass, which sharing must save where silkie decides
 
 
 def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
@@ -73,11 +81,38 @@ def build_collator(
         pad_id=tokenizer.pad_token_id,  # `startup.set_pad_token` has set it
         image_token_id=getattr(causal_lm(model).config, "image_token_id", None),
         groups_per_row=choice.groups_per_row,
+        share_prefix=choice.shares_prefix,
         aspects=aspects,
         corruption=corruption if corrupted else None,
         joins=image_joins(encoder),
         dummy_vision=blank_vision(encoder) if dummy_image else None,
     )
+
+
+def share_prefixes(
+    choice: LayoutChoice, dataset: Dataset, encoder: GroupEncoder, args: SilkieDPOConfig
+) -> tuple[LayoutChoice, list[Company]]:
+    """Whether the groups of a prepared training set share the beginnings of their prompts, and which come together.
+
+    Raises:
+        ValueError: that is asked for, and each response has a row of its own.
+    """
+    if args.share_prefix == "off":
+        return choice, []
+    if choice.layout == "rows":
+        if args.share_prefix == "image":
+            raise ValueError(f"share_prefix='image' needs the packed layout: {choice.reason}. Set share_prefix='off'.")
+        return choice, []
+    room = args.per_device_train_batch_size if args.max_tokens_per_batch is None else args.share_prefix_groups
+    lengths = [tokens for _, tokens in choice.shapes(dataset)]
+    most = min(room, args.share_prefix_groups)
+    companies = find_companies(dataset, encoder, lengths, most=most, max_tokens=args.max_tokens_per_batch)
+    found = describe_companies(companies, lengths)
+    if not companies and args.share_prefix == "image":
+        logger.warning("share_prefix='image' shares nothing: %s", found)
+    if not companies or (args.share_prefix == "auto" and sum(c.saved for c in companies) < _WORTHWHILE * sum(lengths)):
+        return replace(choice, sharing=f"each prompt runs by itself; {found}"), []
+    return replace(choice, shares_prefix=True, sharing=f"{found}; at most {most} groups come together"), companies
 
 
 def build_passes(
@@ -93,7 +128,7 @@ def build_passes(
     """The forward passes that the losses of a run need."""
     return Passes(
         scorer=Scorer(
-            attention=Attention(backend=choice.backend, layout=choice.layout),
+            attention=Attention(backend=choice.backend, layout=choice.layout, calls=choice.calls),
             fused=args.use_fused_logprob,
             impl=args.logprob_impl,
         ),

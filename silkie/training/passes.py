@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from silkie.batch.batch import Batch
 from silkie.losses import GroupLogps
@@ -94,7 +94,11 @@ class Passes:
 
     def _score_corrupted(self, policy: Any, batch: Batch, logps: GroupLogps) -> None:
         assert self.reference is not None  # mdpo_image asks for it
-        corrupted: Batch = {**batch, "vision": batch["corrupted_vision"]}
+        own: Any = batch["corrupted"]
+        kept: Any = batch
+        if "segments" in own:  # other rows: masks that are kept in the batch are not theirs
+            kept = {name: value for name, value in batch.items() if not name.startswith("_")}
+        corrupted = cast(Batch, {**kept, **own})
         cache = self._new_cache()
         logps.ref_corrupted_logps = self._score_reference(self.reference, policy, corrupted, cache).logps
         logps.corrupted_logps = self.scorer(policy, corrupted, frozen_vision=self.frozen_vision, cache=cache).logps

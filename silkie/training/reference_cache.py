@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 import silkie
 from silkie.batch.batch import Batch
 from silkie.batch.collator import GroupCollator
+from silkie.batch.companies import Company, among
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.config import SilkieDPOConfig
 from silkie.model.families import causal_lm
@@ -61,6 +63,7 @@ class ReferencePass:
         scorer, collate, context: the run's own forward, collator, and device placement with autocast. The encoder's
             settings and the text of a prompt are part of the cache's keys.
         choice: layout of the rows.
+        companies: groups of the dataset that come together, see `silkie.batch.companies`.
         accelerator: shares the groups out over the ranks.
         args: batch sizes, precision, and where the cache is.
         tokens: keep the values of tokens besides the sums of responses.
@@ -72,6 +75,7 @@ class ReferencePass:
     collate: GroupCollator
     context: ForwardContext
     choice: LayoutChoice
+    companies: Sequence[Company]
     accelerator: Accelerator
     args: SilkieDPOConfig
     tokens: bool
@@ -99,7 +103,7 @@ class ReferencePass:
             len(dataset),
         )
         if missing:
-            self._compute(policy, dataset.select(missing), store, [keys[i] for i in missing])
+            self._compute(policy, dataset, missing, store, [keys[i] for i in missing])
             for part in _gather([{k: store.values[k] for k in {keys[i] for i in missing} if k in store.values}]):
                 store.values.update(part)
         store.close()
@@ -122,9 +126,12 @@ class ReferencePass:
             hashed[i] = group_key(row, self.collate.encoder.render(row))
         return {i: key for part in _gather([hashed]) for i, key in part.items()}
 
-    def _compute(self, policy: Any, dataset: Dataset, store: ReferenceStore, keys: list[str]) -> None:
-        """Runs the reference over this rank's share of `dataset` and stores the numbers under `keys`."""
-        batches = self._my_batches(dataset)
+    def _compute(
+        self, policy: Any, dataset: Dataset, missing: list[int], store: ReferenceStore, keys: list[str]
+    ) -> None:
+        """Runs the reference over this rank's share of the groups `missing` and stores the numbers under `keys`."""
+        dataset = dataset.select(missing)
+        batches = self._my_batches(dataset, among(self.companies, missing))
         loader = torch.utils.data.DataLoader(
             WithEmptyGroups(dataset),
             batch_sampler=batches,
@@ -146,7 +153,7 @@ class ReferencePass:
                     store.add(keys[index], group_values)
         self.accelerator.wait_for_everyone()
 
-    def _my_batches(self, dataset: Dataset) -> list[list[int]]:
+    def _my_batches(self, dataset: Dataset, companies: Sequence[Company]) -> list[list[int]]:
         """This rank's batches: every rank takes the same number, or sharded models would hang."""
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         sampler = GroupBatchSampler(
@@ -155,6 +162,7 @@ class ReferencePass:
             max_tokens=self.args.max_tokens_per_batch,
             world_size=world_size,
             padded=self.choice.groups_per_row == 1,
+            companies=companies,
         )
         return [batch for i, batch in enumerate(sampler) if i % world_size == rank]
 
@@ -164,7 +172,7 @@ class ReferencePass:
         facts = {
             "weights": sorted(_gather([self.weights_hash])),
             "encoder": self.collate.encoder.fingerprint(),
-            "layout": [self.choice.layout, self.choice.backend],
+            "layout": [self.choice.layout, self.choice.backend, self.choice.shares_prefix],
             "dtype": [str(dtype), args.bf16, args.fp16, args.tf32],
             "kernel": [args.use_fused_logprob, args.logprob_impl, self.accelerator.device.type],
             "versions": [silkie.__version__, torch.__version__, transformers.__version__],

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from silkie.batch.companies import Company
 from silkie.batch.encoding import GroupEncoder, describe
+from silkie.batch.packing import stems
 from silkie.batch.template import plain_texts
 from silkie.data.images import open_image
 from silkie.data.schema import ROW_FORM, to_messages
@@ -112,6 +114,8 @@ class SelfTest:
         try:
             batch = self.context.prepare(self.collate(rows))
             logps = self.scorer(model, batch, frozen_vision=True).per_token_logps
+            if shared := stems(batch["segments"]):
+                logger.info("self-test: groups share a stem of %d tokens", shared[0].length)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
@@ -145,6 +149,11 @@ def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
         if len(chosen) == 3:
             break
     return chosen
+
+
+def company_to_test(dataset: Any, companies: Sequence[Company]) -> list[dict[str, Any]]:
+    """Two groups of the training data that share the beginning of their prompts."""
+    return [dataset[g] for g in companies[0].groups[:2]]
 
 
 def plain_logps(

@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_step.py                                                # CPU: Qwen2.5-VL's shape scaled down
     python tests/benchmarks/bench_step.py --device cuda --shape 3b --groups 2            # CUDA: 3B parameters, random weights, bf16
     python tests/benchmarks/bench_step.py --family qwen3_5 --lengths equal unequal       # a hybrid model
+    python tests/benchmarks/bench_step.py --questions-per-image 1 3 6 --ks 4             # prefix trees
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
     python tests/benchmarks/bench_step.py --model photographs --ks 4 --repeats 1         # real weights, see photographs_setting.py
 
@@ -33,18 +34,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from step_setting import CONTENDERS, FAMILIES, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, run
+from step_setting import CONTENDERS, FAMILIES, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, SHARED, run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 _RESULT = "result: "
 
 
-def in_own_process(contender: str, image_tokens: int, k: int, lengths: str, args: argparse.Namespace) -> dict[str, Any]:
+def in_own_process(
+    contender: str, image_tokens: int, k: int, lengths: str, questions: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """One contender in a fresh process: no memory, caches or compiled code of another."""
     one = {
         "contender": contender,
         "k": k,
-        "groups_per_step": args.groups,
+        "questions": questions,
+        "groups_per_step": args.groups * questions,
         "timed": args.timed,
     }
     if args.model == "shape":
@@ -80,13 +84,15 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    settings = list(itertools.product(args.lengths, args.image_tokens, args.ks))
+    settings = list(itertools.product(args.lengths, args.image_tokens, args.questions_per_image, args.ks))
     for _ in range(args.repeats):
-        for (lengths, tokens, k), contender in itertools.product(settings, args.contenders):
-            key = (lengths, tokens, k, contender)
-            results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, lengths, args))
+        for (lengths, tokens, questions, k), contender in itertools.product(settings, args.contenders):
+            if contender == SHARED and args.groups * questions == 1:
+                continue  # nothing to share
+            key = (lengths, tokens, questions, k, contender)
+            results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, lengths, questions, args))
             if results[key]:
-                print(row(results[key], results.get((lengths, tokens, k, CONTENDERS[0]), {})), flush=True)
+                print(row(results[key], results.get((*key[:-1], CONTENDERS[0]), {})), flush=True)
                 save([r for r in results.values() if r])
     return [r for r in results.values() if r]
 
@@ -96,15 +102,15 @@ def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
     flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
     losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3])
     return (
-        f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
+        f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['questions']} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
         f"| {result['flops'] / 1e9:10.1f} | {flops} | {result['extra_bytes'] / 2**20:8.0f} | {losses} |"
     )
 
 
 def table(results: list[dict[str, Any]]) -> str:
     head = (
-        "| responses | image tokens | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n"
-        + "|---" * 11
+        "| responses | image tokens | questions | k | contender | s / step | pairs / s | speed-up | GFLOP | fewer | peak MiB | first losses |\n"
+        + "|---" * 12
         + "|"
     )
     stock = {_setting(r): r for r in results if r["contender"] == CONTENDERS[0]}
@@ -112,7 +118,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
-    return result["lengths"], result["image_tokens"], result["k"]
+    return result["lengths"], result["image_tokens"], result["questions"], result["k"]
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
@@ -121,20 +127,20 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted({(r["lengths"], r["k"]) for r in results})
+    panels = sorted({(r["lengths"], r["questions"], r["k"]) for r in results})
     tokens = sorted({r["image_tokens"] for r in results})
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
-    for axis, (lengths, k) in zip(axes[0], panels, strict=True):
+    for axis, (lengths, questions, k) in zip(axes[0], panels, strict=True):
         for n, contender in enumerate(CONTENDERS):
             bars = [
                 (i, r["pairs_per_second"])
                 for i, t in enumerate(tokens)
                 for r in results
-                if (*_setting(r), r["contender"]) == (lengths, t, k, contender)
+                if (*_setting(r), r["contender"]) == (lengths, t, questions, k, contender)
             ]
-            axis.bar([i + 0.2 * n - 0.3 for i, _ in bars], [v for _, v in bars], 0.2, label=contender)
+            axis.bar([i + 0.16 * n - 0.32 for i, _ in bars], [v for _, v in bars], 0.16, label=contender)
         axis.set(
-            title=f"{k} responses of {lengths} length, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
+            title=f"{questions} x {k} responses of {lengths} length, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
             xlabel="image tokens",
             ylabel="pairs per second",
             xticks=range(len(tokens)),
@@ -173,7 +179,8 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--image-tokens", type=int, nargs="+", choices=tuple(IMAGE_GRIDS), default=[256, 576, 1280])
     parser.add_argument("--ks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--groups", type=int, default=1, help="groups per optimizer step")
+    parser.add_argument("--questions-per-image", type=int, nargs="+", default=[1], help="groups that have one image")
+    parser.add_argument("--groups", type=int, default=1, help="images per optimizer step")
     parser.add_argument("--backend", default="auto", help="attention_backend of the packed layout")
     parser.add_argument("--timed", type=int, default=2, help="timed steps per run")
     parser.add_argument("--repeats", type=int, default=2)

@@ -30,7 +30,8 @@ from silkie.model.adapters import default_lora_targets
 from tests.support.data import group
 from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_tokenizer
 
-CONTENDERS = ("TRL", "rows", "packed", "packed + precomputed reference")
+SHARED = "packed + shared image"
+CONTENDERS = ("TRL", "rows", "packed", SHARED, "packed + precomputed reference")
 IMAGE_GRIDS = {16: (4, 4), 256: (16, 16), 576: (24, 24), 1280: (32, 40)}  # image tokens -> rows, columns of 28 pixels
 PROMPT_WORDS = 50  # with the template's own tokens: 60 of prompt text
 # Words of the responses; the template's end of turn makes two more tokens of each. Both add up to the same: 120 on
@@ -177,8 +178,11 @@ def _ids() -> dict[str, int]:
 _CONFIGS = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_5": _qwen3_5}
 
 
-def build_groups(image_tokens: int, k: int, count: int, lengths: str = "equal") -> list[dict[str, Any]]:
-    """`count` groups of k random responses of the given lengths; all pairs of the responses."""
+def build_groups(
+    image_tokens: int, k: int, count: int, lengths: str = "equal", questions: int = 1
+) -> list[dict[str, Any]]:
+    """`count` groups of k random responses of the given lengths, `questions` of them about each image; all pairs of the
+    responses."""
     gen = torch.Generator().manual_seed(0)
     rows_of_28, columns = IMAGE_GRIDS[image_tokens]
 
@@ -188,7 +192,7 @@ def build_groups(image_tokens: int, k: int, count: int, lengths: str = "equal") 
     pairs = [[i, j] for i in range(k) for j in range(i + 1, k)]
     return [
         group(
-            [image(n, columns * 28, rows_of_28 * 28)],
+            [image(n // questions, columns * 28, rows_of_28 * 28)],
             words(PROMPT_WORDS),
             [words(n) for n in RESPONSE_WORDS[lengths][k]],
             pairs,
@@ -304,10 +308,11 @@ def run(
     backend: str = "auto",
     family: str = "qwen2_5_vl",
     lengths: str = "equal",
+    questions: int = 1,
 ) -> dict[str, Any]:
     """Trains a warm-up and the timed steps and returns what was measured."""
     pairs = k * (k - 1) // 2 * groups_per_step
-    groups = build_groups(image_tokens, k, groups_per_step, lengths)
+    groups = build_groups(image_tokens, k, groups_per_step, lengths, questions)
     model = build_model(shape, device, family)
     targets = HYBRID_TARGETS if family == "qwen3_5" else default_lora_targets(model.config)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets)
@@ -341,6 +346,8 @@ def run(
                 precompute_ref_log_probs="precomputed" in contender,
                 self_test=False,
                 attention_backend=backend if "packed" in contender else "auto",
+                share_prefix="image" if contender == SHARED else "off",
+                share_prefix_groups=questions,
                 **options,
             )
             data = Dataset.from_list(groups, features=group_features(()))
@@ -353,6 +360,7 @@ def run(
         "family": family,
         "lengths": lengths,
         "image_tokens": image_tokens,
+        "questions": questions,
         "k": k,
         "pairs": pairs,
         "groups_per_step": groups_per_step,

@@ -72,7 +72,7 @@ def test_a_hybrid_model_whose_mixers_forget_trains_in_rows_with_the_reason(tmp_p
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
-_PRECISION = {"bf16": False, "fp16": False}
+_PRECISION = {"bf16": False, "fp16": False, "share_prefix": "off"}
 
 
 def choose(config, **options):

@@ -16,6 +16,7 @@ from silkie.model.attention import IMPLEMENTATIONS, Attention
 from silkie.model.families import causal_lm, family_of
 from silkie.model.forward import Scorer, Scores
 from silkie.model.positions import PromptPositions
+from silkie.model.recurrent import CALLS, SHARED_CALLS
 from silkie.model.vision import FeatureCache, vision_is_frozen
 from tests.support.tiny import conversation, image
 
@@ -53,7 +54,13 @@ def with_lora(model: Any, seed: int = 0) -> Any:
 
 
 def collate(
-    model: Any, processor: Any, rows: list[dict[str, Any]], layout: str, groups_per_row: int | None = 1
+    model: Any,
+    processor: Any,
+    rows: list[dict[str, Any]],
+    layout: str,
+    groups_per_row: int | None = 1,
+    *,
+    share_prefix: bool = False,
 ) -> dict[str, Any]:
     return GroupCollator(
         encoder=GroupEncoder(processor),
@@ -62,6 +69,7 @@ def collate(
         groups_per_row=groups_per_row,
         pad_id=processor.tokenizer.pad_token_id,
         image_token_id=causal_lm(model).config.image_token_id,
+        share_prefix=share_prefix,
     )(rows)
 
 
@@ -74,13 +82,16 @@ def score(
     *,
     batch: dict[str, Any] | None = None,
     fused: bool = True,
+    share_prefix: bool = False,
 ) -> Scores:
     """The log-probs of all responses; "flex" and "varlen" hold all groups in one row."""
     per_row = None if backend in ("flex", "varlen") else 1
-    batch = batch if batch is not None else collate(model, processor, rows, layout, per_row)
+    if batch is None:
+        batch = collate(model, processor, rows, layout, per_row, share_prefix=share_prefix)
     causal_lm(model).set_attn_implementation({"text_config": IMPLEMENTATIONS[backend]})
     frozen = vision_is_frozen(model)
-    scorer = Scorer(attention=Attention(backend=backend, layout=layout), fused=fused)
+    calls = SHARED_CALLS if share_prefix else CALLS
+    scorer = Scorer(attention=Attention(backend=backend, layout=layout, calls=calls), fused=fused)
     return scorer(model, batch, frozen_vision=frozen, cache=FeatureCache() if frozen else None)
 
 

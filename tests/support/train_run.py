@@ -25,6 +25,7 @@ from silkie.model.vision import unquantized_modules
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.hybrid import TARGETS, qwen3_5, unequal_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
+from tests.support.trees import album_rows
 
 
 def many_groups() -> list[dict[str, Any]]:
@@ -66,6 +67,7 @@ DATA = {
     "many": many_groups,
     "odd": odd_groups,
     "text_and_images": text_and_images,
+    "albums": album_rows,
 }
 
 

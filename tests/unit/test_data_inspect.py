@@ -17,6 +17,8 @@ from silkie.data.statistics import correlation, histogram, summary
 from silkie.report.gallery import card, write_gallery
 from silkie.report.pictures import PictureBook
 from tests.support import preference_files as files
+from tests.support.data import dataset, group, png
+from tests.support.tiny import image
 
 
 @pytest.fixture
@@ -211,3 +213,16 @@ def test_what_decides_pairs_and_who_wins_them(tmp_path):
     ]
     assert figures["models"]["y"]["longer_when_chosen"] == 1.0 and figures["models"]["y"]["mean_rating"] == 1.0
     assert figures["length_bias"]["chosen_longer"] == figures["length_bias"]["chosen_shorter"] == 0.5
+
+
+def test_questions_per_image_are_counted_by_bytes_and_told(tmp_path):
+    """Three questions about one picture stored under two names, one about another."""
+    first, second = (png(image(n)) for n in (0, 1))
+    (tmp_path / "a.png").write_bytes(first["bytes"])
+    copies = [first, {"bytes": None, "path": str(tmp_path / "a.png")}, first, second]
+    rows = [{**group([image(0)], f"{n} ?", ["yes", "no"], [[0, 1]]), "images": [copies[n]]} for n in range(4)]
+    inspection = inspect_preferences(dataset(rows))
+    assert inspection.figures["image_sizes"]["questions_per_image"] == {"1": 1, "3": 1}
+    text = to_text(inspection)
+    assert "questions per image: 2.00 on average, at most 3" in text
+    assert "up to 2 of 4 prompts (50%) need not run their images again" in text

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.batch.packing import PromptAndResponses, Segment, lineage, pack, subtree_ends, visible
+from silkie.batch.packing import PromptAndResponses, Segment, Tree, lineage, pack, stems, subtree_ends, visible
 
 SIZES = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4
@@ -129,9 +129,55 @@ def test_a_segment_sees_its_ancestors_whatever_their_depth():
 
 def test_rows_hold_each_response_once_not_once_per_pair():
     batch = pack(build([(3, [1, 2, 2, 1])]), "rows", pad_id=0)
-    assert batch.input_ids.shape == (4, 5) and batch.row_groups == [[0]] * 4
+    assert batch.input_ids.shape == (4, 5) and batch.row_trees == [[0]] * 4
 
 
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="'packed' or 'rows', not 'dense'"):
         pack(build([(1, [1])]), "dense", pad_id=0)
+
+
+def along(batch, token):
+    """Ids, positions and logical positions of all that a token sees, itself included, in the order of its sequence."""
+    row, at = (batch.input_ids == token).nonzero()[0].tolist()
+    seen = visible(batch.segment_index, batch.subtree_end, batch.logical_positions)[row, 0, at].nonzero().flatten()
+    seen = seen[batch.logical_positions[row, seen].argsort()]
+    logical, ids = batch.logical_positions[row, seen], batch.input_ids[row, seen]
+    return ids.tolist(), batch.position_ids[:, row, seen].tolist(), logical.tolist()
+
+
+@MANY
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(1, 4), min_size=1, max_size=3)), min_size=1, max_size=4),
+    st.sampled_from([1, None]),
+    st.integers(0, 100),
+)
+def test_a_tree_shows_every_token_what_its_own_row_does(stem, sizes, per_row, order):
+    """Two trees, their groups interleaved, and one group alone."""
+    twice = build([(stem + prompt, responses) for prompt, responses in [*sizes, *sizes, (3, [2])]])
+    members = (range(len(sizes)), range(len(sizes), 2 * len(sizes)))
+    for groups in members:
+        for g in groups:
+            twice[g].prompt_ids[:stem] = twice[groups[0]].prompt_ids[:stem]
+    places = torch.randperm(len(twice), generator=torch.Generator().manual_seed(order)).tolist()
+    groups = [twice[g] for g in places]
+    trees = [Tree(tuple(places.index(g) for g in own), stem if len(own) > 1 else 0) for own in members]
+    trees.append(Tree((places.index(len(twice) - 1),)))
+    found = pack(groups, "packed", pad_id=0, trees=trees, groups_per_row=per_row)
+    alone = pack(groups, "packed", pad_id=0, groups_per_row=per_row)
+    for name in ("target", "owner", "offset"):
+        assert torch.equal(getattr(found, name), getattr(alone, name))
+    assert torch.equal(found.input_ids.flatten()[found.gather], alone.input_ids.flatten()[alone.gather])
+    for group in groups:
+        for token in [*group.prompt_ids[stem:].tolist(), *(t for r in group.responses for t in r.tolist())]:
+            assert along(found, token) == along(alone, token)
+    real = sum(s.length for s in found.segments if not s.padding)
+    saved = stem * 2 * (len(sizes) - 1)
+    assert real == sum(s.length for s in alone.segments if not s.padding) - saved
+    assert [s.length for s in stems(found.segments)] == ([stem, stem] if len(sizes) > 1 else [])
+
+
+def test_rows_share_no_stem():
+    with pytest.raises(ValueError, match="shares no stems"):
+        pack(build([(3, [1]), (3, [1])]), "rows", pad_id=0, trees=[Tree((0, 1), 1)])

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from silkie.batch.companies import Company
 from silkie.batch.sampler import _COST_STEP, GroupBatchSampler, WithEmptyGroups
 
 COSTS = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
@@ -92,3 +93,54 @@ def test_copies_that_fill_a_round_weigh_nothing():
 def test_an_impossible_budget_is_refused():
     with pytest.raises(ValueError, match="max_tokens_per_batch must be positive"):
         sampler([1], 0)
+
+
+PARTIES = st.lists(st.lists(st.integers(300, 900), min_size=1, max_size=5), min_size=1, max_size=12)
+
+
+def parties(lengths, *, stem=200, **more):
+    """A sampler of groups of one row each; each inner list is a company, its groups far from each other."""
+    flat = sorted((place, n, length) for n, own in enumerate(lengths) for place, length in enumerate(own))
+    numbers = [tuple(i for i, (_, owner, _) in enumerate(flat) if owner == n) for n in range(len(lengths))]
+    companies = [Company(groups, stem) for groups in numbers if len(groups) > 1]
+    shapes = [(1, length) for *_, length in flat]
+    return GroupBatchSampler(shapes, **{"batch_size": 6, "companies": companies, **more}), companies, shapes
+
+
+@MANY
+@given(PARTIES, st.one_of(st.none(), st.integers(4000, 9000)), st.integers(1, 3), st.booleans())
+def test_groups_of_a_company_come_together_and_every_group_once(lengths, budget, world, padded):
+    source, companies, shapes = parties(lengths, max_tokens=budget, world_size=world, padded=padded)
+    orders = []
+    for number in range(3):
+        batches = epoch(source, number)
+        real = [[i for i in batch if i < len(shapes)] for batch in batches]
+        assert sorted(i for batch in real for i in batch) == list(range(len(shapes)))
+        assert len(batches) == len(source) and len(batches) % world == 0 and all(batches)
+        orders.append(batches)
+        divided = sum(not any(set(c.groups) <= set(batch) for batch in real) for c in companies)
+        if budget is None:
+            assert all(len(batch) <= 6 for batch in batches)
+            assert divided <= (len(batches) if world == 1 else len(companies))
+        else:
+            assert not divided
+            for batch in real:
+                whole = [c for c in companies if set(c.groups) <= set(batch)]
+                rows = [c.tokens([n for _, n in shapes]) for c in whole]
+                rows += [shapes[i][1] for i in batch if not any(i in c.groups for c in whole)]
+                assert (len(rows) * max(rows, default=0) if padded else sum(rows)) <= budget or len(rows) == 1
+    assert orders[0] == epoch(parties(lengths, max_tokens=budget, world_size=world, padded=padded)[0], 0)
+
+
+def test_small_groups_fill_the_places_that_companies_leave():
+    source, companies, _ = parties([[500] * 4] * 6 + [[500]] * 12)
+    for number in range(5):
+        batches = epoch(source, number)
+        assert all(len(batch) == 6 for batch in batches)
+        assert all(any(set(c.groups) <= set(batch) for batch in batches) for c in companies)
+    assert epoch(source, 0) != epoch(source, 1)
+
+
+def test_without_companies_nothing_changes():
+    plain = GroupBatchSampler([(1, 100)] * 20, batch_size=3)
+    assert epoch(plain, 1) == epoch(GroupBatchSampler([(1, 100)] * 20, batch_size=3, companies=[]), 1)

@@ -16,7 +16,7 @@ from silkie.batch.batch import Batch
 from silkie.batch.packing import visible
 from silkie.model.attention import flex, segments, varlen
 from silkie.model.attention.own_masks import added, packed_masks
-from silkie.model.recurrent import ForkPlan, fork_plan, mask_kinds
+from silkie.model.recurrent import CALLS, ForkPlan, fork_plan, mask_kinds
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
@@ -46,10 +46,12 @@ class Attention:
     Attributes:
         backend: attention of the language model in the packed layout.
         layout: "packed" keeps the responses of a group apart; "rows" leaves all masking to the model.
+        calls: of a recurrent mixer per forward pass, the same on every rank and for every batch of a run.
     """
 
     backend: Backend
     layout: Literal["packed", "rows"]
+    calls: int = CALLS
 
     @staticmethod
     def inputs(batch: Batch) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Attention:
             kind: self._ready_made(config, batch, window if kind == "sliding_attention" else None)
             for kind in sorted(attention)
         }
-        return masks | dict.fromkeys(sorted(recurrent), _forks(batch))
+        return masks | dict.fromkeys(sorted(recurrent), _forks(batch, self.calls))
 
     def _ready_made(self, config: PretrainedConfig, batch: Batch, window: int | None) -> Any:
         """The causal mask of packed rows in the backend's form."""
@@ -144,11 +146,11 @@ def _given(decoder: nn.Module, masks: dict[str, Any] | None) -> Iterator[None]:
         handle.remove()
 
 
-def _forks(batch: Batch) -> ForkPlan:
+def _forks(batch: Batch, calls: int) -> ForkPlan:
     """Made once per batch: the reference pass needs the same."""
     if _KEPT_FORKS not in batch:
         ids = batch["segment_ids"]
-        batch[_KEPT_FORKS] = fork_plan(batch["segments"], ids.shape[1], ids.device)
+        batch[_KEPT_FORKS] = fork_plan(batch["segments"], ids.shape[1], ids.device, calls=calls)
     return batch[_KEPT_FORKS]
 
 

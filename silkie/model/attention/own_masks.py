@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from silkie.batch.batch import Batch
-from silkie.batch.packing import descends
+from silkie.batch.packing import descends, stems
 
 # Given the batch, the sliding window (None: full attention) and the blocks that see each other in both directions
 # ([B, T], -1 elsewhere; None: there are none): a mask in the form that a backend takes.
@@ -47,6 +47,7 @@ def packed_masks(
         ours = id(rule["config"]) in text_configs and rule["q_length"] == rule["kv_length"] == length
         if not ours or rule["batch_size"] != rows:
             return stock(**rule)
+        _check_stems(rule, batch)
         plain = _plain_rule(rule) if build is not None else None
         built = build(batch, *plain) if build is not None and plain is not None else None
         if built is not None:
@@ -65,9 +66,29 @@ def packed_masks(
             del mapping[implementation]
 
 
+def _check_stems(rule: dict[str, Any], batch: Batch) -> None:
+    """Whether groups can share a stem under the model's rule.
+
+    Raises:
+        ValueError: a stem sees what follows it, which is another text in each group.
+    """
+    if rule["allow_is_causal_skip"]:
+        return  # causal
+    head = torch.zeros((), dtype=torch.long, device=rule["device"])
+    for stem in stems(batch["segments"]):
+        row, last, after = (head + n for n in (stem.row, stem.end - 1, stem.end))
+        if bool(rule["mask_function"](row, head, last, after)):
+            raise ValueError(
+                f"the language model ({rule['config'].model_type}) attends in both directions within its prompt: what"
+                " it makes of an image depends on the question behind it, so questions cannot share it. Set"
+                " share_prefix='off'."
+            )
+
+
 def _dense(rule: dict[str, Any], batch: Batch) -> Tensor:
     """bool [B, 1, T, T]: the model's rule at each token's place in its own plain sequence, within what a packed row
-    lets it see. Prompts start a row: the place of a prompt token is the same in the row and in its plain sequences."""
+    lets it see. Images are in what starts a row (a prompt, or the stem of several): the place of an image token is the
+    same in the row and in its plain sequences."""
     plain: Any = sdpa_mask(**{**rule, "attention_mask": None, "allow_is_causal_skip": False})
     segment, place = batch["segment_ids"], batch["logical_positions"]
     row = torch.arange(len(segment), device=segment.device)[:, None, None]

@@ -8,7 +8,16 @@ probe    whether all that is exact for a model, found out before its weights are
 
 from silkie.model.recurrent.fork import install
 from silkie.model.recurrent.layers import count_recurrent, mask_kinds
-from silkie.model.recurrent.plan import ForkPlan, fork_plan
+from silkie.model.recurrent.plan import CALLS, SHARED_CALLS, ForkPlan, fork_plan
 from silkie.model.recurrent.probe import why_not_forkable
 
-__all__ = ["ForkPlan", "count_recurrent", "fork_plan", "install", "mask_kinds", "why_not_forkable"]
+__all__ = [
+    "CALLS",
+    "SHARED_CALLS",
+    "ForkPlan",
+    "count_recurrent",
+    "fork_plan",
+    "install",
+    "mask_kinds",
+    "why_not_forkable",
+]

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from silkie.batch.packing import Segment
 
 CALLS = 2  # of a mixer per forward pass: prompts, responses
+SHARED_CALLS = 3  # where prompts may share a stem: stems, the rest of prompts, responses
 
 # A mixer that has a state takes a single token for a decoding step, whose kernels have no backward pass.
 _SHORTEST = 2

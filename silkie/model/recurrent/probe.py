@@ -19,22 +19,31 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PretrainedConfig
 
-from silkie.batch.packing import Segment
+from silkie.batch.packing import Segment, lineage
 from silkie.model.recurrent.fork import forked
 from silkie.model.recurrent.layers import cache_argument, count_recurrent, mixers
-from silkie.model.recurrent.plan import fork_plan
+from silkie.model.recurrent.plan import CALLS, SHARED_CALLS, fork_plan
 from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
 
-# Longer and shorter than the 64 tokens that chunked kernels take at a time, prompts of two lengths, one response of one
-# token.
-_PROMPTS = {70: (1, 66), 3: (9,)}
+# (tokens, parent) of the segments of a row: longer and shorter than the 64 tokens that chunked kernels take at a time,
+# prompts of two lengths, one response of one token; and the same where prompts share a stem.
+_ROWS: dict[int, list[tuple[int, int | None]]] = {
+    CALLS: [(70, None), (1, 0), (66, 0), (3, None), (9, 3)],
+    SHARED_CALLS: [(70, None), (67, 0), (1, 1), (66, 1), (5, 0), (4, 4), (3, None), (9, 6)],
+}
 _ROOM = 1e-3  # relative error beyond what rounding explains
 
 
-def why_not_forkable(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the recurrent layers of a model cannot be forked, or None (also where it has none)."""
+def why_not_forkable(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, calls: int = CALLS
+) -> str | None:
+    """The reason why the recurrent layers of a model cannot be forked, or None (also where it has none).
+
+    Args:
+        calls: of a mixer in a forward pass of the run.
+    """
     layers = count_recurrent(config)
     if not layers:
         return None
@@ -46,7 +55,7 @@ def why_not_forkable(config: PretrainedConfig, device: torch.device, dtype: torc
     if len(found) != layers:
         return f"{layers} of its layers are recurrent, but {len(found)} modules keep states in transformers' cache"
     for mixer in {type(m): m for _, m in found}.values():
-        if reason := _why_not_exact(mixer, skeleton.config.get_text_config(), device, dtype):
+        if reason := _why_not_exact(mixer, skeleton.config.get_text_config(), device, dtype, calls):
             return reason
     return None
 
@@ -66,22 +75,22 @@ def _skeleton(config: PretrainedConfig) -> Any:
     raise ValueError(f"transformers has no model class for {type(text).__name__}, whose layers could be looked at")
 
 
-def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, calls: int) -> str | None:
     """Prompts and responses of a mixer with random weights, forked and one sequence at a time: in float32 with
     transformers' own code, which shows what the mixer does with a state (half precision hides much in its rounding),
     then in the dtype and with the kernels of the run, which shows what they do."""
-    row, segments = _row()
+    row, segments = _row(calls)
     hidden = torch.randn(1, row, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         twin = _twin(mixer, device)
         with _without_kernels(type(mixer)):
-            truth = _results(twin, hidden, segments, fork=False)
-            plain = _results(twin, hidden, segments, fork=True)
+            truth = _results(twin, hidden, segments, calls=None)
+            plain = _results(twin, hidden, segments, calls=calls)
         if reason := _difference(type(mixer), "transformers' code in float32", plain, truth, truth):
             return reason
         twin, hidden = twin.to(dtype), hidden.to(dtype)
-        alone = _results(twin, hidden, segments, fork=False)
-        forks = _results(twin, hidden, segments, fork=True)
+        alone = _results(twin, hidden, segments, calls=None)
+        forks = _results(twin, hidden, segments, calls=calls)
     except Exception as problem:  # whatever a module may raise that is used to living in its model
         return f"{type(mixer).__name__} cannot be tried out by itself ({type(problem).__name__}: {problem})"
     return _difference(
@@ -138,23 +147,22 @@ def _twin(mixer: nn.Module, device: torch.device) -> nn.Module:
     return twin
 
 
-def _row() -> tuple[int, list[Segment]]:
+def _row(calls: int) -> tuple[int, list[Segment]]:
     """The tokens of one packed row, and its segments."""
     at = 0
     segments: list[Segment] = []
-    for prompt, responses in _PROMPTS.items():
-        parent = len(segments)
-        for length in (prompt, *responses):
-            segments.append(Segment(0, at, at + length, parent if len(segments) > parent else None))
-            at += length
+    for length, parent in _ROWS[calls]:
+        segments.append(Segment(0, at, at + length, parent))
+        at += length
     return at, segments
 
 
-def _results(twin: nn.Module, hidden: Tensor, segments: list[Segment], *, fork: bool) -> dict[str, Tensor]:
-    """Outputs of the responses, and gradients of a fixed mix of them: those of prompts have come through a state."""
+def _results(twin: nn.Module, hidden: Tensor, segments: list[Segment], *, calls: int | None) -> dict[str, Tensor]:
+    """Outputs of all that continues a prompt, and gradients of a fixed mix of them: those of prompts have come through
+    a state. `calls` None: one sequence at a time."""
     hidden = hidden.detach().clone().requires_grad_()
     twin.zero_grad()
-    both = _forked(twin, hidden, segments) if fork else _alone(twin, hidden, segments)
+    both = _alone(twin, hidden, segments) if calls is None else _forked(twin, hidden, segments, calls)
     out = torch.cat([both[:, s.start : s.end] for s in segments if s.parent is not None], 1)
     mix = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     (out * mix).sum().backward()
@@ -166,20 +174,19 @@ def _results(twin: nn.Module, hidden: Tensor, segments: list[Segment], *, fork: 
 
 
 def _alone(twin: nn.Module, hidden: Tensor, segments: list[Segment]) -> Tensor:
-    """[1, T, D] each segment behind its prompt, as a sequence of its own."""
+    """[1, T, D] each segment behind its ancestors, as a sequence of its own."""
     out = []
-    for s in segments:
-        own, prompt = hidden[:, s.start : s.end], None if s.parent is None else segments[s.parent]
-        sequence = own if prompt is None else torch.cat([hidden[:, prompt.start : prompt.end], own], 1)
+    for n, s in enumerate(segments):
+        sequence = torch.cat([hidden[:, a.start : a.end] for a in lineage(segments, n)], 1)
         out.append(twin(sequence)[:, -s.length :])
     return torch.cat(out, 1)
 
 
-def _forked(twin: nn.Module, hidden: Tensor, segments: list[Segment]) -> Tensor:
+def _forked(twin: nn.Module, hidden: Tensor, segments: list[Segment], calls: int) -> Tensor:
     def run(rows: Tensor, mask: Tensor | None, states: Any) -> Tensor:
         return twin(rows, attention_mask=mask, **{cache_argument(type(twin)): states})
 
-    return forked(run, hidden, fork_plan(segments, hidden.shape[1], hidden.device))
+    return forked(run, hidden, fork_plan(segments, hidden.shape[1], hidden.device, calls=calls))
 
 
 def _error(found: Tensor, truth: Tensor) -> float:
