@@ -5,6 +5,7 @@ import logging
 import pytest
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig
+from transformers import TrainingArguments
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data import DataError
@@ -149,17 +150,15 @@ def test_a_missing_column_is_named(tmp_path):
 
 
 def test_wrong_arguments(tmp_path):
-    from trl import DPOConfig
-
     with pytest.raises(TypeError, match="SilkieDPOConfig"):
         SilkieDPOTrainer(
             tiny_model(),
-            args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False),
+            args=TrainingArguments(str(tmp_path), use_cpu=True, bf16=False),
             train_dataset=dataset(),
             processing_class=tiny_processor(),
         )
     args = SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    for data in (mixed_groups(), dataset().to_iterable_dataset(), DatasetDict(train=dataset()), "some/where"):
+    for data in (mixed_groups(), DatasetDict(train=dataset()), "some/where"):
         with pytest.raises(TypeError, match=f"train data must be a datasets.Dataset.*not {type(data).__name__}"):
             SilkieDPOTrainer(tiny_model(), args=args, train_dataset=data, processing_class=tiny_processor())
     with pytest.raises(ValueError, match="PromptTuningConfig puts virtual tokens"):
@@ -171,5 +170,5 @@ def test_wrong_arguments(tmp_path):
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor())
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         SilkieDPOTrainer(str(tmp_path / "nowhere"), args=args, train_dataset=dataset())
-    with pytest.raises(TypeError, match="processor"):
+    with pytest.raises(ValueError, match="processing_class is a tokenizer: pass the processor"):
         SilkieDPOTrainer(tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor().tokenizer)

@@ -176,5 +176,8 @@ def byte_level_tokenizer(texts: list[str], special: list[str], **kwargs: Any) ->
     )
     tok.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, **kwargs)
-    fast.add_tokens(special, special_tokens=True)
+    # as in Qwen's vocabulary, where the marks of reasoning are tokens but no control tokens
+    marks = [token for token in special if token in ("<think>", "</think>")]
+    fast.add_tokens([token for token in special if token not in marks], special_tokens=True)
+    fast.add_tokens(marks)
     return fast

@@ -184,7 +184,8 @@ def test_tokens_with_images(template, mark, images):
         expected = [template_tokens(made, [*messages, *as_parts([("assistant", a)])]) for a in ANSWERS]
         assert joined(group) == expected
         assert (group.prompt_ids == made.image_token_id).sum() >= 2 * images
-        assert (group.token_types > 0).sum() == (group.prompt_ids == made.image_token_id).sum()
+        types = group.token_inputs["mm_token_type_ids"]
+        assert (types > 0).sum() == (group.prompt_ids == made.image_token_id).sum()
         lengths = encoder.measure(row, [(p.height, p.width) for p in pictures])
         assert lengths.prompt == len(group.prompt_ids)
         assert lengths.responses == tuple(map(len, group.responses))
@@ -363,7 +364,7 @@ def test_outputs_with_one_number_per_token_are_recognised_by_shape(monkeypatch):
     group = GroupEncoder(made).encode(row)
     assert set(group.token_inputs) == {"mm_token_type_ids", "moe_mm_token_type_ids"}
     assert all(ids.shape == group.prompt_ids.shape for ids in group.token_inputs.values())
-    assert (group.token_inputs["moe_mm_token_type_ids"] == 2 * group.token_types).all()
+    assert (group.token_inputs["moe_mm_token_type_ids"] == 2 * group.token_inputs["mm_token_type_ids"]).all()
     assert set(group.vision) == {"pixel_values", "image_grid_thw"}
 
 
