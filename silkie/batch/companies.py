@@ -1,8 +1,8 @@
 """Groups of the training data that can share the beginning of their prompts, found before training, so that the sampler
 can bring them into one step.
 
-What is found here is sure: the beginning is counted up to a special token, where a tokenizer splits a text before it
-does anything else. The collator, which has the tokens, shares a few more.
+What is found here is counted without processing an image: tokens up to a special token, where a tokenizer splits a text
+before it does anything else, and the equal ones behind it. The collator has the last word.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def find_companies(
         images = n_images[a]
         common = len(common_prefix([texts[a], texts[b]]))
         rests = [encoder.tokens_after(texts[g], common, images) for g in (a, b)]
-        stem = min(prompts[g] - rest if rest is not None else 0 for g, rest in zip((a, b), rests, strict=True))
+        if rests[0] is None or rests[1] is None:
+            return 0
+        before = min(prompts[g] - len(rest) for g, rest in zip((a, b), rests, strict=True) if rest is not None)
+        # each keeps a token of its own
+        stem = min(before + len(common_prefix(rests)), prompts[a] - 1, prompts[b] - 1)
         return stem if stem >= (SHORTEST_STEM if images else max(SHORTEST_STEM, min(prompts[a], prompts[b]) / 2)) else 0
 
     found = []

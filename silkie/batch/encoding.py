@@ -226,14 +226,14 @@ class GroupEncoder:
             )
         return plain_texts(row, self.tokenizer.eos_token)
 
-    def tokens_after(self, text: str, shared: int, n_images: int) -> int | None:
-        """Tokens of a rendered prompt behind the last special token within its first `shared` characters, so that the
-        others depend on these characters alone. None where there is no such token, or images follow it."""
+    def tokens_after(self, text: str, shared: int, n_images: int) -> list[int] | None:
+        """The tokens of a rendered prompt behind the last special token within its first `shared` characters; those
+        before depend on these characters alone. All tokens where there is no such token, None where images follow."""
         start, _, ids, special = self._last_split(GroupTexts(prompt=text, conversations=[], shared=shared))
         before = text[: start + len(self._split_tokens[ids[0]])] if special else ""
-        if not special or (n_images and before.count(self._image_mark) != n_images):
+        if n_images and before.count(self._image_mark) != n_images:
             return None
-        return len(ids) - 1
+        return ids[1:] if special else ids
 
     @cached_property
     def _image_mark(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.batch import companies, stems
+from silkie.batch import companies, packing, stems
 from silkie.batch.packing import Tree
 from silkie.batch.stems import find_trees
 from silkie.model.attention import IMPLEMENTATIONS, segments
@@ -221,10 +221,14 @@ def apart(*args, **options):
 
 def trained(trainer):
     """Losses, adapter, and how many tokens went through the model."""
+    tokens = []
+    causal_lm(trainer.model).register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+    )
     trainer.train()
     log = trainer.state.log_history
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return [entry["loss"] for entry in log if "loss" in entry], weights, log[-2]["num_tokens"]
+    return [entry["loss"] for entry in log if "loss" in entry], weights, sum(tokens)
 
 
 @pytest.mark.parametrize(
@@ -297,3 +301,16 @@ def test_the_self_test_stops_a_stem_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr("silkie.batch.collator.find_trees", longer)
     with pytest.raises(LayoutMismatch, match="Self-test failed"):
         make(tmp_path).train()
+
+
+def test_companies_are_counted_as_the_collator_shares_them(tmp_path):
+    """By bytes, wherever an image is stored, and never more tokens than the stem has."""
+    rows = [row for row in tree_rows() if row["pairs"]]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(rows[2]["images"][0]["bytes"])
+    rows[2]["images"] = [{"bytes": None, "path": str(copy)}]
+    trainer = make(tmp_path, rows=rows)
+    assert [c.groups for c in trainer.companies] == [(0, 2), (1, 4), (3, 6)]
+    trees = collate(trainer.model, tiny_processor(), rows, "packed", None, share_prefix=True)
+    assert [c.stem for c in trainer.companies] == [s.length for s in packing.stems(trees["segments"])]
+    assert not make(tmp_path, rows=rows[3:4] + rows[5:6], share_prefix="auto").companies
