@@ -79,6 +79,16 @@ def test_every_link_of_every_page_leads_to_a_file():
     assert not broken, "\n".join(broken)
 
 
+def test_the_index_and_the_site_name_every_page_of_examples():
+    index = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    site = (ROOT / "examples/site/mkdocs.yml").read_text(encoding="utf-8")
+    pages = sorted(path.name for path in ROOT.glob("examples/*.md"))
+    assert len(pages) > 10
+    for name in pages:
+        assert name == "README.md" or f"({name})" in index, name
+        assert f"examples/{name}" in site, name
+
+
 def test_prose_of_the_readme_fits_a_phone():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120]
