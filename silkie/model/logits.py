@@ -115,8 +115,8 @@ class _Head(nn.Module):
 
 
 def gives_router_loss(model: Any) -> bool:
-    """Whether a model's forward returns a load balancing loss of its routers when asked for it. Some mixtures of experts
-    have the option in their config and no such loss in their forward."""
+    """Whether a model's forward returns a load balancing loss of its routers when asked for it. Some mixtures of
+    experts have the option in their config and no such loss in their forward."""
     return getattr(_output(causal_lm(model), output_router_logits=True), "aux_loss", None) is not None
 
 
@@ -146,7 +146,7 @@ def _output(base: Any, **more: Any) -> Any:
         ) from error
 
 
-def _twin(module: nn.Module, stand_ins: dict[int, nn.Module]) -> Any:
+def _twin(module: Any, stand_ins: dict[int, nn.Module]) -> Any:
     """A module with the same state that holds stand-ins in the place of some of its parts."""
     # not `copy`: FSDP2's classes make a new model on copying
     twin = object.__new__(type(module))

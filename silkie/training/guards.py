@@ -146,8 +146,8 @@ def keep_fp32_outputs(accelerator: Any) -> None:
 
 
 def has_router_loss(model: Any, args: Any) -> bool:
-    """Whether the model's forward returns the load balancing loss that TRL's rule asks of it: `router_aux_loss_coef`, or
-    the model's own coefficient where that is None.
+    """Whether the model's forward returns the load balancing loss that TRL's rule asks of it: `router_aux_loss_coef`,
+    or the model's own coefficient where that is None.
 
     Raises:
         LaunchError: it does not, and the option asks for it.
@@ -177,15 +177,15 @@ def check_adapter_on_vision(model: Any) -> None:
     """
     dead = []
     for part, module in vision_parts(model):
-        layers = [m for m in getattr(module, "modules", list)() if isinstance(m, BaseTunerLayer)]
+        layers: list[Any] = [m for m in getattr(module, "modules", list)() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             own = [p for n, p in layer.named_parameters() if any(f".{a}." in f".{n}." for a in layer.active_adapters)]
             if own and not any(p.requires_grad for p in own):
                 dead.append(part)
     if dead:
         raise LaunchError(
-            f"{len(dead)} layers of {', '.join(sorted(set(dead)))} have an adapter that does not train: leave them out of"
-            " the adapter with exclude_modules, or let its parameters there require gradients."
+            f"{len(dead)} layers of {', '.join(sorted(set(dead)))} have an adapter that does not train: leave them"
+            " out of the adapter with exclude_modules, or let its parameters there require gradients."
         )
 
 
