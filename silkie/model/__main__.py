@@ -19,9 +19,9 @@ from silkie.model import tiny
 from silkie.plan.check import Verdict, check_model
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every model named can be trained exactly, else 1."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m silkie.model", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="one model: both layouts, LoRA coverage, one step")
     check.add_argument("model", help="model directory, or a model type of transformers")
@@ -59,11 +59,10 @@ def check_named(name: str) -> Verdict:
 def _not_built(error: Exception) -> str:
     """Why a tiny model could not be made: it says nothing about the model."""
     text = next(iter(str(error).strip().splitlines()), "")
-    missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-    package = missing or next(
-        (p for p in ("torchvision", "timm") if isinstance(error, ImportError) and p in str(error)), None
-    )
-    told = f"needs {package}" if package else f"{type(error).__name__}: {text}"
+    told = f"{type(error).__name__}: {text}"
+    if isinstance(error, ImportError):
+        known = [package for package in ("torchvision", "timm", "scipy") if package in str(error)]
+        told = f"needs {known[0]}" if known else told
     return f"could not be built here: {told}"[:240]
 
 
@@ -127,7 +126,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
         + "\n\nRefused before any compute, or stopped by the self-test:\n\n"
         + "\n".join(refused)
         + "\n\nNot known: a tiny model and processor of these types could not be built here (a missing package, or"
-        " numbers that do not fit together), which says nothing about the types. Run `check` on a real model of one.\n\n"
+        " numbers that do not fit together), which says nothing about the types. `check` runs on a real model of them.\n\n"
         + "\n".join(unbuilt)
         + "\n"
     )

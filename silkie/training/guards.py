@@ -184,8 +184,8 @@ def check_adapter_on_vision(model: Any) -> None:
                 dead.append(part)
     if dead:
         raise LaunchError(
-            f"{len(dead)} layers of {', '.join(sorted(set(dead)))} have an adapter that does not train: leave them out"
-            " of the adapter with exclude_modules, or let its parameters there require gradients."
+            f"{len(dead)} layers of {', '.join(sorted(set(dead)))} have an adapter that does not train: leave them"
+            " out of the adapter with exclude_modules, or let its parameters there require gradients."
         )
 
 
