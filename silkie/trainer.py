@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,20 +26,19 @@ from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_st
 from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
-from silkie.losses import Objective, build_objective
+from silkie.losses import build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
-from silkie.model.families import causal_lm, reads_images
+from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
-from silkie.model.vision import describe_vision, freeze_vision, unhook_vision, vision_is_frozen
+from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
-from silkie.training.identity import Identity, Start, identify
 from silkie.training.metrics import RunMetrics
-from silkie.training.model_card import RunDescription, setup_lines, write_card
 from silkie.training.parts import build_collator, build_encoder, build_passes, check_model, share_prefixes
 from silkie.training.passes import preferences_of
+from silkie.training.record import RunRecord
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
@@ -51,7 +50,7 @@ logger = logging.getLogger(__name__)
 _MICRO_BATCHES = "micro_batches"  # among the totals of an optimizer step: micro-batches of all ranks
 
 
-class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
+class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
     """Preference-trains a vision-language model on preference groups.
 
     Args:
@@ -75,16 +74,10 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
     """
 
     _tag_names = ["silkie", "trl", "dpo"]  # noqa: RUF012  (transformers reads it as a class attribute)
-    args: SilkieDPOConfig
-    model: Any
-    train_dataset: Dataset
     eval_dataset: Any
     data_collator: Any
     processing_class: Any
     _signature_columns: Any
-    reports: dict[str, PreparationReport]
-    objective: Objective
-    _packed_tokens = 0
     loss_is_scaled_for_ga = True  # compute_loss divides by the totals of the whole optimizer step
 
     def __init__(
@@ -248,19 +241,11 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
                 end_step=lambda: self.objective.end_step(self._sum, self.accelerator.device),
             )
         )
-        if args.eval_benchmarks:
-            from silkie.evaluation.callback import BenchmarkCallback  # training needs no evaluation package otherwise
+        if args.eval_benchmarks or args.log_answers:
+            from silkie.evaluation.while_training import callbacks  # training needs no evaluation package otherwise
 
-            limit, every = args.eval_benchmark_limit, args.eval_benchmark_steps
-            self.add_callback(BenchmarkCallback(args.eval_benchmarks, every, limit=limit, seed=args.seed, trainer=self))
-        if args.log_answers:
-            from silkie.evaluation.sample_answers import SampleAnswers
-
-            held_out = self.eval_dataset
-            data = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
-            if data is None:
-                raise ValueError("`log_answers` answers prompts of the evaluation data: pass an eval_dataset.")
-            self.add_callback(SampleAnswers(data, args.log_answers, trainer=self, seed=args.seed))
+            for callback in callbacks(self, args, self.eval_dataset):
+                self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -340,76 +325,6 @@ class SilkieDPOTrainer(TrlSurface, RecoverableTrainer, DPOTrainer):
             # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": scores.logps}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last call, over all ranks, under TRL's names."""
-        mode = "train" if self.model.training else "eval"
-        line = self._logged[mode].pop(self._sum)
-        if line.loss is not None:
-            loss = line.loss + self.router_aux_loss_coef * line.means.get("aux_loss", 0.0)
-            logs.update({key: loss for key in logs if key.startswith("eval") and key.endswith("_loss")})
-        self._metrics[mode].update({name: [mean] for name, mean in line.means.items()})
-        if mode == "train":
-            self._total_train_tokens += line.tokens
-            self._packed_tokens += line.packed_tokens
-            self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
-            self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
-            self.check_finite()
-        super().log(logs, start_time)
-
-    def plan_lines(self) -> list[str]:
-        """What runs, and why: data, layout, attention, kernel, reference, vision."""
-        return [*(line for name, report in self.reports.items() for line in report.lines(name)), *self.setup_lines()]
-
-    def setup_lines(self) -> list[str]:
-        """The plan without the data: lines of the form "name: what runs"."""
-        lines = setup_lines(self.choice, self.reference, self.args, describe_vision(self.model))
-        return [*lines, f"adapter: on {self._coverage}"] if self._coverage else lines
-
-    def describe(self) -> RunDescription:
-        """What the model card tells of this run."""
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return RunDescription(
-            args=self.args,
-            base=self.model.config._name_or_path,
-            adapter=isinstance(model, PeftModel),
-            reference=self.reference.kind if self.reference else None,
-            setup=self.setup_lines(),
-            reports=self.reports,
-            log_history=self.state.log_history,
-            reads_images=reads_images(self.model.config),
-            **self._card,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves adapter (or weights), processor and model card."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            write_card(output_dir or str(self.args.output_dir), self.describe())
-
-    def run_state(self) -> dict[str, Any]:
-        """State of the losses, and the tokens trained on."""
-        # Tokens since the last line of the log are in no total yet
-        tokens, packed = self._logged["train"].tokens(self._sum, self.accelerator.device)
-        return {
-            "objective": self.objective.state_dict(),
-            "train_tokens": self._total_train_tokens + tokens,
-            "packed_tokens": self._packed_tokens + packed,
-        }
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """Restores the state saved by `run_state`."""
-        self.objective.load_state_dict(state.get("objective", {}))
-        self._total_train_tokens = state.get("train_tokens", 0)
-        self._packed_tokens = state.get("packed_tokens", 0)
-
-    @cached_property
-    def _start(self) -> Start:  # a second call of train() starts from trained weights
-        return Start.of(self.model, self.reference, self.optimizer, self.accelerator.num_processes)
-
-    def describe_run(self) -> Identity:
-        """Data, model, losses and options of this run, which its checkpoints keep."""
-        return identify(self._start, self.train_dataset, self.encoder, self.args)
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
