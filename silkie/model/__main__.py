@@ -59,11 +59,10 @@ def check_named(name: str) -> Verdict:
 def _not_built(error: Exception) -> str:
     """Why a tiny model could not be made: it says nothing about the model."""
     text = next(iter(str(error).strip().splitlines()), "")
-    missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-    package = missing or next(
-        (p for p in ("torchvision", "timm") if isinstance(error, ImportError) and p in str(error)), None
-    )
-    told = f"needs {package}" if package else f"{type(error).__name__}: {text}"
+    told = f"{type(error).__name__}: {text}"
+    if isinstance(error, ImportError):
+        known = [package for package in ("torchvision", "timm", "scipy") if package in str(error)]
+        told = f"needs {known[0]}" if known else told
     return f"could not be built here: {told}"[:240]
 
 

@@ -146,7 +146,7 @@ def _output(base: Any, **more: Any) -> Any:
         ) from error
 
 
-def _twin(module: nn.Module, stand_ins: dict[int, nn.Module]) -> Any:
+def _twin(module: Any, stand_ins: dict[int, nn.Module]) -> Any:
     """A module with the same state that holds stand-ins in the place of some of its parts."""
     # not `copy`: FSDP2's classes make a new model on copying
     twin = object.__new__(type(module))
