@@ -126,7 +126,12 @@ def page(verdicts: Sequence[Verdict]) -> str:
         + "\n\nRefused before any compute, or stopped by the self-test:\n\n"
         + "\n".join(refused)
         + "\n\nNot known: a tiny model and processor of these types could not be built here (a missing package, or"
+<<<<<<< HEAD
         " numbers that do not fit together), which says nothing about the types. `check` takes a real model.\n\n"
+=======
+        " numbers that do not fit together), which says nothing about the types. `check` runs on a real model of"
+        " them.\n\n"
+>>>>>>> anyvlm2
         + "\n".join(unbuilt)
         + "\n"
     )
