@@ -19,9 +19,9 @@ from silkie.model import tiny
 from silkie.plan.check import Verdict, check_model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
     """0 where every model named can be trained exactly, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m silkie.model", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="one model: both layouts, LoRA coverage, one step")
     check.add_argument("model", help="model directory, or a model type of transformers")
@@ -126,14 +126,8 @@ def page(verdicts: Sequence[Verdict]) -> str:
         + "\n\nRefused before any compute, or stopped by the self-test:\n\n"
         + "\n".join(refused)
         + "\n\nNot known: a tiny model and processor of these types could not be built here (a missing package, or"
-<<<<<<< HEAD
-        " numbers that do not fit together), which says nothing about the types. `check` takes a real model.\n\n"
-=======
         " numbers that do not fit together), which says nothing about the types. `check` runs on a real model of"
-        " them.\n\n"
->>>>>>> anyvlm2
-        + "\n".join(unbuilt)
-        + "\n"
+        " them.\n\n" + "\n".join(unbuilt) + "\n"
     )
 
 
