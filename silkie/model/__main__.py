@@ -127,9 +127,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
         + "\n".join(refused)
         + "\n\nNot known: a tiny model and processor of these types could not be built here (a missing package, or"
         " numbers that do not fit together), which says nothing about the types. `check` runs on a real model of"
-        " them.\n\n"
-        + "\n".join(unbuilt)
-        + "\n"
+        " them.\n\n" + "\n".join(unbuilt) + "\n"
     )
 
 
