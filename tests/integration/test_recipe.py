@@ -216,7 +216,8 @@ def test_a_misspelt_key_of_a_config_file_is_an_error(tmp_path, capsys, flag):
         "dataset_name: x\noutput_dir: y\nuse_cpu: true\nbf16: false\nlerning_rate: 1.0e-5\n"
     )
     assert dpo_silkie.main([part.format(tmp_path / "typo.yaml") for part in flag]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    *loading, error = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("silkie: loading") for line in loading)
     assert error == "error: unknown option `lerning_rate` of the config file: did you mean `learning_rate`?"
 
 
