@@ -52,7 +52,8 @@ def test_a_misspelt_command_is_one_line(capsys):
 
 
 def test_debug_is_taken_off_except_where_it_is_transformers_option(monkeypatch):
-    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+    monkeypatch.setenv("SILKIE_DEBUG", "0")  # so that it is taken back where the command sets it
+    monkeypatch.delenv("SILKIE_DEBUG")
     assert console._debug(["data", "inspect", "x"]) == ["data", "inspect", "x"] and "SILKIE_DEBUG" not in os.environ
     assert console._debug(["train", "--debug", "underflow_overflow"]) == ["train", "--debug", "underflow_overflow"]
     assert console._debug(["infer", "--debug", "policy"]) == ["infer", "policy"]
@@ -72,7 +73,8 @@ def of_silkie():
 
 
 def test_errors_of_users_are_one_line_and_bugs_keep_their_traceback(monkeypatch, capsys):
-    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+    monkeypatch.setenv("SILKIE_DEBUG", "0")  # so that it is taken back where the command sets it
+    monkeypatch.delenv("SILKIE_DEBUG")
     assert messages.guarded(of_silkie) == 2
     assert capsys.readouterr().err == "error: --config nothing.yaml: no such file.\n"
     with pytest.raises(KeyError):
@@ -92,7 +94,8 @@ def test_errors_of_users_are_one_line_and_bugs_keep_their_traceback(monkeypatch,
 
 
 def test_an_error_that_all_ranks_meet_is_said_by_rank_0(monkeypatch, capsys):
-    monkeypatch.delenv("SILKIE_DEBUG", raising=False)
+    monkeypatch.setenv("SILKIE_DEBUG", "0")  # so that it is taken back where the command sets it
+    monkeypatch.delenv("SILKIE_DEBUG")
 
     def wrong_options():
         with messages.alike():
