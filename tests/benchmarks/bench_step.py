@@ -129,16 +129,19 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
     panels = sorted({(r["lengths"], r["questions"], r["k"]) for r in results})
     tokens = sorted({r["image_tokens"] for r in results})
+    ran = [c for c in CONTENDERS if any(r["contender"] == c for r in results)]
+    width = 0.8 / len(ran)
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
     for axis, (lengths, questions, k) in zip(axes[0], panels, strict=True):
-        for n, contender in enumerate(CONTENDERS):
+        for n, contender in enumerate(ran):
             bars = [
                 (i, r["pairs_per_second"])
                 for i, t in enumerate(tokens)
                 for r in results
                 if (*_setting(r), r["contender"]) == (lengths, t, questions, k, contender)
             ]
-            axis.bar([i + 0.16 * n - 0.32 for i, _ in bars], [v for _, v in bars], 0.16, label=contender)
+            left = (n - (len(ran) - 1) / 2) * width
+            axis.bar([i + left for i, _ in bars], [v for _, v in bars], width, label=contender)
         axis.set(
             title=f"{questions} x {k} responses of {lengths} length, {k * (k - 1) // 2} pair{'s' if k > 2 else ''}",
             xlabel="image tokens",
