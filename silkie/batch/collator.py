@@ -14,7 +14,7 @@ from torch import Tensor
 
 from silkie.batch.batch import Batch
 from silkie.batch.corruption import Corruption, corrupt
-from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
+from silkie.batch.encoding import EncodedGroup, GroupEncoder, row_name
 from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
 from silkie.batch.stems import find_trees
 from silkie.data.images import open_image
@@ -94,7 +94,7 @@ class GroupCollator:
             "pairs": pairs,
             "pair_weights": weights,
             "longest": int(lengths.max()),
-            "names": [describe(row) for row in rows],
+            "names": [row_name(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
         batch = cast(Batch, fields)
@@ -168,7 +168,7 @@ class ImageCorruption:
 
     def __call__(self, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
         """The processor's image tensors of each row's corrupted images."""
-        decoded = [[open_image(i, where=describe(row)) for i in row.get("images") or []] for row in rows]
+        decoded = [[open_image(i, where=row_name(row)) for i in row.get("images") or []] for row in rows]
         out = []
         for g, (row, images) in enumerate(zip(rows, decoded, strict=True)):
             rng = random.Random(f"{self.seed}-{row.get('row')}")

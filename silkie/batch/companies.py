@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from silkie.batch.encoding import GroupEncoder, describe
+from silkie.batch.encoding import GroupEncoder, row_name
 from silkie.batch.stems import SHORTEST_STEM, join
 from silkie.batch.template import common_prefix
 from silkie.data.images import image_digest
@@ -126,5 +126,5 @@ def describe_companies(companies: Sequence[Company], lengths: Sequence[int]) -> 
 
 
 def _facts(row: Mapping[str, Any], encoder: GroupEncoder) -> dict[str, Any]:
-    images = [image_digest(image, where=describe(row)) for image in row.get("images") or []]
+    images = [image_digest(image, where=row_name(row)) for image in row.get("images") or []]
     return {"key": json.dumps(images), "n_images": len(images), "text": encoder.render(row)}

@@ -164,7 +164,7 @@ class GroupEncoder:
                 the chat template cannot write the row.
         """
         images = [
-            open_image(image, where=f"{describe(row)}, image {i}") for i, image in enumerate(row.get("images") or [])
+            open_image(image, where=f"{row_name(row)}, image {i}") for i, image in enumerate(row.get("images") or [])
         ]
         try:
             texts = self._texts(row)
@@ -172,11 +172,11 @@ class GroupEncoder:
             prompt_ids = out["input_ids"][0]
             split = self._split(texts, prompt_ids.tolist(), images)
         except TemplateMismatch as error:
-            raise ValueError(f"{describe(row)}: {error}.") from error
+            raise ValueError(f"{row_name(row)}: {error}.") from error
         length, responses = split.length, self._cut(split.responses, split.length)
         if not all(len(r) for r in responses):
             raise ValueError(
-                f"{describe(row)}: the prompt has {length} tokens and max_length is {self.max_length}: no room"
+                f"{row_name(row)}: the prompt has {length} tokens and max_length is {self.max_length}: no room"
                 " for a response."
             )
         per_token = {k: v[0, :length] for k, v in out.items() if _is_per_token(v, out["input_ids"])}
@@ -197,7 +197,7 @@ class GroupEncoder:
         """
         texts = self._texts(row)
         if texts.plain or (image_sizes and not self._counts_image_tokens):
-            images = [open_image(image, where=describe(row)) for image in row.get("images") or []]
+            images = [open_image(image, where=row_name(row)) for image in row.get("images") or []]
             ids = self.process(texts.prompt, images, plain=texts.plain)["input_ids"][0].tolist()
             split = self._split(texts, ids, images)
         else:
@@ -490,7 +490,7 @@ def _is_per_token(value: Any, input_ids: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == input_ids.shape and not value.is_floating_point()
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def row_name(row: Mapping[str, Any]) -> str:
     """How an error names a row: its number in the dataset and its id."""
     parts = [f"row {row['row']}"] if row.get("row") is not None else []
     if row.get("id"):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from silkie.batch.encoding import GroupEncoder, GroupLengths, describe
+from silkie.batch.encoding import GroupEncoder, GroupLengths, row_name
 from silkie.batch.template import TemplateMismatch, plain_prompt
 from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, open_image
@@ -192,7 +192,7 @@ def prepare_groups(
     )
     for index, row in enumerate(facts):
         if row["problem"]:
-            dropped[row["problem"]].append(describe(row))
+            dropped[row["problem"]].append(row_name(row))
             continue
         keep.append(index)
         report.groups += 1
@@ -253,7 +253,7 @@ def _in_form(row: Mapping[str, Any], string_rows: StringRows) -> Mapping[str, An
     try:
         turn = user_turn(plain_prompt(row), len(row.get("images") or []))
     except ValueError as error:
-        raise _EncodingError(describe(row), str(error), "Write one mark per image, or none.") from error
+        raise _EncodingError(row_name(row), str(error), "Write one mark per image, or none.") from error
     turn = {**turn, "content": [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]}
     return {**row, "form": None, "prompt": [turn]}
 
@@ -280,7 +280,7 @@ def _measure(
         if "form" in row:
             facts.update(form=named["form"], prompt=named["prompt"])
         _check_row(named, encoder)
-        sizes = [_size(image, f"{describe(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
+        sizes = [_size(image, f"{row_name(named)}, image {i}") for i, image in enumerate(row.get("images") or [])]
         lengths = _lengths(named, sizes, encoder)
     except DataError as error:
         if raise_errors:
@@ -313,7 +313,7 @@ class _EncodingError(DataError):
 
 
 def _check_row(row: Mapping[str, Any], encoder: GroupEncoder) -> None:
-    checked = Row(row, "groups", describe(row), ImageResolver(None, None))
+    checked = Row(row, "groups", row_name(row), ImageResolver(None, None))
     check_no_video(row, row["prompt"], checked)
     check_group(row, checked)
     if row["pairs"]:
@@ -366,7 +366,7 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
     try:
         return encoder.measure(row, sizes)
     except TemplateMismatch as error:
-        raise _EncodingError(describe(row), error.reason, error.remedy) from error
+        raise _EncodingError(row_name(row), error.reason, error.remedy) from error
     except (
         ArithmeticError,
         MemoryError,
@@ -375,7 +375,7 @@ def _lengths(row: Mapping[str, Any], sizes: Sequence[tuple[int, int]], encoder: 
         TypeError,
         TemplateError,
     ) as error:  # an image of extreme shape, roles that the chat template refuses
-        raise _EncodingError(describe(row), f"the processor refuses it: {error or type(error).__name__}") from error
+        raise _EncodingError(row_name(row), f"the processor refuses it: {error or type(error).__name__}") from error
 
 
 def _size(image: Any, where: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from silkie.data.registry import SOURCES, describe
+from silkie.data.registry import SOURCES, short_repr
 from silkie.data.schema import DataError
 from silkie.io.archives import is_archive, open_member, read_member, zip_archive
 from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, is_below, open_file, read_file
@@ -78,7 +78,7 @@ class Records:
     def nothing(self) -> DataError:
         """The error for an input without any record; it quotes what the input holds instead."""
         place, found = next((item for shard in self.shards for item in read(shard, self.dataset)), ("", None))
-        shown = repr(str(found)[:80]) if isinstance(found, ValueError) else describe(found)
+        shown = repr(str(found)[:80]) if isinstance(found, ValueError) else short_repr(found)
         held = f"; {place} is {shown}" if place else ""
         return DataError(f"{self.name}: no record in it (expected JSON objects){held}")
 
@@ -176,7 +176,7 @@ def _from_meta(path: str, name: str) -> Records:
         if not texts:
             raise DataError(
                 f"{path!r}, entry {entry!r}: expected an object with the texts 'root' and 'annotation', found"
-                f" {describe(value)}"
+                f" {short_repr(value)}"
             )
         for key in ("root", "annotation"):
             if not any(is_below(base / value[key], folder.parent) for base in (folder, folder.parent)):

@@ -148,7 +148,7 @@ class Row:
     def error(self, column: str, found: Any, expected: str, hint: str = "") -> RowError:
         """The error for a broken column. `found` is shown as a short repr, or verbatim where it is a `Found`."""
         return RowError(
-            self.source, self.location, column, found if isinstance(found, Found) else describe(found), expected, hint
+            self.source, self.location, column, found if isinstance(found, Found) else short_repr(found), expected, hint
         )
 
     def get(self, column: str, default: Any = None) -> Any:
@@ -232,7 +232,7 @@ class Found(str):
     __slots__ = ()
 
 
-def describe(value: Any, limit: int = 80) -> str:
+def short_repr(value: Any, limit: int = 80) -> str:
     """A short repr for error messages."""
     try:
         text = repr(value)

@@ -21,7 +21,7 @@ from silkie.demo.questions import (
     PERCEPTION,
     YES_NO,
     Question,
-    describe,
+    caption_question,
     existence,
     harmless_look_alike,
     red_team,
@@ -65,7 +65,7 @@ def preference_items(seed: int, *, images: int = 400, card_images: int = 100, qu
     families = list((PERCEPTION | COGNITION).values())
     for number in range(images):
         scene = next(shapes)
-        asked: list[Question] = [describe(scene)]
+        asked: list[Question] = [caption_question(scene)]
         while len(asked) < 1 + questions:
             question = families[int(rng.integers(len(families)))](scene, rng, bool(rng.random() < 0.5))
             if question is not None and question.text not in [q.text for q in asked]:
@@ -102,7 +102,7 @@ def evaluation_items(
         items += _pope(scene, number, rng)
     for number in range(captions):
         scene = next(shapes)
-        question = describe(scene)
+        question = caption_question(scene)
         items.append(DemoItem(f"chair{number:04d}-0", scene, question, question.text, "chair", "description"))
     cards = scene_stream(seed + 1, "heldout", icon=True)
     seen: set[tuple[str, str]] = set()

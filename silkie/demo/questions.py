@@ -248,7 +248,7 @@ def _where(item: Item) -> Question:
     return Question("open", "where", f"Where is the {item.name}?", f"It is at the {item.row} {item.column}.")
 
 
-def describe(scene: Scene) -> Question:
+def caption_question(scene: Scene) -> Question:
     return Question("caption", "description", CAPTION_PROMPT, caption([item.name for item in scene.items]))
 
 

@@ -68,7 +68,7 @@ class RunRecord(DPOTrainer):
         lines = setup_lines(self.choice, self.reference, self.args, describe_vision(self.model))
         return [*lines, f"adapter: on {self._coverage}"] if self._coverage else lines
 
-    def describe(self) -> RunDescription:
+    def run_description(self) -> RunDescription:
         """What the model card tells of this run."""
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return RunDescription(
@@ -87,7 +87,7 @@ class RunRecord(DPOTrainer):
         """Saves adapter (or weights), processor and model card."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            write_card(output_dir or str(self.args.output_dir), self.describe())
+            write_card(output_dir or str(self.args.output_dir), self.run_description())
 
     def run_state(self) -> dict[str, Any]:
         """State of the losses, and the tokens trained on."""
@@ -109,6 +109,6 @@ class RunRecord(DPOTrainer):
     def _start(self) -> Start:  # a second call of train() starts from trained weights
         return Start.of(self.model, self.reference, self.optimizer, self.accelerator.num_processes)
 
-    def describe_run(self) -> Identity:
+    def run_identity(self) -> Identity:
         """Data, model, losses and options of this run, which its checkpoints keep."""
         return identify(self._start, self.train_dataset, self.encoder, self.args)

@@ -63,7 +63,7 @@ class RecoverableTrainer(Trainer):
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Restores the state saved by `run_state`; {} for a checkpoint of another trainer."""
 
-    def describe_run(self) -> Identity:
+    def run_identity(self) -> Identity:
         """What this run is, to be compared with the run that wrote a checkpoint. The main process calls it."""
         return {}
 
@@ -99,7 +99,7 @@ class RecoverableTrainer(Trainer):
         self._keep = keep
         try:
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint, directory)
-            self.identity = self.on_main(self.describe_run)
+            self.identity = self.on_main(self.run_identity)
             if checkpoint:
                 self._resume(checkpoint)
             with clear_disk_errors(directory), on_signals(self._stop_soon):

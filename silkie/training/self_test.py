@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from silkie.batch.companies import Company
-from silkie.batch.encoding import GroupEncoder, describe
+from silkie.batch.encoding import GroupEncoder, row_name
 from silkie.batch.packing import stems
 from silkie.batch.template import plain_texts
 from silkie.data.images import open_image
@@ -187,7 +187,7 @@ def plain_logps(
 def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], response: str) -> dict[str, Any]:
     """What the model's own processor makes of a row's prompt and one response: the inputs of its plain forward."""
     processor = encoder.processor
-    images = [open_image(image, where=describe(row)) for image in row.get("images") or []]
+    images = [open_image(image, where=row_name(row)) for image in row.get("images") or []]
     if family_of(base.config).suffix:  # the processor puts the response behind the prompt itself
         out = processor(
             text=[encoder.render(row)],
@@ -234,7 +234,7 @@ def _difference(encoder: GroupEncoder, row: Mapping[str, Any], plain: Tensor, ow
     at = next((i for i, (a, b) in enumerate(zip(plain, own, strict=False)) if a != b), min(len(plain), len(own)))
     shown = [encoder.tokenizer.decode(ids[max(at - 4, 0) : at + 8]) for ids in (own, plain)]
     return (
-        f"Self-test failed: {describe(row)}: the tokens of prompt and response are not those of the model's processor"
+        f"Self-test failed: {row_name(row)}: the tokens of prompt and response are not those of the model's processor"
         f" and chat template. They differ from token {at} on ({'prompt' if at < start else 'response'}): silkie has"
         f" {shown[0]!r}, the processor makes {shown[1]!r}. Use a chat template that writes an answer right after its"
         " generation prompt (TRL's *_training templates), or set `chat_template_kwargs`."

@@ -43,7 +43,7 @@ class TrlSurface(Trainer):
     def _prepared(self, dataset: Any, args: Any, name: str) -> Any:
         raise NotImplementedError
 
-    def describe(self) -> RunDescription:
+    def run_description(self) -> RunDescription:
         """What the model card tells of this run."""
         raise NotImplementedError
 
@@ -133,4 +133,4 @@ class TrlSurface(Trainer):
         }
         self._card = {**self._card, **{name: value for name, value in given.items() if value is not None}}
         if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self.describe())
+            write_card(str(self.args.output_dir), self.run_description())

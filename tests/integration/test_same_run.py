@@ -55,7 +55,7 @@ def make(out, *, groups=None, model=None, processor=None, lora=None, **options):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """The identity of an untouched run."""
-    return make(tmp_path_factory.mktemp("first")).describe_run()
+    return make(tmp_path_factory.mktemp("first")).run_identity()
 
 
 def other_response():
@@ -92,7 +92,7 @@ CHANGES = {
 def test_every_change_is_named(tmp_path, first, what):
     """ATTACKS 2: resuming took another dataset, order, model or loss in silence."""
     options, expected = CHANGES[what]
-    now = make(tmp_path, **{k: v() if callable(v) else v for k, v in options.items()}).describe_run()
+    now = make(tmp_path, **{k: v() if callable(v) else v for k, v in options.items()}).run_identity()
     found = differences(now, json.loads(json.dumps(first)))
     for line in expected:
         assert any(line in entry for entry in found), found
@@ -112,7 +112,7 @@ def test_the_same_run_is_the_same_from_elsewhere(tmp_path, first):
     )
     processor.tokenizer(["a", "is there a cat"], padding=True, truncation=True, max_length=2)  # leaves settings behind
     again = make(tmp_path / "out", model=model, processor=processor)
-    assert differences(again.describe_run(), first) == []
+    assert differences(again.run_identity(), first) == []
 
 
 def test_a_fresh_adapter_with_other_random_numbers_is_the_same_reference(tmp_path):
@@ -123,7 +123,7 @@ def test_a_fresh_adapter_with_other_random_numbers_is_the_same_reference(tmp_pat
         models.append(get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])))
     with torch.no_grad():
         next(p for n, p in models[2].named_parameters() if "lora_B" in n).add_(0.1)
-    runs = [make(tmp_path / str(i), model=model).describe_run() for i, model in enumerate(models)]
+    runs = [make(tmp_path / str(i), model=model).run_identity() for i, model in enumerate(models)]
     assert differences(runs[1], runs[0]) == [] and differences(runs[2], runs[0]) == ["reference: weights changed"]
 
 

@@ -8,7 +8,15 @@ from silkie.demo.data import evaluation_items, preference_items, vlfeedback_reco
 from silkie.demo.loop import DPO, preferences
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR, build_tokenizer
-from silkie.demo.questions import YES_NO, Question, compliance, describe, harmless_look_alike, open_question, red_team
+from silkie.demo.questions import (
+    YES_NO,
+    Question,
+    caption_question,
+    compliance,
+    harmless_look_alike,
+    open_question,
+    red_team,
+)
 from silkie.demo.scenes import COLORS, Item, Scene, render, sample_scene, scene_stream
 from tests.support.studies import load_study
 
@@ -82,7 +90,7 @@ def test_truths_of_single_questions():
 
 
 def test_oracle_captions():
-    q = describe(SCENE)
+    q = caption_question(SCENE)
     assert scores(SCENE, q, q.answer) == [5, 5, 5]
     assert scores(SCENE, q, "The image shows a red circle, a blue star, a green star and a black ring.") == [5, 5, 2]
     assert scores(SCENE, q, "The image shows a red circle and a blue star.") == [3, 5, 5]
@@ -171,7 +179,7 @@ def test_tokenizer_reads_and_writes_the_whole_world():
     tokenizer, rng = build_tokenizer(), np.random.default_rng(0)
     for seed in range(60):
         scene = sample_scene(np.random.default_rng(seed), icon=seed % 3 == 0)
-        questions = [describe(scene)] if scene.items else []
+        questions = [caption_question(scene)] if scene.items else []
         questions += [open_question(scene, rng)] if scene.items else []
         questions += [q for make in YES_NO.values() if scene.shapes and (q := make(scene, rng, False)) is not None]
         for question in questions:
@@ -203,7 +211,7 @@ def test_shipped_base_loads_and_packs_like_its_processor():
     model, processor = load_policy(BASE_DIR, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) < 4.5e6
     assert (BASE_DIR / "model.safetensors").stat().st_size < 10e6
-    question = describe(SCENE)
+    question = caption_question(SCENE)
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     batch = processor(text=[text], images=[[render(SCENE)]], return_tensors="pt", add_special_tokens=False)

@@ -37,7 +37,7 @@ from silkie.demo.questions import (
     THINGS,
     YES_NO,
     Question,
-    describe,
+    caption_question,
     harmless_look_alike,
     ocr,
     open_question,
@@ -118,13 +118,13 @@ def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
         elif draw < 0.8 and scene.icon is not None and scene.icon.kind == "sign":
             question = ocr(scene, rng, bool(rng.integers(2)))
         elif not scene.shapes:
-            question = open_question(scene, rng) if draw < 0.75 else describe(scene)
+            question = open_question(scene, rng) if draw < 0.75 else caption_question(scene)
         elif draw < 0.68 or scene.icon is not None:
             question = families[int(rng.integers(len(families)))](scene, rng, bool(rng.integers(2)))
         elif draw < 0.86:
             question = open_question(scene, rng)
         else:
-            question = describe(scene)
+            question = caption_question(scene)
         if question is not None:
             questions.append(question)
     return questions
