@@ -47,7 +47,7 @@ def turn_list(row: Row, column: str) -> list[Any]:
     return list(value)
 
 
-def conversation(row: Row, turns: Any, images: list[ImageValue], column: str) -> Conversation:
+def parse_conversation(row: Row, turns: Any, images: list[ImageValue], column: str) -> Conversation:
     """A list of turns, as {"role", "content"} or ShareGPT's {"from", "value"}, ending with a user or tool turn.
 
     Images that the turns do not place go in front of the first user turn. Images embedded in the content parts are
@@ -103,7 +103,8 @@ def _part(row: Row, part: Any, images: list[ImageValue], column: str) -> dict[st
 
 
 def is_text_turn(turn: Any) -> bool:
-    """Whether a turn holds nothing but text and images, so that `conversation` and `answer_text` keep all of it."""
+    """Whether a turn holds nothing but text and images, so that nothing is lost in `parse_conversation` and
+    `answer_text`."""
     if not isinstance(turn, dict):
         return True  # a text, or an error to be reported
     filled = {key for key, value in turn.items() if value is not None}

@@ -114,7 +114,7 @@ def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
     )
 
 
-def conversation(item: JudgeItem) -> list[dict[str, Any]]:
+def prompt_turns(item: JudgeItem) -> list[dict[str, Any]]:
     """The prompt as a conversation of typed parts with one image part per image. Raises ItemError("prompt") where their
     numbers differ."""
     if isinstance(item.prompt, str):

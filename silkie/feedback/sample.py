@@ -29,7 +29,7 @@ from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.options import SampleOptions
 from silkie.feedback.pool import Member, Pool, Sampler, accepted_slots, draw_seed, sampler_of
-from silkie.feedback.prompting import conversation, endpoint_messages
+from silkie.feedback.prompting import endpoint_messages, prompt_turns
 from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
 from silkie.io.console import say
 
@@ -249,7 +249,7 @@ class SampleRun(JournalRun):
                 data_url(image, where=f"item {item.id!r}", max_side=self.options.max_image_side)
                 for image in item.images
             )
-            return endpoint_messages(conversation(item), urls)
+            return endpoint_messages(prompt_turns(item), urls)
 
         member = draw.sampler.member
         return await self.endpoints[member.name].chat(
@@ -288,7 +288,7 @@ class SampleRun(JournalRun):
                 item = with_images(draw.item, self.options.image_root, self.base)
                 side = self.options.max_image_side
                 images = [load_image(image, where=f"item {item.id!r}", max_side=side) for image in item.images]
-                ready.append((draw, conversation(item), images))
+                ready.append((draw, prompt_turns(item), images))
             except ItemError as error:
                 records.append(self._record(draw, Usage(), error=error))
         if ready:

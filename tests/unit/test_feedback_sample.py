@@ -26,7 +26,7 @@ from silkie.feedback.pool import (
     sampler_of,
     samplers,
 )
-from silkie.feedback.prompting import conversation, endpoint_messages
+from silkie.feedback.prompting import endpoint_messages, prompt_turns
 from silkie.feedback.sample import SampleOptions, sample_file
 from tests.support.feedback import ScriptedServer, completion, error, read_jsonl
 
@@ -115,7 +115,7 @@ def test_a_broken_pool_is_explained(tmp_path, text, message):
 
 def test_prompts_become_chat_messages_with_their_images_in_place():
     item = JudgeItem(id="a", prompt="<image>Before. <image> After.", responses=(), images=("1", "2"))
-    content = endpoint_messages(conversation(item), iter(["url 1", "url 2"]))[0]["content"]
+    content = endpoint_messages(prompt_turns(item), iter(["url 1", "url 2"]))[0]["content"]
     assert [part.get("text") or part["image_url"]["url"] for part in content] == [
         "url 1",
         "Before. ",
@@ -127,11 +127,11 @@ def test_prompts_become_chat_messages_with_their_images_in_place():
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
     ]
     messages = endpoint_messages(
-        conversation(JudgeItem(id="a", prompt=turns, responses=(), images=("1",))), iter(["url"])
+        prompt_turns(JudgeItem(id="a", prompt=turns, responses=(), images=("1",))), iter(["url"])
     )
     assert [message["role"] for message in messages] == ["system", "user"]
     with pytest.raises(ItemError, match="1 image parts, the item 0 images"):
-        conversation(JudgeItem(id="a", prompt=turns, responses=()))
+        prompt_turns(JudgeItem(id="a", prompt=turns, responses=()))
 
 
 def write_prompts(folder: Path, count: int) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from silkie.data.columns import reading
-from silkie.data.conversations import conversation, question
+from silkie.data.conversations import parse_conversation, question
 from silkie.data.pairs import is_weight, own_aspects
 from silkie.data.registry import Found, Record, Row, register_source
 from silkie.data.schema import Group
@@ -40,7 +40,7 @@ def groups(row: Row) -> Group:
         images=images,
         prompt=question(row, prompt, images, "prompt")
         if isinstance(prompt, str)
-        else conversation(row, prompt, images, "prompt"),
+        else parse_conversation(row, prompt, images, "prompt"),
         responses=[
             row.check_text(record.get("response"), f"responses[{index}]") for index, record in enumerate(records)
         ],

@@ -4,7 +4,7 @@ The conversation ends with an assistant turn that the outputs stand in for.
 """
 
 from silkie.data.columns import reading
-from silkie.data.conversations import ROLE_NAMES, answer_text, conversation, turn_list
+from silkie.data.conversations import ROLE_NAMES, answer_text, parse_conversation, turn_list
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
@@ -27,7 +27,7 @@ def llava_rlhf(row: Row) -> Group:
     return Group(
         id=None if row.get("id") is None else str(row.get("id")),
         images=images,
-        prompt=conversation(row, turns, images, "conversations"),
+        prompt=parse_conversation(row, turns, images, "conversations"),
         responses=[output(row, "output_1"), output(row, "output_2")],
         pairs=[(0, 1) if preference == "1" else (1, 0)],
     )

@@ -4,7 +4,7 @@ instructions."""
 from __future__ import annotations
 
 from silkie.data.columns import reading
-from silkie.data.conversations import answer, conversation, turn_list
+from silkie.data.conversations import answer, parse_conversation, turn_list
 from silkie.data.registry import Row, register_source
 from silkie.data.schema import Group
 
@@ -21,7 +21,7 @@ def sharegpt(row: Row) -> Group:
     return Group(
         id=row.get("id"),
         images=images,
-        prompt=conversation(row, turns, images, column),
+        prompt=parse_conversation(row, turns, images, column),
         responses=[answer(row, "chosen"), answer(row, "rejected")],
         pairs=[(0, 1)],
     )
@@ -40,7 +40,7 @@ def alpaca(row: Row) -> Group:
     turns.append({"role": "user", "content": instruction})
     return Group(
         images=images,
-        prompt=conversation(row, turns, images, "instruction"),
+        prompt=parse_conversation(row, turns, images, "instruction"),
         responses=[answer(row, "chosen"), answer(row, "rejected")],
         pairs=[(0, 1)],
     )

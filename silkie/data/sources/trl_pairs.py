@@ -13,8 +13,8 @@ from silkie.data.columns import reading
 from silkie.data.conversations import (
     answer_text,
     as_list,
-    conversation,
     is_text_turn,
+    parse_conversation,
     question,
     same_question,
     turns_text,
@@ -56,7 +56,7 @@ def trl_pairs(row: Row) -> Group:
         turns = (
             question(row, prompt, images, "prompt")
             if isinstance(prompt, str)
-            else conversation(row, prompt, images, "prompt")
+            else parse_conversation(row, prompt, images, "prompt")
         )
         if not isinstance(prompt, str) and not all(map(is_text_turn, prompt)):
             extra["prompt_turns"] = turns_text(row, verbatim(prompt, turns), "prompt")
