@@ -198,7 +198,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         test = SelfTest(
             encoder=self.encoder,
             collate=self.data_collator,
-            scorer=self.passes.scorer,
+            forward=self.passes.forward,
             context=self._context,
             half_precision=self.args.bf16 or self.args.fp16,
             tolerance=self.args.self_test_tolerance,
@@ -311,20 +311,20 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         """
         batch: Batch = inputs
         training = self.model.training
-        scores, group_logps = self.passes.run(model, batch, use_table=training)
+        sequence_logps, group_logps = self.passes.run(model, batch, use_table=training)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=training)
-        if scores.aux_loss is not None and training:  # a mean over the micro-batches of the step, as in TRL
+        if sequence_logps.aux_loss is not None and training:  # a mean over the micro-batches of the step, as in TRL
             share = 1.0 if num_items_in_batch is None else 1.0 / num_items_in_batch[_MICRO_BATCHES]
-            loss = loss + self.router_aux_loss_coef * share * scores.aux_loss
+            loss = loss + self.router_aux_loss_coef * share * sequence_logps.aux_loss
         self.watch.add(loss, batch["names"])
         logged = self._logged["train" if training else "eval"]
-        logged.add(batch, metrics, group_logps, scores)
+        logged.add(batch, metrics, group_logps, sequence_logps)
         if not training:
             logged.add_loss(group_logps)
         elif num_items_in_batch is not None:
             # DDP, ZeRO and FSDP average gradients over ranks; the totals are sums over them
             loss = loss * self.accelerator.num_processes
-        return (loss, {"logps": scores.logps}) if return_outputs else loss
+        return (loss, {"logps": sequence_logps.logps}) if return_outputs else loss
 
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
@@ -337,7 +337,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             reference_pass = ReferencePass(
                 reference=self.reference,
                 weights_hash=self._reference_hash,
-                scorer=self.passes.scorer,
+                forward=self.passes.forward,
                 collate=self.data_collator,
                 context=self._context,
                 choice=self.choice,

@@ -27,7 +27,7 @@ from silkie.model.vision import FeatureCache, image_features_once
 
 
 @dataclass(slots=True, kw_only=True)
-class Scores:
+class SequenceLogps:
     """Log-probs of one pass.
 
     Attributes:
@@ -47,8 +47,8 @@ class Scores:
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
-class Scorer:
-    """Scores collated batches (see `silkie.batch.collator`) with a model.
+class LogpsForward:
+    """One forward of a model over a collated batch (see `silkie.batch.collator`), which gives log-probs.
 
     Attributes:
         attention: makes the attention mask of a batch.
@@ -69,7 +69,7 @@ class Scorer:
         cache: FeatureCache | None = None,
         return_stats: bool = False,
         router_aux: bool = False,
-    ) -> Scores:
+    ) -> SequenceLogps:
         """One forward of `model` over the batch.
 
         Args:
@@ -106,7 +106,7 @@ class Scorer:
         if router_aux and out.aux_loss is None:
             raise ValueError(f"{type(base).__name__} returned no aux_loss: set router_aux_loss_coef=0.")
         per_token = out.logits.reshape(-1)
-        return Scores(
+        return SequenceLogps(
             per_token_logps=per_token,
             logps=sum_by_response(per_token, batch),
             stats=box.get("stats"),
@@ -114,7 +114,7 @@ class Scorer:
         )
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
-        """[B, T, V] logits of every token of a batch in this scorer's layout, without gradient."""
+        """[B, T, V] logits of every token of a batch in the layout of this forward, without gradient."""
         base = causal_lm(model)
         features = image_features_once(
             base, frozen=True, cache=None, tokens_per_tree=batch["image_tokens"], row_trees=batch["row_trees"]

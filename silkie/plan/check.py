@@ -27,7 +27,7 @@ from silkie.model import recurrent
 from silkie.model.adapters import Coverage, coverage, with_default_targets
 from silkie.model.attention import Attention
 from silkie.model.families import causal_lm, check_merges_images
-from silkie.model.forward import Scorer
+from silkie.model.forward import LogpsForward
 from silkie.model.layout import choose_layout
 from silkie.model.positions import PromptPositions
 from silkie.model.processor import ask_for_token_types
@@ -219,19 +219,19 @@ def _layout(
         image_token_id=getattr(base.config, "image_token_id", None),
         joins=image_joins(encoder),
     )
-    scorer = Scorer(attention=Attention(backend="sdpa", layout=layout))
+    forward = LogpsForward(attention=Attention(backend="sdpa", layout=layout))
     try:
         if layout == "packed":
             recurrent.install(base)
         with _without_dropout(model):
-            scores = scorer(model, collate(rows), frozen_vision=vision_is_frozen(model))
-        found = _gradients(model, scores.per_token_logps)
+            own_logps = forward(model, collate(rows), frozen_vision=vision_is_frozen(model))
+        found = _gradients(model, own_logps.per_token_logps)
     except Exception as error:
         logger.debug("%s", layout, exc_info=True)
         return LayoutVerdict(error=_told(error))
     logps, gradients = truth
     largest = max(float(g.norm()) for g in gradients.values())
-    difference = float((scores.per_token_logps.detach() - logps).abs().max())
+    difference = float((own_logps.per_token_logps.detach() - logps).abs().max())
     relative = max(float((found[n] - g).norm() / max(float(g.norm()), 1e-3 * largest)) for n, g in gradients.items())
     room = EXACT_RECURRENT if layout == "packed" and recurrent.count_recurrent(base.config) else EXACT
     return LayoutVerdict(difference=difference, gradient=relative, room=room)

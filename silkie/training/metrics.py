@@ -11,7 +11,7 @@ from torch import Tensor
 
 from silkie.batch.batch import Batch
 from silkie.losses import GroupLogps, Objective
-from silkie.model.forward import Scores
+from silkie.model.forward import SequenceLogps
 
 _TOKENS, _LOSS = "_tokens", "_loss"  # sums that are not metrics by themselves
 
@@ -66,7 +66,9 @@ class RunMetrics:
         self.objective, self.token_stats = objective, token_stats
         self._means = DeviceMeans()
 
-    def add(self, batch: Batch, metrics: dict[str, Tensor], group_logps: GroupLogps, scores: Scores) -> None:
+    def add(
+        self, batch: Batch, metrics: dict[str, Tensor], group_logps: GroupLogps, sequence_logps: SequenceLogps
+    ) -> None:
         """Keeps the metrics [P] of a micro-batch; no synchronisation."""
         # Pairs of weight 0 are no part of a mean: copies that keep an idle rank busy, and pairs that contradict their
         # ratings under `aspect_weights`.
@@ -80,18 +82,19 @@ class RunMetrics:
         )
         packed = (batch["segment_ids"] >= 0).sum() * counted.any()
         self._means.add(_TOKENS, (both * counted).sum(), packed)
-        if scores.aux_loss is not None:
-            self._means.add("aux_loss", scores.aux_loss, 1)
-        if scores.stats is not None and self.token_stats:
-            self._add_token_stats(batch, scores, counted)
+        if sequence_logps.aux_loss is not None:
+            self._means.add("aux_loss", sequence_logps.aux_loss, 1)
+        if sequence_logps.stats is not None and self.token_stats:
+            self._add_token_stats(batch, sequence_logps, counted)
 
-    def _add_token_stats(self, batch: Batch, scores: Scores, counted: Tensor) -> None:
+    def _add_token_stats(self, batch: Batch, sequence_logps: SequenceLogps, counted: Tensor) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per
         pair."""
-        means, stats = self._means, scores.stats
+        means, stats = self._means, sequence_logps.stats
         assert stats is not None
         for side, column in (("chosen", 0), ("rejected", 1)):
-            times = scores.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
+            # not bincount: it would wait for the device
+            times = sequence_logps.per_token_logps.new_zeros(len(batch["lengths"]))
             times = times.index_add(0, batch["pairs"][:, column], counted.to(times.dtype))
             weight = times[batch["owner"]]
             means.add(f"logits/{side}", (stats.mean_logit * weight).sum(), weight.sum())

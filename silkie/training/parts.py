@@ -16,7 +16,7 @@ from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
 from silkie.model.attention import Attention
 from silkie.model.families import causal_lm, check_merges_images, keep_used_conversions
-from silkie.model.forward import Scorer
+from silkie.model.forward import LogpsForward
 from silkie.model.layout import LayoutChoice
 from silkie.model.positions import PromptPositions
 from silkie.training import guards
@@ -127,7 +127,7 @@ def build_passes(
 ) -> Passes:
     """The forward passes that the losses of a run need."""
     return Passes(
-        scorer=Scorer(
+        forward=LogpsForward(
             attention=Attention(backend=choice.backend, layout=choice.layout, calls=choice.calls),
             fused=args.use_fused_logprob,
             impl=args.logprob_impl,

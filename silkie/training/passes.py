@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from silkie.batch.batch import Batch
 from silkie.losses import GroupLogps
-from silkie.model.forward import Scorer, Scores
+from silkie.model.forward import LogpsForward, SequenceLogps
 from silkie.model.vision import FeatureCache
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferenceTable
@@ -18,7 +18,7 @@ class Passes:
     """The forward passes that a run's losses need.
 
     Attributes:
-        scorer: the forward.
+        forward: gives the log-probs of a batch.
         reference: None where the losses need none.
         frozen_vision: the vision tower does not train, so its features are shared between the passes.
         corrupted: also score the groups with corrupted images.
@@ -28,7 +28,7 @@ class Passes:
         table: reference log-probs of the training data; None: the reference runs on every batch.
     """
 
-    scorer: Scorer
+    forward: LogpsForward
     reference: Reference | None
     frozen_vision: bool
     corrupted: bool
@@ -37,8 +37,8 @@ class Passes:
     router_aux: bool = False
     table: ReferenceTable | None = None
 
-    def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[Scores, GroupLogps]:
-        """The policy's scores, and everything that the losses read.
+    def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[SequenceLogps, GroupLogps]:
+        """Log-probs of the policy, and everything that the losses read.
 
         Args:
             policy: the policy as the training loop calls it.
@@ -46,7 +46,7 @@ class Passes:
         """
         cache = self._new_cache()
         reference = self._reference(policy, batch, cache, use_table)
-        scores = self.scorer(
+        sequence_logps = self.forward(
             policy,
             batch,
             frozen_vision=self.frozen_vision,
@@ -55,13 +55,13 @@ class Passes:
             router_aux=self.router_aux,
         )
         logps = preferences_of(batch, self.aspects)
-        logps.logps, logps.per_token_logps = scores.logps, scores.per_token_logps
-        logps.log_sum_sq_probs = scores.stats.log_sum_sq_probs if scores.stats else None
+        logps.logps, logps.per_token_logps = sequence_logps.logps, sequence_logps.per_token_logps
+        logps.log_sum_sq_probs = sequence_logps.stats.log_sum_sq_probs if sequence_logps.stats else None
         if reference is not None:
             logps.ref_logps, logps.ref_per_token_logps = reference.logps, reference.per_token_logps
         if self.corrupted:
             self._score_corrupted(policy, batch, logps)
-        return scores, logps
+        return sequence_logps, logps
 
     def score_reference(self, policy: Any, batch: Batch) -> GroupLogps:
         """The reference's log-probs of a batch, computed now, also in the place of the policy's.
@@ -71,26 +71,30 @@ class Passes:
         """
         if self.reference is None:
             raise ValueError("The run has no reference: its losses need none.")
-        scores = self._score_reference(self.reference, policy, batch, None)
+        sequence_logps = self._score_reference(self.reference, policy, batch, None)
         logps = preferences_of(batch, self.aspects)
-        logps.logps = logps.ref_logps = scores.logps
-        logps.per_token_logps = logps.ref_per_token_logps = scores.per_token_logps
+        logps.logps = logps.ref_logps = sequence_logps.logps
+        logps.per_token_logps = logps.ref_per_token_logps = sequence_logps.per_token_logps
         return logps
 
     def _new_cache(self) -> FeatureCache | None:
         return FeatureCache() if self.frozen_vision else None
 
-    def _reference(self, policy: Any, batch: Batch, cache: FeatureCache | None, use_table: bool) -> Scores | None:
+    def _reference(
+        self, policy: Any, batch: Batch, cache: FeatureCache | None, use_table: bool
+    ) -> SequenceLogps | None:
         if self.reference is None:
             return None
         if self.table is not None and use_table:
             return self.table.lookup(batch)
         return self._score_reference(self.reference, policy, batch, cache)
 
-    def _score_reference(self, reference: Reference, policy: Any, batch: Batch, cache: FeatureCache | None) -> Scores:
+    def _score_reference(
+        self, reference: Reference, policy: Any, batch: Batch, cache: FeatureCache | None
+    ) -> SequenceLogps:
         shared = cache if reference.shares_vision else None
         with reference.active(policy) as model:
-            return self.scorer(model, batch, frozen_vision=True, cache=shared)
+            return self.forward(model, batch, frozen_vision=True, cache=shared)
 
     def _score_corrupted(self, policy: Any, batch: Batch, logps: GroupLogps) -> None:
         assert self.reference is not None  # mdpo_image asks for it
@@ -101,7 +105,7 @@ class Passes:
         corrupted = cast(Batch, {**kept, **own})
         cache = self._new_cache()
         logps.ref_corrupted_logps = self._score_reference(self.reference, policy, corrupted, cache).logps
-        logps.corrupted_logps = self.scorer(policy, corrupted, frozen_vision=self.frozen_vision, cache=cache).logps
+        logps.corrupted_logps = self.forward(policy, corrupted, frozen_vision=self.frozen_vision, cache=cache).logps
 
 
 def preferences_of(batch: Batch, aspects: tuple[str, ...]) -> GroupLogps:

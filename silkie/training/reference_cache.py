@@ -29,7 +29,7 @@ from silkie.batch.companies import Company, among
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.config import SilkieDPOConfig
 from silkie.model.families import causal_lm
-from silkie.model.forward import Scorer, Scores, sum_by_response
+from silkie.model.forward import LogpsForward, SequenceLogps, sum_by_response
 from silkie.model.layout import LayoutChoice
 from silkie.training.forward_context import ForwardContext
 from silkie.training.reference import Reference, ReferenceStore, group_key
@@ -44,13 +44,13 @@ class ReferenceTable:
     by_row: dict[int, list[np.ndarray]]
     tokens: bool
 
-    def lookup(self, batch: Batch) -> Scores:
-        """The scores of a batch, on its device, in the order a pass would give."""
+    def lookup(self, batch: Batch) -> SequenceLogps:
+        """The log-probs of a batch, on its device, in the order a pass would give."""
         values = np.concatenate([v for row in batch["rows"] for v in self.by_row[row]])
         flat = torch.from_numpy(values).to(batch["lengths"].device, non_blocking=True)
         if not self.tokens:
-            return Scores(per_token_logps=flat.new_empty(0), logps=flat)
-        return Scores(per_token_logps=flat, logps=sum_by_response(flat, batch))
+            return SequenceLogps(per_token_logps=flat.new_empty(0), logps=flat)
+        return SequenceLogps(per_token_logps=flat, logps=sum_by_response(flat, batch))
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class ReferencePass:
     Attributes:
         reference: the reference policy.
         weights_hash: hash of its weights on this rank, taken before training changed any.
-        scorer, collate, context: the run's own forward, collator, and device placement with autocast. The encoder's
+        forward, collate, context: the run's own forward, collator, and device placement with autocast. The encoder's
             settings and the text of a prompt are part of the cache's keys.
         choice: layout of the rows.
         companies: groups of the dataset that come together, see `silkie.batch.companies`.
@@ -71,7 +71,7 @@ class ReferencePass:
 
     reference: Reference
     weights_hash: str
-    scorer: Scorer
+    forward: LogpsForward
     collate: GroupCollator
     context: ForwardContext
     choice: LayoutChoice
@@ -146,8 +146,8 @@ class ReferencePass:
         ):
             batch = self.context.prepare(batch)
             with self.context.autocast(), self.reference.active(policy) as model:
-                scores = self.scorer(model, batch, frozen_vision=True)
-            values = _by_group(scores.per_token_logps if self.tokens else scores.logps, batch, tokens=self.tokens)
+                logps = self.forward(model, batch, frozen_vision=True)
+            values = _by_group(logps.per_token_logps if self.tokens else logps.logps, batch, tokens=self.tokens)
             for index, group_values in zip(indices, values, strict=True):
                 if index < len(keys):  # indices beyond are copies that keep a rank busy
                     store.add(keys[index], group_values)

@@ -22,7 +22,7 @@ from silkie.batch.template import plain_texts
 from silkie.data.images import open_image
 from silkie.data.schema import ROW_FORM, to_messages
 from silkie.model.families import causal_lm, family_of, layer_types
-from silkie.model.forward import Scorer
+from silkie.model.forward import LogpsForward
 from silkie.training.forward_context import ForwardContext
 from silkie.training.non_finite import NonFiniteError
 
@@ -49,7 +49,7 @@ class SelfTest:
     """Compares a run's path with the model's plain forward.
 
     Attributes:
-        encoder, collate, scorer: the run's own.
+        encoder, collate, forward: the run's own.
         context: device placement and autocast of the run.
         half_precision: whether the run autocasts to fp16 or bf16.
         tolerance: largest allowed difference of a token's log-prob, in nats; None: 2e-3, or 0.25 in half precision.
@@ -58,7 +58,7 @@ class SelfTest:
 
     encoder: GroupEncoder
     collate: Collate
-    scorer: Scorer
+    forward: LogpsForward
     context: ForwardContext
     half_precision: bool
     tolerance: float | None
@@ -98,7 +98,7 @@ class SelfTest:
         tolerance = self.tolerance
         if tolerance is None:
             tolerance = _TOLERANCE_HALF if self.half_precision or _runs_in_half(base) else _TOLERANCE_FP32
-        layout = self.scorer.attention.layout
+        layout = self.forward.attention.layout
         if not difference <= tolerance:
             raise LayoutMismatch(self._message(base, layout, difference, tolerance))
         logger.info(
@@ -113,13 +113,13 @@ class SelfTest:
         """fp [n] log-probs of each response's tokens by the run's own path."""
         try:
             batch = self.context.prepare(self.collate(rows))
-            logps = self.scorer(model, batch, frozen_vision=True).per_token_logps
+            logps = self.forward(model, batch, frozen_vision=True).per_token_logps
             if shared := stems(batch["segments"]):
                 logger.info("self-test: groups share a stem of %d tokens", shared[0].length)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
-            layout = self.scorer.attention.layout
+            layout = self.forward.attention.layout
             raise LayoutMismatch(
                 f"Self-test failed: {type(base).__name__} cannot run in layout={layout!r} ({type(error).__name__}:"
                 f" {error}). {_remedy(layout)}"
@@ -131,7 +131,7 @@ class SelfTest:
         return (
             f"Self-test failed: in layout={layout!r} the log-probs of the first groups differ from the model's plain"
             f" forward by up to {difference:.3g} per token (tolerance {tolerance:g}). {type(base).__name__} has {kinds}"
-            f" layers; attention backend: {self.scorer.attention.backend}. {_remedy(layout)}"
+            f" layers; attention backend: {self.forward.attention.backend}. {_remedy(layout)}"
         )
 
 

@@ -101,9 +101,9 @@ class TrlSurface(Trainer):
     def _logits(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """[2P, T, V] logits and [2P, T] token ids: rows of the chosen responses, then of the rejected ones."""
         rows, pairs = batch["as_rows"], batch["pairs"]
-        scorer = replace(self.passes.scorer, attention=Attention(backend="sdpa", layout="rows"))
+        forward = replace(self.passes.forward, attention=Attention(backend="sdpa", layout="rows"))
         which = torch.cat([pairs[:, 0], pairs[:, 1]])
-        return scorer.logits(model, rows)[which], rows["input_ids"][which]
+        return forward.logits(model, rows)[which], rows["input_ids"][which]
 
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[Tensor, Tensor]:
         """[P] and [P]: the reference's log-probs of chosen and rejected responses.

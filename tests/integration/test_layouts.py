@@ -150,7 +150,7 @@ def test_it_can_be_switched_off_and_auto_takes_rows_where_it_fails(tmp_path, mon
     make(tmp_path, self_test=False, layout="packed").train()
     caplog.clear()
     trainer = make(tmp_path)
-    assert trainer.choice.layout == trainer.data_collator.layout == trainer.passes.scorer.attention.layout == "rows"
+    assert trainer.choice.layout == trainer.data_collator.layout == trainer.passes.forward.attention.layout == "rows"
     assert "runs one row per response, which costs more: Self-test failed" in caplog.text
     trainer.train()
 

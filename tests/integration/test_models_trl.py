@@ -47,7 +47,7 @@ def test_a_step_in_rows_equals_stock_trl(tmp_path, model_type):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_packed_step_equals_stock_trl(tmp_path, model_type):
-    """Without the load balancing loss, which counts a prompt once where it is computed once, see `Scores`."""
+    """Without the load balancing loss, which counts a prompt once where it is computed once, see `SequenceLogps`."""
     more = {"router_aux_loss_coef": 0.0} if model_type in MIXTURES else {}
     compare(tmp_path, model_type, "packed", **more)
 
@@ -68,7 +68,7 @@ def test_packed_routers_see_every_token_once(tmp_path, model_type):
     _, _, trainer = silkie_step(tmp_path, model_type, GROUPS[:1], "packed")
     model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[0]])
     with torch.no_grad():
-        found = trainer.passes.scorer(model, batch, frozen_vision=True, router_aux=True).aux_loss
+        found = trainer.passes.forward(model, batch, frozen_vision=True, router_aux=True).aux_loss
         seen = router_logits(trainer, model)
     config = model.config.get_text_config()
     own = importlib.import_module(type(model.get_base_model()).__module__).load_balancing_loss_func

@@ -61,12 +61,12 @@ def test_a_causal_mask_is_stopped_by_the_self_test(tmp_path, monkeypatch, layout
         processing_class=processor,
         peft_config=LoraConfig(r=2),
     )
-    scorer = type(trainer.passes.scorer)
-    inputs = scorer._inputs
+    forward = type(trainer.passes.forward)
+    inputs = forward._inputs
 
     def without_types(self, base, batch):
         return {k: v for k, v in inputs(self, base, batch).items() if k != "mm_token_type_ids"}
 
-    monkeypatch.setattr(scorer, "_inputs", without_types)
+    monkeypatch.setattr(forward, "_inputs", without_types)
     with pytest.raises(LayoutMismatch, match="differ from the model's plain forward"):
         trainer.train()

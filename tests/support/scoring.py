@@ -14,7 +14,7 @@ from silkie.batch.encoding import GroupEncoder
 from silkie.model.adapters import default_lora_targets
 from silkie.model.attention import IMPLEMENTATIONS, Attention
 from silkie.model.families import causal_lm, family_of
-from silkie.model.forward import Scorer, Scores
+from silkie.model.forward import LogpsForward, SequenceLogps
 from silkie.model.positions import PromptPositions
 from silkie.model.recurrent import CALLS, SHARED_CALLS
 from silkie.model.vision import FeatureCache, vision_is_frozen
@@ -83,7 +83,7 @@ def score(
     batch: dict[str, Any] | None = None,
     fused: bool = True,
     share_prefix: bool = False,
-) -> Scores:
+) -> SequenceLogps:
     """The log-probs of all responses; "flex" and "varlen" hold all groups in one row."""
     per_row = None if backend in ("flex", "varlen") else 1
     if batch is None:
@@ -91,8 +91,8 @@ def score(
     causal_lm(model).set_attn_implementation({"text_config": IMPLEMENTATIONS[backend]})
     frozen = vision_is_frozen(model)
     calls = SHARED_CALLS if share_prefix else CALLS
-    scorer = Scorer(attention=Attention(backend=backend, layout=layout, calls=calls), fused=fused)
-    return scorer(model, batch, frozen_vision=frozen, cache=FeatureCache() if frozen else None)
+    forward = LogpsForward(attention=Attention(backend=backend, layout=layout, calls=calls), fused=fused)
+    return forward(model, batch, frozen_vision=frozen, cache=FeatureCache() if frozen else None)
 
 
 def stock_logps(family: str, model: Any, processor: Any, rows: list[dict[str, Any]]) -> Tensor:
