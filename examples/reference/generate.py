@@ -113,8 +113,8 @@ def sentence(text: str) -> str:
 
 
 def losses_that_read(option: str) -> str:
+    from silkie.losses.catalogue import SPECS
     from silkie.losses.options import LossOptions, option_users
-    from silkie.losses.registry import SPECS
 
     if option not in {field.name for field in dataclasses.fields(LossOptions)}:
         return ""

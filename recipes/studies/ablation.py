@@ -39,9 +39,9 @@ from silkie.demo.loop import (
     rate_responses,
     write_records,
 )
-from silkie.demo.metrics import METRICS
 from silkie.demo.model import BASE_DIR
 from silkie.demo.results import Recipe, Sizes, cached
+from silkie.demo.scores import METRICS
 
 __all__ = ["COLUMNS", "POOL", "RECIPES", "Cell", "cells", "markdown", "run_ablation", "t_interval"]
 

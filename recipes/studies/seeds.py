@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.demo.loop import run_demo
-from silkie.demo.metrics import METRICS
+from silkie.demo.scores import METRICS
 
 WHOLE_NUMBERS = ("mme_perception", "mme_cognition")
 

@@ -22,11 +22,11 @@ from silkie.config import SilkieDPOConfig
 from silkie.data import load_preferences
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR
 from silkie.demo.outputs import write_outputs
 from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, Watch
 from silkie.demo.scenes import render
+from silkie.demo.scores import score_answers
 from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
 from silkie.io.console import say

@@ -9,10 +9,10 @@ from typing import Any
 
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
-from silkie.demo.metrics import METRICS, Metric
 from silkie.demo.page import demo_report
 from silkie.demo.results import Summary
 from silkie.demo.scenes import render
+from silkie.demo.scores import METRICS, Metric
 from silkie.report import build_report
 from silkie.stats import Estimate
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
-from silkie.demo.metrics import METRICS
 from silkie.demo.results import Summary
 from silkie.demo.scenes import render
+from silkie.demo.scores import METRICS
 from silkie.report.collect import curves_of, pick_cards
 from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
 from silkie.stats import Estimate

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from silkie.endpoint.errors import AnswerError, Usage
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import JudgeItem, Verdict
 from silkie.feedback.judges import Judge

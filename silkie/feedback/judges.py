@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from silkie.endpoint.errors import AnswerError, ItemError
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 from silkie.feedback.items import AspectRating, JudgeItem, Verdict
 from silkie.feedback.parse import parse_answer
 from silkie.feedback.prompting import Form, answer_schema, judge_text, rubric_text

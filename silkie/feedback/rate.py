@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 from silkie.feedback.items import AspectRating, JudgeItem, RatedItem, Verdict
 from silkie.feedback.judges import Judge
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record

@@ -22,7 +22,7 @@ from typing import Any
 from silkie.endpoint.budget import Prices
 from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 from silkie.endpoint.media import data_url, load_image
 from silkie.feedback.inputs import read_items, with_images
 from silkie.feedback.items import JudgeItem

@@ -3,13 +3,13 @@
 `LOSSES[name]` is a function; `build_objective(["sigmoid"], None, LossOptions())` is what the trainer calls.
 """
 
-from .batch import GroupLogps
+from .catalogue import LOSSES, SPECS
 from .divergence import f_scores
+from .group_logps import GroupLogps
 from .listwise import plackett_luce
 from .multimodal import mdpo_anchor, mdpo_image
 from .objective import Objective, build_objective
 from .options import LossOptions, option_users, validate
-from .registry import LOSSES, SPECS
 from .spec import LossSpec
 from .tokens import changed_tokens, ddpo_token_weights, ld_token_weights, wpo_response_weights
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import GroupLogps
+from .catalogue import DIFFERENCE, SPECS
 from .divergence import f_scores
+from .group_logps import GroupLogps
 from .listwise import listed_weights, ranked_groups
 from .margins import agreement, margin_offset, margin_weight, mix_aspects, rating_margins
 from .options import OFFSET_USERS, LossOptions, validate
-from .registry import DIFFERENCE, SPECS
 from .spec import LossSpec
 from .state import RunningMean
 from .tokens import ddpo_token_weights, ld_token_weights, weighted_logps, wpo_response_weights

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from .catalogue import DIFFERENCE, SPECS
 from .divergence import Divergence
-from .registry import DIFFERENCE, SPECS
 
 _REFERENCE = frozenset(name for name, spec in SPECS.items() if spec.inputs == "reference")
 _PER_PAIR = _REFERENCE - {name for name, spec in SPECS.items() if spec.permutes}

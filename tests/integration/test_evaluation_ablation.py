@@ -139,7 +139,7 @@ def test_bad_requests_are_named(tmp_path):
 
 def test_the_demo_as_a_report_page():
     from silkie.demo.data import evaluation_items
-    from silkie.demo.metrics import METRICS
+    from silkie.demo.scores import METRICS
 
     test = evaluation_items(7, mme_images=1, pope_images=1, captions=2, red_team_images=2)
     scores = {

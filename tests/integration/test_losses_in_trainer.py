@@ -3,7 +3,7 @@ split."""
 
 import pytest
 
-from silkie.losses.registry import SPECS
+from silkie.losses.catalogue import SPECS
 from tests.integration.test_trainer import losses, make
 from tests.support.data import ASPECTS, dataset, mixed_groups
 

@@ -6,7 +6,6 @@ import pytest
 from silkie.demo import oracle
 from silkie.demo.data import evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
 from silkie.demo.loop import DPO, preferences
-from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR, build_tokenizer
 from silkie.demo.questions import (
     YES_NO,
@@ -18,6 +17,7 @@ from silkie.demo.questions import (
     red_team,
 )
 from silkie.demo.scenes import COLORS, Item, Scene, render, sample_scene, scene_stream
+from silkie.demo.scores import score_answers
 from tests.support.studies import load_study
 
 pretrain = load_study("base_model/pretrain")

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 
 
 async def _double(value):
