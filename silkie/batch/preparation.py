@@ -21,7 +21,8 @@ from silkie.batch.encoding import GroupEncoder, GroupLengths, row_name
 from silkie.batch.template import TemplateMismatch, plain_prompt
 from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, open_image
-from silkie.data.registry import Found, Row, code_digest
+from silkie.data.registry import code_digest
+from silkie.data.row import Found, Row
 from silkie.data.schema import DataError, RowError, user_turn
 from silkie.data.stamps import image_fingerprint
 

@@ -6,9 +6,10 @@ from silkie.data.loading import load_preferences, load_with_report
 from silkie.data.mixing import mix
 from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
 from silkie.data.rebuild import rebuild_pairs, repair_pairs
-from silkie.data.registry import SOURCES, Row, Source, register_source
+from silkie.data.registry import SOURCES, Source, register_source
 from silkie.data.regroup import regroup, regroup_with_report
 from silkie.data.reports import LoadReport, Problem, RegroupReport, ValidationReport
+from silkie.data.row import Row
 from silkie.data.schema import (
     VLFEEDBACK_ASPECTS,
     DataError,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from silkie.data.pairs import is_weight, same_text
-from silkie.data.registry import Found, Row
+from silkie.data.row import Found, Row
 from silkie.data.schema import Conversation, count_images
 
 __all__ = ["check_distinct", "check_group", "check_no_video", "check_pairs", "check_storable", "is_aspect"]

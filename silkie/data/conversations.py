@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from silkie.data.registry import Found, Row
+from silkie.data.row import Found, Row
 from silkie.data.schema import (
     IMAGE_PLACEHOLDER,
     Conversation,

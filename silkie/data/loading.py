@@ -18,9 +18,10 @@ from silkie.data.convert import Settings, collect, sound_aspects, write_groups
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import ANY_SCALE, PairFunction, PairOptions
 from silkie.data.rebuild import rebuild_with_report
-from silkie.data.registry import SOURCES, Row, Source, detect_source, get_source, source_for_hub_name
+from silkie.data.registry import SOURCES, Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup_with_report
 from silkie.data.reports import LoadReport, OnError, Problem
+from silkie.data.row import Row
 from silkie.data.schema import DataError, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from silkie.data.columns import reading
 from silkie.data.conversations import question
-from silkie.data.registry import Record, Row
+from silkie.data.row import Record, Row
 from silkie.data.schema import Group
 
 

@@ -19,7 +19,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from silkie.data.registry import SOURCES, short_repr
+from silkie.data.registry import SOURCES
+from silkie.data.row import short_repr
 from silkie.data.schema import DataError
 from silkie.io.archives import is_archive, open_member, read_member, zip_archive
 from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, is_below, open_file, read_file

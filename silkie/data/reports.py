@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from silkie.data.registry import Found, Row
+from silkie.data.row import Found, Row
 from silkie.data.schema import RowError
 
 OnError = Literal["raise", "skip"]

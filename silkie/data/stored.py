@@ -7,7 +7,7 @@ from typing import Any
 
 from silkie.data.check import check_group, check_pairs, check_storable
 from silkie.data.pairs import PairOptions, build_pairs, filter_given, is_weight, same_text
-from silkie.data.registry import Found, Row
+from silkie.data.row import Found, Row
 from silkie.data.schema import ROW_FORM, Group
 
 

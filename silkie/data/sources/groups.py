@@ -15,7 +15,8 @@ from typing import Any
 from silkie.data.columns import reading
 from silkie.data.conversations import parse_conversation, question
 from silkie.data.pairs import is_weight, own_aspects
-from silkie.data.registry import Found, Record, Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Found, Record, Row
 from silkie.data.schema import Group
 
 

@@ -5,7 +5,8 @@ The conversation ends with an assistant turn that the outputs stand in for.
 
 from silkie.data.columns import reading
 from silkie.data.conversations import ROLE_NAMES, answer_text, parse_conversation, turn_list
-from silkie.data.registry import Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Row
 from silkie.data.schema import Group
 
 

@@ -3,7 +3,8 @@ and counted."""
 
 from silkie.data.columns import reading
 from silkie.data.conversations import answer, question
-from silkie.data.registry import Record, Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Record, Row
 from silkie.data.schema import Group, SkipRow
 
 MARKS = {"is_tie", "video"}

@@ -5,7 +5,8 @@ Question pairs without the marks of another dataset are read by this source too,
 """
 
 from silkie.data.question_pairs import is_question_pair, question_pair
-from silkie.data.registry import Record, Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Record, Row
 from silkie.data.schema import Group
 from silkie.data.sources.rlaif_v import MARKS
 

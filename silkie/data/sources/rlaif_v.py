@@ -1,7 +1,8 @@
 """RLAIF-V: question pairs with the dataset and the split that each image came from."""
 
 from silkie.data.question_pairs import is_question_pair, question_pair
-from silkie.data.registry import Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Row
 from silkie.data.schema import Group
 
 MARKS = {"origin_dataset", "ds_name"}

@@ -7,7 +7,8 @@ import json
 
 from silkie.data.columns import reading
 from silkie.data.conversations import question
-from silkie.data.registry import Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Row
 from silkie.data.schema import Group
 
 KEYS = ("question", "chosen", "rejected")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from silkie.data.columns import reading
 from silkie.data.conversations import answer, parse_conversation, turn_list
-from silkie.data.registry import Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Row
 from silkie.data.schema import Group
 
 

@@ -1,7 +1,8 @@
 """SPA-VL: question pairs on safety, each with an `image_name`."""
 
 from silkie.data.question_pairs import is_question_pair, question_pair
-from silkie.data.registry import Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Row
 from silkie.data.schema import Group
 from silkie.data.sources.rlaif_v import MARKS
 

@@ -20,7 +20,8 @@ from silkie.data.conversations import (
     turns_text,
     verbatim,
 )
-from silkie.data.registry import Found, Record, Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Found, Record, Row
 from silkie.data.schema import Group, image_part, text_part
 from silkie.data.sources.mm_rlhf import has_marks, skip_tie
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from silkie.data.columns import reading
 from silkie.data.conversations import question
-from silkie.data.registry import Found, Record, Row, register_source
+from silkie.data.registry import register_source
+from silkie.data.row import Found, Record, Row
 from silkie.data.schema import VLFEEDBACK_ASPECTS, Group
 
 
