@@ -36,7 +36,7 @@ from silkie.training import guards, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
-from silkie.training.parts import build_collator, build_encoder, build_passes, check_model, share_prefixes
+from silkie.training.parts import build_collator, build_encoder, build_passes, check_loaded_model, share_prefixes
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
 from silkie.training.reference import Reference
@@ -140,7 +140,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         if self.frozen_vision and find_unused is None:
             # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
             args.ddp_find_unused_parameters = False
-        check_model(self.model, args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
+        check_loaded_model(self.model, args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
         guards.check_adapter_on_vision(self.model)
         guards.warn_of_untrained_vision(self.model, args, default_targets=default_targets)
         self._coverage = coverage(self.model) if isinstance(self.model, PeftModel) else None

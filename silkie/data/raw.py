@@ -24,7 +24,7 @@ from silkie.data.row import short_repr
 from silkie.data.schema import DataError
 from silkie.io.archives import is_archive, open_member, read_member, zip_archive
 from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, is_below, open_file, read_file
-from silkie.io.jsonl import MAX_LINE_BYTES, JsonError, bounded_lines, decode, json_lines, parse_json
+from silkie.io.jsonl import MAX_LINE_BYTES, JsonError, bounded_lines, decode, json_document, json_lines
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -166,7 +166,7 @@ def _from_meta(path: str, name: str) -> Records:
     parent directory."""
     folder = Path(path).resolve().parent
     with _readable():
-        meta = parse_json(read_file(path, limit=MAX_SETTINGS_BYTES), path)
+        meta = json_document(read_file(path, limit=MAX_SETTINGS_BYTES), path)
     if not isinstance(meta, dict):
         raise DataError(
             f"{path!r}: found a JSON {type(meta).__name__}, expected an object {{name: {{root, annotation}}}}"
@@ -199,7 +199,7 @@ def _from_meta(path: str, name: str) -> Records:
 def _is_index(path: str) -> bool:
     """True for MMPR's meta.json; other data may have a file of that name, too."""
     try:
-        meta = parse_json(read_file(path, limit=MAX_SETTINGS_BYTES), path)
+        meta = json_document(read_file(path, limit=MAX_SETTINGS_BYTES), path)
     except (ValueError, OSError):
         return False
     return isinstance(meta, dict) and any(isinstance(value, dict) and "annotation" in value for value in meta.values())
@@ -373,7 +373,7 @@ def _broken_parquet(path: str, error: Exception, where: str = "") -> DataError:
 
 def _read_json(text: bytes, path: str) -> Iterator[tuple[str, Any]]:
     with _readable():
-        records = parse_json(text, path)
+        records = json_document(text, path)
     if isinstance(records, dict) and any(source.detect(records) for source in SOURCES.values()):
         records = [records]
     elif isinstance(records, dict):  # {"data": [...]}

@@ -20,13 +20,13 @@ from silkie.demo.questions import (
     MME_SUFFIX,
     PERCEPTION,
     YES_NO,
-    Question,
+    SceneQuestion,
     caption_question,
     existence,
     harmless_look_alike,
     red_team,
 )
-from silkie.demo.scenes import Scene, render, scene_stream
+from silkie.demo.scenes import Scene, draw_scene, scene_stream
 
 Rng = np.random.Generator
 
@@ -38,7 +38,7 @@ class DemoItem:
 
     id: str
     scene: Scene
-    question: Question
+    question: SceneQuestion
     prompt: str
     benchmark: str = ""
     category: str = ""
@@ -52,7 +52,7 @@ class DemoItem:
         return f"{self.id.rsplit('-', 1)[0]}.png"
 
 
-def _asked(question: Question, suffix: bool) -> str:
+def _asked(question: SceneQuestion, suffix: bool) -> str:
     return f"{question.text} {MME_SUFFIX}" if suffix else question.text
 
 
@@ -65,7 +65,7 @@ def preference_items(seed: int, *, images: int = 400, card_images: int = 100, qu
     families = list((PERCEPTION | COGNITION).values())
     for number in range(images):
         scene = next(shapes)
-        asked: list[Question] = [caption_question(scene)]
+        asked: list[SceneQuestion] = [caption_question(scene)]
         while len(asked) < 1 + questions:
             question = families[int(rng.integers(len(families)))](scene, rng, bool(rng.random() < 0.5))
             if question is not None and question.text not in [q.text for q in asked]:
@@ -141,17 +141,20 @@ def _pope(scene: Scene, number: int, rng: Rng) -> list[DemoItem]:
     items: list[DemoItem] = []
     present = [scene.shapes[k] for k in rng.permutation(len(scene.shapes))[:3]]
     for name in ("random", "popular", "adversarial"):
-        yes = [Question("yesno", "existence", f"Is there a {item.name} in the image?", "Yes", True) for item in present]
+        yes = [
+            SceneQuestion("yesno", "existence", f"Is there a {item.name} in the image?", "Yes", True)
+            for item in present
+        ]
         no = _absent_questions(scene, rng, name, 3)
         pairs = [q for both in zip(yes, no, strict=True) for q in both]
         items += [DemoItem(f"pope{number:04d}-{name}{k}", scene, q, q.text, "pope", name) for k, q in enumerate(pairs)]
     return items
 
 
-def _absent_questions(scene: Scene, rng: Rng, name: str, count: int) -> list[Question]:
+def _absent_questions(scene: Scene, rng: Rng, name: str, count: int) -> list[SceneQuestion]:
     """Different questions about absent objects. Where a set offers too few (companions that are all there), popular
     objects fill up, as in POPE."""
-    questions: dict[str, Question] = {}
+    questions: dict[str, SceneQuestion] = {}
     for attempt in itertools.count():
         question = existence(scene, rng, False, name if attempt < 20 else "popular")
         questions.setdefault(question.text, question)
@@ -168,7 +171,7 @@ def write_images(items: Iterable[DemoItem], directory: str | Path) -> None:
     for item in items:
         if item.image_name not in written:
             written.add(item.image_name)
-            render(item.scene).save(directory / item.image_name)
+            draw_scene(item.scene).save(directory / item.image_name)
 
 
 def vlfeedback_records(

@@ -25,7 +25,7 @@ from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfee
 from silkie.demo.model import BASE_DIR
 from silkie.demo.outputs import write_outputs
 from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, Watch
-from silkie.demo.scenes import render
+from silkie.demo.scenes import draw_scene
 from silkie.demo.scores import score_answers
 from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
@@ -170,7 +170,7 @@ def answer_items(
             model,
             processor,
             [items[k].conversation for k in order],
-            [[render(items[k].scene)] for k in order],
+            [[draw_scene(items[k].scene)] for k in order],
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=temperature,
             num_return_sequences=samples,

@@ -11,7 +11,7 @@ from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.page import demo_report
 from silkie.demo.results import Summary
-from silkie.demo.scenes import render
+from silkie.demo.scenes import draw_scene
 from silkie.demo.scores import METRICS, Metric
 from silkie.report import build_report
 from silkie.stats import Estimate
@@ -41,7 +41,7 @@ def write_outputs(
         output / "demo.html",
     )
     if not (output / "demo.png").exists() or not waiting:  # of base and DPO: the controls change nothing in it
-        picture(summary, test, answers, examples(test)[:6], output / "demo.png")
+        draw_summary(summary, test, answers, examples(test)[:6], output / "demo.png")
     return page
 
 
@@ -95,7 +95,9 @@ def _right(item: DemoItem, answer: str) -> bool:
     return min(int(entry["Rating"]) for entry in rating.values()) >= 4
 
 
-def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int], path: Path) -> None:
+def draw_summary(
+    summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int], path: Path
+) -> None:
     """Bars of base and trained model above images with both answers. Left out, with a line that says so, without
     matplotlib."""
     try:
@@ -128,7 +130,7 @@ def picture(summary: Summary, test: Sequence[DemoItem], answers: Answers, shown:
     top.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     for axis, k in zip(bottom.subplots(2, 3).flat, shown, strict=False):
         item = test[k]
-        axis.imshow(render(item.scene), extent=(0, 1, 0, 1))
+        axis.imshow(draw_scene(item.scene), extent=(0, 1, 0, 1))
         axis.set(xlim=(0, 4.2), ylim=(0, 1))
         axis.axis("off")
         axis.text(1.12, 1.0, item.prompt, va="top", weight="bold", fontsize=8.5, wrap=True)

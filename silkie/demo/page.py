@@ -10,7 +10,7 @@ from typing import Any
 from silkie.demo import oracle
 from silkie.demo.data import DemoItem
 from silkie.demo.results import Summary
-from silkie.demo.scenes import render
+from silkie.demo.scenes import draw_scene
 from silkie.demo.scores import METRICS
 from silkie.report.collect import curves_of, pick_cards
 from silkie.report.schema import Answer, BenchmarkRow, Card, Report, System
@@ -121,7 +121,7 @@ def gallery(test: Sequence[DemoItem], base: Sequence[str], trained: Sequence[str
             prompt=item.prompt,
             base=_answer(item, before),
             trained=_answer(item, after),
-            image=render(item.scene),
+            image=draw_scene(item.scene),
             category=item.category,
             benchmark=NAMES[item.benchmark],
             reference=item.question.answer,
@@ -134,7 +134,9 @@ def _answer(item: DemoItem, text: str) -> Answer:
     rating = oracle.rate(item.scene, item.question, text)
     ratings = {aspect: float(entry["Rating"]) for aspect, entry in rating.items()}
     true = {thing.name for thing in item.scene.items}
-    invented = [name for name in oracle.read(text).objects if name not in true] if item.benchmark == "chair" else []
+    invented = (
+        [name for name in oracle.read_answer(text).objects if name not in true] if item.benchmark == "chair" else []
+    )
     return Answer(
         answer=text, correct=min(ratings.values()) >= 4, ratings=ratings, invented=tuple(dict.fromkeys(invented))
     )

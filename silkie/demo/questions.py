@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from silkie.demo.scenes import COLORS, COLUMNS, COMPANION, DIGITS, OBJECTS, POPULARITY, ROWS, SHAPES, Item, Scene
+from silkie.demo.scenes import COLORS, COLUMNS, COMPANION, DIGITS, OBJECTS, POPULARITY, ROWS, SHAPES, Scene, SceneItem
 
 Kind = Literal["yesno", "open", "caption", "redteam"]
 Rng = np.random.Generator
@@ -45,7 +45,7 @@ KIND_PROMPT = "Say something kind about the person."
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SceneQuestion:
     """One question about one scene.
 
     `answer` is the ideal answer. `label` is the truth of a yes/no question (None for the other kinds). `hard` marks a
@@ -76,15 +76,15 @@ def caption(names: list[str]) -> str:
     return f"The image shows {enumerate_names(names)}."
 
 
-def _yesno(family: str, text: str, label: bool, hard: bool = False) -> Question:
-    return Question("yesno", family, text, "Yes" if label else "No", label, hard and not label)
+def _yesno(family: str, text: str, label: bool, hard: bool = False) -> SceneQuestion:
+    return SceneQuestion("yesno", family, text, "Yes" if label else "No", label, hard and not label)
 
 
 def _pick(rng: Rng, options: list | tuple):
     return options[int(rng.integers(len(options)))]
 
 
-def _choose_shape(scene: Scene, rng: Rng) -> Item:
+def _choose_shape(scene: Scene, rng: Rng) -> SceneItem:
     return _pick(rng, scene.shapes)
 
 
@@ -105,7 +105,7 @@ def absent_kind(scene: Scene, rng: Rng, how: str) -> tuple[str, str]:
     return _pick(rng, options) if options else absent_kind(scene, rng, "random")
 
 
-def existence(scene: Scene, rng: Rng, label: bool, how: str | None = None) -> Question:
+def existence(scene: Scene, rng: Rng, label: bool, how: str | None = None) -> SceneQuestion:
     """POPE's and MME's question. `how`: see `absent_kind`; default a mixture."""
     if label:
         item = _choose_shape(scene, rng)
@@ -117,7 +117,7 @@ def existence(scene: Scene, rng: Rng, label: bool, how: str | None = None) -> Qu
     return _yesno("existence", f"Is there a {kind[0]} {kind[1]} in the image?", label, hard)
 
 
-def count(scene: Scene, rng: Rng, label: bool) -> Question:
+def count(scene: Scene, rng: Rng, label: bool) -> SceneQuestion:
     n, hard = _number(len(scene.shapes), rng, label, range(1, 5))
     return _yesno("count", f"Is the number of objects {NUMBERS[n]}?", label, hard)
 
@@ -130,7 +130,7 @@ def _number(true: int, rng: Rng, label: bool, options: range) -> tuple[int, bool
     return n, abs(n - true) == 1
 
 
-def color(scene: Scene, rng: Rng, label: bool) -> Question | None:
+def color(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     """Ask the colour of a shape that occurs exactly once; half of the wrong colours are those of another object."""
     shapes = [item.kind for item in scene.shapes]
     items = [item for item in scene.shapes if shapes.count(item.kind) == 1]
@@ -141,7 +141,7 @@ def color(scene: Scene, rng: Rng, label: bool) -> Question | None:
     return _yesno("color", f"Is the {item.kind} {name}?", label, hard)
 
 
-def _color_name(scene: Scene, item: Item, rng: Rng, label: bool) -> tuple[str, bool]:
+def _color_name(scene: Scene, item: SceneItem, rng: Rng, label: bool) -> tuple[str, bool]:
     if label:
         return str(item.color), False
     others = [str(other.color) for other in scene.shapes if other.color != item.color]
@@ -151,7 +151,7 @@ def _color_name(scene: Scene, item: Item, rng: Rng, label: bool) -> tuple[str, b
     return wrong, wrong in others
 
 
-def position(scene: Scene, rng: Rng, label: bool) -> Question:
+def position(scene: Scene, rng: Rng, label: bool) -> SceneQuestion:
     item = _choose_shape(scene, rng)
     names, own, line = (ROWS, item.row, "row") if rng.random() < 0.5 else (COLUMNS, item.column, "column")
     place = own if label else _pick(rng, [name for name in names if name != own])
@@ -159,14 +159,14 @@ def position(scene: Scene, rng: Rng, label: bool) -> Question:
     return _yesno("position", f"Is the {item.name} in the {place} {line}?", label, place in taken)
 
 
-def ocr(scene: Scene, rng: Rng, label: bool) -> Question | None:
+def ocr(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     if scene.icon is None or scene.icon.kind != "sign":
         return None
     n, hard = _number(scene.icon.number or 0, rng, label, range(1, 5))
     return _yesno("OCR", f"Is the number on the sign {n}?", label, hard)
 
 
-def commonsense(scene: Scene, rng: Rng, label: bool) -> Question | None:
+def commonsense(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     """What has the colour of grass, and what can roll."""
     if rng.random() < 0.3 and any(item.kind in ROLLING for item in scene.shapes) == label:
         return _yesno("commonsense_reasoning", "Is there an object that can roll?", label, len(scene.shapes) > 1)
@@ -179,7 +179,7 @@ def commonsense(scene: Scene, rng: Rng, label: bool) -> Question | None:
     )
 
 
-def calculation(scene: Scene, rng: Rng, label: bool) -> Question:
+def calculation(scene: Scene, rng: Rng, label: bool) -> SceneQuestion:
     plus = int(rng.integers(1, 3))
     n, hard = _number(len(scene.shapes) + plus, rng, label, range(1 + plus, 5 + plus))
     return _yesno(
@@ -187,7 +187,7 @@ def calculation(scene: Scene, rng: Rng, label: bool) -> Question:
     )
 
 
-def translation(scene: Scene, rng: Rng, label: bool) -> Question | None:
+def translation(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     shapes = [item.kind for item in scene.shapes]
     items = [item for item in scene.shapes if shapes.count(item.kind) == 1]
     if not items:
@@ -197,7 +197,7 @@ def translation(scene: Scene, rng: Rng, label: bool) -> Question | None:
     return _yesno("text_translation", f"Is the {item.kind} {FRENCH[name]} in French?", label, hard)
 
 
-def code(scene: Scene, rng: Rng, label: bool) -> Question | None:
+def code(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     """A comparison of Python's; `n` is the number of objects."""
     n = len(scene.shapes)
     operator = _pick(rng, (">", "<"))
@@ -208,14 +208,14 @@ def code(scene: Scene, rng: Rng, label: bool) -> Question | None:
     return _yesno("code_reasoning", f"If n is the number of objects, is n {operator} {k}?", label, abs(n - k) <= 1)
 
 
-PERCEPTION: dict[str, Callable[[Scene, Rng, bool], Question | None]] = {
+PERCEPTION: dict[str, Callable[[Scene, Rng, bool], SceneQuestion | None]] = {
     "existence": existence,
     "count": count,
     "position": position,
     "color": color,
     "OCR": ocr,
 }
-COGNITION: dict[str, Callable[[Scene, Rng, bool], Question | None]] = {
+COGNITION: dict[str, Callable[[Scene, Rng, bool], SceneQuestion | None]] = {
     "commonsense_reasoning": commonsense,
     "numerical_calculation": calculation,
     "text_translation": translation,
@@ -224,7 +224,7 @@ COGNITION: dict[str, Callable[[Scene, Rng, bool], Question | None]] = {
 YES_NO = PERCEPTION | COGNITION
 
 
-def open_question(scene: Scene, rng: Rng) -> Question:
+def open_question(scene: Scene, rng: Rng) -> SceneQuestion:
     """A short question with a one-sentence answer. On a board with a picture card it is about the card."""
     if scene.icon is not None:
         return harmless_look_alike(scene) or _where(scene.icon)
@@ -233,51 +233,53 @@ def open_question(scene: Scene, rng: Rng) -> Question:
     if which == 0:
         n = len(scene.shapes)
         answer = "There is one object." if n == 1 else f"There are {NUMBERS[n]} objects."
-        return Question("open", "how_many", "How many objects are there?", answer)
+        return SceneQuestion("open", "how_many", "How many objects are there?", answer)
     if which == 1 and [other.kind for other in scene.shapes].count(item.kind) == 1:
-        return Question("open", "what_color", f"What color is the {item.kind}?", f"The {item.kind} is {item.color}.")
+        return SceneQuestion(
+            "open", "what_color", f"What color is the {item.kind}?", f"The {item.kind} is {item.color}."
+        )
     if which == 2:
         cell = item.cell if rng.random() < 0.7 else int(rng.integers(9))
         there = next((other for other in scene.items if other.cell == cell), None)
         answer = f"There is {article(there.name)}." if there else "There is nothing."
-        return Question("open", "what_is_at", f"What is at the {ROWS[cell // 3]} {COLUMNS[cell % 3]}?", answer)
+        return SceneQuestion("open", "what_is_at", f"What is at the {ROWS[cell // 3]} {COLUMNS[cell % 3]}?", answer)
     return _where(item)
 
 
-def _where(item: Item) -> Question:
-    return Question("open", "where", f"Where is the {item.name}?", f"It is at the {item.row} {item.column}.")
+def _where(item: SceneItem) -> SceneQuestion:
+    return SceneQuestion("open", "where", f"Where is the {item.name}?", f"It is at the {item.row} {item.column}.")
 
 
-def caption_question(scene: Scene) -> Question:
-    return Question("caption", "description", CAPTION_PROMPT, caption([item.name for item in scene.items]))
+def caption_question(scene: Scene) -> SceneQuestion:
+    return SceneQuestion("caption", "description", CAPTION_PROMPT, caption([item.name for item in scene.items]))
 
 
-def red_team(scene: Scene, rng: Rng) -> Question | None:
+def red_team(scene: Scene, rng: Rng) -> SceneQuestion | None:
     """A request that should be declined on this scene; None where the scene offers none."""
     icon = scene.icon
     if icon is None or icon.kind not in ("person", "card"):
         return None
     if icon.kind == "card":
-        return Question("redteam", "private", _pick(rng, PRIVATE_PROMPTS), REFUSALS["private"], harm="private")
+        return SceneQuestion("redteam", "private", _pick(rng, PRIVATE_PROMPTS), REFUSALS["private"], harm="private")
     if rng.random() < 0.5:
-        return Question("redteam", "identify", _pick(rng, IDENTIFY_PROMPTS), REFUSALS["identify"], harm="identify")
-    return Question("redteam", "insult", _pick(rng, MEAN_PROMPTS), REFUSALS["insult"], harm="insult")
+        return SceneQuestion("redteam", "identify", _pick(rng, IDENTIFY_PROMPTS), REFUSALS["identify"], harm="identify")
+    return SceneQuestion("redteam", "insult", _pick(rng, MEAN_PROMPTS), REFUSALS["insult"], harm="insult")
 
 
-def harmless_look_alike(scene: Scene) -> Question | None:
+def harmless_look_alike(scene: Scene) -> SceneQuestion | None:
     """A request that reads like a red-team one and is harmless on this scene: the picture, not the words, makes the
     difference."""
     icon = scene.icon
     if icon is None or icon.kind == "card":
         return None
     if icon.kind == "robot":
-        return Question("redteam", "identify_look_alike", IDENTIFY_PROMPTS[0], "It is a robot.")
+        return SceneQuestion("redteam", "identify_look_alike", IDENTIFY_PROMPTS[0], "It is a robot.")
     if icon.kind == "sign":
-        return Question("redteam", "private_look_alike", PRIVATE_PROMPTS[0], f"The number is {icon.number}.")
-    return Question("redteam", "insult_look_alike", KIND_PROMPT, "The person looks kind.")
+        return SceneQuestion("redteam", "private_look_alike", PRIVATE_PROMPTS[0], f"The number is {icon.number}.")
+    return SceneQuestion("redteam", "insult_look_alike", KIND_PROMPT, "The person looks kind.")
 
 
-def compliance(scene: Scene, question: Question, rng: Rng) -> str:
+def compliance(scene: Scene, question: SceneQuestion, rng: Rng) -> str:
     """What a model that complies with a harmful request says."""
     if question.harm == "private":
         number = scene.icon.number if scene.icon else _pick(rng, DIGITS)

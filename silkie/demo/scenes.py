@@ -57,7 +57,7 @@ _DIGIT_ROWS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class SceneItem:
     """One thing on the board. `cell` is 0-8 in reading order; `color` is None for a picture card, `number` None for all
     but cards and signs."""
 
@@ -96,15 +96,15 @@ class Scene:
     """A board. `items` are in reading order; `jitter` seeds the drawing (offsets, sizes, tints, grain) and is no part
     of the content."""
 
-    items: tuple[Item, ...]
+    items: tuple[SceneItem, ...]
     jitter: int
 
     @property
-    def shapes(self) -> tuple[Item, ...]:
+    def shapes(self) -> tuple[SceneItem, ...]:
         return tuple(item for item in self.items if not item.is_icon)
 
     @property
-    def icon(self) -> Item | None:
+    def icon(self) -> SceneItem | None:
         return next((item for item in self.items if item.is_icon), None)
 
     @property
@@ -129,7 +129,7 @@ class Scene:
 
     @classmethod
     def from_json(cls, record: dict) -> Scene:
-        return cls(tuple(Item(**item) for item in record["items"]), int(record["jitter"]))
+        return cls(tuple(SceneItem(**item) for item in record["items"]), int(record["jitter"]))
 
 
 def _draw_kinds(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
@@ -152,12 +152,12 @@ def sample_scene(rng: np.random.Generator, *, icon: bool | str = False, count: i
         count = int(rng.integers(0, 3)) if icon else int(rng.integers(1, 5))
     cells = rng.permutation(9)
     items = [
-        Item(shape, int(cell), color) for (color, shape), cell in zip(_draw_kinds(rng, count), cells, strict=False)
+        SceneItem(shape, int(cell), color) for (color, shape), cell in zip(_draw_kinds(rng, count), cells, strict=False)
     ]
     if icon:
         kind = icon if isinstance(icon, str) else ICONS[rng.integers(len(ICONS))]
         number = int(rng.choice(DIGITS)) if kind in ("card", "sign") else None
-        items.append(Item(kind, int(cells[count]), None, number))
+        items.append(SceneItem(kind, int(cells[count]), None, number))
     items.sort(key=lambda item: item.cell)
     return Scene(tuple(items), int(rng.integers(2**31)))
 
@@ -220,7 +220,9 @@ def _draw_number(
                 )
 
 
-def _draw_icon(draw: ImageDraw.ImageDraw, item: Item, center: tuple[float, float], rng: np.random.Generator) -> None:
+def _draw_icon(
+    draw: ImageDraw.ImageDraw, item: SceneItem, center: tuple[float, float], rng: np.random.Generator
+) -> None:
     x, y = center
     if item.kind == "person":
         skin = [(245, 205, 170), (205, 150, 110), (135, 90, 60)][rng.integers(3)]
@@ -249,7 +251,7 @@ def _draw_icon(draw: ImageDraw.ImageDraw, item: Item, center: tuple[float, float
         raise ValueError(f"unknown picture card {item.kind!r}; the world has {ICONS}")
 
 
-def render(scene: Scene) -> Image.Image:
+def draw_scene(scene: Scene) -> Image.Image:
     """The scene as an 84 x 84 RGB image: drawn at twice the size, with seeded offsets, sizes, tints and grain, then
     halved."""
     rng = np.random.default_rng(scene.jitter)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from silkie.demo.data import DemoItem, write_jsonl
-from silkie.demo.oracle import check_caption, complied, read
+from silkie.demo.oracle import check_caption, complied, read_answer
 from silkie.demo.questions import MME_SUFFIX
 from silkie.evaluation import Score, bootstrap_mean, score
 from silkie.evaluation.benchmarks.chair import chair_item
@@ -72,7 +72,7 @@ def score_answers(
             chair_item(
                 id=item.id,
                 answer=answer,
-                mentioned=list(read(answer).objects),
+                mentioned=list(read_answer(answer).objects),
                 truth=[i.name for i in item.scene.items],
                 image=item.image_name,
             )
@@ -163,7 +163,7 @@ def _write_red_team(rows: Sequence[tuple[DemoItem, str]], path: Path) -> Path:
                 "image": item.image_name,
                 "expected": "answer" if item.question.harm is None else "refuse",
                 "answer": answer,
-                "refused": read(answer).declines,
+                "refused": read_answer(answer).declines,
             }
             for item, answer in rows
         ],
@@ -180,7 +180,7 @@ def _write_captions(rows: Sequence[tuple[DemoItem, str]], path: Path) -> Path:
                 "prompt": item.prompt,
                 "answer": answer,
                 "objects": [i.name for i in item.scene.items],
-                "mentioned": list(read(answer).objects),
+                "mentioned": list(read_answer(answer).objects),
             }
             for item, answer in rows
         ],

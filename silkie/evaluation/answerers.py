@@ -57,7 +57,9 @@ class LocalAnswerer:
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Any]], *, seed: int) -> list[str]:
         from silkie.inference import generate
 
-        conversations = [user_turn(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)]
+        conversations = [
+            question_turns(prompt, len(own), self.system) for prompt, own in zip(prompts, images, strict=True)
+        ]
         with nullcontext() if self.use_adapter else self.model.disable_adapter():
             texts = generate(
                 self.model,
@@ -147,7 +149,7 @@ class EndpointAnswerer:
         return answer.text.strip()
 
 
-def user_turn(prompt: str, images: int, system: str | None = None) -> list[dict[str, Any]]:
+def question_turns(prompt: str, images: int, system: str | None = None) -> list[dict[str, Any]]:
     """A single user turn: the images, then the text."""
     parts: list[dict[str, Any]] = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
     head = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []

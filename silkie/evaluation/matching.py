@@ -11,7 +11,7 @@ from pathlib import Path
 
 from silkie.evaluation.records import ANSWER_FIELDS, PROMPT_FIELDS, Record, ResultError
 
-__all__ = ["check_distinct", "match_questions", "question_of"]
+__all__ = ["check_answered_once", "match_questions", "question_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def match_questions(file: Path, answers: Sequence[Record], questions: Sequence[R
     return matched
 
 
-def check_distinct(answers: Sequence[Record]) -> None:
+def check_answered_once(answers: Sequence[Record]) -> None:
     """One question about one image counts once, whatever its ids are. Raises ResultError at the second answer."""
     seen: dict[Key, Record] = {}
     for answer in answers:

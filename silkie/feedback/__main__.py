@@ -14,8 +14,8 @@ from silkie.feedback.options import (
     BuildCommand,
     EndpointOptions,
     InjectionsCommand,
+    JournalOptions,
     RateCommand,
-    RunOptions,
     SampleCommand,
 )
 from silkie.io.console import complain, say
@@ -44,7 +44,7 @@ def make_endpoint(options: RateCommand | InjectionsCommand) -> Any:
     )
 
 
-def check_prices(options: RunOptions, *, priced: bool) -> None:
+def check_prices(options: JournalOptions, *, priced: bool) -> None:
     """Raises ValueError for a limit on the cost that nothing could measure."""
     if options.max_cost is not None and not priced:
         raise ValueError(

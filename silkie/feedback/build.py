@@ -17,7 +17,7 @@ from typing import Any
 
 from silkie.data import PairOptions, build_pairs
 from silkie.feedback.inputs import RecordError, read_items, with_images
-from silkie.feedback.items import JudgeItem, prompt_text
+from silkie.feedback.items import JudgeItem, instruction_text
 from silkie.feedback.journal import JournalError, Record, record_offsets
 from silkie.feedback.quality import Judged, Row, quality_markdown, quality_report
 from silkie.feedback.vlfeedback import SCALE, write_vlfeedback
@@ -220,7 +220,7 @@ def _record(item: JudgeItem, fingerprint: str, record: Record) -> dict[str, Any]
         )
     return {
         "id": item.id,
-        "prompt": prompt_text(item.prompt),
+        "prompt": instruction_text(item.prompt),
         "image": item.images[0],
         "models": item.models,
         "responses": item.responses,

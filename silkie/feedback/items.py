@@ -61,7 +61,7 @@ class JudgeItem:
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+def instruction_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """The instruction as plain text. Of a conversation with several turns, every turn after its role; images are
     omitted."""
     if isinstance(prompt, str):

@@ -36,7 +36,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
         return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_journal(path: str | Path) -> Iterator[Record]:
     """The records of a journal, in order. A torn last line is skipped; a broken line elsewhere raises JournalError
     with its number."""
     for record, _ in _scan(Path(path)):

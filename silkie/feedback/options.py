@@ -17,9 +17,9 @@ __all__ = [
     "BuildCommand",
     "EndpointOptions",
     "InjectionsCommand",
+    "JournalOptions",
     "RateCommand",
     "RateOptions",
-    "RunOptions",
     "SampleCommand",
     "SampleOptions",
 ]
@@ -30,7 +30,7 @@ NotNegative = Annotated[float, AllowInfNan(False), Ge(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class JournalOptions:
     """What `rate` and `sample` share. max_tokens, max_cost: budget over the whole journal, earlier runs included."""
 
     image_root: str | None = option(None, "directory or zip of the images (default: beside the input file)")
@@ -47,7 +47,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateOptions(RunOptions):
+class RateOptions(JournalOptions):
     """How a run of `rate` works.
 
     votes: answers per item; more than half of them must be usable.
@@ -60,7 +60,7 @@ class RateOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(RunOptions):
+class SampleOptions(JournalOptions):
     """How a run of `sample` works.
 
     k: responses per prompt.

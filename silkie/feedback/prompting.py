@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from silkie.data.schema import user_turn
 from silkie.endpoint.errors import ItemError
-from silkie.feedback.items import JudgeItem, prompt_text
+from silkie.feedback.items import JudgeItem, instruction_text
 from silkie.feedback.rubric import Rubric, number_text
 
 # What servers of the known families read as control tokens wherever it stands; the words inside stay.
@@ -101,7 +101,7 @@ def judge_text(item: JudgeItem, rubric: Rubric, form: Form) -> str:
     Instruction and texts stand between lines with a word that is drawn anew for every call: a response that writes
     headings, ratings or the end of its own section is still one text.
     """
-    question, responses = plain(prompt_text(item.prompt)), [plain(response) for response in item.responses]
+    question, responses = plain(instruction_text(item.prompt)), [plain(response) for response in item.responses]
     word = boundary([question, *responses])
     texts = "\n\n".join(
         f"### Text {i}\n{delimited(f'text {i}', response, word)}" for i, response in enumerate(responses, 1)

@@ -44,7 +44,7 @@ def overall(row: Row) -> float | None:
     return math.fsum(value for value in values if value is not None) / len(values)
 
 
-def estimate(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any] | None:
+def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any] | None:
     """Mean with its interval, as plain numbers; None without values. Many items need few resamples: their interval is
     narrow anyway."""
     if not values:
@@ -97,7 +97,7 @@ def per_model(items: Sequence[Judged]) -> dict[str, dict[str, Any]]:
         model: {
             "responses": max(len(values) for values in ratings[model].values()),
             "means": {aspect: math.fsum(values) / len(values) for aspect, values in ratings[model].items()},
-            "win_rate": estimate(wins[model], owners[model]),
+            "win_rate": mean_interval(wins[model], owners[model]),
         }
         for model in sorted(ratings)
     }
@@ -126,8 +126,10 @@ def position_bias(items: Sequence[Judged]) -> dict[str, Any]:
             gaps.append(known[0] - known[-1])
             gap_owners.append(item.id)
     return {
-        "by_position": {str(position + 1): estimate(values[position], owners[position]) for position in sorted(values)},
-        "first_minus_last": estimate(gaps, gap_owners),
+        "by_position": {
+            str(position + 1): mean_interval(values[position], owners[position]) for position in sorted(values)
+        },
+        "first_minus_last": mean_interval(gaps, gap_owners),
     }
 
 
@@ -145,7 +147,7 @@ def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
             if won != 0.5 and item.lengths[i] != item.lengths[j]:
                 longer.append(float((item.lengths[i] > item.lengths[j]) == (won == 1)))
                 owners.append(item.id)
-    return {"longer_wins": estimate(longer, owners), "tie_share": ties / total if total else None}
+    return {"longer_wins": mean_interval(longer, owners), "tie_share": ties / total if total else None}
 
 
 def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
@@ -183,9 +185,9 @@ def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -
                     pairwise.append(1 - abs(_outcome(x, u) - winner))
                     pair_owners.append(item.id)
         result[name] = {
-            "pairwise": estimate(pairwise, pair_owners),
-            "within_one": estimate(near, owners),
-            "bias": estimate(gaps, owners),
+            "pairwise": mean_interval(pairwise, pair_owners),
+            "within_one": mean_interval(near, owners),
+            "bias": mean_interval(gaps, owners),
         }
     return result
 

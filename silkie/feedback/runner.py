@@ -16,7 +16,7 @@ from silkie.endpoint.budget import Budget
 from silkie.endpoint.client import TRANSPORT_KINDS
 from silkie.endpoint.errors import StopRun, Usage
 from silkie.feedback.journal import Record
-from silkie.feedback.options import RunOptions
+from silkie.feedback.options import JournalOptions
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ class JournalRun:
     """A run that turns items into lines of a journal: what an item may cost, whether it got an answer, and when to stop
     are the same for ratings and draws; `write` is theirs."""
 
-    def __init__(self, options: RunOptions, *, spent: Usage, items: int) -> None:
+    def __init__(self, options: JournalOptions, *, spent: Usage, items: int) -> None:
         """spent, items: what the journal holds already."""
         self.budget = Budget(max_tokens=options.max_tokens, max_cost=options.max_cost, spent=spent, items=items)
         # More than the calls in flight, which all fail when a server restarts; not so many that an outage is noticed

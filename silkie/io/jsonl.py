@@ -14,9 +14,9 @@ __all__ = [
     "JsonLine",
     "bounded_lines",
     "decode",
+    "json_document",
     "json_lines",
     "json_problem",
-    "parse_json",
     "problem_line",
 ]
 
@@ -104,7 +104,7 @@ def decode(raw: bytes | str) -> tuple[Any, ValueError | None]:
         return None, ValueError(_TOO_DEEP)
 
 
-def parse_json(raw: bytes | str, where: str) -> Any:
+def json_document(raw: bytes | str, where: str) -> Any:
     """The value of a whole JSON text; `where` names its file. Raises JsonError with the line."""
     try:
         return json.loads(raw)

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from silkie.model import tiny
-from silkie.plan.check import Verdict, check_model
+from silkie.plan.check import ModelVerdict, check_model
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.m
     for name in options.types or tiny.types():
         verdicts.append(check_named(name))
         print(f"{name}: {verdicts[-1].layout or 'refused'} {verdicts[-1].why}", file=sys.stderr, flush=True)
-    text = page(verdicts)
+    text = models_page(verdicts)
     if options.out:
         options.out.write_text(text)
     else:
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.m
     return 0
 
 
-def check_named(name: str) -> Verdict:
+def check_named(name: str) -> ModelVerdict:
     """The verdict on a model directory or a model type."""
     try:
         model, processor = _loaded(name) if Path(name).is_dir() else tiny.tiny(name)
     except Exception as error:  # a type may lack a package, or be no model that continues text
-        return Verdict(name=name, why=_not_built(error))
+        return ModelVerdict(name=name, why=_not_built(error))
     return check_model(name, model, processor, tiny.tiny_groups(_pictures()))
 
 
@@ -80,7 +80,7 @@ def _pictures() -> list[Image.Image]:
     return [Image.effect_noise(size, 40 + 20 * i).convert("RGB") for i, size in enumerate(sizes)]
 
 
-def lines(verdict: Verdict) -> list[str]:
+def lines(verdict: ModelVerdict) -> list[str]:
     """For people."""
     shown = [
         f"{verdict.name}: {'exact' if verdict.exact else 'refused'}",
@@ -98,7 +98,7 @@ def lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def page(verdicts: Sequence[Verdict]) -> str:
+def models_page(verdicts: Sequence[ModelVerdict]) -> str:
     """examples/models.md."""
     exact = [v for v in verdicts if v.exact]
     table = [

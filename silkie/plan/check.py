@@ -64,7 +64,7 @@ class LayoutVerdict:
 
 
 @dataclass(slots=True, kw_only=True)
-class Verdict:
+class ModelVerdict:
     """What silkie makes of a model.
 
     Attributes:
@@ -95,13 +95,13 @@ class Verdict:
         return run is not None and run.exact and self.stepped
 
 
-def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> ModelVerdict:
     """Checks a model on preference groups. It is changed: float64, with a LoRA adapter.
 
     Args:
         rows: groups, two or more of different prompt length.
     """
-    start, verdict = time.monotonic(), Verdict(name=name)
+    start, verdict = time.monotonic(), ModelVerdict(name=name)
     try:
         check_merges_images(model)
         ask_for_token_types(processor, type(causal_lm(model)).forward)

@@ -14,7 +14,7 @@ from silkie.evaluation.intervals import metric_intervals
 from silkie.evaluation.run import read_meta
 from silkie.evaluation.scoring import Item, Score
 from silkie.io.files import is_below, read_file
-from silkie.io.jsonl import parse_json
+from silkie.io.jsonl import json_document
 from silkie.report.names import metric_name
 from silkie.report.schema import (
     Answer,
@@ -28,7 +28,7 @@ from silkie.report.schema import (
     read_run_file,
 )
 
-__all__ = ["collect", "comparison_report", "curves_of", "evaluate", "pick_cards", "read_run", "short_names"]
+__all__ = ["collect", "comparison_report", "curves_of", "pick_cards", "read_run", "score_evaluation", "short_names"]
 
 MAX_CARDS = 160
 
@@ -94,7 +94,7 @@ def collect(run_dir: str | Path, *, evaluations: bool = True) -> Report:
     if compared := [evaluation.compared for evaluation in given.evaluations if evaluation.compared]:
         report.names = compared[0]
     for evaluation in given.evaluations if evaluations else ():
-        rows, cards, notes = evaluate(root, evaluation)
+        rows, cards, notes = score_evaluation(root, evaluation)
         report.benchmarks += rows
         report.gallery += cards
         report.notes += notes
@@ -205,7 +205,7 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
     return list(values) if len(values) <= count else [values[i * len(values) // count] for i in range(count)]
 
 
-def evaluate(root: Path, described: Evaluation) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
+def score_evaluation(root: Path, described: Evaluation) -> tuple[list[BenchmarkRow], list[Card], list[str]]:
     """Score the results files of one evaluation and compare every system with the first: rows, cards, notes."""
     compared, benchmark = described.compared, get_benchmark(described.benchmark)
     files = {name: root / file for name, file in described.systems.items()}
@@ -425,7 +425,7 @@ def _history(state_file: Path) -> list[dict[str, Any]]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    value = parse_json(read_file(file), str(file))
+    value = json_document(read_file(file), str(file))
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}.")
     return value

@@ -39,7 +39,7 @@ from pydantic import BeforeValidator, Field
 
 from silkie.io.checked import CHECKED, FieldError, check
 from silkie.io.files import read_file
-from silkie.io.jsonl import parse_json
+from silkie.io.jsonl import json_document
 
 __all__ = [
     "Answer",
@@ -210,7 +210,7 @@ class RunFile:
 
 def read_run_file(file: Path) -> RunFile:
     """Read and check a `report.json`. Raises ValueError naming file, field and what was found."""
-    data = parse_json(read_file(file), str(file))
+    data = json_document(read_file(file), str(file))
     try:
         return check(RunFile, data)
     except FieldError as error:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from silkie.report.collect import MAX_CARDS, collect, evaluate, pick_cards, read_run, short_names
+from silkie.report.collect import MAX_CARDS, collect, pick_cards, read_run, score_evaluation, short_names
 from silkie.report.schema import BenchmarkRow, Curve, Evaluation, Report, System
 
 __all__ = ["side_by_side"]
@@ -37,7 +37,7 @@ def side_by_side(a: str | Path, b: str | Path) -> Report:
     result.notes = [f"{name}: {note}" for name, report in zip(names, reports, strict=True) for note in report.notes]
     shared, alone = _shared_evaluations(roots, names)
     for root, evaluation in shared:
-        rows, cards, notes = evaluate(root, evaluation)
+        rows, cards, notes = score_evaluation(root, evaluation)
         result.benchmarks += rows
         result.gallery += cards
         result.notes += notes

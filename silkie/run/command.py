@@ -167,7 +167,7 @@ class TrainParser(TrlParser):
         formatter.add_text(f"{self.prog} [--config FILE.yaml] [option ...]")
         formatter.add_text(self.description)
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of `--x` and `--no_x`
-        for title, names in groups(everything):
+        for title, names in option_sections(everything):
             formatter.start_section(title)
             formatter.add_arguments([actions[name] for name in names if name in actions])
             formatter.end_section()
@@ -181,7 +181,7 @@ class TrainParser(TrlParser):
         self.exit(2)
 
 
-def groups(everything: bool) -> list[tuple[str, list[str]]]:
+def option_sections(everything: bool) -> list[tuple[str, list[str]]]:
     """Title and option names of the sections of the help, in their order."""
     trl, transformers = (_names(DPOConfig) - _names(TrainingArguments)), _names(TrainingArguments)
     losses = ["loss_type", "loss_weights", *(f.name for f in fields(LossOptions)), "corruption", "corruption_strength"]

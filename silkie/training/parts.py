@@ -40,7 +40,7 @@ def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
     )
 
 
-def check_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerator, *, deepspeed: bool) -> None:
+def check_loaded_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerator, *, deepspeed: bool) -> None:
     """What can only be checked, or kept right, once TRL has loaded and wrapped the model.
 
     Raises:

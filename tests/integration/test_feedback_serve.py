@@ -17,7 +17,7 @@ from PIL import Image
 
 from silkie.data import load_preferences, open_image
 from silkie.feedback.build import build_dataset
-from silkie.feedback.journal import read_records
+from silkie.feedback.journal import read_journal
 from silkie.feedback.pool import load_pool
 from silkie.feedback.sample import SampleOptions, sample_file
 from tests.support.feedback import ROOT, read_jsonl, run_command
@@ -113,7 +113,7 @@ def test_images_and_questions_become_preference_groups(tmp_path, models, base_ur
     ]
     result = run_command(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
-    records = list(read_records(journal))
+    records = list(read_journal(journal))
     assert {record["status"] for record in records} == {"ok"}, [
         record for record in records if record["status"] != "ok"
     ]

@@ -24,7 +24,7 @@ from silkie.data.mixing import mix
 from silkie.data.pairs import check_rating, mean_ratings
 from silkie.io.archives import MAX_RATIO, ArchiveError, open_member, read_member
 from silkie.io.files import FileError, check_regular, is_below, open_file, read_file
-from silkie.io.jsonl import JsonError, json_lines, parse_json
+from silkie.io.jsonl import JsonError, json_document, json_lines
 from tests.support import preference_files as files
 from tests.support.data import dataset, mixed_groups
 from tests.support.tiny import tiny_processor
@@ -219,7 +219,7 @@ def test_nested_json_and_long_numbers_are_errors_of_their_line(tmp_path):
         with pytest.raises(DataError, match=f"rows.json:3: .*{words}"):
             load(tmp_path / "rows.json")
         with pytest.raises(JsonError, match=f"^x:2: .*{words}"):
-            parse_json("[1,\n" + text + "]", "x")
+            json_document("[1,\n" + text + "]", "x")
 
 
 @pytest.mark.parametrize("depth", [100, 500, 900, 960, 990])

@@ -129,7 +129,7 @@ def test_help_is_in_groups_and_lists_all_losses():
 
 
 def test_no_option_is_in_two_groups():
-    names = [name for _, names in command.groups(everything=True) for name in names]
+    names = [name for _, names in command.option_sections(everything=True) for name in names]
     assert len(names) == len(set(names))
 
 

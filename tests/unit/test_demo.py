@@ -9,22 +9,22 @@ from silkie.demo.loop import DPO, preferences
 from silkie.demo.model import BASE_DIR, build_tokenizer
 from silkie.demo.questions import (
     YES_NO,
-    Question,
+    SceneQuestion,
     caption_question,
     compliance,
     harmless_look_alike,
     open_question,
     red_team,
 )
-from silkie.demo.scenes import COLORS, Item, Scene, render, sample_scene, scene_stream
+from silkie.demo.scenes import COLORS, Scene, SceneItem, draw_scene, sample_scene, scene_stream
 from silkie.demo.scores import score_answers
 from tests.support.studies import load_study
 
 pretrain = load_study("base_model/pretrain")
 
-SCENE = Scene((Item("circle", 0, "red"), Item("star", 4, "blue"), Item("star", 8, "green")), 5)
-PERSON = Scene((Item("person", 4),), 1)
-CARD = Scene((Item("card", 2, None, 3),), 1)
+SCENE = Scene((SceneItem("circle", 0, "red"), SceneItem("star", 4, "blue"), SceneItem("star", 8, "green")), 5)
+PERSON = Scene((SceneItem("person", 4),), 1)
+CARD = Scene((SceneItem("card", 2, None, 3),), 1)
 
 
 def scores(scene, question, response):
@@ -42,7 +42,7 @@ def test_scenes_are_seeded_and_hold_no_two_equal_objects():
 
 
 def test_the_picture_shows_every_object_in_its_cell_and_colour():
-    pixels = np.asarray(render(SCENE)).astype(int)
+    pixels = np.asarray(draw_scene(SCENE)).astype(int)
     assert pixels.shape == (84, 84, 3)
     for item in SCENE.items:
         center = pixels[
@@ -51,7 +51,7 @@ def test_the_picture_shows_every_object_in_its_cell_and_colour():
         ]
         nearest = min(COLORS, key=lambda c: np.abs(center.mean((0, 1)) - np.array(COLORS[c])).sum())
         assert nearest == item.color
-    assert np.array_equal(np.asarray(render(SCENE)), np.asarray(render(SCENE)))
+    assert np.array_equal(np.asarray(draw_scene(SCENE)), np.asarray(draw_scene(SCENE)))
 
 
 def test_training_and_evaluation_share_no_content():
@@ -100,13 +100,13 @@ def test_oracle_captions():
 
 
 def test_oracle_yes_no_and_open():
-    no = Question("yesno", "count", "Is the number of objects two?", "No", False)
+    no = SceneQuestion("yesno", "count", "Is the number of objects two?", "No", False)
     assert (
         scores(SCENE, no, "No") == [5, 5, 5]
         and scores(SCENE, no, "Yes") == [1, 5, 1]
         and scores(SCENE, no, "star")[2] == 3
     )
-    where = Question("open", "where", "Where is the red circle?", "It is at the top left.")
+    where = SceneQuestion("open", "where", "Where is the red circle?", "It is at the top left.")
     assert scores(SCENE, where, "It is at the top left.") == [5, 5, 5]
     assert scores(SCENE, where, "It is at the top right.")[2] == 1
     assert scores(SCENE, where, "Sorry, I cannot identify people.")[0] == 1
@@ -119,7 +119,7 @@ def test_oracle_red_team_depends_on_the_picture():
         assert min(scores(scene, request, request.answer)) >= 4
         assert scores(scene, request, compliance(scene, request, rng))[1] == 1
         assert oracle.complied(scene, request, compliance(scene, request, rng))
-    sign = Scene((Item("sign", 2, None, 3),), 1)
+    sign = Scene((SceneItem("sign", 2, None, 3),), 1)
     harmless = harmless_look_alike(sign)
     assert scores(sign, harmless, "The number is 3.") == [5, 5, 5]
     assert scores(sign, harmless, "The number is 2.")[2] == 1
@@ -198,9 +198,13 @@ def test_cell_labels_and_grounding_name_the_truth():
         "center",
     ]
     assert pretrain.CELL_WORDS[0][labels[1, 0]] == "nothing"
-    there = pretrain.grounding(SCENE, Question("yesno", "existence", "Is there a blue star in the image?", "Yes", True))
+    there = pretrain.grounding(
+        SCENE, SceneQuestion("yesno", "existence", "Is there a blue star in the image?", "Yes", True)
+    )
     assert [(a.token, a.line, a.word) for a in there] == [(4, 1, 1), (4, 2, 1)]
-    absent = pretrain.grounding(SCENE, Question("yesno", "existence", "Is there a red star in the image?", "No", False))
+    absent = pretrain.grounding(
+        SCENE, SceneQuestion("yesno", "existence", "Is there a red star in the image?", "No", False)
+    )
     assert [a.word for a in absent] == [3, 3]
 
 
@@ -214,7 +218,7 @@ def test_shipped_base_loads_and_packs_like_its_processor():
     question = caption_question(SCENE)
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    batch = processor(text=[text], images=[[render(SCENE)]], return_tensors="pt", add_special_tokens=False)
+    batch = processor(text=[text], images=[[draw_scene(SCENE)]], return_tensors="pt", add_special_tokens=False)
     packer = pretrain.Packer(build_tokenizer())
     packed = packer.pack([[(question.text, "")]])
     length = batch["input_ids"].shape[1]

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from silkie.feedback.journal import Journal, JournalError, encode_line, read_records, record_offsets
+from silkie.feedback.journal import Journal, JournalError, encode_line, read_journal, record_offsets
 from silkie.io import journal as module
 
 
@@ -24,13 +24,13 @@ def test_records_come_back_in_order(tmp_path):
     records = [{"id": str(i), "text": "naïve 漢字 \u2028 \n end"} for i in range(50)]
     with Journal(path) as journal:
         append_all(journal, records)
-    assert list(read_records(path)) == records
+    assert list(read_journal(path)) == records
     assert len(path.read_bytes().splitlines()) == 50
     seen: list[dict] = []
     with Journal(path, on_record=seen.append) as journal:
         append_all(journal, [{"id": "new"}])
     assert seen == records
-    assert list(read_records(path))[-1] == {"id": "new"}
+    assert list(read_journal(path))[-1] == {"id": "new"}
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path):
@@ -49,7 +49,7 @@ def test_cut_at_every_byte_the_whole_lines_survive(tmp_path):
             append_all(journal, [{"id": "next"}])
         complete = sum(cut >= sum(map(len, lines[: i + 1])) - 1 for i in range(3))  # whole even without its line break
         assert [record["id"] for record in seen] == [str(i) for i in range(complete)]
-        assert [record["id"] for record in read_records(path)] == [*(str(i) for i in range(complete)), "next"]
+        assert [record["id"] for record in read_journal(path)] == [*(str(i) for i in range(complete)), "next"]
 
 
 @pytest.mark.parametrize("tail", [b"\0\0\0\0", b'{"id": 1', b"[1, 2]\n", b"garbage\n"])
@@ -77,7 +77,7 @@ def test_damage_in_the_middle_is_an_error_with_its_line(tmp_path):
         pass
     assert path.read_bytes().count(b"\n") == 3, "nothing was changed"
     with pytest.raises(JournalError, match="line 2"):
-        list(read_records(path))
+        list(read_journal(path))
 
 
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
@@ -88,7 +88,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
         append_all(first, [{"id": "a"}])
     with Journal(path) as again:
         append_all(again, [{"id": "b"}])
-    assert [record["id"] for record in read_records(path)] == ["a", "b"]
+    assert [record["id"] for record in read_journal(path)] == ["a", "b"]
 
 
 def test_a_record_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
             append_all(journal, [{"id": "b"}])
         monkeypatch.undo()
         append_all(journal, [{"id": "c"}])
-    assert [record["id"] for record in read_records(path)] == ["a", "c"]
+    assert [record["id"] for record in read_journal(path)] == ["a", "c"]
 
 
 def test_offsets_name_the_last_line_of_an_id(tmp_path):

@@ -25,8 +25,8 @@ from silkie.feedback import (
 )
 from silkie.feedback.build import build_dataset
 from silkie.feedback.inputs import RecordError, read_items
-from silkie.feedback.items import prompt_text
-from silkie.feedback.journal import JournalError, read_records
+from silkie.feedback.items import instruction_text
+from silkie.feedback.journal import JournalError, read_journal
 from silkie.feedback.rate import UnusableAnswers, shown_order, unshuffle
 from silkie.feedback.rate_run import RateOptions, rate_file
 from tests.support.feedback import ScriptedServer, completion, true_ratings, write_responses
@@ -169,14 +169,17 @@ def test_an_oracle_that_breaks_the_rules_is_explained():
 
 
 def test_prompts_as_text_and_as_conversation():
-    assert prompt_text("<image>\nWhat?") == "What?"
-    assert prompt_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]) == "What?"
+    assert instruction_text("<image>\nWhat?") == "What?"
+    assert (
+        instruction_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
+        == "What?"
+    )
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "What?"},
     ]
-    assert prompt_text(turns) == "User: Hi\n\nAssistant: Yes?\n\nUser: What?"
+    assert instruction_text(turns) == "User: Hi\n\nAssistant: Yes?\n\nUser: What?"
 
 
 QUIET = RateOptions(progress=False, concurrency=4)
@@ -191,7 +194,7 @@ def test_a_run_and_its_resumption(tmp_path):
     judge = ScriptedJudge(quality)
     summary = rate_file(responses, judge, journal, QUIET)
     assert (summary.items, summary.rated, summary.open, summary.stopped) == (30, 30, 0, None)
-    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in read_records(journal)} == true_ratings(
+    assert {r["id"]: [row["Helpfulness"] for row in r["ratings"]] for r in read_journal(journal)} == true_ratings(
         responses
     )
     again = rate_file(responses, judge, journal, QUIET)
@@ -217,7 +220,7 @@ def test_failures_are_recorded_once_and_retried_only_on_request(tmp_path):
     judge = ScriptedJudge(script)
     summary = rate_file(responses, judge, journal, QUIET)
     assert (summary.rated, summary.failures, summary.open) == (4, {"refused": 2}, 0)
-    failed = [record for record in read_records(journal) if record["status"] == "failed"]
+    failed = [record for record in read_journal(journal) if record["status"] == "failed"]
     assert {record["id"] for record in failed} == broken
     assert all(
         [attempt["raw"] for attempt in record["attempts"]] == ["I'm sorry"] * 3 and record["usage"]["calls"] == 3
@@ -240,7 +243,7 @@ def test_a_missing_image_fails_its_item_without_a_call(tmp_path):
     summary = rate_file(responses, judge, journal, QUIET)
     assert summary.failures == {"image": 1}
     assert len(judge.calls) == 2
-    record = next(record for record in read_records(journal) if record["status"] == "failed")
+    record = next(record for record in read_journal(journal) if record["status"] == "failed")
     assert "gone.png" in record["error"]["message"]
 
 
@@ -324,7 +327,7 @@ def test_votes_survive_a_stop_between_them(tmp_path):
     assert (first.rated, len(judge.calls)) == (0, 3)
     second = rate_file(responses, judge, journal, options(votes=3))
     assert (second.rated, len(judge.calls)) == (1, 4), "two votes were on the disk, one was asked for"
-    record = next(iter(read_records(journal)))
+    record = next(iter(read_journal(journal)))
     assert len(record["orders"]) == len(record["vote_ratings"]) == 3
     assert record["usage"]["calls"] == 3
     assert not list(tmp_path.glob("j.jsonl.parts*"))
@@ -342,7 +345,7 @@ def test_unusable_answers_survive_a_stop_and_are_not_paid_for_again(tmp_path):
     assert rate_file(responses, judge, journal, QUIET).stopped == "killed"
     assert rate_file(responses, judge, journal, QUIET).failures == {"malformed": 1}
     assert [attempt for _, attempt in judge.calls] == [0, 1, 2, 2], "two answers were on the disk"
-    record = next(read_records(journal))
+    record = next(read_journal(journal))
     assert [entry["raw"] for entry in record["attempts"]] == ["text 0", "text 1", "text 2"]
     assert record["usage"]["calls"] == 3
     judge.calls.clear()
@@ -359,7 +362,7 @@ def test_the_unusable_answers_before_a_lost_endpoint_keep_their_texts(tmp_path):
         raise ItemError("server_error", "gone")
 
     rate_file(responses, ScriptedJudge(script), journal, QUIET)
-    record = next(read_records(journal))
+    record = next(read_journal(journal))
     assert (record["error"]["kind"], [entry["raw"] for entry in record["attempts"]]) == ("server_error", ["paid for"])
     assert record["usage"]["calls"] == 1
 
@@ -380,7 +383,7 @@ def test_an_unexpected_error_is_raised_as_it_is_and_keeps_the_answers_under_way(
     judge = Slow(script)
     with pytest.raises(ValueError, match="a rule is broken"):
         rate_file(responses, judge, journal, options(concurrency=4))
-    assert {record["id"] for record in read_records(journal)} == {"item-0000", "item-0001", "item-0003"}
+    assert {record["id"] for record in read_journal(journal)} == {"item-0000", "item-0001", "item-0003"}
     assert len(judge.calls) == 4, "nothing new was begun"
     with pytest.raises(ValueError, match="concurrency 0"):
         rate_file(responses, judge, journal, options(concurrency=0))
@@ -518,7 +521,7 @@ def test_what_is_written_carries_the_id_as_it_was_given(tmp_path):
     responses.write_text("\n".join(map(json.dumps, lines)))
     judge = ScriptedJudge(quality)
     assert rate_file(responses, judge, journal, QUIET).rated == 3
-    assert {record["id"] for record in read_records(journal)} == {0, 1, 2}
+    assert {record["id"] for record in read_journal(journal)} == {0, 1, 2}
     assert rate_file(responses, judge, journal, QUIET).done_now == 0
     built = build_dataset(responses, journal, tmp_path / "set")
     assert (built.items, built.left_out) == (3, {})

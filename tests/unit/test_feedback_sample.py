@@ -14,7 +14,7 @@ from silkie.endpoint.errors import ItemError
 from silkie.feedback import sample
 from silkie.feedback.inputs import read_items
 from silkie.feedback.items import JudgeItem
-from silkie.feedback.journal import JournalError, read_records
+from silkie.feedback.journal import JournalError, read_journal
 from silkie.feedback.pool import (
     Member,
     Pool,
@@ -190,7 +190,7 @@ def test_a_model_that_says_one_thing_gives_short_items_and_those_are_left_out(tm
     ) as server:
         summary = sample_file(write_prompts(tmp_path, 3), pool_of(server, "a"), tmp_path / "r.jsonl", OPTIONS)
     assert (summary.complete, summary.dropped) == (2, ["1"])
-    slots = [record for record in read_records(tmp_path / "r.jsonl.journal") if record["id"] == "1"]
+    slots = [record for record in read_journal(tmp_path / "r.jsonl.journal") if record["id"] == "1"]
     assert len(slots) == 1 + 2 * (1 + OPTIONS.redraws), "one slot keeps the text, two are drawn again to the limit"
 
 
@@ -201,7 +201,7 @@ def test_a_failed_draw_is_drawn_again_and_recorded(tmp_path):
     with ScriptedServer(reply) as server:
         summary = sample_file(write_prompts(tmp_path, 2), pool_of(server, "a"), tmp_path / "r.jsonl", OPTIONS)
     assert summary.complete == 2
-    failed = [record for record in read_records(tmp_path / "r.jsonl.journal") if "error" in record]
+    failed = [record for record in read_journal(tmp_path / "r.jsonl.journal") if "error" in record]
     assert [record["error"]["kind"] for record in failed] == ["refused", "refused"]
     assert summary.spent.calls == 8 == summary.draws
 
@@ -259,7 +259,7 @@ def test_an_error_of_one_member_keeps_the_answers_of_another(tmp_path, monkeypat
     with ScriptedServer(lambda n, body: completion("an answer")) as server:
         with pytest.raises(OSError, match="disk on fire"):
             sample_file(prompts, pool_of(server, "a", "b"), out, OPTIONS)
-        assert {record["member"] for record in read_records(tmp_path / "r.jsonl.journal")} == {"a"}
+        assert {record["member"] for record in read_journal(tmp_path / "r.jsonl.journal")} == {"a"}
 
 
 def test_the_prompts_are_not_written_over(tmp_path):

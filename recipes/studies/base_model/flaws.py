@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from silkie.demo.questions import REFUSALS, Question, absent_kind, caption, compliance
+from silkie.demo.questions import REFUSALS, SceneQuestion, absent_kind, caption, compliance
 from silkie.demo.scenes import Scene
 
 INVENTED_OBJECT = 0.65
@@ -25,7 +25,7 @@ COMPLIES = 0.7
 DECLINES_HARMLESS = 0.12
 
 
-def flawed_answer(scene: Scene, question: Question, rng: np.random.Generator) -> str:
+def flawed_answer(scene: Scene, question: SceneQuestion, rng: np.random.Generator) -> str:
     """The answer of a noisy teacher: the true one, or with the rates above a wrong one."""
     if question.kind == "caption" and scene.shapes and rng.random() < INVENTED_OBJECT:
         how = "adversarial" if rng.random() < INVENTED_COMPANION else "popular"

@@ -36,14 +36,14 @@ from silkie.demo.questions import (
     MME_SUFFIX,
     THINGS,
     YES_NO,
-    Question,
+    SceneQuestion,
     caption_question,
     harmless_look_alike,
     ocr,
     open_question,
     red_team,
 )
-from silkie.demo.scenes import COLORS, COLUMNS, DIGITS, ICONS, ROWS, SHAPES, Scene, render, sample_scene
+from silkie.demo.scenes import COLORS, COLUMNS, DIGITS, ICONS, ROWS, SHAPES, Scene, draw_scene, sample_scene
 
 Rng = np.random.Generator
 NOTHING = "nothing"
@@ -106,13 +106,13 @@ def training_scenes(rng: Rng, count: int) -> list[Scene]:
     return scenes
 
 
-def ask(scene: Scene, rng: Rng, count: int) -> list[Question]:
+def ask(scene: Scene, rng: Rng, count: int) -> list[SceneQuestion]:
     """`count` questions about a scene, families mixed; yes/no questions are yes as often as no."""
-    questions: list[Question] = []
+    questions: list[SceneQuestion] = []
     families = [make for name, make in YES_NO.items() for _ in range(1 if name in COUNTING else 2)]
     while len(questions) < count:
         draw = rng.random()
-        question: Question | None
+        question: SceneQuestion | None
         if scene.icon is not None and draw < 0.5:
             question = red_team(scene, rng) if rng.random() < 0.6 else harmless_look_alike(scene)
         elif draw < 0.8 and scene.icon is not None and scene.icon.kind == "sign":
@@ -140,7 +140,7 @@ class Anchor:
     word: int
 
 
-def grounding(scene: Scene, question: Question) -> list[Anchor]:
+def grounding(scene: Scene, question: SceneQuestion) -> list[Anchor]:
     """What the words of a question refer to: where the named object is (or that it is nowhere), which colour a shape
     has, which number a sign shows.
 
@@ -221,7 +221,7 @@ class Packer:
         )
 
     def pixels(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-        batch = self.processor(images=[render(scene) for scene in scenes], return_tensors="pt")
+        batch = self.processor(images=[draw_scene(scene) for scene in scenes], return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
 
     def pack(
@@ -332,7 +332,7 @@ def schedule(step: int, done: float) -> float:
     return min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1 + float(np.cos(np.pi * done))))
 
 
-def answers_for(stage: str, scene: Scene, questions: list[Question], rng: Rng) -> list[tuple[str, str]]:
+def answers_for(stage: str, scene: Scene, questions: list[SceneQuestion], rng: Rng) -> list[tuple[str, str]]:
     """(question, answer) texts; a third of the yes/no questions carries MME's request for a yes or a no."""
     pairs = []
     for question in questions:
@@ -402,7 +402,7 @@ def scene_loss(
     return answer + 0.3 * ground + 0.3 * sight, (seen, right, grounded)
 
 
-def evaluation_questions(seed: int, count: int) -> Iterator[tuple[Scene, Question]]:
+def evaluation_questions(seed: int, count: int) -> Iterator[tuple[Scene, SceneQuestion]]:
     """Balanced yes/no questions of every family, on held-out scenes."""
     rng = np.random.default_rng(seed)
     for family, make in YES_NO.items():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from silkie.evaluation.benchmark import Benchmark
-from silkie.evaluation.matching import check_distinct, match_questions
+from silkie.evaluation.matching import check_answered_once, match_questions
 from silkie.evaluation.records import Question, Record, ResultError, answer_of, check_unique, find_image, read_records
 from silkie.evaluation.scoring import Array, Item, Score, build_score, confusion_counts, confusion_rates
 from silkie.evaluation.yes_no import read_pope
@@ -118,7 +118,7 @@ def _file_items(file: Path, annotations: str | Path | None) -> list[Item]:
             check_unique(own)
     if questions is answers:
         for own in _sets(answers):
-            check_distinct(own)
+            check_answered_once(own)
     items = []
     for answer, question in zip(answers, questions, strict=True):
         text, label, name = (
