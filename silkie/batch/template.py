@@ -176,7 +176,7 @@ class ChatTemplate:
         message = {"role": role, **{key: value for key, value in rest.items() if value is not None}}
         if content is None:
             return message
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(map(_plain, content))
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(map(_without_nulls, content))
         if self._reads_parts.get(role, self._reads_parts["user"]):
             return {**message, "content": parts}
         if other := sorted({part["type"] for part in parts} - {"text"}):
@@ -231,7 +231,7 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(part: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if value is not None}
 
 

@@ -52,8 +52,8 @@ class Comparison:
         result: dict[str, Any] = {
             "benchmark": self.benchmark,
             "questions": self.questions,
-            "metrics": {m.name: _row(m) for m in self.metrics},
-            "categories": {name: {"metric": m.name, **_row(m)} for name, m in self.categories.items()},
+            "metrics": {m.name: _json_values(m) for m in self.metrics},
+            "categories": {name: {"metric": m.name, **_json_values(m)} for name, m in self.categories.items()},
             "flips": {"fixed": len(self.fixed), "broken": len(self.broken), "mcnemar_p": self.mcnemar_p},
         }
         if flips:
@@ -199,7 +199,7 @@ def _mcnemar(a: Sequence[Item], b: Sequence[Item]) -> float | None:
     return mcnemar_exact(sum(x and not y for x, y in judged), sum(y and not x for x, y in judged)) if judged else None
 
 
-def _row(m: MetricDifference) -> dict[str, Any]:
+def _json_values(m: MetricDifference) -> dict[str, Any]:
     return {k: v for k, v in asdict(m).items() if k != "name"}
 
 

@@ -61,7 +61,7 @@ def check_answered_once(answers: Sequence[Record]) -> None:
     """One question about one image counts once, whatever its ids are. Raises ResultError at the second answer."""
     seen: dict[Key, Record] = {}
     for answer in answers:
-        text, image = _plain(question_of(answer)), _image(answer)
+        text, image = _bare_question(question_of(answer)), _image(answer)
         if text and image and (first := seen.setdefault((text, image), answer)) is not answer:
             raise answer.error(
                 f"the question {text[:80]!r} about {image} was already answered at line {first.line}, under another id."
@@ -85,12 +85,12 @@ def _by_text(answers: Sequence[Record], questions: Sequence[Record], source: Pat
     with_images = all(map(_image, answers)) and all(map(_image, questions))
     known: dict[Key, Record] = {}
     for question in questions:
-        text = _plain(question.prompt)
+        text = _bare_question(question.prompt)
         if not text or known.setdefault((text, _image(question) if with_images else ""), question) is not question:
             return None
     matched, used = [], dict[int, Record]()
     for answer in answers:
-        found = _look_up(known, _plain(question_of(answer)), _image(answer) if with_images else "")
+        found = _look_up(known, _bare_question(question_of(answer)), _image(answer) if with_images else "")
         if found is None:
             about = f" about {answer.image}" if with_images else ""
             raise answer.error(f"the question {question_of(answer)[:120]!r}{about} is not in {source}.")
@@ -111,7 +111,7 @@ def _look_up(known: dict[Key, Record], text: str, image: str) -> Record | None:
 
 
 def _check_same(answer: Record, question: Record, source: Path) -> None:
-    asked, expected = _plain(question_of(answer)), _plain(question.prompt)
+    asked, expected = _bare_question(question_of(answer)), _bare_question(question.prompt)
     if asked and expected and not asked.startswith(expected):
         raise answer.error(
             f"it answers {asked[:80]!r}, but the question that its id or place gives it is {expected[:80]!r}"
@@ -122,7 +122,7 @@ def _check_same(answer: Record, question: Record, source: Path) -> None:
         raise answer.error(f"it is about {theirs!r}, but the question at {source}:{question.line} about {ours!r}.")
 
 
-def _plain(text: str) -> str:
+def _bare_question(text: str) -> str:
     """A question without image marks, case and extra white space. What a prompt adds stands behind it."""
     return " ".join(text.replace("<image>", " ").casefold().split())
 

@@ -158,9 +158,9 @@ def build_score(
             groups.setdefault(name, []).append(np.asarray(item.counts, dtype=np.float64))
     return Score(
         benchmark=benchmark,
-        metrics=_plain(combine(table.totals(), table.strata)),
+        metrics=_nan_as_none(combine(table.totals(), table.strata)),
         categories={
-            name: {"questions": len(rows), **_plain(rates(np.sum(rows, axis=0)))}
+            name: {"questions": len(rows), **_nan_as_none(rates(np.sum(rows, axis=0)))}
             for name, rows in groups.items()
             if rows
         },
@@ -214,5 +214,5 @@ def confusion_rates(sums: Array) -> dict[str, Array]:
     }
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+def _nan_as_none(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: None if math.isnan(float(value)) else float(value) for name, value in metrics.items()}

@@ -51,10 +51,10 @@ def comparison_text(comparison: Comparison, shown_flips: int = 10, names: tuple[
                 *(f"{letter}: {name}" for letter, name in zip("AB", names or (), strict=False)),
             ]
         ),
-        table([header, *map(_row, comparison.metrics)]),
+        table([header, *map(_cells, comparison.metrics)]),
     ]
     if comparison.categories:
-        rows = [[f"{name} ({m.name})", *_row(m)[1:]] for name, m in comparison.categories.items()]
+        rows = [[f"{name} ({m.name})", *_cells(m)[1:]] for name, m in comparison.categories.items()]
         parts.append(table([["category", "A", "B", "B - A", "95 % interval", "p (Holm)"], *rows]))
     p = "" if comparison.mcnemar_p is None else f" (McNemar exact p = {comparison.mcnemar_p:.2g})"
     parts.append(f"flips: {len(comparison.fixed)} wrong -> right, {len(comparison.broken)} right -> wrong{p}")
@@ -82,7 +82,7 @@ def span(interval: tuple[float, float]) -> str:
     return f"[{number(interval[0])}, {number(interval[1])}]"
 
 
-def _row(m: MetricDifference) -> list[str]:
+def _cells(m: MetricDifference) -> list[str]:
     interval = "-" if m.low is None or m.high is None else span((m.low, m.high))
     p_value = "-" if m.p_value is None else "< 0.001" if m.p_value < 0.001 else f"{m.p_value:.3f}"
     sign = "" if m.difference is None or m.difference < 0 else "+"

@@ -56,7 +56,7 @@ def looks_like_refusal(text: str) -> bool:
     return _REFUSAL.search(text[:400]) is not None
 
 
-def _plain(heading: str) -> str:
+def _bare_heading(heading: str) -> str:
     """ "**2. Visual Faithfulness Assessment:**" -> "visual faithfulness"."""
     text = re.sub(r"[*_`#:]", " ", heading).strip().casefold()
     text = re.sub(r"^\(?\d+[.)]\s*", "", text)
@@ -96,7 +96,7 @@ def _complete(found: Mapping[str, Mapping[int, AspectRating]], rubric: Rubric, c
 
 def parse_markdown(text: str, rubric: Rubric, count: int) -> Ratings:
     """Ratings of `count` texts from the Markdown form, in the order shown. Raises AnswerError."""
-    known = {_plain(name): aspect.name for aspect in rubric.aspects for name in (aspect.name, *aspect.aliases)}
+    known = {_bare_heading(name): aspect.name for aspect in rubric.aspects for name in (aspect.name, *aspect.aliases)}
     found: dict[str, dict[int, AspectRating]] = {}
     aspect: str | None = None
     number: int | None = None
@@ -119,7 +119,7 @@ def parse_markdown(text: str, rubric: Rubric, count: int) -> Ratings:
 
     for line in text.splitlines():
         heading = _HEADING.match(line) if len(line) <= LONGEST_HEADING else None
-        title = _plain(heading["hashed"] or heading["bold"]) if heading else ""
+        title = _bare_heading(heading["hashed"] or heading["bold"]) if heading else ""
         as_text = _TEXT.match(title) if heading else None
         as_field = _FIELD.match(line)
         if as_text:
@@ -163,10 +163,10 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
         raise AnswerError("invalid_json", f"not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise AnswerError("malformed", f"expected a JSON object with the aspects as keys, found {type(data).__name__}")
-    known = {_plain(name): aspect.name for aspect in rubric.aspects for name in (aspect.name, *aspect.aliases)}
+    known = {_bare_heading(name): aspect.name for aspect in rubric.aspects for name in (aspect.name, *aspect.aliases)}
     found: dict[str, dict[int, AspectRating]] = {}
     for key, texts in data.items():
-        aspect = known.get(_plain(key.replace("_", " ")))
+        aspect = known.get(_bare_heading(key.replace("_", " ")))
         if aspect is None:
             continue
         if isinstance(texts, list):  # by place, where the server does not keep to the schema

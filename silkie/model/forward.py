@@ -174,7 +174,7 @@ def scored_head(
             )
             logps, stats = score(return_stats=True) if return_stats else (score(), None)
         else:
-            logps, stats = _plain(plain_forward(scored), target, options, return_stats)
+            logps, stats = _logps_of_logits(plain_forward(scored), target, options, return_stats)
         box["stats"] = stats
         # The model's forward scales what the head returns. FSDP2 hooks the output of a module, which must not be a
         # view.
@@ -193,7 +193,7 @@ def scored_head(
             del head.forward
 
 
-def _plain(
+def _logps_of_logits(
     logits: Tensor, target: Tensor, options: HeadOptions, return_stats: bool
 ) -> tuple[Tensor, LogprobStats | None]:
     logits = logits.float() if logits.dtype != torch.float64 else logits

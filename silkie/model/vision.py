@@ -180,18 +180,18 @@ def _select_tokens(tokens: Any, total: int | None, sizes: list[int] | None, orde
         flat = tokens.reshape(-1, tokens.shape[-1])
         if total is not None and len(flat) != total:
             return tokens
-        rows = _rows(flat, sizes, order)
+        rows = _in_row_order(flat, sizes, order)
         return (torch.cat(rows) if rows else flat[:0]).reshape(-1, *tokens.shape[1:])
     if not isinstance(tokens, (list, tuple)) or not tokens:
         return tokens
     if all(isinstance(t, Tensor) for t in tokens) and (total is None or _count(tokens) == total):
         flat = torch.cat([t.reshape(-1, t.shape[-1]) for t in tokens])
-        return type(tokens)(_rows(flat, sizes, order) or [flat[:0]])
+        return type(tokens)(_in_row_order(flat, sizes, order) or [flat[:0]])
     levels = [_select_tokens(level, total, sizes, order) for level in tokens]
     return type(tokens)(levels) if any(a is not b for a, b in zip(levels, tokens, strict=True)) else tokens
 
 
-def _rows(flat: Tensor, sizes: list[int] | None, order: Sequence[int]) -> list[Tensor]:
+def _in_row_order(flat: Tensor, sizes: list[int] | None, order: Sequence[int]) -> list[Tensor]:
     groups = flat.split(sizes) if sizes is not None else []
     return [groups[g] for g in order]
 

@@ -120,7 +120,7 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
             causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
         adapted = _with_adapter(model.double())
         verdict.coverage, verdict.vision = coverage(adapted), describe_vision(adapted)
-        truth = _plain(adapted, encoder, rows)
+        truth = _plain_forward(adapted, encoder, rows)
     except Exception as error:  # whatever a model's own classes raise
         logger.debug("%s", name, exc_info=True)
         verdict.layout, verdict.why = None, verdict.why + _told(error)
@@ -194,7 +194,9 @@ def encode_image(image: Any) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _plain(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+def _plain_forward(
+    model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     with _without_dropout(model):
         logps = [logps for row in rows for logps in plain_logps(model, encoder, row, dict)]
     flat = torch.cat(logps)

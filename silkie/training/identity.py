@@ -133,7 +133,7 @@ def identify(start: Start, data: Dataset, encoder: GroupEncoder, args: SilkieDPO
         "optimizer": {**_options(args, _OPTIMIZER), **start.optimizer},
         LENGTH: _options(args, ("num_train_epochs", "max_steps")),
     }
-    return json.loads(json.dumps(parts, default=_plain))
+    return json.loads(json.dumps(parts, default=_json_ready))
 
 
 def _options(args: SilkieDPOConfig, names: Iterable[str]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def describe_data(data: Dataset) -> dict[str, Any]:
     texts = data.select_columns([name for name in _TEXTS if name in data.column_names])
     digest = hashlib.blake2b(digest_size=16)
     for batch in texts.iter(1000):
-        digest.update(json.dumps(batch, sort_keys=True, default=_plain).encode())
+        digest.update(json.dumps(batch, sort_keys=True, default=_json_ready).encode())
     return {"groups": len(data), "content": f"hash:{digest.hexdigest()}", "images": _images(data)}
 
 
@@ -285,12 +285,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _hash(value: Any) -> Any:
     """A value as it is where it is short, else its hash."""
-    text = json.dumps(value, sort_keys=True, default=_plain)
+    text = json.dumps(value, sort_keys=True, default=_json_ready)
     return (
         json.loads(text) if len(text) <= 200 else f"hash:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
     )
 
 
-def _plain(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     """JSON-ready; sets are sorted, because their order differs between processes."""
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))

@@ -89,7 +89,7 @@ class RunDescription:
 
 def _shown_options(args: SilkieDPOConfig) -> dict[str, Any]:
     """The options that a reader of a card looks for."""
-    return {name: _plain(getattr(args, name, None)) for name in _OPTIONS}
+    return {name: _json_ready(getattr(args, name, None)) for name in _OPTIONS}
 
 
 def setup_lines(choice: LayoutChoice, reference: Reference | None, args: SilkieDPOConfig, vision: str) -> list[str]:
@@ -168,7 +168,7 @@ def _shown(base: str) -> str:
     return Path(base).name if Path(base).is_dir() else base
 
 
-def _plain(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, list, type(None))) else str(value)
 
 

@@ -100,7 +100,7 @@ class Reference:
         )
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps(causal_lm(model).config.to_dict(), sort_keys=True, default=str).encode())
-        digest.update(json.dumps(self._adapter_configs(), sort_keys=True, default=_plain).encode())
+        digest.update(json.dumps(self._adapter_configs(), sort_keys=True, default=_json_ready).encode())
         for name, parameter in model.named_parameters():
             if not any(s in name for s in skip):
                 data = getattr(parameter, "ds_tensor", parameter).detach()
@@ -123,7 +123,7 @@ class Reference:
         return {name: wrapped.peft_config[name].to_dict() for name in active}
 
 
-def _plain(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     """JSON-ready; sets are sorted, because their order differs between processes."""
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 

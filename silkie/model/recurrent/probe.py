@@ -79,7 +79,7 @@ def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: t
     """Prompts and responses of a mixer with random weights, forked and one sequence at a time: in float32 with
     transformers' own code, which shows what the mixer does with a state (half precision hides much in its rounding),
     then in the dtype and with the kernels of the run, which shows what they do."""
-    row, segments = _row(calls)
+    row, segments = _packed_row(calls)
     hidden = torch.randn(1, row, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         twin = _twin(mixer, device)
@@ -147,7 +147,7 @@ def _twin(mixer: nn.Module, device: torch.device) -> nn.Module:
     return twin
 
 
-def _row(calls: int) -> tuple[int, list[Segment]]:
+def _packed_row(calls: int) -> tuple[int, list[Segment]]:
     """The tokens of one packed row, and its segments."""
     at = 0
     segments: list[Segment] = []
