@@ -322,7 +322,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     @classmethod
     def from_trl(cls, args: DPOConfig) -> SilkieDPOConfig:
         """A config with every option of TRL's, and silkie's own at their defaults."""
-        config = object.__new__(cls)  # `__init__` would derive anew what TRL's has derived, such as the device
+        config = object.__new__(cls)  # `__init__` would recompute what TRL's has already derived, such as the device
         own = {name: _default(f) for name, f in cls.__dataclass_fields__.items() if name not in vars(args)}
         # TRL trains the vision tower in full fine-tuning
         config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})

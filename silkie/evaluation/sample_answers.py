@@ -144,7 +144,7 @@ def plain_turns(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def words_of(prompt: Sequence[dict[str, Any]]) -> str:
-    """The text of a prompt's turns, for people."""
+    """The text of a prompt's turns, as the log shows it."""
     return "\n".join(part["text"] for turn in prompt for part in turn["content"] if part["type"] == "text")
 
 

@@ -27,11 +27,11 @@ from silkie.io.jsonl import json_lines
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
-    """`left_out`: why (a kind of failure, "not rated yet", or what a record cannot hold) -> items; `pairless`: items in
+    """`skipped`: why (a kind of failure, "not rated yet", or what a record cannot hold) -> items; `pairless`: items in
     the dataset without a single pair."""
 
     items: int
-    left_out: dict[str, int]
+    skipped: dict[str, int]
     pairs: int
     pairless: int
     quality: dict[str, Any]
@@ -39,14 +39,14 @@ class BuildSummary:
 
     def text(self) -> str:
         return (
-            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); left out:"
-            f" {_listed(self.left_out) or 'none'}\n{len(self.files)} parquet file(s) in"
+            f"{self.items} items, {self.pairs} pairs ({self.pairless} items without one); skipped:"
+            f" {_listed(self.skipped) or 'none'}\n{len(self.files)} parquet file(s) in"
             f" {self.files[0].parent if self.files else '-'}"
         )
 
 
-def _listed(left_out: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+def _listed(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
 
 
 class _JournalReader:
@@ -108,14 +108,14 @@ def build_dataset(
 ) -> BuildSummary:
     """Join responses with their ratings and write the dataset, the pairs and the quality report below `out`.
 
-    Items that are not rated, and those that a VLFeedback record cannot hold, are left out and counted. Raises
+    Items that are not rated, and those that a VLFeedback record cannot hold, are skipped and counted. Raises
     FileExistsError where `out` already holds a dataset, JournalError where the journal belongs to other texts,
     ItemError for an image that cannot be read, ValueError where no item is left.
     """
     responses, out = Path(responses), Path(out)
     options = PairOptions.parse(pairs)
     reader = _JournalReader(Path(journal))
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     judged: list[Judged] = []
     counts: Counter[str] = Counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -127,9 +127,9 @@ def build_dataset(
             def records() -> Iterator[dict[str, Any]]:
                 for item in read_items(responses):
                     record = reader.get(item.id)
-                    reason = _why_left_out(item, record)
+                    reason = _why_skipped(item, record)
                     if record is None or reason is not None:
-                        left_out[str(reason)] += 1
+                        skipped[str(reason)] += 1
                         continue
                     _check_rating(item, record)
                     row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
@@ -148,7 +148,7 @@ def build_dataset(
             aspects, scale = _aspects_and_scale(reader)
             files = write_vlfeedback(records(), out, aspects=aspects, scale=scale, shard_bytes=shard_bytes)
         if not judged:
-            raise ValueError(f"nothing to build from {responses}: every item is left out ({_listed(left_out)})")
+            raise ValueError(f"nothing to build from {responses}: every item was skipped ({_listed(skipped)})")
         (out / "pairs.csv.partial").replace(out / "pairs.csv")
     finally:
         reader.close()
@@ -158,7 +158,7 @@ def build_dataset(
     (out / "quality.md").write_text(quality_markdown(quality), encoding="utf-8")
     return BuildSummary(
         items=len(judged),
-        left_out=dict(left_out),
+        skipped=dict(skipped),
         pairs=counts["pairs"],
         pairless=counts["pairless"],
         quality=quality,
@@ -182,7 +182,7 @@ def _aspects_and_scale(reader: _JournalReader) -> tuple[list[str], tuple[float, 
     raise JournalError("the journal holds no rated item, so there is nothing to build")
 
 
-def _why_left_out(item: JudgeItem, record: Record | None) -> str | None:
+def _why_skipped(item: JudgeItem, record: Record | None) -> str | None:
     """Why an item is not part of the dataset; None where it is."""
     if record is None:
         return "not rated yet"

@@ -119,7 +119,7 @@ class OutageGuard:
             )
 
     def release(self) -> list[Any]:
-        """The held items, which are failures of their own after all."""
+        """The held items, which turned out to be separate failures."""
         held, self._held = self._held, []
         return held
 

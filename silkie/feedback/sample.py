@@ -84,13 +84,13 @@ class SampleSummary:
         lines = [
             (
                 f"{self.items} items: {self.complete} complete, {self.short} with fewer responses, {len(self.dropped)}"
-                " left out"
+                " skipped"
             ),
             f"{self.draws} draws in all, {self.spent.tokens:,} tokens{cost}; {self.seconds:.1f} s now",
         ]
         if self.dropped and not self.stopped:
             lines.append(
-                "left out (too few distinct responses):"
+                "skipped (too few distinct responses):"
                 f" {', '.join(self.dropped[:10])}{' ...' if len(self.dropped) > 10 else ''}"
             )
         if self.stopped:
@@ -346,7 +346,7 @@ def _batches(draws: list[Draw], size: int) -> Iterator[tuple[Draw, ...]]:
 def _write_responses(
     items: list[JudgeItem], state: DrawState, prompts: Path, out: Path, options: SampleOptions
 ) -> tuple[int, int, list[str]]:
-    """Write `out` atomically; returns (complete, short, ids left out)."""
+    """Write `out` atomically; returns (complete, short, ids skipped)."""
     complete = short = 0
     dropped: list[str] = []
     temporary = out.with_name(out.name + ".partial")

@@ -60,7 +60,7 @@ def argument(help: str, *, metavar: str | None = None) -> Any:
 
 
 def optional_argument(help: str, *, metavar: str | None = None) -> Any:
-    """A positional argument that may be left out; it is None then."""
+    """An optional positional argument; None where it is absent."""
     return dataclasses.field(default=None, metadata={"help": help, "metavar": metavar, "positional": True})
 
 

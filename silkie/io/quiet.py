@@ -1,4 +1,4 @@
-"""Lines of libraries about what the user did not cause and cannot change, each left out by its own text.
+"""Lines of libraries about what the user did not cause and cannot change, each suppressed by its own text.
 
 Loading silkie does it, before the libraries are loaded. Everything else that they say stays.
 """

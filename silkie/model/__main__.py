@@ -81,7 +81,7 @@ def _pictures() -> list[Image.Image]:
 
 
 def lines(verdict: ModelVerdict) -> list[str]:
-    """For people."""
+    """Human-readable summary lines."""
     shown = [
         f"{verdict.name}: {'exact' if verdict.exact else 'refused'}",
         f"  layout: {verdict.layout} ({verdict.why})",

@@ -1,4 +1,4 @@
-"""What an adapter goes on by default, and how much of the language model that is.
+"""Which modules an adapter is attached to by default, and how much of the language model that is.
 
 Found by what a model is made of: linear layers and stacked expert weights of the text decoder. Not adapted: routers (an
 adapter on a router moves tokens between experts for small changes), embeddings, the output head, and convolutions,
@@ -37,26 +37,26 @@ class Coverage:
     Attributes:
         covered: numbers in weight matrices with an adapter.
         total: numbers in all weight matrices.
-        left_out: matrices without one, layer numbers as "*", the largest share first.
+        uncovered: matrices without one, layer numbers as "*", the largest share first.
     """
 
     covered: int
     total: int
-    left_out: tuple[str, ...]
+    uncovered: tuple[str, ...]
 
     @property
     def share(self) -> float:
         return self.covered / max(self.total, 1)
 
     def __str__(self) -> str:
-        names = "" if self.share >= ENOUGH or not self.left_out else f"; without: {', '.join(self.left_out[:8])}"
+        names = "" if self.share >= ENOUGH or not self.uncovered else f"; without: {', '.join(self.uncovered[:8])}"
         return f"{100 * self.share:.1f} % of the text weights ({self.total:,} numbers, embeddings apart){names}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Modules and parameters of a model that an adapter goes on, by their full names, and a regular expression of what
-    it does not go on: the parts that make features."""
+    """Modules and parameters of a model that an adapter is attached to, by their full names, and a regular expression
+    of what it is not attached to: the parts that make features."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
@@ -98,7 +98,7 @@ def default_lora_targets(source: Any) -> str:
 
 
 def names_no_targets(peft_config: PeftConfig) -> bool:
-    """Whether a LoRA config leaves it to silkie what the adapter goes on."""
+    """Whether a LoRA config leaves the choice of modules to silkie."""
     return isinstance(peft_config, LoraConfig) and not (peft_config.target_modules or peft_config.target_parameters)
 
 
@@ -153,7 +153,7 @@ def coverage(model: Any) -> Coverage:
         embeddings |= {id(p) for p in head.parameters()}
     adapted = _adapted(decoder)
     covered = total = 0
-    left_out: dict[str, int] = {}
+    uncovered: dict[str, int] = {}
     for name, parameter in decoder.named_parameters():
         if parameter.dim() < 2 or id(parameter) in embeddings or _of_adapter(name):
             continue
@@ -163,9 +163,9 @@ def coverage(model: Any) -> Coverage:
             covered += size
         else:
             key = _NUMBER.sub("*", name.replace(".base_layer", ""))
-            left_out[key] = left_out.get(key, 0) + size
-    names = sorted(left_out, key=lambda n: -left_out[n])
-    return Coverage(covered=covered, total=total, left_out=tuple(n.removesuffix(".weight") for n in names))
+            uncovered[key] = uncovered.get(key, 0) + size
+    names = sorted(uncovered, key=lambda n: -uncovered[n])
+    return Coverage(covered=covered, total=total, uncovered=tuple(n.removesuffix(".weight") for n in names))
 
 
 def _adapted(decoder: nn.Module) -> set[int]:

@@ -44,7 +44,8 @@ class Family:
 
 _PLAIN = Family()
 FAMILIES: dict[str, Family] = {
-    # counts from one; its processor gives type 1 to a text passed as `suffix`, and the prompt before it is two-way
+    # Positions start at one; the processor gives type 1 to a text passed as `suffix`, and the prompt before it is
+    # bidirectional
     "paligemma": Family(first_position=1, suffix=True, response_types={"token_type_ids": 1}),
 }
 

@@ -138,7 +138,7 @@ class Plan:
         return f"{share} to spare{': tight' * self.tight}" if self.fits else f"{share} too much"
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Human-readable summary lines."""
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead")
         by_part = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         verdict = "fits" if self.fits else "does NOT fit"

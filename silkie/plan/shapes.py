@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What the weightless model of a config says of itself, exact for every family.
+    """What the weightless model of a config reports, exact for every family.
 
     Attributes:
         parameters, vision, head: of the whole model, of its vision tower with projector, of the output head.

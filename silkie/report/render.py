@@ -53,7 +53,7 @@ def render(report: Report) -> str:
         categories=sorted({card["category"] for card in cards if card["category"]}),
         sets=sorted({card["benchmark"] for card in cards if card["benchmark"]}),
         flips=[(flip, name, shown[flip]) for flip, name in FLIP_NAMES.items() if shown[flip]],
-        left_out=_left_out(report),
+        omitted=_omitted(report),
         pictures=book.uris,
     )
 
@@ -72,7 +72,7 @@ def page(template: str, title: str, summary: str, *, filters: dict[str, Any], **
     return environment.get_template(template).render(title=title, summary=summary, style=style, script=script, **values)
 
 
-def _left_out(report: Report) -> str:
+def _omitted(report: Report) -> str:
     """Where the gallery is a selection: of how many questions, and how many of those changed in which direction."""
     counts = report.gallery_counts or {}
     total = sum(counts.values())

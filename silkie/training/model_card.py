@@ -60,7 +60,7 @@ _METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "re
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class RunDescription:
-    """What the model card and the run summary tell of a run.
+    """What the model card and the run summary report about a run.
 
     Attributes:
         args: options of the run.

@@ -1,4 +1,4 @@
-"""What a run says of itself: its log, its plan, its model card, and the state that its checkpoints keep."""
+"""What a run reports about itself: its log, its plan, its model card, and the state that its checkpoints keep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from silkie.training.reference import Reference
 
 
 class RunRecord(DPOTrainer):
-    """The part of `SilkieDPOTrainer` that tells of a run and changes nothing in it."""
+    """The part of `SilkieDPOTrainer` that reports on a run and changes nothing in it."""
 
     args: SilkieDPOConfig
     model: Any
@@ -69,7 +69,7 @@ class RunRecord(DPOTrainer):
         return [*lines, f"adapter: on {self._coverage}"] if self._coverage else lines
 
     def run_description(self) -> RunDescription:
-        """What the model card tells of this run."""
+        """The contents of the model card of this run."""
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return RunDescription(
             args=self.args,

@@ -80,7 +80,7 @@ class RecoverableTrainer(Trainer):
                 start where there is none.
 
         SIGTERM, Ctrl-C, or a file named `stop` in `output_dir` makes the run save a checkpoint after the current step
-        and leave the process with exit code 75, so that no script goes on with a half-trained model. With
+        and leave the process with exit code 75, so that no script continues with a half-trained model. With
         `on_preempt="return"` it returns, and `preempted` is True.
 
         Raises:

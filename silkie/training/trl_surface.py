@@ -44,7 +44,7 @@ class TrlSurface(Trainer):
         raise NotImplementedError
 
     def run_description(self) -> RunDescription:
-        """What the model card tells of this run."""
+        """The contents of the model card of this run."""
         raise NotImplementedError
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

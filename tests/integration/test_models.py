@@ -89,7 +89,7 @@ def test_targets_that_a_caller_names_stay(caplog):
     model, _ = tiny.tiny("qwen2_5_vl")
     config = LoraConfig(r=2, target_modules=["q_proj"])
     assert with_default_targets(config, model) is config
-    assert coverage(get_peft_model(model, config)).left_out[0].startswith("layers.*.mlp")
+    assert coverage(get_peft_model(model, config)).uncovered[0].startswith("layers.*.mlp")
 
 
 def test_an_encoder_decoder_is_refused_by_name():

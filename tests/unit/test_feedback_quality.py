@@ -179,7 +179,7 @@ def rated(folder, count=8):
 def test_build_gives_a_dataset_that_loads_as_preference_groups(tmp_path):
     responses, journal = rated(tmp_path)
     built = build_dataset(responses, journal, tmp_path / "set", reference=read_reference(journal))
-    assert (built.items, built.pairs, built.pairless, built.left_out) == (8, 48, 0, {})
+    assert (built.items, built.pairs, built.pairless, built.skipped) == (8, 48, 0, {})
     truth = true_ratings(responses)
     groups = load_preferences(tmp_path / "set", cache_dir=tmp_path / "cache")
     for group in groups:
@@ -210,7 +210,7 @@ def test_build_leaves_out_what_is_not_rated_and_says_so(tmp_path):
     del broken["ratings"]
     journal.write_text("\n".join([json.dumps(broken), *lines[1:-1]]) + "\n")
     built = build_dataset(responses, journal, tmp_path / "set", pairs="best_vs_worst")
-    assert (built.items, built.pairs, built.left_out) == (6, 6, {"refused": 1, "not rated yet": 1})
+    assert (built.items, built.pairs, built.skipped) == (6, 6, {"refused": 1, "not rated yet": 1})
 
 
 def test_what_a_record_cannot_hold_is_left_out_and_the_rest_loads(tmp_path):
@@ -224,14 +224,14 @@ def test_what_a_record_cannot_hold_is_left_out_and_the_rest_loads(tmp_path):
     judge = OracleJudge(lambda item: [dict.fromkeys(NAMES, 1 + item.responses.index(text)) for text in item.responses])
     rate_file(responses, judge, tmp_path / "j.jsonl", RateOptions(progress=False))
     built = build_dataset(responses, tmp_path / "j.jsonl", tmp_path / "set")
-    assert (built.items, built.left_out) == (2, {"no image": 1, "several images": 1, "an empty response": 1})
+    assert (built.items, built.skipped) == (2, {"no image": 1, "several images": 1, "an empty response": 1})
     assert built.text().startswith(
-        "2 items, 12 pairs (0 items without one); left out: an empty response 1, no image 1, several images 1"
+        "2 items, 12 pairs (0 items without one); skipped: an empty response 1, no image 1, several images 1"
     )
     groups = load_preferences(tmp_path / "set", cache_dir=tmp_path / "cache")
     assert groups["id"] == ["item-0003", "item-0004"] and groups[0]["responses"][1].endswith("half a pair: \ufffd")
     responses.write_text(json.dumps(items[0]) + "\n")
-    with pytest.raises(ValueError, match=r"every item is left out \(no image 1\)"):
+    with pytest.raises(ValueError, match=r"every item was skipped \(no image 1\)"):
         build_dataset(responses, tmp_path / "j.jsonl", tmp_path / "other")
 
 

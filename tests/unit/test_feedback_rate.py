@@ -524,7 +524,7 @@ def test_what_is_written_carries_the_id_as_it_was_given(tmp_path):
     assert {record["id"] for record in read_journal(journal)} == {0, 1, 2}
     assert rate_file(responses, judge, journal, QUIET).done_now == 0
     built = build_dataset(responses, journal, tmp_path / "set")
-    assert (built.items, built.left_out) == (3, {})
+    assert (built.items, built.skipped) == (3, {})
 
 
 def test_a_byte_order_mark_is_no_broken_line_and_a_broken_byte_is(tmp_path):

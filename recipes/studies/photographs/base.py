@@ -313,7 +313,7 @@ class Pad:
 
 
 def teach(model: Any, data: Lessons, directory: Path, sizes: BaseSizes, seed: int, dtype: torch.dtype) -> Any:
-    """The supervised stage; goes on from its last checkpoint. Returns the model with the adapter folded in."""
+    """The supervised stage; resumes from its last checkpoint. Returns the model with the adapter folded in."""
     adapter = LoraConfig(
         r=sizes.rank,
         lora_alpha=2 * sizes.rank,

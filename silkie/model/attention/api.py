@@ -101,30 +101,30 @@ class Attention:
         ):
             yield
 
-    def build(self, name: str, batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
+    def build(self, name: str, batch: Batch, window: int | None, bidirectional: Tensor | None) -> Any:
         """The mask of packed rows in the backend's form; None where a dense one must do.
 
         Args:
             name: the model's, for the error.
             window: sliding window in tokens, None for full attention.
-            two_way: [B, T] tokens with the same number >= 0 see each other in both directions; None: causal.
+            bidirectional: [B, T] tokens with the same number >= 0 see each other in both directions; None: causal.
 
         Raises:
             ValueError: the backend has no form for tokens that see each other in both directions.
         """
-        if two_way is not None and self.backend == "varlen":
+        if bidirectional is not None and self.backend == "varlen":
             raise ValueError(
                 f"{name} attends in both directions within image or prefix tokens, {self.backend!r} attention is"
                 " causal: use attention_backend='flex' or 'sdpa'."
             )
-        if two_way is not None and self.backend == "segments":
+        if bidirectional is not None and self.backend == "segments":
             return None
         if self.backend == "segments":
             return _segments(batch, window)
         kept = batch.setdefault(_KEPT, {})  # small, and the reference pass needs the same
-        kind = f"{self.backend} {window} {two_way is not None}"
+        kind = f"{self.backend} {window} {bidirectional is not None}"
         if kind not in kept:
-            kept[kind] = _flex(batch, window, two_way) if self.backend == "flex" else _varlen(batch, window)
+            kept[kind] = _flex(batch, window, bidirectional) if self.backend == "flex" else _varlen(batch, window)
         return kept[kind]
 
 
@@ -163,9 +163,13 @@ def why_not_available(backend: Backend, config: PretrainedConfig, device: torch.
     return varlen.why_no_kernel() if backend == "varlen" else None
 
 
-def _dense_bool(batch: Batch, window: int | None, two_way: Tensor | None) -> Tensor:
+def _dense_bool(batch: Batch, window: int | None, bidirectional: Tensor | None) -> Tensor:
     return visible(
-        batch["segment_index"], batch["subtree_end"], batch["logical_positions"], window=window, bidirectional=two_way
+        batch["segment_index"],
+        batch["subtree_end"],
+        batch["logical_positions"],
+        window=window,
+        bidirectional=bidirectional,
     )
 
 
@@ -176,9 +180,13 @@ def _segments(batch: Batch, window: int | None) -> Tensor:
     return segments.segment_mask(batch["segments"], batch["segment_ids"].device, window=window)
 
 
-def _flex(batch: Batch, window: int | None, two_way: Tensor | None) -> Any:
+def _flex(batch: Batch, window: int | None, bidirectional: Tensor | None) -> Any:
     return flex.block_mask(
-        batch["segment_index"], batch["subtree_end"], batch["logical_positions"], window=window, bidirectional=two_way
+        batch["segment_index"],
+        batch["subtree_end"],
+        batch["logical_positions"],
+        window=window,
+        bidirectional=bidirectional,
     )
 
 

@@ -104,7 +104,7 @@ def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain_rule(rule: dict[str, Any]) -> tuple[int | None, Tensor | None] | None:
-    """Window and two-way blocks of a causal or sliding rule, found by asking it; None for any other (chunks)."""
+    """Window and bidirectional blocks of a causal or sliding rule, found by asking it; None for any other (chunks)."""
     rows, length, device = rule["batch_size"], rule["q_length"], rule["device"]
     place = torch.arange(length, device=device)[None]
     row = torch.arange(rows, device=device)[:, None]

@@ -138,7 +138,7 @@ def why_no_kernel() -> str | None:
 
 
 def kernel_name() -> str:
-    """For the log."""
+    """The kernels' name, as the log gives it."""
     return "flash-attn" if _flash_attn_installed() else "PyTorch's flash kernels"
 
 
