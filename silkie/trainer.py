@@ -24,6 +24,7 @@ from silkie.batch.batch import Batch
 from silkie.batch.companies import Company
 from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
+from silkie.batch.sampler import GroupBatchSampler
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import build_objective
@@ -39,6 +40,7 @@ from silkie.training.metrics import RunMetrics
 from silkie.training.parts import build_collator, build_encoder, build_passes, check_model, share_prefixes
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
+from silkie.training.recurrent_calls import settle_calls
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
@@ -173,6 +175,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.loaders = GroupLoaders(
             collate=self.data_collator, accelerator=self.accelerator, args=args, max_tokens=args.max_tokens_per_batch
         )
+        self.choice = settle_calls(self.choice, self.model.config, self.train_dataset, self._sampler, self.companies)
         if not self.objective.needs_reference and self.ref_model is not None:
             self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
             self.accelerator.free_memory()
@@ -277,8 +280,10 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training groups."""
-        return self.loaders.train(
-            self.train_dataset,
+        return self.loaders.train(self.train_dataset, self._sampler())
+
+    def _sampler(self) -> GroupBatchSampler:
+        return self.loaders.sampler(
             self.choice.shapes(self.train_dataset),
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,
