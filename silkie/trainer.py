@@ -24,7 +24,6 @@ from silkie.batch.batch import Batch
 from silkie.batch.companies import Company
 from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
-from silkie.batch.sampler import GroupBatchSampler
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import build_objective
@@ -33,14 +32,13 @@ from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
-from silkie.training import guards, startup
+from silkie.training import guards, recurrent_calls, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
 from silkie.training.parts import build_collator, build_encoder, build_passes, check_model, share_prefixes
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
-from silkie.training.recurrent_calls import settle_calls
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
@@ -175,7 +173,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.loaders = GroupLoaders(
             collate=self.data_collator, accelerator=self.accelerator, args=args, max_tokens=args.max_tokens_per_batch
         )
-        self.choice = settle_calls(self.choice, self.model.config, self.train_dataset, self._sampler, self.companies)
+        self.choice = recurrent_calls.settle(self.choice, self.model.config, args, self.train_dataset, self.companies)
         if not self.objective.needs_reference and self.ref_model is not None:
             self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
             self.accelerator.free_memory()
@@ -221,15 +219,14 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         try:
             self._self_test(self.model)
         except LayoutMismatch as error:
-            if self.choice.shares_prefix:
-                if self.args.share_prefix == "image":
-                    raise
+            if not self.choice.shares_prefix:
+                self.choice = rows_choice(str(error))
+            elif self.args.share_prefix == "image":
+                raise
+            else:
                 self.choice = replace(self.choice, shares_prefix=False, sharing=f"each prompt runs by itself ({error})")
-                self._set_up_passes()
-                return self._settle_layout()
-            self.choice = rows_choice(str(error))
             self._set_up_passes()
-            return False
+            return self._settle_layout()
         return True
 
     def _set_up_hooks(self) -> None:
@@ -280,10 +277,8 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training groups."""
-        return self.loaders.train(self.train_dataset, self._sampler())
-
-    def _sampler(self) -> GroupBatchSampler:
-        return self.loaders.sampler(
+        return self.loaders.train(
+            self.train_dataset,
             self.choice.shapes(self.train_dataset),
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,

@@ -132,22 +132,23 @@ class GroupLoaders:
     max_tokens: int | None
     train_sampler: GroupBatchSampler | None = None
 
-    def sampler(
+    def train(
         self,
+        dataset: Dataset,
         shapes: Sequence[tuple[int, int]],
         *,
         batch_size: int,
         padded: bool,
         shuffle: bool,
         companies: Sequence[Company] = (),
-    ) -> GroupBatchSampler:
-        """The order of training groups, which the seed and the epoch decide.
+    ) -> DataLoader:
+        """Batches of prepared groups, in an order that the seed and the epoch decide.
 
         Args:
             shapes, batch_size, padded, shuffle, companies: see `GroupBatchSampler`.
         """
         args = self.args
-        return GroupBatchSampler(
+        self.train_sampler = GroupBatchSampler(
             shapes,
             batch_size=batch_size,
             max_tokens=self.max_tokens,
@@ -158,11 +159,7 @@ class GroupLoaders:
             drop_last=args.dataloader_drop_last,
             companies=companies,
         )
-
-    def train(self, dataset: Dataset, sampler: GroupBatchSampler) -> DataLoader:
-        """Batches of prepared groups."""
-        self.train_sampler = sampler
-        return self._loader(dataset, sampler, persistent_workers=self.args.dataloader_persistent_workers)
+        return self._loader(dataset, self.train_sampler, persistent_workers=args.dataloader_persistent_workers)
 
     def evaluation(self, dataset: Dataset, *, collate: Callable[[Any], Any] | None = None) -> DataLoader:
         """Every group once over all ranks, in the order of the data: accelerate would repeat some to fill the last

@@ -5,7 +5,7 @@ before training. Every rank draws the same batches, so all choose the same. Lege
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset
 from silkie.batch.companies import Company
 from silkie.batch.packing import Segment
 from silkie.batch.sampler import GroupBatchSampler
+from silkie.config import SilkieDPOConfig
 from silkie.model.layout import LayoutChoice
 from silkie.model.recurrent import count_recurrent
 from silkie.model.recurrent.calls import choose
@@ -22,25 +23,32 @@ from silkie.model.recurrent.plan import SHORTEST, row_lengths
 _BATCHES = 128  # that are looked at; the share of padding is then known to about a hundredth
 
 
-def settle_calls(
-    choice: LayoutChoice,
-    config: Any,
-    dataset: Dataset,
-    sampler: Callable[[], GroupBatchSampler],
-    companies: Sequence[Company],
+def settle(
+    choice: LayoutChoice, config: Any, args: SilkieDPOConfig, dataset: Dataset, companies: Sequence[Company]
 ) -> LayoutChoice:
     """The choice with the calls of a run; itself where no layer is recurrent or every response has a row of its own.
 
     Args:
+        config: of the model.
+        args: options of the run.
         dataset: prepared training groups.
-        sampler: makes the sampler of the run.
         companies: of the training groups.
     """
     if choice.layout == "rows" or not count_recurrent(config):
         return choice
-    drawn = sampler()
-    batches = list(drawn)
-    batches = random.Random(drawn.seed).sample(batches, min(len(batches), _BATCHES))
+    batches = list(
+        GroupBatchSampler(
+            choice.shapes(dataset),
+            batch_size=args.per_device_train_batch_size,
+            max_tokens=args.max_tokens_per_batch,
+            world_size=args.world_size,
+            seed=args.seed,
+            padded=choice.groups_per_row == 1,
+            shuffle=args.train_sampling_strategy == "random",
+            companies=companies,
+        )
+    )
+    batches = random.Random(args.seed).sample(batches, min(len(batches), _BATCHES))
     lengths = list(zip(dataset["prompt_length"], dataset["response_lengths"], strict=True))
     found = {g: company for company in companies for g in company.groups}
     start = choice.calls_without_padding
