@@ -32,7 +32,7 @@ from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
-from silkie.training import guards, startup
+from silkie.training import guards, recurrent_calls, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
@@ -173,6 +173,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.loaders = GroupLoaders(
             collate=self.data_collator, accelerator=self.accelerator, args=args, max_tokens=args.max_tokens_per_batch
         )
+        self.choice = recurrent_calls.settle(self.choice, self.model.config, args, self.train_dataset, self.companies)
         if not self.objective.needs_reference and self.ref_model is not None:
             self.ref_model = None  # TRL loads one for full fine-tuning whatever the loss; no loss here reads it
             self.accelerator.free_memory()
@@ -218,15 +219,14 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         try:
             self._self_test(self.model)
         except LayoutMismatch as error:
-            if self.choice.shares_prefix:
-                if self.args.share_prefix == "image":
-                    raise
+            if not self.choice.shares_prefix:
+                self.choice = rows_choice(str(error))
+            elif self.args.share_prefix == "image":
+                raise
+            else:
                 self.choice = replace(self.choice, shares_prefix=False, sharing=f"each prompt runs by itself ({error})")
-                self._set_up_passes()
-                return self._settle_layout()
-            self.choice = rows_choice(str(error))
             self._set_up_passes()
-            return False
+            return self._settle_layout()
         return True
 
     def _set_up_hooks(self) -> None:

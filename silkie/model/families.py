@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from silkie.model.recurrent import CALLS, mask_kinds, why_not_forkable
+from silkie.model.recurrent import CALLS, Calls, mask_kinds, why_not_forkable
 from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def why_not_packable(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    calls: int = CALLS,
+    calls: Calls = CALLS,
 ) -> str | None:
     """The reason why a model must train in the `rows` layout, or None where nothing that it is made of speaks against
     packing (the self-test has the last word).

@@ -24,8 +24,9 @@ class LayoutChoice:
         layout, reason: what runs and why.
         backend, backend_reason: attention of the language model in the packed layout.
         groups_per_row: groups (trees of them) that share a row; None: the whole micro-batch.
-        shares_prefix: groups may share the beginning of their prompts; recurrent layers then take a third call.
+        shares_prefix: groups may share the beginning of their prompts; recurrent layers then take one more call.
         sharing: what is shared and why, or why not.
+        calls, calls_reason: of a recurrent mixer per forward pass, and what they pad.
     """
 
     layout: Layout
@@ -35,10 +36,12 @@ class LayoutChoice:
     groups_per_row: int | None
     shares_prefix: bool = False
     sharing: str = "each prompt runs by itself"
+    calls: recurrent.Calls = recurrent.CALLS
+    calls_reason: str = ""
 
     @property
-    def calls(self) -> int:
-        """Calls of a recurrent mixer per forward pass."""
+    def calls_without_padding(self) -> recurrent.Calls:
+        """Those of a run in which all lengths are equal."""
         return recurrent.SHARED_CALLS if self.shares_prefix else recurrent.CALLS
 
     def apply(self, base: Any) -> None:
@@ -72,6 +75,8 @@ class LayoutChoice:
         if self.layout == "packed":
             out.append(f"attention: {self.backend} ({self.backend_reason})")
             out.append(f"shared prefixes: {self.sharing}")
+        if self.calls_reason:
+            out.append(f"recurrent layers: {self.calls_reason}")
         return out
 
 

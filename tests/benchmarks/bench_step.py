@@ -7,9 +7,10 @@
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
     python tests/benchmarks/bench_step.py --model photographs --ks 4 --repeats 1         # real weights, see photographs_setting.py
 
-Prints a table and writes `step_<device>.json` and `.png` into --out. A step is everything: images and text to tensors,
+Prints a table and writes `step_<device>.json` and `.png` into --out, after every process; settings of an earlier call
+with the same model stay in the file, each result with its command and date, and --resume leaves them out. A step is everything: images and text to tensors,
 reference pass, policy pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen.
-Every contender runs in a process of its own; they take turns within each repeat and the best step counts. Time is
+Every contender runs in a process of its own; the contenders of a setting take turns in each repeat, and the best step counts. Time is
 processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it is the time of one undisturbed core), the clock
 on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of
 the steps over what the process held before them, on CUDA the allocator's peak. The precomputed reference is made before
@@ -67,7 +68,11 @@ def in_own_process(
         reason = "out of memory" if "OutOfMemoryError" in done.stderr else done.stderr.strip()[-2000:]
         print(f"{contender}, {image_tokens} image tokens, k={k}: no result: {reason}", flush=True)
         return {}
-    return json.loads(lines[-1][len(_RESULT) :])
+    return {
+        **json.loads(lines[-1][len(_RESULT) :]),
+        "command": args.command,
+        "date": date.today().isoformat(),
+    }
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -82,19 +87,45 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    settings = list(itertools.product(args.lengths, args.image_tokens, args.questions_per_image, args.ks))
-    for _ in range(args.repeats):
-        for (lengths, tokens, questions, k), contender in itertools.product(settings, args.contenders):
-            if contender == SHARED and args.groups * questions == 1:
-                continue  # nothing to share
-            key = (lengths, tokens, questions, k, contender)
-            results[key] = merge(results.get(key, {}), in_own_process(contender, tokens, k, lengths, questions, args))
-            if results[key]:
-                print(row(results[key], results.get((*key[:-1], CONTENDERS[0]), {})), flush=True)
-                save([r for r in results.values() if r])
-    return [r for r in results.values() if r]
+def measure(
+    args: argparse.Namespace, earlier: list[dict[str, Any]], save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """The cells of this call in place of earlier ones of the same setting, whose other cells stay as they are. A
+    setting is measured whole, all contenders in turn, before the next: a run that is cut off leaves whole settings.
+
+    Args:
+        earlier: results of an earlier call.
+        save: gets all results after every process.
+    """
+    settings = itertools.product(args.lengths, args.image_tokens, args.questions_per_image, args.ks)
+    results = {(*_setting(r), r["contender"]): r for r in earlier}
+    for setting in settings:
+        contenders = [c for c in args.contenders if c != SHARED or args.groups * setting[2] > 1]  # nothing to share
+        if args.resume and all((*setting, c) in results for c in contenders):
+            continue
+        found: dict[str, dict[str, Any]] = {}
+        for _, contender in itertools.product(range(args.repeats), contenders):
+            lengths, tokens, questions, k = setting
+            one = in_own_process(contender, tokens, k, lengths, questions, args)
+            found[contender] = merge(found.get(contender, {}), one)
+            if found[contender]:
+                print(row(found[contender], found.get(CONTENDERS[0], {})), flush=True)
+                results[(*setting, contender)] = found[contender]
+                save(_ordered(results))
+    return _ordered(results)
+
+
+def _ordered(results: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [results[key] for key in sorted(results, key=lambda key: (*key[:-1], CONTENDERS.index(key[-1])))]
+
+
+def earlier_results(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of an earlier call that measured the same model on the same kind of machine; none otherwise."""
+    if not file.exists():
+        return []
+    old = json.loads(file.read_text())
+    same = [name for name in facts if name not in ("command", "date")]
+    return old["results"] if all(old.get(name) == facts[name] for name in same) else []
 
 
 def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
@@ -118,7 +149,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
-    return result["lengths"], result["image_tokens"], result["questions"], result["k"]
+    return result.get("lengths", "equal"), result["image_tokens"], result.get("questions", 1), result["k"]
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
@@ -189,6 +220,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", default=None, help="file name without suffix; default: step[_<family>]_<device>")
+    parser.add_argument("--resume", action="store_true", help="leave out the settings that the file already has")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -204,8 +236,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     family = "" if args.family == FAMILIES[0] else f"_{args.family}"
     file = args.out / f"{args.name or f'step{family}_{args.device}'}.json"
+    given = [a for before, a in itertools.pairwise(sys.argv) if "--out" not in (before, a)]
+    args.command = " ".join(["python", "tests/benchmarks/bench_step.py", *given])
     facts = {
-        "command": " ".join(["python", "tests/benchmarks/bench_step.py", *sys.argv[1:]]),
+        "command": args.command,
         "date": date.today().isoformat(),
         "device": device_name(args.device),
         "python": platform.python_version(),
@@ -213,10 +247,12 @@ def main() -> None:
         "family": args.family if args.model == "shape" else "llava",
         "shape": SHAPES[args.shape] if args.model == "shape" else "recipes/studies/photographs",
     }
-    # after every run: a long measurement that is cut off keeps what it has
-    results = measure(
-        args, lambda found: file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n") and None
-    )
+
+    def save(found: list[dict[str, Any]]) -> None:
+        """After every process: a long measurement that is cut off keeps what it has."""
+        file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n")
+
+    results = measure(args, earlier_results(file, facts), save)
     print("\n" + table(results))
     plot(results, file.with_suffix(".png"))
 

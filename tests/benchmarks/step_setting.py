@@ -335,7 +335,10 @@ def run(
         processor, common = tiny_processor(image_side=28 * 40), dict(callbacks=[meter], peft_config=lora)
         trainer: Any
         if contender == "TRL":
-            args = DPOConfig(per_device_train_batch_size=pairs, **options)
+            # a question at a time: all at once would hold as many times the memory
+            args = DPOConfig(
+                per_device_train_batch_size=pairs // questions, gradient_accumulation_steps=questions, **options
+            )
             trainer = DPOTrainer(
                 model, args=args, train_dataset=pair_rows(groups), processing_class=processor, **common
             )
@@ -353,6 +356,7 @@ def run(
             data = Dataset.from_list(groups, features=group_features(()))
             trainer = SilkieDPOTrainer(model, args=mine, train_dataset=data, processing_class=processor, **common)
         trainer.train()
+        calls = "" if contender == "TRL" else trainer.choice.calls_reason
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     best = min(meter.seconds)
     return {
@@ -371,4 +375,5 @@ def run(
         "extra_bytes": meter.extra_bytes,
         "losses": losses,
         "backend": backend,
+        "calls": calls,
     }

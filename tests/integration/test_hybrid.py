@@ -16,7 +16,7 @@ from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.packing import PromptAndResponses, pack, visible
 from silkie.model.attention import IMPLEMENTATIONS, Attention, segments
 from silkie.model.families import causal_lm, why_not_packable
-from silkie.model.recurrent import fork, fork_plan, install, mask_kinds, why_not_forkable
+from silkie.model.recurrent import CALLS, Calls, fork, fork_plan, install, mask_kinds, why_not_forkable
 from tests.support import train_run
 from tests.support.data import dataset
 from tests.support.hybrid import (
@@ -44,11 +44,11 @@ def build(checkpointing=None, **more):
     return model.train()
 
 
-def measured(model, rows, layout, per_row=1, backend="sdpa"):
+def measured(model, rows, layout, per_row=1, backend="sdpa", calls=None):
     batch = collate(model, tiny_processor(), rows, layout, per_row)
     # transformers does not know the patched code well enough to set it
     causal_lm(model).config.text_config._attn_implementation = IMPLEMENTATIONS[backend]
-    scores = score(model, tiny_processor(), rows, layout, backend, batch=batch, fused=False)
+    scores = score(model, tiny_processor(), rows, layout, backend, batch=batch, fused=False, calls=calls)
     return scores.per_token_logps.detach(), gradients(model, scores.logps)
 
 
@@ -83,11 +83,20 @@ def test_forked_layers_equal_separate_rows(truth, per_row, backend, monkeypatch)
     assert (logps - truth[0]).abs().max() < EXACT and relative(found, truth[1]) < EXACT
 
 
+@pytest.mark.parametrize("per_row", [1, None])
+@pytest.mark.parametrize("calls", [Calls(roots=2, leaves=3), Calls(leaves=4)])
+def test_more_calls_of_like_rows_change_nothing(truth, per_row, calls):
+    model = build()
+    install(model)
+    logps, found = measured(model, unequal_groups(), "packed", per_row, calls=calls)
+    assert (logps - truth[0]).abs().max() < EXACT and relative(found, truth[1]) < EXACT
+
+
 @pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
 def test_recomputation_forks_again(truth, checkpointing):
     model = build(checkpointing)
     install(model)
-    logps, found = measured(model, unequal_groups(), "packed")
+    logps, found = measured(model, unequal_groups(), "packed", calls=Calls(roots=2, leaves=3))
     assert (logps - truth[0]).abs().max() < EXACT and relative(found, truth[1]) < EXACT
 
 
@@ -132,24 +141,26 @@ class Broken(fork.States):
 @pytest.mark.parametrize(
     "what", ["state not carried", "convolution not carried", "state of another group", "no fork at all"]
 )
-def test_a_wrong_state_shows_in_log_probs(truth, what, monkeypatch):
+@pytest.mark.parametrize("calls", [CALLS, Calls(roots=2, leaves=3)])
+def test_a_wrong_state_shows_in_log_probs(truth, what, calls, monkeypatch):
     monkeypatch.setattr(Broken, "what", what)
     monkeypatch.setattr(fork, "States", Broken)
     if what == "no fork at all":
         monkeypatch.setattr(fork, "forked", lambda run, hidden, plan: run(hidden, None, None))
     model = build()
     install(model)
-    logps, _ = measured(model, unequal_groups(), "packed")
+    logps, _ = measured(model, unequal_groups(), "packed", calls=calls)
     assert (logps - truth[0]).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("what", ["state detached", "convolution detached"])
-def test_a_detached_state_shows_in_gradients_only(truth, what, monkeypatch):
+@pytest.mark.parametrize("calls", [CALLS, Calls(roots=2, leaves=3)])
+def test_a_detached_state_shows_in_gradients_only(truth, what, calls, monkeypatch):
     monkeypatch.setattr(Broken, "what", what)
     monkeypatch.setattr(fork, "States", Broken)
     model = build()
     install(model)
-    logps, found = measured(model, unequal_groups(), "packed")
+    logps, found = measured(model, unequal_groups(), "packed", calls=calls)
     assert (logps - truth[0]).abs().max() < EXACT
     assert relative(found, truth[1]) > 0.5
 
@@ -374,6 +385,8 @@ def trained(tmp_path, layout, model=None, **options):
     )
     trainer.train()
     assert trainer.choice.layout == layout
+    if layout == "packed":  # their lengths want it
+        assert trainer.choice.calls.leaves > 1 and "padding (in one: " in trainer.choice.calls_reason
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 

@@ -13,7 +13,7 @@ from silkie.batch.packing import Tree
 from silkie.batch.stems import find_trees
 from silkie.model.attention import IMPLEMENTATIONS, segments
 from silkie.model.families import causal_lm
-from silkie.model.recurrent import install
+from silkie.model.recurrent import Calls, install
 from silkie.training.self_test import LayoutMismatch
 from tests.support.data import dataset
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
@@ -50,10 +50,10 @@ def processor_of(family):
     return family_processor("qwen2_5_vl" if family == "qwen3_5" else family)
 
 
-def measured(family, model, rows, *, share, layout="packed", backend="sdpa"):
+def measured(family, model, rows, *, share, layout="packed", backend="sdpa", calls=None):
     # transformers does not know the float64 code of hybrids well enough to set it
     causal_lm(model).config.get_text_config()._attn_implementation = IMPLEMENTATIONS[backend]
-    scores = score(model, processor_of(family), rows, layout, backend, fused=False, share_prefix=share)
+    scores = score(model, processor_of(family), rows, layout, backend, fused=False, share_prefix=share, calls=calls)
     return scores.per_token_logps.detach(), gradients(model, scores.logps)
 
 
@@ -80,6 +80,13 @@ def test_trees_equal_separate_rows_and_the_stock_model(family, monkeypatch):
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
     for backend in ("sdpa", "segments"):
         compare(measured(family, model, rows, share=True, backend=backend), truth)
+
+
+def test_trees_through_more_calls_of_like_rows():
+    rows = tree_rows()
+    truth = measured("qwen3_5", build("qwen3_5"), rows, share=False, layout="rows")
+    calls = Calls(roots=2, between=1, leaves=3)
+    compare(measured("qwen3_5", build("qwen3_5"), rows, share=True, calls=calls), truth)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])

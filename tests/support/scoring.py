@@ -16,7 +16,7 @@ from silkie.model.attention import IMPLEMENTATIONS, Attention
 from silkie.model.families import causal_lm, family_of
 from silkie.model.forward import LogpsForward, SequenceLogps
 from silkie.model.positions import PromptPositions
-from silkie.model.recurrent import CALLS, SHARED_CALLS
+from silkie.model.recurrent import CALLS, SHARED_CALLS, Calls
 from silkie.model.vision import FeatureCache, vision_is_frozen
 from tests.support.tiny import conversation, image
 
@@ -83,6 +83,7 @@ def score(
     batch: dict[str, Any] | None = None,
     fused: bool = True,
     share_prefix: bool = False,
+    calls: Calls | None = None,
 ) -> SequenceLogps:
     """The log-probs of all responses; "flex" and "varlen" hold all groups in one row."""
     per_row = None if backend in ("flex", "varlen") else 1
@@ -90,7 +91,7 @@ def score(
         batch = collate(model, processor, rows, layout, per_row, share_prefix=share_prefix)
     causal_lm(model).set_attn_implementation({"text_config": IMPLEMENTATIONS[backend]})
     frozen = vision_is_frozen(model)
-    calls = SHARED_CALLS if share_prefix else CALLS
+    calls = calls or (SHARED_CALLS if share_prefix else CALLS)
     forward = LogpsForward(attention=Attention(backend=backend, layout=layout, calls=calls), fused=fused)
     return forward(model, batch, frozen_vision=frozen, cache=FeatureCache() if frozen else None)
 

@@ -189,6 +189,7 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
             "stage": plugin.zero_stage if plugin else None,
             "fsdp_precision": fsdp and str(fsdp.mixed_precision_policy),
             "preempted": trainer.preempted,
+            "calls": trainer.choice.calls.total,
             "objective": trainer.objective.state_dict(),
         }
         Path(spec["out"], "result.json").write_text(json.dumps(result))

@@ -1,5 +1,7 @@
 """Plans of recurrent layers, on trees of any depth, with a mixer small enough to be written down."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from silkie.batch.packing import Segment, lineage
-from silkie.model.recurrent import fork_plan, layers
+from silkie.model.recurrent import CALLS, SHARED_CALLS, Calls, fork_plan, layers
+from silkie.model.recurrent.calls import buckets, choose, padding
 from silkie.model.recurrent.fork import forked
 from tests.unit.test_packing import TREE, build, pack, tree
 
@@ -76,7 +79,7 @@ def compare(segments, rows, length, calls):
         (out * mix).sum().backward()
         results.append((out.detach(), x.grad, *(p.grad.clone() for p in mixer.parameters()), list(mixer.calls)))
     found, truth = results
-    assert len(found[-1]) == calls
+    assert len(found[-1]) == calls.total
     for a, b in zip(found[:-1], truth[:-1], strict=True):
         assert (a - b).abs().max() < 1e-12
     return found[-1]
@@ -91,8 +94,16 @@ SIZES = st.lists(
 @given(SIZES, st.sampled_from([1, 2, None]))
 def test_two_calls_equal_every_response_alone(sizes, per_row):
     batch = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
-    calls = compare(batch.segments, *batch.input_ids.shape, calls=2)
+    calls = compare(batch.segments, *batch.input_ids.shape, calls=CALLS)
     assert calls[0][0] == len(sizes) and calls[1][0] == sum(len(responses) for _, responses in sizes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.sampled_from([1, None]), st.integers(1, 3), st.integers(1, 4))
+def test_any_number_of_calls_equals_every_response_alone(sizes, per_row, roots, leaves):
+    """More calls than rows among them: those are made all the same."""
+    batch = pack(build(sizes), "packed", pad_id=0, groups_per_row=per_row)
+    compare(batch.segments, *batch.input_ids.shape, calls=Calls(roots=roots, leaves=leaves))
 
 
 def planted(lengths):
@@ -116,19 +127,20 @@ def planted(lengths):
 )
 def test_a_tree_of_depth_three_takes_three_calls(lengths):
     segments, length = planted(lengths)
-    compare(segments, 1, length, calls=3)
+    compare(segments, 1, length, calls=SHARED_CALLS)
+    compare(segments, 1, length, calls=Calls(roots=2, between=1, leaves=3))
 
 
 def test_padding_gets_zero_and_a_tree_deeper_than_the_calls_is_refused():
     segments, *_ = tree()
-    compare(segments, 1, 24, calls=3)
-    with pytest.raises(ValueError, match="deeper than the 2 calls"):
+    compare(segments, 1, 24, calls=SHARED_CALLS)
+    with pytest.raises(ValueError, match="deeper than the 2 levels"):
         fork_plan(segments, 24, CPU)
 
 
 def test_inner_segments_are_cut_to_the_shortest_and_their_children_run_the_rest():
     segments, length = planted([(4, None), (5, 0), (2, 1), (3, 0), (2, 3)])
-    plan = fork_plan(segments, length, CPU, calls=3)
+    plan = fork_plan(segments, length, CPU, calls=SHARED_CALLS)
     assert [call.tokens.tolist() for call in plan.calls] == [
         [[0, 1, 2, 3]],
         [[4, 5, 6], [11, 12, 13]],
@@ -146,6 +158,36 @@ def test_a_plan_asks_the_device_for_nothing_and_needs_a_mask_for_unequal_prompts
     first, second = fork_plan(unequal.segments, unequal.input_ids.shape[1], CPU).calls
     assert first.mask.tolist() == [[True] * 3, [False, True, True]] and second.mask is None
     assert second.tokens.shape == (2, 2)  # one token would be taken for a step of generation
+
+
+# -- how many calls
+
+
+def padded(parts, lengths):
+    return sum(len(part) * max(lengths[n] for n in part) for part in parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
+def test_buckets_pad_as_little_as_any_partition(lengths, count):
+    parts = buckets(lengths, count)
+    assert sorted(n for part in parts for n in part) == list(range(len(lengths)))
+    assert all(parts) and len(parts) <= count
+    every = itertools.product(range(count), repeat=len(lengths))
+    ways = ([[n for n, b in enumerate(way) if b == bucket] for bucket in range(count)] for way in every)
+    assert padded(parts, lengths) == min(padded(filter(None, way), lengths) for way in ways)
+
+
+def test_the_fewest_calls_are_taken_that_pad_little():
+    lengths = [30, 60, 120, 270]
+    assert [round(padding([lengths], count), 2) for count in (1, 2, 3, 4)] == [0.56, 0.24, 0.06, 0.0]
+    calls, told = choose(CALLS, [([600, 700], lengths)] * 3, 2)
+    assert calls == Calls(roots=1, leaves=3)
+    assert told == "prompts in 1 call, 7% padding; responses in 3 calls, 6% padding (in one: 56%)"
+    assert choose(SHARED_CALLS, [([100, 900], [8, 8])], 2)[0] == Calls(roots=2, between=1, leaves=1)
+    # responses of one length need one call, and a call without rows is padding too
+    assert choose(CALLS, [([9], [120] * 4)], 2)[0] == CALLS
+    assert padding([[1, 1]], 2, 2) == pytest.approx(1 - 2 / 6)
 
 
 class WithoutMask(nn.Module):

@@ -16,7 +16,7 @@ from silkie.batch.batch import Batch
 from silkie.batch.packing import visible
 from silkie.model.attention import flex, segments, varlen
 from silkie.model.attention.own_masks import added, packed_masks
-from silkie.model.recurrent import CALLS, ForkPlan, fork_plan, mask_kinds
+from silkie.model.recurrent import CALLS, Calls, ForkPlan, fork_plan, mask_kinds
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
 
@@ -51,7 +51,7 @@ class Attention:
 
     backend: Backend
     layout: Literal["packed", "rows"]
-    calls: int = CALLS
+    calls: Calls = CALLS
 
     @staticmethod
     def inputs(batch: Batch) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _given(decoder: nn.Module, masks: dict[str, Any] | None) -> Iterator[None]:
         handle.remove()
 
 
-def _forks(batch: Batch, calls: int) -> ForkPlan:
+def _forks(batch: Batch, calls: Calls) -> ForkPlan:
     """Made once per batch: the reference pass needs the same."""
     if _KEPT_FORKS not in batch:
         ids = batch["segment_ids"]

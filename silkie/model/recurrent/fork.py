@@ -1,7 +1,7 @@
 """One forward for every pair on recurrent layers: the state after a prompt is handed to each of its responses.
 
 A mask cannot keep siblings apart in a recurrent state, but a state can be copied. A recurrent mixer's own forward is
-called once per level of the tree of segments, twice for prompts and responses:
+called level by level of the tree of segments, twice for prompts and responses of like lengths:
 
     1  all prompts as one batch, padded on the left; the mixer leaves its convolution and recurrent states
     2  all responses as one batch, padded on the right; each starts from the states of its prompt
@@ -10,8 +10,9 @@ through the cache protocol that transformers' mixers speak for generation. `inde
 backward pass sums the gradients of all responses into their prompt. Whatever surrounds the mixer (norms, MLP, experts,
 residuals) runs on the packed row, each token once.
 
-The number of calls is fixed, never a function of the batch: under ZeRO-3 and FSDP2 every call gathers weights, and a
-rank that called more or less often than the others would hang them.
+Where lengths differ much, a level takes several calls (`silkie.model.recurrent.calls`). Their number is fixed for a
+run, never a function of the batch: under ZeRO-3 and FSDP2 every call gathers weights, and a rank that called more or
+less often than the others would hang them.
 
 The plan reaches the mixers in place of their attention mask. Mask arguments are what gradient checkpointing keeps for
 the recomputation; a context manager around the model's forward would be gone by then.
@@ -104,7 +105,7 @@ class States:
 
     def __init__(self) -> None:
         self._call: Call | None = None
-        self._conv: dict[int, list[Tensor]] = {}  # state index -> per call [S, C, W]
+        self._conv: dict[int, list[Tensor]] = {}  # state index -> per continued call [S, C, W]
         self._recurrent: dict[int, list[Tensor]] = {}
 
     def begin(self, call: Call) -> None:
@@ -136,13 +137,16 @@ class States:
             full = nn.functional.pad(conv_states, (max(0, width - conv_states.shape[-1]), 0))
         else:
             full = torch.cat([before, conv_states], dim=-1)
-        self._conv.setdefault(state_idx, []).append(full[..., -width:])
+        if self._call.continued:
+            self._conv.setdefault(state_idx, []).append(full[..., -width:])
         return full
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int = 0, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        self._recurrent.setdefault(state_idx, []).append(recurrent_states)
+        assert self._call is not None
+        if self._call.continued:
+            self._recurrent.setdefault(state_idx, []).append(recurrent_states)
         return recurrent_states
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from silkie.batch.packing import Segment
-
-CALLS = 2  # of a mixer per forward pass: prompts, responses
-SHARED_CALLS = 3  # where prompts may share a stem: stems, the rest of prompts, responses
+from silkie.model.recurrent.calls import CALLS, Calls, buckets
 
 # A mixer that has a state takes a single token for a decoding step, whose kernels have no backward pass.
-_SHORTEST = 2
+SHORTEST = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,12 +28,14 @@ class Call:
         tokens: [S, L] flat indices (b * T + t) of the tokens, 0 at padding.
         mask: [S, L] True at tokens; None where padding needs no mask: there is none, or it lies on the right, after
             everything that is read.
-        parent: [S] the row, counted over all earlier calls, whose states a row starts from; None in the first call.
+        parent: [S] the row, counted over all calls of earlier levels, whose states a row starts from; None for roots.
+        continued: whether rows of later calls start from the states that this call leaves.
     """
 
     tokens: Tensor
     mask: Tensor | None
     parent: Tensor | None
+    continued: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,35 +52,48 @@ class ForkPlan:
     places: Tensor
 
 
-def fork_plan(segments: Sequence[Segment], row_length: int, device: torch.device, *, calls: int = CALLS) -> ForkPlan:
+def fork_plan(segments: Sequence[Segment], row_length: int, device: torch.device, *, calls: Calls = CALLS) -> ForkPlan:
     """The plan of packed rows of `row_length` tokens. Made of plain numbers: nothing is asked of the device.
 
     Args:
         segments: see `silkie.batch.packing`.
-        calls: calls of a mixer, at least the depth of the tree. Fixed for a run, see the module's docstring.
+        calls: calls of a mixer, with at least as many levels as the tree has. Fixed for a run, see
+            `silkie.model.recurrent.calls`.
 
     Raises:
-        ValueError: the tree is deeper than `calls`.
+        ValueError: the tree has more levels.
     """
     made, offset = [], 0
     n_rows = 1 + max(s.row for s in segments)
     places = torch.full((n_rows * row_length,), torch.iinfo(torch.long).max)
-    for number, level in enumerate(_rows(segments, row_length, calls)):
-        last = number == calls - 1
-        length = max([_SHORTEST if number else 1, *(len(row.tokens) for row in level)])
-        padded = _pad([row.tokens for row in level], length, left=not last)
-        here, real = offset + torch.arange(padded.numel()).view_as(padded), padded >= 0
-        # of a token that runs several times (see `_rows`) the first output is taken
-        places.scatter_reduce_(0, padded[real], here[real], "amin")
-        made.append(
-            Call(
-                tokens=padded.clamp(min=0).to(device, non_blocking=True),
-                mask=None if last or bool(real.all()) else real.to(device, non_blocking=True),
-                parent=torch.tensor([row.parent for row in level]).to(device, non_blocking=True) if number else None,
+    levels = _rows(segments, row_length, calls)
+    for number, level in enumerate(levels):
+        last = number == len(levels) - 1
+        for rows in level:
+            length = max([SHORTEST if number else 1, *(len(row.tokens) for row in rows)])
+            padded = _pad([row.tokens for row in rows], length, left=not last)
+            here, real = offset + torch.arange(padded.numel()).view_as(padded), padded >= 0
+            # of a token that runs several times (see `_rows`) the first output is taken
+            places.scatter_reduce_(0, padded[real], here[real], "amin")
+            made.append(
+                Call(
+                    tokens=padded.clamp(min=0).to(device, non_blocking=True),
+                    mask=None if last or bool(real.all()) else real.to(device, non_blocking=True),
+                    parent=torch.tensor([r.parent for r in rows]).to(device, non_blocking=True) if number else None,
+                    continued=not last,
+                )
             )
-        )
-        offset += padded.numel()
+            offset += padded.numel()
     return ForkPlan(calls=made, places=places.clamp(max=offset).to(device, non_blocking=True))
+
+
+def row_lengths(segments: Sequence[Segment], calls: Calls) -> tuple[list[int], list[int]]:
+    """Tokens of the rows of roots and of leaves, in a plan of these segments."""
+    levels = _rows(segments, max(s.end for s in segments), calls)
+    roots, leaves = (
+        [len(row.tokens) for rows in level for row in rows if len(row.tokens)] for level in levels[:: len(levels) - 1]
+    )
+    return roots, leaves
 
 
 @dataclass(slots=True)
@@ -91,48 +104,62 @@ class _Row:
     parent: int = 0
 
 
-def _rows(segments: Sequence[Segment], row_length: int, calls: int) -> list[list[_Row]]:
-    """The rows of each call: roots in the first, leaves in the last, and between them a level of inner segments each.
+def _rows(segments: Sequence[Segment], row_length: int, calls: Calls) -> list[list[list[_Row]]]:
+    """The rows of each call of each level: roots in the first level, leaves in the last, and between them a level of
+    inner segments each.
 
     Padding decays a state, on whichever side of a row that starts from one. Roots start from none and are padded on the
     left; what leaves leave behind is read by nobody. Inner segments are cut to the shortest of their call instead, and
     each child runs what was cut off before its own tokens, as a copy.
     """
-    inner = {s.parent for s in segments}
     state: dict[int, int] = {}  # segment -> the row that has left its states
     rest: dict[int, Tensor] = {}  # segment -> its tokens that this row has not seen
-    rows: list[list[_Row]] = [[] for _ in range(calls)]
+    levels: list[list[list[_Row]]] = []
     kept = 0
-    by_depth: list[list[int]] = [[] for _ in range(calls)]
-    depth: dict[int, int] = {}
-    for n, s in enumerate(segments):
-        if s.padding:
-            continue
-        depth[n] = 0 if s.parent is None else depth[s.parent] + 1
-        if depth[n] >= calls:
-            raise ValueError(f"The tree of segments is deeper than the {calls} calls of a mixer.")
-        by_depth[0 if s.parent is None else depth[n] if n in inner else calls - 1].append(n)
-    for number, level in enumerate(by_depth):
+    for number, (level, count) in enumerate(zip(_by_level(segments, calls), calls.levels, strict=True)):
         own = {}
         for n in level:
             s = segments[n]
             tokens = s.row * row_length + torch.arange(s.start, s.end)
             own[n] = tokens if s.parent is None else torch.cat([rest[s.parent], tokens])
-        between = 0 < number < calls - 1
+        between = 0 < number < len(calls.levels) - 1
         cut = min((len(t) for t in own.values()), default=0)
-        if between and cut < _SHORTEST:
+        if between and cut < SHORTEST:
             cut = 0  # too short for a row: the children run them whole
-        for n, tokens in own.items():
-            size, parent = cut if between else len(tokens), segments[n].parent
-            rest[n] = tokens[size:]
-            before = 0 if parent is None else state[parent]
-            state[n] = kept + len(rows[number]) if size else before
-            if size:
-                rows[number].append(_Row(tokens[:size], before))
-        if not rows[number]:  # the call is made all the same; nothing reads it
-            rows[number].append(_Row(torch.zeros(0, dtype=torch.long)))
-        kept += len(rows[number])
-    return rows
+        parts = buckets([len(tokens) for tokens in own.values()], 1 if between else count)
+        levels.append([])
+        for part in parts + [[]] * (count - len(parts)):
+            rows: list[_Row] = []
+            for n in (level[i] for i in part):
+                size, parent = cut if between else len(own[n]), segments[n].parent
+                rest[n] = own[n][size:]
+                before = 0 if parent is None else state[parent]
+                state[n] = kept + len(rows) if size else before
+                if size:
+                    rows.append(_Row(own[n][:size], before))
+            # without rows the call is made all the same; nothing reads it
+            levels[-1].append(rows or [_Row(torch.zeros(0, dtype=torch.long))])
+            kept += len(levels[-1][-1])
+    return levels
+
+
+def _by_level(segments: Sequence[Segment], calls: Calls) -> list[list[int]]:
+    """The segments of each level.
+
+    Raises:
+        ValueError: the tree has more levels than `calls`.
+    """
+    inner, last = {s.parent for s in segments}, len(calls.levels) - 1
+    levels: list[list[int]] = [[] for _ in calls.levels]
+    depth: dict[int, int] = {}
+    for n, s in enumerate(segments):
+        if s.padding:
+            continue
+        depth[n] = 0 if s.parent is None else depth[s.parent] + 1
+        if depth[n] > last:
+            raise ValueError(f"The tree of segments is deeper than the {last + 1} levels of a mixer's calls.")
+        levels[0 if s.parent is None else depth[n] if n in inner else last].append(n)
+    return levels
 
 
 def _pad(rows: list[Tensor], length: int, *, left: bool) -> Tensor:

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PretrainedConfig
 
 from silkie.batch.packing import Segment, lineage
+from silkie.model.recurrent.calls import CALLS, SHARED_CALLS, Calls
 from silkie.model.recurrent.fork import forked
 from silkie.model.recurrent.layers import cache_argument, count_recurrent, mixers
-from silkie.model.recurrent.plan import CALLS, SHARED_CALLS, fork_plan
+from silkie.model.recurrent.plan import fork_plan
 from silkie.model.weightless import weightless
 
 logger = logging.getLogger(__name__)
 
 # (tokens, parent) of the segments of a row: longer and shorter than the 64 tokens that chunked kernels take at a time,
 # prompts of two lengths, one response of one token; and the same where prompts share a stem.
-_ROWS: dict[int, list[tuple[int, int | None]]] = {
+_ROWS: dict[Calls, list[tuple[int, int | None]]] = {
     CALLS: [(70, None), (1, 0), (66, 0), (3, None), (9, 3)],
     SHARED_CALLS: [(70, None), (67, 0), (1, 1), (66, 1), (5, 0), (4, 4), (3, None), (9, 6)],
 }
@@ -37,7 +38,7 @@ _ROOM = 1e-3  # relative error beyond what rounding explains
 
 
 def why_not_forkable(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, calls: int = CALLS
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, calls: Calls = CALLS
 ) -> str | None:
     """The reason why the recurrent layers of a model cannot be forked, or None (also where it has none).
 
@@ -75,7 +76,7 @@ def _skeleton(config: PretrainedConfig) -> Any:
     raise ValueError(f"transformers has no model class for {type(text).__name__}, whose layers could be looked at")
 
 
-def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, calls: int) -> str | None:
+def _why_not_exact(mixer: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, calls: Calls) -> str | None:
     """Prompts and responses of a mixer with random weights, forked and one sequence at a time: in float32 with
     transformers' own code, which shows what the mixer does with a state (half precision hides much in its rounding),
     then in the dtype and with the kernels of the run, which shows what they do."""
@@ -147,7 +148,7 @@ def _twin(mixer: nn.Module, device: torch.device) -> nn.Module:
     return twin
 
 
-def _packed_row(calls: int) -> tuple[int, list[Segment]]:
+def _packed_row(calls: Calls) -> tuple[int, list[Segment]]:
     """The tokens of one packed row, and its segments."""
     at = 0
     segments: list[Segment] = []
@@ -157,7 +158,7 @@ def _packed_row(calls: int) -> tuple[int, list[Segment]]:
     return at, segments
 
 
-def _results(twin: nn.Module, hidden: Tensor, segments: list[Segment], *, calls: int | None) -> dict[str, Tensor]:
+def _results(twin: nn.Module, hidden: Tensor, segments: list[Segment], *, calls: Calls | None) -> dict[str, Tensor]:
     """Outputs of all that continues a prompt, and gradients of a fixed mix of them: those of prompts have come through
     a state. `calls` None: one sequence at a time."""
     hidden = hidden.detach().clone().requires_grad_()
@@ -182,7 +183,7 @@ def _alone(twin: nn.Module, hidden: Tensor, segments: list[Segment]) -> Tensor:
     return torch.cat(out, 1)
 
 
-def _forked(twin: nn.Module, hidden: Tensor, segments: list[Segment], calls: int) -> Tensor:
+def _forked(twin: nn.Module, hidden: Tensor, segments: list[Segment], calls: Calls) -> Tensor:
     def run(rows: Tensor, mask: Tensor | None, states: Any) -> Tensor:
         return twin(rows, attention_mask=mask, **{cache_argument(type(twin)): states})
 
