@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 from silkie.batch.corruption import Corruption
 from silkie.batch.encoding import ResponseEnd, SpecialTokens
@@ -315,17 +315,29 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
         validate(self.loss_type, self.loss_weights, self.loss_options)
+        if "kto" in self.loss_type and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`loss_type='kto'` scores responses under the prompts of their micro-batch, which are others in every"
+                " epoch: its reference cannot be precomputed. apo_zero_unpaired's can."
+            )
+        if "kto" in self.loss_type and self.max_tokens_per_batch is None and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "`loss_type='kto'` estimates its KL term on the responses of other prompts in the micro-batch: set"
+                " per_device_train_batch_size to 2 or more, or max_tokens_per_batch. apo_zero_unpaired has none."
+            )
         objective = build_objective(self.loss_type, self.loss_weights, self.loss_options)
         if self.sync_ref_model and not objective.needs_reference:
             raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
 
     @classmethod
-    def from_trl(cls, args: DPOConfig) -> SilkieDPOConfig:
+    def from_trl(cls, args: DPOConfig | KTOConfig) -> SilkieDPOConfig:
         """A config with every option of TRL's, and silkie's own at their defaults."""
         config = object.__new__(cls)  # `__init__` would recompute what TRL's has already derived, such as the device
         own = {name: _default(f) for name, f in cls.__dataclass_fields__.items() if name not in vars(args)}
         # TRL trains the vision tower in full fine-tuning
         config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})
+        if isinstance(config.loss_type, str):  # KTO's
+            config.loss_type = [config.loss_type]
         config._check_own_options()
         config._check_trl_options()
         config._check_losses()

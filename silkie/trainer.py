@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 
 from silkie.batch.batch import Batch
 from silkie.batch.companies import Company
-from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, as_groups, read_stream
+from silkie.batch.loaders import GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
@@ -36,7 +36,15 @@ from silkie.training import guards, recurrent_calls, startup
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
-from silkie.training.parts import build_collator, build_encoder, build_passes, check_loaded_model, share_prefixes
+from silkie.training.parts import (
+    build_collator,
+    build_encoder,
+    build_passes,
+    check_loaded_model,
+    labels_of,
+    share_prefixes,
+    warn_of_unbalanced_labels,
+)
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
 from silkie.training.reference import Reference
@@ -77,7 +85,6 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
     eval_dataset: Any
     data_collator: Any
     processing_class: Any
-    _signature_columns: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the totals of the whole optimizer step
 
     def __init__(
@@ -102,9 +109,12 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         default_targets = peft_config is not None and names_no_targets(peft_config)
         peft_config = startup.choose_trained_parts(model, peft_config, config, args)
         self.encoder = build_encoder(processing_class, args)
+        self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
+        self.labels = labels_of(args, self.objective)
         self.reports: dict[str, PreparationReport] = {}
         self.streamed = isinstance(train_dataset, IterableDataset)
         train_dataset = self._prepared(train_dataset, args, "train")
+        warn_of_unbalanced_labels(self.reports["train"], args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(d, args, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -113,7 +123,6 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.choice: LayoutChoice = choose_layout(config, args)
         with args.main_process_first(desc="looking for shared prefixes"):
             self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)
-        self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
         self.objective.check_aspects(aspects_of(train_dataset.features))
         if ref_model is None and self.objective.needs_reference:
             startup.check_own_reference(model, peft_config, config)
@@ -168,6 +177,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             args,
             aspects=aspects,
             corrupted="corrupted" in self.objective.needs,
+            labels=self.labels,
             dummy_image=guards.needs_dummy_image(self.accelerator, self.frozen_vision),
         )
         self.loaders = GroupLoaders(
@@ -180,6 +190,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.reference = Reference(self.model, self.ref_model) if self.objective.needs_reference else None
         # Before training: a resumed full fine-tuning run loads its trained weights over these.
         self._reference_hash = self.reference.weights_hash() if self.reference and args.precompute_ref_log_probs else ""
+        self._sum = partial(self.accelerator.reduce, reduction="sum")
         self.passes = build_passes(
             self.objective,
             self.choice,
@@ -187,6 +198,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             args,
             frozen_vision=self.frozen_vision,
             aspects=aspects,
+            reduce=self._sum,
             router_aux=self.aux_loss_enabled,  # TRL's rule: its option, or None for the model's own coefficient
         )
 
@@ -202,6 +214,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             forward=self.passes.forward,
             context=self._context,
             half_precision=self.args.bf16 or self.args.fp16,
+            labels=self.labels,
             tolerance=self.args.self_test_tolerance,
             agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
         )
@@ -231,7 +244,6 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
 
     def _set_up_hooks(self) -> None:
         args = self.args
-        self._sum = partial(self.accelerator.reduce, reduction="sum")
         stats = args.log_token_stats
         self._logged = {mode: RunMetrics(self.objective, token_stats=stats) for mode in ("train", "eval")}
         self.add_callback(
@@ -255,7 +267,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         with args.main_process_first(desc=f"preparing the {name} data"):
             if isinstance(dataset, IterableDataset):
                 dataset = read_stream(dataset, args, name)
-            groups = as_groups(dataset, on_bad_row=args.on_bad_row, name=name, source_format=args.source_format)
+            groups = as_groups(dataset, args, name, paired=self.labels is None)
             groups, self.reports[name] = prepare_groups(
                 startup.without_images(groups, self.encoder.processor),
                 self.encoder,
@@ -263,12 +275,9 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
                 num_proc=args.dataset_num_proc,
                 name=name,
                 string_rows=args.string_rows,
+                labels=self.labels,
             )
         return groups
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(GROUP_COLUMNS)
 
     @property
     def companies(self) -> list[Company]:
@@ -279,11 +288,12 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         """Batches of the training groups."""
         return self.loaders.train(
             self.train_dataset,
-            self.choice.shapes(self.train_dataset),
+            self.choice.shapes(self.train_dataset, mismatched="kl" in self.objective.needs),
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,
             shuffle=self.args.train_sampling_strategy == "random" and not self.streamed,
             companies=self.companies,
+            mismatched="kl" in self.objective.needs,
         )
 
     def get_batch_samples(

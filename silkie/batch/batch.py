@@ -42,6 +42,10 @@ class Batch(TypedDict):
         pair_weights: fp32 [P].
         ratings: [R], aspect_ratings: [R, A], NaN where there is none. Only where the data has ratings.
 
+    Labels, only for the losses that take no pairs (U labelled responses, M responses of other groups):
+        examples: [U] index into R; desirable: [U] bool; example_weights: fp32 [U].
+        mismatched: [M] indices into R of responses that belong to another group; mismatched_weights: fp32 [M].
+
     For people and caches:
         names: name of each group, for error messages.
         rows: row of each group in the dataset.
@@ -74,6 +78,12 @@ class Batch(TypedDict):
     pair_weights: Tensor
     ratings: NotRequired[Tensor]
     aspect_ratings: NotRequired[Tensor]
+
+    examples: NotRequired[Tensor]
+    desirable: NotRequired[Tensor]
+    example_weights: NotRequired[Tensor]
+    mismatched: NotRequired[Tensor]
+    mismatched_weights: NotRequired[Tensor]
 
     names: list[str]
     rows: list[Any]

@@ -15,6 +15,7 @@ from torch import Tensor
 from silkie.batch.batch import Batch
 from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, row_name
+from silkie.batch.labels import Labels
 from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
 from silkie.batch.stems import find_trees
 from silkie.data.images import open_image
@@ -52,6 +53,7 @@ class GroupCollator:
             micro-batch does not run the vision tower.
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
         joins: image tensors that are joined along another dimension than the first, see `image_joins`.
+        labels: labelled responses, for losses that take no pairs. None: the losses take pairs.
         share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
 
@@ -66,9 +68,14 @@ class GroupCollator:
     corruption: ImageCorruption | None = None
     joins: Mapping[str, int] = field(default_factory=dict)
     share_prefix: bool = False
+    labels: Labels | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
+        data = rows
+        added: list[list[float]] = [[] for _ in rows]  # weights of the responses that are added to each row
+        if self.labels is not None and self.labels.mismatched:
+            rows, added = self.labels.with_mismatched(rows)
         encoded = [self.encoder.encode(row) for row in rows]
         groups = [
             PromptAndResponses(
@@ -97,6 +104,8 @@ class GroupCollator:
             "names": [row_name(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
+        if self.labels is not None:
+            fields |= self.labels.tensors(data, added)
         batch = cast(Batch, fields)
         if self.aspects:
             batch["ratings"], batch["aspect_ratings"] = self._ratings(rows, counts)
@@ -153,6 +162,8 @@ class CollateWithRows:
         """The micro-batch of `rows`, with `as_rows`."""
         batch = self.collate(rows)
         plain = replace(self.collate, layout="rows", groups_per_row=1, corruption=None)
+        if plain.labels is not None:
+            plain = replace(plain, labels=replace(plain.labels, mismatched=False))
         batch["as_rows"] = plain(rows)
         return batch
 

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from silkie.batch.companies import Company
-from silkie.batch.preparation import OnBadRow
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.data import load_preferences
-from silkie.data.schema import ROW_FORM, is_group_features
+from silkie.data.schema import OPTIONAL, is_group_features
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +28,19 @@ GROUP_COLUMNS = [
     "pairs",
     "pair_weights",
     "ratings",
-    *ROW_FORM,
+    *OPTIONAL,
 ]
 
 _MEASURED = {"row", "prompt_length", "response_lengths"}  # what `silkie.batch.preparation` adds
 
 
-def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str, source_format: str | None = None) -> Dataset:
+def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True) -> Dataset:
     """A dataset of preference groups: groups as they are, TRL pair rows and other known formats regrouped.
 
     Args:
+        args: options of the run: `on_bad_row`, `source_format`.
         name: of the dataset in messages.
-        source_format: see `load_preferences`.
+        paired: drop groups without a pair; False: the losses take no pairs.
 
     Raises:
         TypeError: it is not a `datasets.Dataset`.
@@ -60,7 +60,9 @@ def as_groups(dataset: Any, *, on_bad_row: OnBadRow, name: str, source_format: s
         return dataset
     if is_group_features(dataset.features) and dataset.format["type"] != "custom":
         return dataset
-    return load_preferences(dataset, on_error=on_bad_row, source_format=source_format)
+    return load_preferences(
+        dataset, on_error=args.on_bad_row, source_format=args.source_format, keep_unpaired=not paired
+    )
 
 
 def read_stream(stream: IterableDataset, args: Any, name: str) -> Dataset:
@@ -141,11 +143,13 @@ class GroupLoaders:
         padded: bool,
         shuffle: bool,
         companies: Sequence[Company] = (),
+        mismatched: bool = False,
     ) -> DataLoader:
         """Batches of prepared groups, in an order that the seed and the epoch decide.
 
         Args:
             shapes, batch_size, padded, shuffle, companies: see `GroupBatchSampler`.
+            mismatched: prompts also score the responses of other groups in their batch.
         """
         args = self.args
         self.train_sampler = GroupBatchSampler(
@@ -159,6 +163,14 @@ class GroupLoaders:
             drop_last=args.dataloader_drop_last,
             companies=companies,
         )
+        lone = sum(len(batch) == 1 and batch[0] < len(dataset) for batch in self.train_sampler) if mismatched else 0
+        if lone:
+            logger.warning(
+                "%d of %d micro-batches of an epoch hold one group: as in TRL, its KL term is estimated on its own"
+                " responses",
+                lone,
+                len(self.train_sampler),
+            )
         return self._loader(dataset, self.train_sampler, persistent_workers=args.dataloader_persistent_workers)
 
     def evaluation(self, dataset: Dataset, *, collate: Callable[[Any], Any] | None = None) -> DataLoader:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from silkie.batch.encoding import GroupEncoder, GroupLengths, row_name
+from silkie.batch.labels import Labels
 from silkie.batch.template import TemplateMismatch, plain_prompt
 from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, open_image
@@ -31,6 +32,18 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["raise", "skip"]
 StringRows = Literal["auto", "plain", "template"]
 _LISTED = 5  # rows listed per reason
+# Columns that only the report reads
+_FACTS = (
+    "problem",
+    "cut",
+    "n_pairs",
+    "n_equal",
+    "n_images",
+    "open_header",
+    "n_header",
+    "n_desirable",
+    "n_undesirable",
+)
 
 
 class GroupError(DataError):
@@ -51,6 +64,7 @@ class PreparationReport:
             template that closes it where an answer has none); the responses start before these, as in TRL.
         header_pairs: pairs that share more of the generation prompt than their group does: both responses score those
             tokens, which TRL counts to the prompt of such a pair.
+        desirable, undesirable: labelled responses, for losses that take no pairs.
         dropped: reason -> descriptions of the groups that were dropped for it.
     """
 
@@ -65,6 +79,8 @@ class PreparationReport:
     equal_pairs: int = 0
     open_headers: int = 0
     header_pairs: int = 0
+    desirable: int = 0
+    undesirable: int = 0
     images: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -86,6 +102,8 @@ class PreparationReport:
             "pairs with equal responses": self.equal_pairs,
             "groups whose answers rewrite the generation prompt": self.open_headers,
             "pairs that score a part of the generation prompt": self.header_pairs,
+            "desirable responses": self.desirable,
+            "undesirable responses": self.undesirable,
         }
         dropped = {f"dropped groups: {reason}": len(rows) for reason, rows in self.dropped.items()}
         return counts | {name: number for name, number in rare.items() if number} | dropped
@@ -97,6 +115,8 @@ class PreparationReport:
             f" prompt tokens {self.prompt_tokens} (longest {self.longest_prompt}), response tokens"
             f" {self.response_tokens} (longest {self.longest_response})"
         ]
+        if self.desirable or self.undesirable:
+            out[0] += f"; {self.desirable} desirable and {self.undesirable} undesirable responses"
         if self.cut_responses:
             out.append(f"{name}: {self.cut_responses} responses were truncated at the end to meet the length limits")
         if self.equal_pairs:
@@ -129,6 +149,7 @@ def prepare_groups(
     num_proc: int | None = None,
     name: str = "train",
     string_rows: StringRows = "auto",
+    labels: Labels | None = None,
 ) -> tuple[Dataset, PreparationReport]:
     """Measure the groups of a dataset and drop those that cannot be trained on.
 
@@ -142,6 +163,7 @@ def prepare_groups(
         num_proc: worker processes.
         name: of the dataset in messages.
         string_rows: how rows of strings are written, see `settle_string_rows`.
+        labels: for losses that take labelled responses and no pairs; groups without a label are dropped then.
 
     Returns:
         The dataset with the columns `row` (number in the input), `prompt_length` and `response_lengths`, and the
@@ -150,11 +172,21 @@ def prepare_groups(
     Raises:
         GroupError: a broken row, or no group remains.
     """
+    if labels is not None and labels.threshold is not None and "ratings" not in dataset.column_names:
+        raise GroupError(
+            f"`label_threshold` reads ratings, and the {name} data has none. Leave it out for data with labels or"
+            " pairs."
+        )
     string_rows = settle_string_rows(dataset, encoder, string_rows, name)
     measured = dataset.map(
         _measure,
         with_indices=True,
-        fn_kwargs={"encoder": encoder, "raise_errors": on_bad_row == "raise", "string_rows": string_rows},
+        fn_kwargs={
+            "encoder": encoder,
+            "raise_errors": on_bad_row == "raise",
+            "string_rows": string_rows,
+            "labels": labels,
+        },
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc=f"Measuring {name} groups",
         # Not datasets' default: it pickles the tokenizer, which is not stable. The image files are part of the key, so
@@ -167,30 +199,14 @@ def prepare_groups(
             code_digest(folders=[Path(__file__).parent]),
             on_bad_row,
             string_rows,
+            repr(labels),
         ),
     )
     report = PreparationReport()
     dropped: dict[str, list[str]] = defaultdict(list)
     keep = []
-    facts = measured.select_columns(
-        [
-            c
-            for c in (
-                "row",
-                "id",
-                "problem",
-                "prompt_length",
-                "response_lengths",
-                "cut",
-                "n_pairs",
-                "n_equal",
-                "n_images",
-                "open_header",
-                "n_header",
-            )
-            if c in measured.column_names
-        ]
-    )
+    read = ("row", "id", "prompt_length", "response_lengths", *_FACTS)
+    facts = measured.select_columns([c for c in read if c in measured.column_names])
     for index, row in enumerate(facts):
         if row["problem"]:
             dropped[row["problem"]].append(row_name(row))
@@ -202,6 +218,8 @@ def prepare_groups(
         report.images += row["n_images"]
         report.open_headers += row["open_header"]
         report.header_pairs += row["n_header"]
+        report.desirable += row["n_desirable"]
+        report.undesirable += row["n_undesirable"]
         report.responses += len(row["response_lengths"])
         report.prompt_tokens += row["prompt_length"]
         report.response_tokens += sum(row["response_lengths"])
@@ -216,7 +234,7 @@ def prepare_groups(
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
         raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")
-    measured = measured.remove_columns(["problem", "cut", "n_pairs", "n_equal", "n_images", "open_header", "n_header"])
+    measured = measured.remove_columns([c for c in measured.column_names if c in _FACTS])
     return (measured if len(keep) == len(measured) else measured.select(keep)), report
 
 
@@ -260,10 +278,16 @@ def _in_form(row: Mapping[str, Any], string_rows: StringRows) -> Mapping[str, An
 
 
 def _measure(
-    row: Mapping[str, Any], index: int, encoder: GroupEncoder, raise_errors: bool, string_rows: StringRows
+    row: Mapping[str, Any],
+    index: int,
+    encoder: GroupEncoder,
+    raise_errors: bool,
+    string_rows: StringRows,
+    labels: Labels | None,
 ) -> dict[str, Any]:
     named: Mapping[str, Any] = {"row": index, **row}  # a row that was prepared before keeps its number
     pairs = row["pairs"] or []
+    examples = labels.examples({**row, "pairs": pairs}) if labels is not None else []
     facts = {
         "row": named["row"],
         "problem": "",
@@ -274,6 +298,8 @@ def _measure(
         "n_equal": 0,
         "open_header": 0,
         "n_header": 0,
+        "n_desirable": sum(e.desirable for e in examples),
+        "n_undesirable": sum(not e.desirable for e in examples),
         "n_images": len(row.get("images") or []),
     }
     try:
@@ -289,8 +315,11 @@ def _measure(
                 f"{error} Fix or remove the row, or set on_bad_row='skip' to drop and count such rows."
             ) from error
         return {**facts, "problem": _reason(error)}
-    if not pairs:
-        return {**facts, "problem": "no preference pairs (ties, one response, or no ratings)"}
+    if labels is not None and not examples:
+        return {**facts, "problem": "no response that is desirable or undesirable"}
+    if labels is None and not pairs:
+        hint = ", but labels: a loss for them is loss_type=['kto']" if row.get("labels") else ""
+        return {**facts, "problem": f"no preference pairs (ties, one response, or no ratings){hint}"}
     if not lengths.fits:
         return {**facts, "problem": f"the prompt alone does not fit max_length={encoder.max_length}"}
     equal = sum(lengths.equal_to[chosen] == lengths.equal_to[rejected] for chosen, rejected in pairs)

@@ -190,7 +190,7 @@ def _filled(units: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 @dataclass(slots=True)
 class WithEmptyGroups(Dataset):
-    """A dataset of n rows; index n + i is row i with all pair weights 0."""
+    """A dataset of n rows; index n + i is row i with all weights 0, of pairs and labels."""
 
     rows: Any
 
@@ -201,7 +201,7 @@ class WithEmptyGroups(Dataset):
         if index < len(self.rows):
             return self.rows[index]
         row = dict(self.rows[index - len(self.rows)])
-        return {**row, "pair_weights": [0.0] * len(row["pairs"])}
+        return {**row, "pair_weights": [0.0] * len(row["pairs"]), "empty": True}
 
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         return [self[i] for i in indices]

@@ -14,7 +14,7 @@ from silkie.data.schema import Conversation, count_images
 
 __all__ = ["check_distinct", "check_group", "check_no_video", "check_pairs", "check_storable", "is_aspect"]
 
-PER_RESPONSE = ("ratings", "rationales", "models")
+PER_RESPONSE = ("labels", "ratings", "rationales", "models")
 VIDEO_PLACEHOLDER = "<video>"  # what conversations write for a video, as <image> for an image
 LONGEST_ASPECT = 200  # characters
 CONVERSATION = "a conversation that ends with a user turn"

@@ -15,8 +15,8 @@ class Reading(NamedTuple):
 
     Attributes:
         kind: "pair" (prompt, chosen, rejected), "conversation", "instruction" or "question" (the prompt is in that
-            column, beside chosen and rejected), "group", "completions", "comparison" or "text"; "" where nothing is
-            known.
+            column, beside chosen and rejected), "group", "completions", "label" (prompt, completion, label),
+            "comparison" or "text"; "" where nothing is known.
     """
 
     kind: str
@@ -53,6 +53,7 @@ _PROMPTS = (
 _OTHERS = (
     ("group", frozenset({"prompt", "responses"})),
     ("completions", frozenset({"prompt", "completions"})),
+    ("label", frozenset({"prompt", "completion", "label"})),
     ("comparison", frozenset({"conversations", "output_1", "output_2", "preference"})),
 )
 

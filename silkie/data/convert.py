@@ -26,7 +26,7 @@ from silkie.data.pairs import PairOptions
 from silkie.data.registry import Source, code_digest
 from silkie.data.reports import LoadReport, OnError, Problem, unforeseen
 from silkie.data.row import Found, Row
-from silkie.data.schema import ROW_FORM, DataError, Group, RowError, SkipRow, group_features
+from silkie.data.schema import OPTIONAL, DataError, Group, RowError, SkipRow, group_features
 from silkie.data.stored import NoPairs, stored_row
 
 BLOCK_SHARDS = 16  # at most 128 MiB of JSON lines, or 32,768 rows of a dataset
@@ -63,7 +63,7 @@ class Settings:
         return ImageResolver(root, self.base, allow_remote=self.allow_remote)
 
     def empty_row(self) -> dict[str, Any]:
-        return dict.fromkeys([*group_features(self.aspects), *ROW_FORM])
+        return dict.fromkeys([*group_features(self.aspects), *OPTIONAL])
 
 
 def write_groups(
@@ -74,7 +74,7 @@ def write_groups(
     Each block of shards has its own cache file, so that an interrupted run resumes at the block it was in.
     """
     features = group_features(settings.aspects)
-    features.update({name: datasets.Value("string") for name in ROW_FORM})
+    features.update(OPTIONAL)
     features[PROBLEM] = datasets.Value("string")
     features[NOTES] = datasets.List(datasets.Value("string"))
     version = [
@@ -297,8 +297,8 @@ def _pack(kind: str, row: Row, reason: str, message: str, lookup: Lookup | None 
 def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
     """Move the helper columns into the report and return the sound rows."""
     sound: list[int] = []
-    helper, offset = written.select_columns([PROBLEM, NOTES, *ROW_FORM]).with_format("arrow"), 0
-    unused = set(ROW_FORM)
+    helper, offset = written.select_columns([PROBLEM, NOTES, *OPTIONAL]).with_format("arrow"), 0
+    unused = set(OPTIONAL)
     for batch in helper.iter(batch_size=10_000):
         for index, packed in enumerate(batch[PROBLEM].to_pylist()):
             if packed is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -267,7 +268,8 @@ def _as_it_is(records: raw.Records, keep_unpaired: bool) -> tuple[datasets.Datas
     assert records.dataset is not None
     dataset = records.dataset.with_format(None)
     report = LoadReport(source=records.name, format="groups", rows=len(dataset))
-    paired = [index for index, count in enumerate(_pair_counts(dataset)) if count]
+    labels = dataset["labels"] if "labels" in dataset.column_names else itertools.repeat(None)
+    paired = [i for i, (count, own) in enumerate(zip(_pair_counts(dataset), labels, strict=False)) if count or own]
     if not keep_unpaired and len(paired) < len(dataset):
         for index in sorted(set(range(len(dataset))).difference(paired)):
             report.problems.append(

@@ -10,6 +10,7 @@ from typing import Any, cast
 import datasets
 from datasets.fingerprint import Hasher
 
+from silkie.data.check import PER_RESPONSE
 from silkie.data.reports import RegroupReport
 from silkie.data.schema import ROW_FORM, DataError, is_group_features
 
@@ -87,13 +88,15 @@ def _joined(dataset: datasets.Dataset, clusters: list[list[list[int]]]) -> Itera
 def join_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Several groups of one image and prompt as one group: distinct responses, pairs renumbered, weights of equal pairs
     summed."""
-    position: dict[str, int] = {}
-    per_response: dict[str, list[Any]] = {name: [] for name in ("models", "ratings", "rationales") if name in groups[0]}
+    position: dict[Any, int] = {}
+    per_response: dict[str, list[Any]] = {name: [] for name in PER_RESPONSE if name in groups[0]}
     weights: dict[tuple[int, int], float] = {}
     for group in groups:
         renumbered = []
         for index, response in enumerate(group["responses"]):
-            new = position.setdefault(response, len(position))
+            # each label is one opinion: equal responses with labels stay apart, as unpaired rows do
+            key = response if group.get("labels") is None else (response, len(position))
+            new = position.setdefault(key, len(position))
             renumbered.append(new)
             for name, values in per_response.items():
                 value = group[name][index] if group[name] else None
@@ -105,16 +108,19 @@ def join_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
             pair = (renumbered[chosen], renumbered[rejected])
             weights[pair] = weights.get(pair, 0.0) + weight
     joined = dict(
-        groups[0], responses=list(position), pairs=[list(pair) for pair in weights], pair_weights=list(weights.values())
+        groups[0],
+        responses=[key if isinstance(key, str) else key[0] for key in position],
+        pairs=[list(pair) for pair in weights],
+        pair_weights=list(weights.values()),
     )
-    # a rating struct must be there for every response or for none; a model name may be missing for some
-    joined.update(
-        {
-            name: values if (name == "models" and any(values)) or all(values) else None
-            for name, values in per_response.items()
-        }
-    )
+    joined.update({name: values if _complete(name, values) else None for name, values in per_response.items()})
     return joined
+
+
+def _complete(name: str, values: list[Any]) -> bool:
+    """Whether values of all responses are kept: a rating struct must be there for every response or for none; a model
+    name or a label may be missing for some."""
+    return any(value is not None for value in values) if name in ("models", "labels") else all(values)
 
 
 def _report(before: datasets.Dataset, after: datasets.Dataset) -> RegroupReport:
@@ -124,7 +130,8 @@ def _report(before: datasets.Dataset, after: datasets.Dataset) -> RegroupReport:
         contradictions += sum((rejected, chosen) in given for chosen, rejected in given) // 2
         pairs += len(given)
         responses += len(row["responses"])
-    forwards = sum(2 * len(row["pairs"]) for row in before.select_columns(["pairs"]))
+    given_rows = before.select_columns(["pairs", "responses"])
+    forwards = sum(2 * len(row["pairs"]) or len(row["responses"]) for row in given_rows)
     return RegroupReport(
         rows=len(before),
         groups=len(after),

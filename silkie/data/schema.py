@@ -62,6 +62,7 @@ class Group:
     images: list[ImageValue]  # [I]
     pairs: Sequence[Sequence[int]] | None = None  # [P] (chosen, rejected); None: to be built from the ratings
     pair_weights: Sequence[float] | None = None  # [P]
+    labels: list[bool | None] | None = None  # [K] desirable, undesirable, or not labelled (thumbs up and down)
     ratings: list[dict[str, float | None]] | None = None  # [K]
     rationales: Sequence[dict[str, str | None] | None] | None = None  # [K]
     models: list[str | None] | None = None  # [K]
@@ -79,6 +80,8 @@ class Group:
 #   prompt_turns: JSON text of the prompt's turns, where they hold tool calls or other fields than text and images.
 #   tools, chat_template_kwargs: JSON text of what the chat template is given for this row.
 ROW_FORM = ("form", "prompt_turns", "tools", "chat_template_kwargs")
+# All columns that are absent where no row of a dataset needs them.
+OPTIONAL = {**{name: Value("string") for name in ROW_FORM}, "labels": List(Value("bool"))}
 
 
 def group_features(aspects: Iterable[str] = ()) -> Features:
@@ -116,7 +119,7 @@ def is_group_features(features: Features) -> bool:
     """True where `features` are exactly those of a dataset that `load_preferences` has written."""
     if not {"prompt", "responses", "pairs"} <= set(features):
         return False
-    more = {name: Value("string") for name in ROW_FORM if name in features}
+    more = {name: kind for name, kind in OPTIONAL.items() if name in features}
     return features == Features({**group_features(aspects_of(features)), **more})
 
 

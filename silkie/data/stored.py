@@ -8,7 +8,7 @@ from typing import Any
 from silkie.data.check import check_group, check_pairs, check_storable
 from silkie.data.pairs import PairOptions, build_pairs, filter_given, is_weight, same_text
 from silkie.data.row import Found, Row
-from silkie.data.schema import ROW_FORM, Group
+from silkie.data.schema import OPTIONAL, Group
 
 
 class NoPairs(Exception):
@@ -25,7 +25,7 @@ def stored_row(
     """Check a group, build its pairs and return (stored row, notes). A note is the reason of one dropped response or
     pair.
 
-    Raises RowError for a broken group and NoPairs for a sound one without a pair.
+    Raises RowError for a broken group and NoPairs for a sound one without a pair and without labels.
     """
     check_group({field.name: getattr(group, field.name) for field in fields(group)}, row, aspects=aspects)
     stored: dict[str, Any] = {
@@ -34,7 +34,7 @@ def stored_row(
         "prompt": group.prompt,
         "responses": group.responses,
         "models": group.models,
-        **{name: getattr(group, name) for name in ROW_FORM},
+        **{name: getattr(group, name) for name in OPTIONAL},
     }
     if aspects:
         stored["ratings"] = (
@@ -51,7 +51,7 @@ def stored_row(
     )
     stored["pairs"], stored["pair_weights"] = pairs, weights
     check_storable(stored, row)
-    if not pairs and need_pairs:
+    if not pairs and need_pairs and group.labels is None:
         raise NoPairs(why_no_pairs(len(group.responses), notes), notes)
     return stored, notes
 

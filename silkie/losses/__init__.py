@@ -12,6 +12,7 @@ from .objective import Objective, build_objective
 from .options import LossOptions, option_users, validate
 from .spec import LossSpec
 from .tokens import changed_tokens, ddpo_token_weights, ld_token_weights, wpo_response_weights
+from .unpaired import balanced_weights, kl_estimate
 
 dpo_loss = LOSSES["sigmoid"]
 
@@ -22,11 +23,13 @@ __all__ = [
     "LossOptions",
     "LossSpec",
     "Objective",
+    "balanced_weights",
     "build_objective",
     "changed_tokens",
     "ddpo_token_weights",
     "dpo_loss",
     "f_scores",
+    "kl_estimate",
     "ld_token_weights",
     "mdpo_anchor",
     "mdpo_image",

@@ -1,5 +1,6 @@
 """What a loss sees of one micro-batch: log-probabilities of responses and the pairs over them. Legend: G groups, K
-responses per group, R responses of the batch (flat over groups), P pairs, N scored tokens, A aspects of a rating."""
+responses per group, R responses of the batch (flat over groups), P pairs, N scored tokens, A aspects of a rating, U
+labelled responses."""
 
 from __future__ import annotations
 
@@ -33,6 +34,9 @@ class GroupLogps:
         log_sum_sq_probs: [N] log sum_v p(v)^2 of the policy at each scored token.
         corrupted_logps / ref_corrupted_logps: [R] as `logps`, with the group's images corrupted. Read for chosen
             responses only.
+        examples: [U] index into R of each labelled response; desirable: [U] bool; example_weights: [U] weight in the
+            mean over labelled responses, >= 0. None: the losses take pairs.
+        kl: 0-d estimate of the KL divergence, see `silkie.losses.unpaired.kl_estimate`.
     """
 
     lengths: Tensor
@@ -52,6 +56,10 @@ class GroupLogps:
     log_sum_sq_probs: Tensor | None = None
     corrupted_logps: Tensor | None = None
     ref_corrupted_logps: Tensor | None = None
+    examples: Tensor | None = None
+    desirable: Tensor | None = None
+    example_weights: Tensor | None = None
+    kl: Tensor | None = None
 
     def require(self, name: str, why: str) -> Tensor:
         """The tensor `name`, or an error that says which loss wants it.

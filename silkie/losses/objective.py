@@ -39,6 +39,7 @@ class _PairView:
 
     batch: GroupLogps
     options: LossOptions
+    labelled: bool  # its rows are labelled responses, not pairs
 
     @property
     def chosen_index(self) -> Tensor:
@@ -47,6 +48,11 @@ class _PairView:
     @property
     def rejected_index(self) -> Tensor:
         return self.batch.pairs[:, 1]
+
+    @property
+    def examples(self) -> Tensor:
+        """[U] index into R of each labelled response."""
+        return self.batch.require("examples", "a loss of labelled responses")
 
     @cached_property
     def chosen_lengths(self) -> Tensor:
@@ -109,7 +115,10 @@ class _PairView:
 
     @cached_property
     def weights(self) -> Tensor:
-        """[P] weight of each pair: the data's, times those that the options take from the ratings."""
+        """[P] weight of each pair: the data's, times those that the options take from the ratings; [U] of each
+        labelled response where the losses take these."""
+        if self.labelled:
+            return self.batch.require("example_weights", "a loss of labelled responses")
         weights = self.batch.weights
         if self.options.aspect_weights is not None:
             weights = weights * agreement(self.margins)
@@ -134,8 +143,8 @@ class Objective:
         needs: what a batch must carry beyond `logps`, `lengths` and `pairs`: "reference" (ref_logps), "tokens"
             (per_token_logps, owner), "reference_tokens" (ref_per_token_logps), "token_ids", "stats" (log_sum_sq_probs),
             "corrupted" (corrupted_logps and ref_corrupted_logps), "ratings" (margins or ratings), "aspects"
-            (aspect_ratings), "groups" (group). Where it lacks "reference" no loss reads a reference, and none need be
-            run.
+            (aspect_ratings), "groups" (group), "labels" (examples, desirable, example_weights), "kl" (kl).
+            Where it lacks "reference" no loss reads a reference, and none need be run.
     """
 
     def __init__(self, loss_type: Sequence[str], loss_weights: Sequence[float] | None, options: LossOptions) -> None:
@@ -150,13 +159,24 @@ class Objective:
         """Whether a reference must be run."""
         return bool(self.needs & {"reference", "reference_tokens"})
 
-    def pair_weights(self, batch: GroupLogps) -> Tensor:
-        """[P] weight of each pair: the data's, times those that the options take from the ratings."""
-        return _PairView(batch, self.options).weights
+    @property
+    def unpaired(self) -> bool:
+        """Whether the losses take labelled responses and no pairs; they do not mix."""
+        return "labels" in self.needs
+
+    def row_weights(self, batch: GroupLogps) -> Tensor:
+        """[P] weight of each pair: the data's, times those that the options take from the ratings; [U] of each
+        labelled response where the losses take these."""
+        return _PairView(batch, self.options, self.unpaired).weights
 
     def reference_logps(self, batch: GroupLogps) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected log-probs [P] of the reference, weighted by token where the options say so."""
-        return _PairView(batch, self.options).reference
+        """Chosen and rejected log-probs [P] of the reference, weighted by token where the options say so; of unpaired
+        data those of the desirable and of the undesirable responses."""
+        if self.unpaired:
+            view = _PairView(batch, self.options, labelled=True)
+            logps, desirable = view.plain("ref_logps", view.examples), batch.require("desirable", "the objective")
+            return logps[desirable], logps[~desirable]
+        return _PairView(batch, self.options, self.unpaired).reference
 
     def check_aspects(self, aspects: Sequence[str]) -> None:
         """Whether data that is rated on `aspects` carries what the options read.
@@ -166,6 +186,7 @@ class Objective:
         """
         if not aspects and self.needs & {"ratings", "aspects"}:
             option = "aspect_weights" if "aspects" in self.needs else f"margin={self.options.margin!r}"
+            option = option if self.options.label_threshold is None else "label_threshold"
             raise ValueError(
                 f"`{option}` reads ratings, and the data has none. Remove the option, or load data with a `ratings`"
                 " column."
@@ -178,10 +199,10 @@ class Objective:
         """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights,
         "token" chosen tokens weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches
         and ranks of an optimizer step."""
-        view = _PairView(batch, self.options)
+        view = _PairView(batch, self.options, self.unpaired)
         units: dict[str, Tensor] = {}
         for unit in {SPECS[name].unit for name in self.terms}:
-            if unit == "pair":
+            if unit in ("pair", "example"):
                 units[unit] = view.weights.sum()
             elif unit == "token":
                 units[unit] = (view.weights * view.chosen_lengths).sum()
@@ -201,12 +222,13 @@ class Objective:
         Returns:
             0-d loss = sum over the terms of weight * sum(term) / totals[unit], and detached metrics [P]:
             rewards/{chosen, rejected, margins, accuracies}, logps/{chosen, rejected}, and loss/{name} for losses with a
-            row per pair (sft: per token).
+            row per pair (sft: per token). Of labelled responses they are [U], NaN on the other side, with kl and
+            without margins and accuracies.
         """
         if self.options.aspect_weights is not None:
             self.check_aspects(batch.aspects)
         totals = self.units(batch) if totals is None else totals
-        view = _PairView(batch, self.options)
+        view = _PairView(batch, self.options, self.unpaired)
         metrics = self._metrics(view)
         # Without a pair a term is an empty sum, which still hangs on the graph: every rank can run backward.
         loss = torch.zeros((), device=batch.pairs.device)
@@ -229,6 +251,11 @@ class Objective:
         kwargs: dict[str, Any] = {keyword: getattr(options, field) for keyword, field in spec.options.items()}
         if spec.inputs == "reference":
             return self._reference_rows(name, spec, view, kwargs), view.weights
+        if spec.inputs == "labelled":
+            if spec.kl:
+                kwargs["kl"] = batch.require("kl", name)
+            logps, ref_logps = (view.plain(column, view.examples) for column in ("logps", "ref_logps"))
+            return spec.fn(logps, ref_logps, batch.require("desirable", name), **kwargs), view.weights
         if spec.inputs == "sft":
             return spec.fn(view.plain("logps", view.chosen_index)), view.weights
         if spec.inputs == "anchor":
@@ -271,6 +298,8 @@ class Objective:
         return rows * view.wpo_weights if options.use_weighting else rows
 
     def _metrics(self, view: _PairView) -> dict[str, Tensor]:
+        if self.unpaired:
+            return self._labelled_metrics(view)
         # Detached one by one, not under no_grad: the view caches these tensors, and the losses differentiate through
         # them.
         referenced = "reference" in self.needs
@@ -286,6 +315,18 @@ class Objective:
         )
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics["rewards/accuracies"] = (metrics["rewards/margins"] > 0).to(chosen.dtype)
+        return metrics
+
+    def _labelled_metrics(self, view: _PairView) -> dict[str, Tensor]:
+        batch = view.batch
+        desirable = batch.require("desirable", "the objective")
+        logps, reference = (view.plain(name, view.examples).detach() for name in ("logps", "ref_logps"))
+        metrics = {}
+        for side, own in (("chosen", desirable), ("rejected", ~desirable)):
+            metrics[f"logps/{side}"] = torch.where(own, logps, torch.nan)
+            metrics[f"rewards/{side}"] = torch.where(own, self.options.beta * (logps - reference), torch.nan)
+        if batch.kl is not None:
+            metrics["kl"] = batch.kl.expand(len(logps))
         return metrics
 
     @staticmethod
@@ -331,7 +372,7 @@ def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
     inputs = {spec.inputs for spec in specs}
     needs: set[str] = set()
     # sft alone reads no reference, but its rewards do: TRL logs them, so they must be those of TRL
-    if inputs & {"reference", "image", "anchor", "listwise"} or inputs == {"sft"}:
+    if inputs & {"reference", "image", "anchor", "listwise", "labelled"} or inputs == {"sft"}:
         needs.add("reference")
     if options.token_weighted:
         needs |= {"tokens", "reference_tokens"}
@@ -343,9 +384,13 @@ def _needs(specs: Sequence[LossSpec], options: LossOptions) -> frozenset[str]:
         needs.add("corrupted")
     if "listwise" in inputs:
         needs.add("groups")
+    if "labelled" in inputs:
+        needs.add("labels")
+    if any(spec.kl for spec in specs):
+        needs.add("kl")
     if options.aspect_weights is not None:
         needs.add("aspects")
-    elif options.margin != "none":
+    elif options.margin != "none" or options.label_threshold is not None:
         needs.add("ratings")
     return frozenset(needs)
 

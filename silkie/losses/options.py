@@ -13,6 +13,8 @@ from .divergence import Divergence
 
 _REFERENCE = frozenset(name for name, spec in SPECS.items() if spec.inputs == "reference")
 _PER_PAIR = _REFERENCE - {name for name, spec in SPECS.items() if spec.permutes}
+_UNPAIRED = frozenset(name for name, spec in SPECS.items() if spec.inputs == "labelled")
+_WEIGHED = frozenset(name for name, spec in SPECS.items() if not spec.permutes) - _UNPAIRED
 OFFSET_USERS = frozenset(name for name, spec in SPECS.items() if spec.offset)
 
 
@@ -45,6 +47,19 @@ class LossFields:
         },
     )
     margin_scale: float = field(default=1.0, metadata={"help": "Scale of the rating gap."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "KTO: weight of the loss of desirable responses."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "KTO: weight of the loss of undesirable responses."}
+    )
+    label_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "KTO on rated groups: a response is desirable if its mean rating is above this, undesirable if it is"
+                " below. None: the labels of the data, or else its pairs."
+            )
+        },
+    )
     mdpo_anchor: float = field(
         default=0.0, metadata={"help": "Reward that mdpo_anchor holds the chosen response above."}
     )
@@ -110,9 +125,10 @@ def option_users(option: str) -> frozenset[str]:
         "ddpo_normalize": _REFERENCE - {"ipo", "sigmoid_norm"},
         "use_weighting": _PER_PAIR,
         "bco_reward_shift": frozenset({"bco_pair"}),
-        "margin": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
-        "margin_scale": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
-        "aspect_weights": frozenset(name for name, spec in SPECS.items() if not spec.permutes),
+        "margin": _WEIGHED,
+        "margin_scale": _WEIGHED,
+        "aspect_weights": _WEIGHED,
+        "label_threshold": _UNPAIRED,
     }
     return users.get(option) or frozenset(name for name, spec in SPECS.items() if option in spec.options.values())
 
@@ -180,6 +196,8 @@ def _check_values(options: LossOptions, loss_type: Sequence[str]) -> None:
         "bco_reward_shift": _one_of(options.bco_reward_shift, RewardShift),
         "margin": _one_of(options.margin, Margin),
         "margin_scale": (options.margin_scale >= 0, ">= 0"),
+        "desirable_weight": (options.desirable_weight >= 0, ">= 0"),
+        "undesirable_weight": (options.undesirable_weight >= 0, ">= 0"),
         "aspect_weights": (
             options.aspect_weights is None
             or (
@@ -207,6 +225,11 @@ def _one_of(value: str, choices: Any) -> tuple[bool, str]:
 def _check_use(options: LossOptions, loss_type: Sequence[str]) -> None:
     """Every option that was set is read by a selected loss, and by all of them where a mixture would be ill-defined."""
     selected = set(loss_type)
+    if selected & _UNPAIRED and selected - _UNPAIRED:
+        raise ValueError(
+            f"{', '.join(sorted(selected & _UNPAIRED))} reads labelled responses and"
+            f" {', '.join(sorted(selected - _UNPAIRED))} pairs: they cannot be mixed."
+        )
     for name in options.changed():
         users = option_users(name)
         if not selected & users:

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-Inputs = Literal["reference", "lengths", "sft", "image", "anchor", "listwise"]
-Unit = Literal["pair", "token", "group"]
+Inputs = Literal["reference", "lengths", "sft", "image", "anchor", "listwise", "labelled"]
+Unit = Literal["pair", "token", "group", "example"]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
@@ -21,15 +21,16 @@ class LossSpec:
         fn: the pure function.
         inputs: what it is called with. reference: chosen, rejected, ref_chosen, ref_rejected. lengths: chosen, rejected
             and their lengths. sft: chosen. image: chosen, corrupted and their references. anchor: chosen, ref_chosen.
-            listwise: all responses and the pairs.
+            listwise: all responses and the pairs. labelled: log-probs, references and labels of single responses.
         options: keyword of the function -> field of `LossOptions`.
         normalized: it also takes the lengths of a pair, as keywords.
         unit: what its sum is divided by. pair: sum of pair weights. token: chosen tokens, weighted. group: groups with
-            a ranking.
+            a ranking. example: sum of the weights of labelled responses.
         permutes: its rows are quantiles of the batch and not pairs, so that a pair weight has no row.
         difference: it depends on the difference of two scores only, so that f-divergences generalise it: the partition
             function of the implicit reward cancels in the difference, and nowhere else.
         offset: `margin="offset"` has a meaning: its logit may be asked to exceed the rating gap.
+        kl: it also takes the estimate of the KL divergence, as keyword.
     """
 
     fn: Callable[..., Tensor]
@@ -40,6 +41,7 @@ class LossSpec:
     permutes: bool = False
     difference: bool = False
     offset: bool = False
+    kl: bool = False
 
 
 BETA = {"beta": "beta"}
@@ -57,6 +59,7 @@ def loss(
     permutes: bool = False,
     difference: bool = False,
     offset: bool = False,
+    kl: bool = False,
 ) -> Callable[[Function], Function]:
     """Declares a function as the loss of its name. The arguments are those of `LossSpec`."""
 
@@ -70,6 +73,7 @@ def loss(
             permutes=permutes,
             difference=difference,
             offset=offset,
+            kl=kl,
         )
         return fn
 

@@ -62,9 +62,15 @@ class LayoutChoice:
         if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
             base.set_attn_implementation({"text_config": implementation})
 
-    def shapes(self, dataset: Dataset) -> list[tuple[int, int]]:
-        """(rows, tokens of its longest row) of each group in a forward pass."""
-        lengths = zip(dataset["prompt_length"], dataset["response_lengths"], strict=True)
+    def shapes(self, dataset: Dataset, *, mismatched: bool = False) -> list[tuple[int, int]]:
+        """(rows, tokens of its longest row) of each group in a forward pass.
+
+        Args:
+            mismatched: each group also scores the responses of another one; its own are counted once more for them.
+        """
+        times = 2 if mismatched else 1
+        own = (list(r) * times for r in dataset["response_lengths"])
+        lengths = zip(dataset["prompt_length"], own, strict=True)
         if self.layout == "packed":
             return [(1, p + sum(r)) for p, r in lengths]
         return [(len(r), p + max(r)) for p, r in lengths]

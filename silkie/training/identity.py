@@ -33,7 +33,7 @@ Identity = dict[str, dict[str, Any]]  # part of the run -> what is known of it: 
 SAMPLED_GROUPS = 256  # whose images are read
 SAMPLED_VALUES = 64  # of every weight
 LENGTH = "length"  # the one part that may change: a finished run is trained longer by resuming it
-_TEXTS = ("prompt", "responses", "pairs", "pair_weights", "ratings", "chat_template_kwargs")
+_TEXTS = ("prompt", "responses", "pairs", "pair_weights", "labels", "ratings", "chat_template_kwargs")
 _NOT_THE_MODEL = {  # where it lies, how it was saved, how it runs
     "_name_or_path",
     "transformers_version",

@@ -72,34 +72,46 @@ class RunMetrics:
         """Keeps the metrics [P] of a micro-batch; no synchronisation."""
         # Pairs of weight 0 are no part of a mean: copies that keep an idle rank busy, and pairs that contradict their
         # ratings under `aspect_weights`.
-        counted = self.objective.pair_weights(group_logps) > 0
+        weights = self.objective.row_weights(group_logps)
+        counted = weights > 0
         for name, value in metrics.items():
-            self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
-        chosen, rejected = batch["pairs"].unbind(1)
-        # TRL's count: prompt and response of both sides of every pair
-        both = (
-            2 * batch["prompt_lengths"][batch["group"][chosen]] + batch["lengths"][chosen] + batch["lengths"][rejected]
-        )
+            if self.objective.unpaired:  # NaN: on the other side
+                seen = weights * ~value.isnan()
+                self._means.add(name, (value.nan_to_num(nan=0.0) * seen).sum(), seen.sum())
+            else:
+                self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
+        # TRL's count: prompt and response of both sides of every pair, or of every labelled response
+        tokens = batch["prompt_lengths"][batch["group"]] + batch["lengths"]
+        total = torch.stack([(tokens[index] * weight).sum() for index, weight in self._sides(group_logps, counted)])
         packed = (batch["segment_ids"] >= 0).sum() * counted.any()
-        self._means.add(_TOKENS, (both * counted).sum(), packed)
+        self._means.add(_TOKENS, total.sum(), packed)
         if sequence_logps.aux_loss is not None:
             self._means.add("aux_loss", sequence_logps.aux_loss, 1)
         if sequence_logps.stats is not None and self.token_stats:
-            self._add_token_stats(batch, sequence_logps, counted)
+            self._add_token_stats(batch, sequence_logps, self._sides(group_logps, counted))
 
-    def _add_token_stats(self, batch: Batch, sequence_logps: SequenceLogps, counted: Tensor) -> None:
+    def _sides(self, logps: GroupLogps, counted: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(index into R, weight) of the chosen and of the rejected responses."""
+        if not self.objective.unpaired:
+            return [(index, counted.double()) for index in logps.pairs.unbind(1)]
+        desirable, examples = logps.require("desirable", "a metric"), logps.require("examples", "a metric")
+        weights = self.objective.row_weights(logps).double()
+        return [(examples, weights * side) for side in (desirable, ~desirable)]
+
+    def _add_token_stats(self, batch: Batch, sequence_logps: SequenceLogps, sides: list[tuple[Tensor, Tensor]]) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per
         pair."""
         means, stats = self._means, sequence_logps.stats
         assert stats is not None
-        for side, column in (("chosen", 0), ("rejected", 1)):
-            # not bincount: it would wait for the device
-            times = sequence_logps.per_token_logps.new_zeros(len(batch["lengths"]))
-            times = times.index_add(0, batch["pairs"][:, column], counted.to(times.dtype))
+        for side, (index, weights) in zip(("chosen", "rejected"), sides, strict=True):
+            times = sequence_logps.per_token_logps.new_zeros(
+                len(batch["lengths"])
+            )  # bincount would wait for the device
+            times = times.index_add(0, index, weights.to(times.dtype))
             weight = times[batch["owner"]]
             means.add(f"logits/{side}", (stats.mean_logit * weight).sum(), weight.sum())
             means.add("entropy", (stats.entropy * weight).sum(), weight.sum())
-            if side == "chosen":
+            if side == "chosen" and not self.objective.unpaired:
                 means.add("mean_token_accuracy", (stats.is_top1 * weight).sum(), weight.sum())
 
     def add_loss(self, group_logps: GroupLogps) -> None:
@@ -123,8 +135,11 @@ class RunMetrics:
         tokens, packed = sums.pop(_TOKENS, (0.0, 0.0))
         parts = [sums.pop(name) for name in list(sums) if name.startswith(_LOSS)]
         loss = sum(total / count for total, count in parts if count) if any(count for _, count in parts) else None
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        if self.objective.unpaired and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]  # no response has one
         return LogLine(
-            means={name: total / count for name, (total, count) in sums.items() if count},
+            means=means,
             tokens=int(tokens),
             packed_tokens=int(packed),
             loss=loss,

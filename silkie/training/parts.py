@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
 
 from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision, image_joins
 from silkie.batch.companies import Company, describe_companies, find_companies
 from silkie.batch.encoding import GroupEncoder
+from silkie.batch.labels import Labels
+from silkie.batch.preparation import PreparationReport
 from silkie.config import SilkieDPOConfig
-from silkie.losses import Objective
+from silkie.losses import Objective, balanced_weights
 from silkie.model.attention import Attention
 from silkie.model.families import causal_lm, check_merges_images, keep_used_conversions
 from silkie.model.forward import LogpsForward
@@ -38,6 +42,31 @@ def build_encoder(processor: Any, args: SilkieDPOConfig) -> GroupEncoder:
         special_tokens=args.special_tokens,
         chat_template_kwargs=args.template_variables,
     )
+
+
+def labels_of(args: SilkieDPOConfig, objective: Objective) -> Labels | None:
+    """How responses are labelled for losses that take no pairs; None for those that take pairs."""
+    if not objective.unpaired:
+        return None
+    return Labels(threshold=args.label_threshold, mismatched="kl" in objective.needs)
+
+
+def warn_of_unbalanced_labels(report: PreparationReport, args: SilkieDPOConfig) -> None:
+    """TRL's warning about unequal numbers of desirable and undesirable responses."""
+    if report.desirable == report.undesirable:
+        return
+    least, most = balanced_weights(report.desirable, report.undesirable, args.undesirable_weight)
+    if not least <= args.desirable_weight <= most:
+        logger.warning(
+            "train: %d desirable and %d undesirable responses: KTO's authors recommend desirable_weight from %.2f to"
+            " %.2f (with undesirable_weight=%g), and it is %g",
+            report.desirable,
+            report.undesirable,
+            least,
+            most,
+            args.undesirable_weight,
+            args.desirable_weight,
+        )
 
 
 def check_loaded_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerator, *, deepspeed: bool) -> None:
@@ -65,12 +94,14 @@ def build_collator(
     aspects: tuple[str, ...],
     corrupted: bool,
     dummy_image: bool,
+    labels: Labels | None,
 ) -> GroupCollator:
     """The collator of a run.
 
     Args:
         aspects: rating aspects of the training data.
         corrupted: whether a loss scores corrupted images.
+        labels: see `labels_of`.
         dummy_image: whether a micro-batch without images must run the vision tower (`guards.needs_dummy_image`).
     """
     corruption = ImageCorruption(kind=args.corruption, strength=args.corruption_strength, seed=args.seed)
@@ -85,6 +116,7 @@ def build_collator(
         aspects=aspects,
         corruption=corruption if corrupted else None,
         joins=image_joins(encoder),
+        labels=labels,
         dummy_vision=blank_vision(encoder) if dummy_image else None,
     )
 
@@ -124,6 +156,7 @@ def build_passes(
     frozen_vision: bool,
     aspects: tuple[str, ...],
     router_aux: bool,
+    reduce: Callable[[Tensor], Tensor],
 ) -> Passes:
     """The forward passes that the losses of a run need."""
     return Passes(
@@ -135,6 +168,8 @@ def build_passes(
         reference=reference,
         frozen_vision=frozen_vision,
         corrupted="corrupted" in objective.needs,
+        kl="kl" in objective.needs,
+        reduce=reduce,
         token_stats=args.log_token_stats or "stats" in objective.needs,
         router_aux=router_aux,
         aspects=aspects,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import Tensor
+
 from silkie.batch.batch import Batch
-from silkie.losses import GroupLogps
+from silkie.losses import GroupLogps, kl_estimate
 from silkie.model.forward import LogpsForward, SequenceLogps
 from silkie.model.vision import FeatureCache
 from silkie.training.reference import Reference
@@ -22,9 +25,11 @@ class Passes:
         reference: None where the losses need none.
         frozen_vision: the vision tower does not train, so its features are shared between the passes.
         corrupted: also score the groups with corrupted images.
+        kl: also estimate the KL divergence on responses of other prompts.
         token_stats: also return per-token statistics of the policy.
         aspects: rating aspects of the data.
         router_aux: also return the load balancing loss of the policy's routers.
+        reduce: sums a tensor over all ranks.
         table: reference log-probs of the training data; None: the reference runs on every batch.
     """
 
@@ -32,9 +37,11 @@ class Passes:
     reference: Reference | None
     frozen_vision: bool
     corrupted: bool
+    kl: bool
     token_stats: bool
     aspects: tuple[str, ...] = ()
     router_aux: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
     table: ReferenceTable | None = None
 
     def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[SequenceLogps, GroupLogps]:
@@ -59,6 +66,11 @@ class Passes:
         logps.log_sum_sq_probs = sequence_logps.stats.log_sum_sq_probs if sequence_logps.stats else None
         if reference is not None:
             logps.ref_logps, logps.ref_per_token_logps = reference.logps, reference.per_token_logps
+            if self.kl:
+                others = batch["mismatched"]
+                logps.kl = kl_estimate(
+                    sequence_logps.logps[others], reference.logps[others], batch["mismatched_weights"], self.reduce
+                )
         if self.corrupted:
             self._score_corrupted(policy, batch, logps)
         return sequence_logps, logps
@@ -120,4 +132,7 @@ def preferences_of(batch: Batch, aspects: tuple[str, ...]) -> GroupLogps:
         aspects=aspects,
         owner=batch["owner"],
         token_ids=batch["target"],
+        examples=batch.get("examples"),
+        desirable=batch.get("desirable"),
+        example_weights=batch.get("example_weights"),
     )

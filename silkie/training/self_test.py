@@ -17,6 +17,7 @@ from torch import Tensor
 
 from silkie.batch.companies import Company
 from silkie.batch.encoding import GroupEncoder, row_name
+from silkie.batch.labels import Labels
 from silkie.batch.packing import stems
 from silkie.batch.template import plain_texts
 from silkie.data.images import open_image
@@ -52,6 +53,7 @@ class SelfTest:
         encoder, collate, forward: the run's own.
         context: device placement and autocast of the run.
         half_precision: whether the run autocasts to fp16 or bf16.
+        labels: of the run; prompts may score responses of other groups, too.
         tolerance: largest allowed difference of a token's log-prob, in nats; None: 2e-3, or 0.25 in half precision.
         agree: the largest of a number over all ranks, so that every rank decides the same.
     """
@@ -61,6 +63,7 @@ class SelfTest:
     forward: LogpsForward
     context: ForwardContext
     half_precision: bool
+    labels: Labels | None
     tolerance: float | None
     agree: Callable[[float], float] = float
 
@@ -79,13 +82,15 @@ class SelfTest:
             TokenMismatch: the tokens differ.
             silkie.training.non_finite.NonFiniteError: the plain forward's log-probs are not finite.
         """
-        rows = [_with_few_responses(row) for row in rows]
+        rows = list(map(_with_few_responses, rows))
         base = causal_lm(model)
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.context.autocast():
                 own = self._own(model, base, rows)
+                if self.labels is not None and self.labels.mismatched:
+                    rows, _ = self.labels.with_mismatched(rows)
                 plain = [logps for row in rows for logps in plain_logps(model, self.encoder, row, self.context.prepare)]
         finally:
             model.train(training)
@@ -243,10 +248,9 @@ def _difference(encoder: GroupEncoder, row: Mapping[str, Any], plain: Tensor, ow
 
 def _with_few_responses(row: Mapping[str, Any]) -> dict[str, Any]:
     """The first responses of a group, without the pairs of the others."""
-    kept = {"responses": list(row["responses"])[:_MOST_RESPONSES]}
-    pairs = [list(p) for p in row["pairs"] if max(p) < _MOST_RESPONSES] or [[0, 1]]
-    dropped = ("pair_weights", "ratings")
-    return {**{k: v for k, v in row.items() if k not in dropped}, **kept, "pairs": pairs}
+    kept = {name: list(row[name])[:_MOST_RESPONSES] for name in ("responses", "labels", "ratings") if row.get(name)}
+    pairs = [list(p) for p in row["pairs"] if max(p) < _MOST_RESPONSES] or ([[0, 1]] if row["pairs"] else [])
+    return {**{k: v for k, v in row.items() if k != "pair_weights"}, **kept, "pairs": pairs}
 
 
 def _remedy(layout: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 from silkie.config import SilkieDPOConfig
 from silkie.model.adapters import with_default_targets
@@ -43,16 +43,17 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
         name = model if isinstance(model, str) else causal_lm(model).config._name_or_path
         args = SilkieDPOConfig(output_dir=f"{(name or type(causal_lm(model)).__name__).split('/')[-1]}-DPO")
     if not isinstance(args, SilkieDPOConfig):
-        if not isinstance(args, DPOConfig):
+        if not isinstance(args, (DPOConfig, KTOConfig)):
             raise TypeError(
                 f"args must be a SilkieDPOConfig or TRL's DPOConfig, not {type(args).__name__}: `from silkie import"
                 " SilkieDPOConfig`."
             )
-        args = SilkieDPOConfig.from_trl(args)
+        given, args = type(args).__name__, SilkieDPOConfig.from_trl(args)
         logger.info(
-            "args is TRL's DPOConfig: taken over with all its values (max_length=%s: response tails are cut, prompts"
+            "args is TRL's %s: taken over with all its values (max_length=%s: response tails are cut, prompts"
             " never; full fine-tuning trains the vision tower); silkie's own options have their defaults, and a"
             " non-finite loss stops the run",
+            given,
             args.max_length,
         )
     if train_dataset is None:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from silkie.batch.batch import Batch
 from silkie.batch.collator import CollateWithRows
-from silkie.batch.loaders import GroupLoaders, is_prepared
+from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, is_prepared
 from silkie.losses import Objective
 from silkie.model.attention import Attention
 from silkie.training.metrics import RunMetrics
@@ -39,6 +39,7 @@ class TrlSurface(Trainer):
     _logged: dict[str, RunMetrics]
     _sum: Any
     _card: dict[str, Any]
+    _signature_columns: Any
 
     def _prepared(self, dataset: Any, args: Any, name: str) -> Any:
         raise NotImplementedError
@@ -46,6 +47,10 @@ class TrlSurface(Trainer):
     def run_description(self) -> RunDescription:
         """The contents of the model card of this run."""
         raise NotImplementedError
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(GROUP_COLUMNS)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         """TRL tokenises text data here; silkie's groups are encoded by its collator."""
@@ -99,10 +104,11 @@ class TrlSurface(Trainer):
         return loss.detach(), logits, ids
 
     def _logits(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[2P, T, V] logits and [2P, T] token ids: rows of the chosen responses, then of the rejected ones."""
-        rows, pairs = batch["as_rows"], batch["pairs"]
+        """[2P, T, V] logits and [2P, T] token ids: rows of the chosen responses, then of the rejected ones; of labelled
+        responses those, in their order."""
+        rows = batch["as_rows"]
         forward = replace(self.passes.forward, attention=Attention(backend="sdpa", layout="rows"))
-        which = torch.cat([pairs[:, 0], pairs[:, 1]])
+        which = rows["examples"] if "examples" in rows else torch.cat(rows["pairs"].unbind(1))
         return forward.logits(model, rows)[which], rows["input_ids"][which]
 
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,9 @@ def call(name, logps, lengths=LENGTHS, **options):
         policy, reference = torch.cat(logps[:2]), torch.cat(logps[2:])
         rows = torch.arange(len(logps[0]))
         return spec.fn(policy, reference, torch.stack([rows, rows + len(rows)], dim=1), **options)
+    if spec.inputs == "labelled":
+        label = torch.tensor([True, False]).repeat(len(logps[0]) // 2)
+        return spec.fn(logps[0], logps[2], label, **options) + spec.fn(logps[1], logps[3], ~label, **options)
     return spec.fn(logps[0])
 
 

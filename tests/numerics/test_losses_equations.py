@@ -6,7 +6,7 @@ import pytest
 import torch
 from mpmath import exp, log, mpf
 
-from silkie.losses import LOSSES, f_scores
+from silkie.losses import LOSSES, f_scores, kl_estimate
 
 mpmath.mp.dps = 50
 BETA, SMOOTHING = 0.3, 0.15
@@ -125,7 +125,7 @@ REFERENCED = {
     "mdpo_image": (dpo, {}),
 }
 WITH_LENGTHS = {"simpo": (simpo, {"gamma": 0.7}), "cpo": (cpo, {}), "orpo": (orpo, {})}
-TESTED_BELOW = {"sigmoid_norm", "mdpo_anchor", "sft", "aot", "aot_unpaired"}
+TESTED_BELOW = {"sigmoid_norm", "mdpo_anchor", "sft", "aot", "aot_unpaired", "kto", "apo_zero_unpaired"}
 TESTED_ELSEWHERE = {"plackett_luce"}  # tests/unit/test_losses_listwise.py
 
 
@@ -205,6 +205,41 @@ def test_aot_is_the_cost_of_the_sorted_coupling(logps, smoothing):
     )
     unpaired = cost(chosen - ref_chosen, rejected - ref_rejected)
     torch.testing.assert_close(LOSSES["aot_unpaired"](*logps, **options), unpaired, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_labelled(name, logps):
+    """KTO's eq. 8: w_y - v(x, y), with v the logistic value of the reward against the reference point z0."""
+    zero = mpf("0.8") if name == "kto" else mpf(0)
+
+    def desirable(pair):
+        return 2 - 2 * logistic(BETA * (log(pair.pw / pair.qw) - zero))
+
+    def undesirable(pair):
+        return mpf("0.5") - logistic(BETA * (zero - log(pair.pw / pair.qw))) / 2
+
+    labels = torch.arange(PAIRS) % 2 == 0
+    expected = torch.where(labels, truth(desirable, logps), truth(undesirable, logps))
+    options = {"beta": BETA, "desirable_weight": 2.0, "undesirable_weight": 0.5}
+    options |= {"kl": torch.tensor(0.8, dtype=torch.float64)} if name == "kto" else {}
+    torch.testing.assert_close(LOSSES[name](logps[0], logps[2], labels, **options), expected, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(LOSSES[name](logps[0], logps[2], ~labels, **options), expected)
+
+
+def test_kl_estimate_over_ranks(logps):
+    """The mean over the responses of all ranks, never below 0, and no gradient flows through it."""
+    policy, reference = logps[2].clone().requires_grad_(), logps[0]
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 1.0])
+    whole = kl_estimate(policy, reference, weights)
+    mean = ((policy - reference) * weights).sum() / 6
+    torch.testing.assert_close(whole, mean.detach().clamp(min=0))
+    assert not whole.requires_grad and whole > 0
+    assert kl_estimate(reference, policy, weights) == 0
+    parts = [(policy[i], reference[i], weights[i]) for i in (slice(0, 2), slice(2, 6))]
+    sums = [torch.stack([(w * (p - r)).sum(), w.sum()]) for p, r, w in parts]
+    for part in parts:
+        torch.testing.assert_close(kl_estimate(*part, lambda _: sum(sums)), whole)
+    assert kl_estimate(policy[:0], reference[:0], weights[:0]) == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_table_has_every_loss_with_its_options_and_passes(name):
     (row,) = re.findall(rf"^\| `{name}` \|.*$", TEXT, re.MULTILINE)
     for option in set(SPECS[name].options.values()):
         assert f"`{option}" in row or (name == "aot_unpaired" and "as `aot`" in row), option
-    reads_reference = SPECS[name].inputs in ("reference", "image", "anchor", "listwise")
+    reads_reference = SPECS[name].inputs in ("reference", "image", "anchor", "listwise", "labelled")
     assert row.rstrip(" |").endswith(
         " r" if reads_reference and name != "mdpo_image" else "2r" if name == "mdpo_image" else "p"
     )

@@ -21,6 +21,7 @@ PER_RESPONSE = (
     "corrupted_logps",
     "ref_corrupted_logps",
 )
+PER_EXAMPLE = ("desirable", "example_weights")
 PER_TOKEN = ("owner", "per_token_logps", "ref_per_token_logps", "token_ids", "log_sum_sq_probs")
 
 SELECTIONS = {
@@ -85,6 +86,10 @@ def make_step(groups=4, seed=0, dtype=torch.float64):
         owner=owner,
         token_ids=torch.randint(0, 4, (len(owner),), generator=generator),
         log_sum_sq_probs=-uniform(len(owner)),
+        examples=torch.arange(responses).repeat(2)[::2],
+        desirable=torch.arange(responses) % 3 > 0,
+        example_weights=0.5 + uniform(responses),
+        kl=torch.tensor(0.3, dtype=dtype),
         corrupted_logps=(-9 * uniform(responses)).requires_grad_(),
         ref_corrupted_logps=-9 * uniform(responses),
     )
@@ -99,6 +104,9 @@ def micro_batch(step: GroupLogps, groups) -> GroupLogps:
     fields = {name: getattr(step, name)[rows] for name in PER_RESPONSE} | {
         name: getattr(step, name)[tokens] for name in PER_TOKEN
     }
+    labelled = renumbered[step.examples] >= 0
+    fields |= {name: getattr(step, name)[labelled] for name in PER_EXAMPLE}
+    fields |= {"examples": renumbered[step.examples[labelled]], "kl": step.kl}
     fields["owner"] = renumbered[fields["owner"]]
     fields["group"] = torch.unique(fields["group"], return_inverse=True)[1]
     return GroupLogps(
@@ -191,6 +199,8 @@ NEEDS = {
     "orpo": set(),
     "sft": {"reference"},  # its rewards are those of TRL
     "plackett_luce": {"reference", "groups"},
+    "kto": {"reference", "labels", "kl"},
+    "apo_zero_unpaired": {"reference", "labels"},
     "mdpo_anchor": {"reference"},
     "mdpo": {"reference", "corrupted"},
     "ld_dpo": {"reference", "tokens", "reference_tokens"},
@@ -210,6 +220,8 @@ CARRIERS = {
     "ratings": ("ratings",),
     "aspects": ("aspect_ratings",),
     "groups": ("group",),
+    "labels": ("examples", "desirable", "example_weights"),
+    "kl": ("kl",),
 }
 
 
@@ -241,7 +253,9 @@ def test_mixtures_without_reference_run_none():
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_batch_without_pairs_is_zero_and_has_a_gradient(selection):
-    empty = dataclasses.replace(make_step(), pairs=torch.zeros(0, 2, dtype=torch.long), pair_weights=torch.zeros(0))
+    labels = {name: getattr(make_step(), name)[:0] for name in ("examples", *PER_EXAMPLE)}
+    pairs = {"pairs": torch.zeros(0, 2, dtype=torch.long), "pair_weights": torch.zeros(0)}
+    empty = dataclasses.replace(make_step(), **pairs, **labels)
     loss, _ = build_objective(*SELECTIONS[selection])(empty)
     assert loss.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients(loss, empty))

@@ -4,7 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 from silkie.config import SilkieDPOConfig
 from silkie.losses import LOSSES, SPECS, LossOptions, build_objective, option_users, validate
@@ -23,6 +23,9 @@ CHANGED = {
     "margin": "weight",
     "margin_scale": 2.0,
     "mdpo_anchor": 0.5,
+    "desirable_weight": 2.0,
+    "undesirable_weight": 0.5,
+    "label_threshold": 3.0,
     "ddpo_gamma": 5.0,
     "ddpo_normalize": False,
     "aspect_weights": {"Helpfulness": 1.0},
@@ -55,6 +58,8 @@ def test_names_and_defaults_are_those_of_trl():
         "use_weighting",
     }
     assert all(field.default == theirs[field.name] for field in shared)
+    for name in ("desirable_weight", "undesirable_weight"):
+        assert getattr(LossOptions(), name) == KTOConfig.__dataclass_fields__[name].default
 
 
 @pytest.mark.parametrize("option", CHANGED)
@@ -105,6 +110,12 @@ def test_one_reader_among_the_selected_is_enough():
 def test_mixtures_in_which_an_option_has_no_meaning(names, options, other):
     with pytest.raises(ValueError, match=f"cannot be combined with {other}"):
         validate(names, None, LossOptions(**options))
+
+
+def test_losses_of_labels_and_of_pairs_do_not_mix():
+    validate(["kto", "apo_zero_unpaired"], None, LossOptions())
+    with pytest.raises(ValueError, match="kto reads labelled responses and sigmoid pairs"):
+        validate(["sigmoid", "kto"], None, LossOptions())
 
 
 def test_offset_needs_a_loss_with_a_logit():

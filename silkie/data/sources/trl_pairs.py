@@ -7,6 +7,7 @@ strings are plain text, as in TRL: the chat template is for conversations. Furth
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from silkie.data.columns import reading
@@ -34,6 +35,14 @@ def detect(record: Record) -> bool:
 
 @register_source("trl", hub_names=("HuggingFaceH4/rlaif-v_formatted",), detect=detect)
 def trl_pairs(row: Row) -> Group:
+    refuse_videos(row)
+    skip_tie(row)
+    prompt, chosen, rejected = prompt_and_answers(row)
+    return Group(**prompt_and_responses(row, prompt, {"chosen": chosen, "rejected": rejected}), pairs=[(0, 1)])
+
+
+def refuse_videos(row: Row) -> None:
+    """Raises RowError for a row with a video."""
     for column in ("videos", "video"):
         if row.get(column):
             raise row.error(
@@ -43,15 +52,22 @@ def trl_pairs(row: Row) -> Group:
                 "silkie trains on images and text; drop these rows or sample frames into `images`. MM-RLHF:"
                 " source_format='mm-rlhf' counts them.",
             )
-    skip_tie(row)
+
+
+def prompt_and_responses(row: Row, prompt: Any, answers: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a group but for its pairs: id, images, prompt, responses, and in which form they are.
+
+    Args:
+        prompt: a string or a list of turns.
+        answers: column -> a string or a list of turns.
+    """
     images = row.images("images", "image")
-    prompt, chosen, rejected = prompt_and_answers(row)
     extra: dict[str, Any] = {name: _json(row, name) for name in ("tools", "chat_template_kwargs")}
-    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+    if all(isinstance(text, str) for text in (prompt, *answers.values())):
         question(row, prompt, images, "prompt")  # as many marks as images, or none
         parts = [*(image_part() for _ in images), text_part(prompt)]  # marks in the text are the processor's affair
         turns: Any = [{"role": "user", "content": parts}]
-        responses = [row.check_text(chosen, "chosen"), row.check_text(rejected, "rejected")]
+        responses = [row.check_text(text, name) for name, text in answers.items()]
         extra["form"] = "plain"
     else:
         turns = (
@@ -61,12 +77,12 @@ def trl_pairs(row: Row) -> Group:
         )
         if not isinstance(prompt, str) and not all(map(is_text_turn, prompt)):
             extra["prompt_turns"] = turns_text(row, verbatim(prompt, turns), "prompt")
-        if all(map(_is_text_answer, (chosen, rejected))):
-            responses = [answer_text(row, chosen, "chosen"), answer_text(row, rejected, "rejected")]
+        if all(map(_is_text_answer, answers.values())):
+            responses = [answer_text(row, answer, name) for name, answer in answers.items()]
         else:
             extra["form"] = "turns"
-            responses = [_turns(row, value, name) for name, value in zip(ANSWERS, (chosen, rejected), strict=True)]
-    return Group(id=_identifier(row), images=images, prompt=turns, responses=responses, pairs=[(0, 1)], **extra)
+            responses = [_turns(row, answer, name) for name, answer in answers.items()]
+    return {"id": _identifier(row), "images": images, "prompt": turns, "responses": responses, **extra}
 
 
 def prompt_and_answers(row: Row) -> tuple[Any, Any, Any]:
