@@ -41,8 +41,8 @@ def check_adapter(adapter: str | None, model_args: ModelConfig) -> None:
         return
     if model_args.use_peft:
         raise ValueError(
-            f"`use_peft` asks for a new adapter, and `adapter_name_or_path` names one to train on from ({adapter}): pass"
-            " one of them. An adapter keeps its rank, alpha and targets."
+            f"`use_peft` asks for a new adapter, and `adapter_name_or_path` names one to train on from ({adapter}):"
+            " pass one of them. An adapter keeps its rank, alpha and targets."
         )
     if Path(adapter).exists() and not Path(adapter, "adapter_config.json").is_file():
         raise ValueError(f"`adapter_name_or_path`: {adapter} holds no adapter_config.json, so it is no adapter.")
