@@ -1,4 +1,4 @@
-"""The console command: `silkie train | data | feedback | eval | report | plan | check | infer | merge | demo`.
+"""The console command: `silkie train | loop | data | feedback | eval | report | plan | check | infer | merge | demo`.
 
 Every command is a module's `main(argv, prog)`, named here and imported when called: `silkie --help` imports nothing.
 """
@@ -34,6 +34,7 @@ class Program:
 GROUPS: dict[str, dict[str, Program]] = {
     "train": {
         "train": Program("preference-train a model; launches itself on several GPUs", "silkie.run.command", "start"),
+        "loop": Program("on-policy rounds: sample, rate, train on, evaluate; again", "silkie.run.rounds.command"),
         "plan": Program("which launch configuration fits a model, and why", "silkie.plan.__main__", waits=False),
         "check": Program("can silkie train this model, and how", "silkie.model.__main__", before=("check",), parser=""),
         "demo": Program("the whole loop on a small embedded world, on a CPU", "silkie.demo.__main__"),

@@ -173,7 +173,7 @@ def of_properties() -> dict[str, set[str]]:
 
 # ---- commands.md
 
-RECIPES = {"python recipes/iterative.py": ("recipes.iterative", "main")}
+RECIPES = {"python recipes/studies/iterative.py": ("recipes.studies.iterative", "main")}
 
 
 class Captured(BaseException):  # no handler of errors on the way catches it

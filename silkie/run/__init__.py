@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import AutoConfig
@@ -19,6 +19,7 @@ from silkie.model.families import shell
 from silkie.model.processor import load_processor
 from silkie.model.vision import unquantized_modules
 from silkie.plan.dry_run import dry_run
+from silkie.run.adapter import check_adapter, load_adapted
 from silkie.training.ending import PREEMPTED_EXIT_CODE
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,15 @@ class RunArguments:
         default=None,
         metadata={"help": "Largest image area after resizing, in pixels; Qwen spends a token on 28 x 28 (32 x 32)."},
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "LoRA adapter of the model to train on from. The policy starts as this adapter, and a frozen copy of it"
+                " is the reference."
+            )
+        },
+    )
     resume: bool = field(
         default=True, metadata={"help": "Resume from the last complete checkpoint in output_dir, where there is one."}
     )
@@ -103,6 +113,7 @@ def run(run_args: RunArguments, args: SilkieDPOConfig, model_args: ModelConfig) 
     """
     if not model_args.model_name_or_path:
         raise ValueError("Name a model: --model_name_or_path DIRECTORY_OR_HUB_NAME.")
+    check_adapter(run_args.adapter_name_or_path, model_args)
     train, evaluation = load_data(run_args, args)
     trainer = make_trainer(run_args, args, model_args, train, evaluation)
     if run_args.dry_run:
@@ -172,8 +183,12 @@ def make_trainer(
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         quantization.llm_int8_skip_modules = unquantized_modules(shell(config))
+    model: Any = name
+    if run_args.adapter_name_or_path:
+        model = load_adapted(name, run_args.adapter_name_or_path, args, quantization)
+        args.model_init_kwargs = quantization = None  # both were read, and TRL has nothing to load any more
     return SilkieDPOTrainer(
-        model=name,
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,

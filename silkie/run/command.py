@@ -54,6 +54,17 @@ def _start(argv: list[str], prog: str) -> int:
     return _train(argv, prog)
 
 
+def check(argv: Sequence[str], prog: str = "silkie train") -> int:
+    """Reads the options of a run, all checks of theirs included, and loads nothing.
+
+    Raises:
+        ValueError: an option is unknown, or a value cannot work.
+    """
+    read(argv, prog)
+    _parsed(argv, prog)
+    return 0
+
+
 def _train(argv: list[str], prog: str) -> int:
     log_to_stderr()
     with alike():
@@ -62,11 +73,15 @@ def _train(argv: list[str], prog: str) -> int:
             raise ValueError(
                 f"{', '.join(asked.launch)}: options of a launcher, and this is none. Start with `silkie train`."
             )
-        parser = make_parser(prog)
-        parser.set_defaults(**precision(asked.use_cpu))
-        run_args, args, model_args, *_ = parser.parse_args_and_config(_two_words(argv), return_remaining_strings=True)
+        run_args, args, model_args = _parsed(argv, prog)
     run(run_args, args, model_args)
     return 0
+
+
+def _parsed(argv: Sequence[str], prog: str) -> Any:
+    parser = make_parser(prog)
+    parser.set_defaults(**precision(read(argv, prog).use_cpu))
+    return parser.parse_args_and_config(_two_words(argv), return_remaining_strings=True)[:3]
 
 
 def precision(use_cpu: bool) -> dict[str, bool | None]:

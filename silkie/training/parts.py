@@ -25,7 +25,7 @@ from silkie.model.layout import LayoutChoice
 from silkie.model.positions import PromptPositions
 from silkie.training import guards
 from silkie.training.passes import Passes
-from silkie.training.reference import Reference
+from silkie.training.reference import Reference, match_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def check_loaded_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerat
     """
     guards.check_process_count(args, accelerator)
     guards.check_optimizer(args, accelerator)
+    match_dtypes(model)
     guards.check_adapter_dtypes(model, deepspeed)
     guards.keep_trainable_4bit(model)
     keep_used_conversions(model)

@@ -123,6 +123,19 @@ class Reference:
         return {name: wrapped.peft_config[name].to_dict() for name in active}
 
 
+def match_dtypes(model: Any) -> None:
+    """Gives the weights of the frozen copy the dtypes of the adapter that it is a copy of, so that policy and reference
+    are equal at the first step. TRL makes the copy in float32, and afterwards turns the adapter alone to bfloat16 where
+    the model is quantized; ZeRO-3 takes parameters of one dtype only."""
+    peft = _peft_model(model)
+    if peft is None or REFERENCE_ADAPTER not in peft.peft_config:
+        return
+    for name, parameter in peft.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in name:
+            own = peft.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
+            parameter.data = parameter.data.to(own.dtype)
+
+
 def _json_ready(value: Any) -> Any:
     """JSON-ready; sets are sorted, because their order differs between processes."""
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)

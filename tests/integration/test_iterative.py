@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -12,17 +11,9 @@ from safetensors.torch import load_file
 
 from silkie.demo.loop import DPO, Sizes, make_trainer, preferences
 from silkie.demo.model import BASE_DIR
-from tests.support.feedback import ROOT
+from tests.support.studies import load_study
 
 TINY = Sizes(images=4, card_images=2, questions=2, mme_images=2, pope_images=2, captions=4, red_team_images=4)
-
-
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("iterative", ROOT / "recipes" / "iterative.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def weights(folder: Path):
@@ -31,7 +22,7 @@ def weights(folder: Path):
 
 @pytest.mark.slow
 def test_two_rounds_and_their_resumption(tmp_path):
-    iterative = load_recipe()
+    iterative = load_study("iterative")
     summary = iterative.run(tmp_path, rounds=2, sizes=TINY, single=False)
     assert list(summary.scores) == ["base", "round-1", "round-2"]
     assert "| Round 2 |" in (tmp_path / "table.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 from silkie.demo import loop
 from silkie.demo.results import DPO
 from silkie.training.ending import PREEMPTED_EXIT_CODE, STOP_FILE
-from tests.integration.test_iterative import TINY, load_recipe
+from tests.integration.test_iterative import TINY
 from tests.support.feedback import ROOT
 from tests.support.studies import load_study
 
@@ -62,7 +62,7 @@ def test_the_demo(tmp_path, monkeypatch, stopped):
 
 
 def test_the_iterative_recipe(tmp_path, monkeypatch, stopped):
-    iterative = load_recipe()
+    iterative = load_study("iterative")
     monkeypatch.setattr(iterative, "feedback", lambda *args: tmp_path / "data" / "records.jsonl")
     monkeypatch.setattr(iterative, "preferences", lambda *args: [])
     monkeypatch.setattr(iterative, "make_trainer", stopped)

@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"data", "inference", *GROUND},
     "report": {"data", "evaluation", *GROUND},
     "plan": FLOW | {"io"},
-    "run": {"plan", "inference", "io", *FLOW},
+    # silkie/run/rounds is the loop over what stands beside the flow
+    "run": {"plan", "inference", "feedback", "evaluation", "report", *GROUND, *FLOW},
     "__init__": FLOW | {"io"},
     "__main__": {"io"},  # the console command names the modules of its commands and imports one when it is called
 }

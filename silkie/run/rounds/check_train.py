@@ -1,0 +1,9 @@
+"""`python -m silkie.run.rounds.check_train FILE.yaml`: can the options of a training run work? Nothing is loaded."""
+
+import sys
+
+from silkie.io.console import guarded
+from silkie.run.command import check
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: check(["--config", sys.argv[1]])))
