@@ -113,6 +113,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.labels = labels_of(args, self.objective)
         self.reports: dict[str, PreparationReport] = {}
         self.streamed = isinstance(train_dataset, IterableDataset)
+        # Data before weights: a broken row must not cost the minutes that loading a large model takes.
         train_dataset = self._prepared(train_dataset, args, "train")
         warn_of_unbalanced_labels(self.reports["train"], args)
         if isinstance(eval_dataset, dict):
@@ -155,6 +156,8 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self._coverage = coverage(self.model) if isinstance(self.model, PeftModel) else None
         if default_targets and self._coverage and self._coverage.share < ENOUGH:
             logger.warning("the default LoRA adapter is on %s", self._coverage)
+        # Both: the reference runs the same rows under the same masks, or its log-probs would be those of other
+        # positions.
         for loaded in (self.model, self.ref_model):
             if loaded is not None:
                 self.choice.apply(causal_lm(loaded))
@@ -291,6 +294,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             self.choice.shapes(self.train_dataset, mismatched="kl" in self.objective.needs),
             batch_size=self._train_batch_size,
             padded=self.choice.groups_per_row == 1,
+            # transformers never shuffles a stream: its order is its maker's.
             shuffle=self.args.train_sampling_strategy == "random" and not self.streamed,
             companies=self.companies,
             mismatched="kl" in self.objective.needs,
@@ -341,6 +345,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
+        # Once more where the loop has wrapped the model: DDP, ZeRO and FSDP are paths of their own.
         if self.args.self_test and not (self._tested and policy is self.model):
             self._self_test(policy)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:

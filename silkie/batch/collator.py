@@ -182,6 +182,7 @@ class ImageCorruption:
         decoded = [[open_image(i, where=row_name(row)) for i in row.get("images") or []] for row in rows]
         out = []
         for g, (row, images) in enumerate(zip(rows, decoded, strict=True)):
+            # By the row and not by its place: the same on every rank, in every worker and after resuming.
             rng = random.Random(f"{self.seed}-{row.get('row')}")
             # groups of one image may come together: it is no other image to any of them
             others = [image for other, own in enumerate(decoded) if other != g for image in own if image not in images]

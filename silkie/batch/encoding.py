@@ -433,6 +433,7 @@ class GroupEncoder:
         length = len(self._added(texts.prompt)[0]) + tail.before + tail.shared - len(image_sizes)
         if image_sizes:
             sizes = [list(size) for size in image_sizes]
+            # Each image's own mark, counted in the text above, is replaced by that many.
             length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
         return self._split_at(length, tail)
 

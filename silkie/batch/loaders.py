@@ -58,6 +58,7 @@ def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True) -> Dat
         if len(set(dataset["row"])) < len(dataset):  # joined from several: a number must name one row
             dataset = dataset.remove_columns("row")
         return dataset
+    # A transform (`with_transform`) hands out other rows than the features declare.
     if is_group_features(dataset.features) and dataset.format["type"] != "custom":
         return dataset
     return load_preferences(
@@ -181,6 +182,7 @@ class GroupLoaders:
             collate: in place of the run's own.
         """
         sampler = GroupBatchSampler(
+            # Without a token budget the shapes decide nothing.
             [(1, 1)] * len(dataset),
             batch_size=self.args.eval_batch_size,
             world_size=self.accelerator.num_processes,
@@ -199,6 +201,7 @@ class GroupLoaders:
     ) -> DataLoader:
         args, accelerator = self.args, self.accelerator
         loader = DataLoader(
+            # Workers decode every column of a row that they read, so they get those that the collator reads.
             WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])),
             batch_sampler=sampler,
             collate_fn=collate if collate is not None else self.collate,

@@ -266,6 +266,8 @@ class _Writer:
             group = self.groups[g]
             size = len(group.prompt_ids)
             prompt = self._prompt(group, slice(tree.stem, size), stem)
+            # The largest position, not the number of tokens: an image of w x h merged patches takes max(w, h) positions
+            # (Qwen).
             last, restart = self.at - 1, int(group.prompt_positions.max()) + 1
             for k in range(len(group.responses)) if ks is None else ks:
                 self._response(group, g, k, prompt, last, restart)
@@ -349,4 +351,5 @@ def visible(
         mask |= same_block & (query == key)
     if window is not None:
         mask &= distance < window
+    # softmax over a row without a visible key is NaN, and the NaN would reach every weight in the backward pass.
     return (mask | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device))[:, None]

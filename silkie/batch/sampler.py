@@ -94,6 +94,7 @@ class GroupBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self.finished:
             return
+        # A large factor: with seed + epoch, seed 1 would repeat the second epoch of seed 0 in its first.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = list(range(len(self._units)))
         if self.shuffle:
@@ -115,6 +116,8 @@ class GroupBatchSampler(Sampler[list[int]]):
         if self._sizes is None or not self.shuffle:
             yield from batches
             return
+        # Rounds are shuffled, not batches: those of one round were cut from the same range of lengths and cost about
+        # the same.
         rounds = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
         for i in torch.randperm(len(rounds), generator=generator).tolist():
             yield from rounds[i]
@@ -130,6 +133,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         sizes, count, in_batch, total, longest = [], 0, 0, 0, 0
         units = [self._step(i) for i in range(len(self._units))]
         for steps, rows in sorted(units) if self.shuffle else units:
+            # Rounded up, so that any unit of a step fits where another was: the sizes hold for every epoch's order.
             length = steps * _COST_STEP
             longer = max(longest, length) * (in_batch + rows) if self.padded else total + length * rows
             if count and longer > self.max_tokens:
@@ -162,6 +166,7 @@ class GroupBatchSampler(Sampler[list[int]]):
                 at += size
         while len(batches) < len(self):
             batches.append([])
+        # A copy of weight 0 still runs forward and backward, since sharded models gather their weights in step.
         cheapest = min(range(len(self.shapes)), key=lambda i: self.shapes[i][0] * self.shapes[i][1])
         return [batch or [len(self.shapes) + cheapest] for batch in batches]
 

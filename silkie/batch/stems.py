@@ -46,6 +46,7 @@ def find_trees(
 
     alike = _alike(encoded, groups)
     for members in alike:
+        # In this order neighbours share the longest beginnings, so that joining neighbours is enough.
         members.sort(key=lambda g: (groups[g].prompt_ids.tolist(), g))
 
     def trees(most: int | None) -> list[Tree]:

@@ -294,7 +294,7 @@ def _pack(kind: str, row: Row, reason: str, message: str, lookup: Lookup | None 
     return json.dumps([kind, row.location, reason, message, lookup])
 
 
-def collect(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
+def sound_rows(written: datasets.Dataset, report: LoadReport) -> datasets.Dataset:
     """Move the helper columns into the report and return the sound rows."""
     sound: list[int] = []
     helper, offset = written.select_columns([PROBLEM, NOTES, *OPTIONAL]).with_format("arrow"), 0

@@ -15,7 +15,7 @@ from silkie.data import raw
 from silkie.data import sources as _sources  # noqa: F401  (registers the built-in formats)
 from silkie.data.check import is_aspect
 from silkie.data.columns import reading
-from silkie.data.convert import Settings, collect, sound_aspects, write_groups
+from silkie.data.convert import Settings, sound_aspects, sound_rows, write_groups
 from silkie.data.images import ImageResolver
 from silkie.data.pairs import ANY_SCALE, PairFunction, PairOptions
 from silkie.data.rebuild import rebuild_with_report
@@ -123,7 +123,7 @@ def load_preferences(
     settings = replace(settings, aspects=_aspects(records, settings, aspects))
     written = write_groups(records, settings, num_proc, cache_dir)
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
-    dataset = collect(written, report)
+    dataset = sound_rows(written, report)
     if regrouping and len(dataset):
         dataset, report.regrouped = regroup_with_report(
             dataset, cache_dir=None if cache_dir is None else os.fspath(cache_dir)

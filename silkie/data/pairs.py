@@ -169,7 +169,7 @@ def is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT
 
 
-def score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:
+def response_score(rating: Rating, weights: Mapping[str, float] | None = None) -> float | None:
     """One response's score: the (weighted) mean of its aspects; None where an aspect with a weight is missing or not a
     number."""
     if not isinstance(rating, Mapping):
@@ -194,7 +194,7 @@ def _scores(ratings: Sequence[Rating], weights: Mapping[str, float] | None) -> l
     unknown = [aspect for aspect, weight in (weights or {}).items() if weight and aspect not in named]
     if unknown and any(rating is not None and rating != {} for rating in ratings):
         raise KeyError(f"aspect {unknown[0]!r} is not among the rated ones: {', '.join(map(repr, named)) or 'none'}")
-    return [score(rating, named if weights is None else weights) for rating in ratings]
+    return [response_score(rating, named if weights is None else weights) for rating in ratings]
 
 
 def mean_ratings(ratings: Sequence[Mapping[str, float | None] | None]) -> list[float]:

@@ -122,9 +122,8 @@ def from_path(path: str, split: str) -> Records:
 
 
 def _from_directory(path: str, name: str, split: str) -> Records:
-    if any(
-        os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
-    ):  # written by save_to_disk
+    # Written by save_to_disk
+    if any(os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")):
         try:
             saved = datasets.load_from_disk(path)
         except Exception as error:  # `datasets` trusts what it has written: damage ends in any error

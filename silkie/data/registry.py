@@ -124,8 +124,7 @@ def code_digest(source: Source | None = None, *, folders: Sequence[Path] = ()) -
     for file in (file for folder in (room, room.parent / "io", *folders) for file in sorted(folder.rglob("*.py"))):
         digest.update(file.read_bytes())
     if source is not None:
-        with contextlib.suppress(
-            OSError, TypeError
-        ):  # typed at a prompt, or a callable object: the settings hashed beside this hold it
+        # Typed at a prompt, or a callable object: the settings hashed beside this hold it
+        with contextlib.suppress(OSError, TypeError):
             digest.update(inspect.getsource(source.adapt).encode())
     return digest.hexdigest()

@@ -102,9 +102,8 @@ def group_features(aspects: Iterable[str] = ()) -> Features:
         "models": List(Value("string")),
     }
     if aspects:
-        features["ratings"] = List(
-            {aspect: Value("float64") for aspect in aspects}
-        )  # float32 turns equal means into pairs
+        # In float32 equal means would differ and become pairs
+        features["ratings"] = List({aspect: Value("float64") for aspect in aspects})
         features["rationales"] = List({aspect: Value("string") for aspect in aspects})
     return Features(features)
 

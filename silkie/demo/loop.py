@@ -235,9 +235,8 @@ def write_records(
 def preferences(recipe: Recipe, source: dict[str, str], seed: int) -> Dataset:
     """The rated responses as preference groups; for the shuffled control the two sides of every pair are drawn anew,
     group by group."""
-    data = load_preferences(
-        source["source"], image_root=source["image_root"], pairs=recipe.pairs, on_error="skip"
-    )  # samples may be empty
+    # on_error: samples may be empty
+    data = load_preferences(source["source"], image_root=source["image_root"], pairs=recipe.pairs, on_error="skip")
     if not recipe.shuffled:
         return data
     rng = np.random.default_rng(seed)

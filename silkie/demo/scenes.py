@@ -258,9 +258,8 @@ def draw_scene(scene: Scene) -> Image.Image:
     background = tuple(int(v) for v in rng.integers(216, 236, size=3))
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), background)
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle(
-        (0, 0, 2 * SIDE - 1, 2 * SIDE - 1), outline=(95, 85, 75), width=5
-    )  # the frame tells where the board ends
+    # The frame tells where the board ends
+    draw.rectangle((0, 0, 2 * SIDE - 1, 2 * SIDE - 1), outline=(95, 85, 75), width=5)
     for item in scene.items:
         offset = rng.uniform(-4, 4, size=2)
         center = ((item.cell % 3) * 56 + 28 + offset[0], (item.cell // 3) * 56 + 28 + offset[1])

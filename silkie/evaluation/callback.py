@@ -103,8 +103,7 @@ class BenchmarkCallback(TrainerCallback):
             benchmark = get_benchmark(name)
             if benchmark.judge_prompt is not None:
                 raise ValueError(
-                    f"{name} needs a judge and cannot run during training. Use `python -m silkie.evaluation run` on the"
-                    " checkpoints."
+                    f"{name} needs a judge and cannot run during training. Use `silkie eval run` on the checkpoints."
                 )
             tasks = question_tasks(benchmark, benchmark.load_questions(folder), folder)
             self.sets.append((benchmark, folder, _spread(tasks, limit)))

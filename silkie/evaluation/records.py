@@ -255,10 +255,8 @@ def shown(value: Any) -> str:
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON list and the line each one starts on (json.loads alone would lose the lines)."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
-    line, counted = (
-        1,
-        0,
-    )  # lines are counted up to `counted`: counting from the start for every element would be quadratic
+    # Lines are counted up to `counted`: counting from the start for every element would be quadratic
+    line, counted = 1, 0
     expect_value = False  # after a comma
     while True:
         position = _skip_space(text, position)

@@ -18,7 +18,7 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
     head.append(
         table(
             [
-                [name, number(value), *([span(bounds[name])] if name in bounds else [])]
+                [name, metric_text(value), *([span(bounds[name])] if name in bounds else [])]
                 for name, value in score.metrics.items()
             ]
         )
@@ -26,7 +26,7 @@ def score_text(score: Score, intervals: Mapping[str, tuple[float, float]] | None
     if score.categories:
         columns = list(dict.fromkeys(column for row in score.categories.values() for column in row))
         rows = [["category", *columns]] + [
-            [name, *(number(row.get(column)) for column in columns)] for name, row in score.categories.items()
+            [name, *(metric_text(row.get(column)) for column in columns)] for name, row in score.categories.items()
         ]
         head.append(table(rows))
     if score.official:
@@ -69,7 +69,7 @@ def comparison_text(comparison: Comparison, shown_flips: int = 10, names: tuple[
     return "\n\n".join([*parts, *said])
 
 
-def number(value: float | None) -> str:
+def metric_text(value: float | None) -> str:
     """Four decimals under 10, two from there on, a count as it is, a dash for nothing."""
     if value is None:
         return "-"
@@ -79,14 +79,14 @@ def number(value: float | None) -> str:
 
 
 def span(interval: tuple[float, float]) -> str:
-    return f"[{number(interval[0])}, {number(interval[1])}]"
+    return f"[{metric_text(interval[0])}, {metric_text(interval[1])}]"
 
 
 def _cells(m: MetricDifference) -> list[str]:
     interval = "-" if m.low is None or m.high is None else span((m.low, m.high))
     p_value = "-" if m.p_value is None else "< 0.001" if m.p_value < 0.001 else f"{m.p_value:.3f}"
     sign = "" if m.difference is None or m.difference < 0 else "+"
-    return [m.name, number(m.a), number(m.b), sign + number(m.difference), interval, p_value]
+    return [m.name, metric_text(m.a), metric_text(m.b), sign + metric_text(m.difference), interval, p_value]
 
 
 def _short(text: str, length: int = 160) -> str:

@@ -150,7 +150,7 @@ def length_bias(items: Sequence[Judged]) -> dict[str, Any]:
     return {"longer_wins": mean_interval(longer, owners), "tie_share": ties / total if total else None}
 
 
-def agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+def judge_agreement(items: Sequence[Judged], reference: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The judge against a reference (people or an oracle) on the items that both have rated.
 
     Per aspect of the reference and "overall" (the mean of those aspects, on both sides): "pairwise", the share of the
@@ -213,7 +213,7 @@ def quality_report(items: Sequence[Judged], reference: Mapping[str, Sequence[Row
         "position_bias": position_bias(items),
         "length_bias": length_bias(items),
         "vote_spread": vote_spread(items),
-        "agreement": agreement(items, reference) if reference is not None else None,
+        "agreement": judge_agreement(items, reference) if reference is not None else None,
     }
 
 

@@ -285,9 +285,8 @@ class _PartStore:
     def remove(self) -> None:
         if self._journal is not None:
             self.path.unlink(missing_ok=True)
-            self.path.with_name(self.path.name + ".lock").unlink(
-                missing_ok=True
-            )  # nobody waits for it: the main journal's lock is held
+            # Nobody waits for its lock: the main journal's is held
+            self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
 
     async def _put(self, item: JudgeItem, number: int, part: Record) -> None:
         self._journal = self._journal or self._open()

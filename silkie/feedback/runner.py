@@ -86,9 +86,8 @@ def stop_on_signals(stop: StopSignal) -> Iterator[None]:
 
     installed = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(
-            NotImplementedError, RuntimeError, ValueError
-        ):  # not on Windows, and not outside the main thread
+        # Not on Windows, and not outside the main thread
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, ask, number.name, number)
             installed.append(number)
     try:

@@ -207,9 +207,8 @@ class SampleRun(JournalRun):
             for member in self.pool.members
             if member.base_url is not None
         )
-        for outcome in await asyncio.gather(
-            *remote, return_exceptions=True
-        ):  # an error of one member must not cost the calls of another
+        # An error of one member must not cost the calls of another
+        for outcome in await asyncio.gather(*remote, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
 

@@ -42,6 +42,7 @@ def head_operands(module: nn.Module, hidden: Tensor) -> HeadOperands:
         ValueError: a parameter is still partitioned, the weight is quantised, or the adapter is a LoRA variant (such as
             DoRA).
     """
+    # By what they have and not by class: this room knows torch only, and peft need not be installed.
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         return head_operands(_saved_copy(module), hidden)
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
@@ -106,9 +107,8 @@ def _lora_operands(module: Any, hidden: Tensor) -> HeadOperands:
         dtype = down.weight.dtype
         inputs.append((down(module.lora_dropout[name](hidden.to(dtype))) * module.scaling[name]).to(hidden.dtype))
         rank = module.r[name]
-        rows = up(
-            torch.eye(rank + 1, rank, dtype=dtype, device=hidden.device)
-        )  # [r + 1, V]: B transposed, and in the last row its bias
+        # [r + 1, V]: B transposed, and in the last row its bias
+        rows = up(torch.eye(rank + 1, rank, dtype=dtype, device=hidden.device))
         if up.bias is not None:
             offset = rows[-1] * module.scaling[name]
             bias = offset.to(hidden.dtype) if bias is None else (bias + offset).to(bias.dtype)

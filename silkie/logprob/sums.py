@@ -35,6 +35,7 @@ class RowSums:
 
     def log_norm(self) -> Tensor:
         """log(norm), accurate also where the target is nearly certain (c = z_y, total near 0)."""
+        # norm is 1 + total there, and a total below the rounding of 1 would be lost in the sum.
         return torch.where(self.z_y == self.peak, self.total.log1p(), self.norm.log())
 
     def logps(self) -> Tensor:

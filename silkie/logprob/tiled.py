@@ -110,6 +110,8 @@ def _scan(
     statistics."""
     dtype = accumulate_dtype(hidden.dtype)
     z_y = target_logits(hidden, weight, target, bias, transform)
+    # A target at -inf gives nothing to measure from. A quarter of the smallest number stays below any logit, and
+    # differences to it stay finite.
     peak = torch.where(z_y.isfinite(), z_y, torch.full_like(z_y, torch.finfo(dtype).min / 4))
     operand = _matmul_operand(hidden)
     total = torch.zeros_like(z_y)
@@ -123,6 +125,7 @@ def _scan(
         slope = transform.slope(tile) if want_grad and not transform.is_identity else None
         if stats is not None:
             stats.logits += tile.sum(-1)
+        # The sums are over the other columns; the target is compared with them through z_y.
         _set_target(tile, target - start, -torch.inf)
         best = tile.amax(-1)
         new_peak = torch.maximum(peak, best)
@@ -159,6 +162,7 @@ def _add_stats(
     earlier = torch.arange(tile.shape[1], device=tile.device) < local[:, None]
     stats.before = torch.maximum(stats.before, tile.masked_fill(~earlier, -torch.inf).amax(-1))
     stats.best = torch.maximum(stats.best, best)
+    # distance * exp(distance) is NaN at -inf, where the target's column is.
     distance = (tile - new_peak[:, None]).clamp_(min=-1e30)
     exps = distance.exp()
     stats.weighted = (stats.weighted + (peak - new_peak) * total) * rescale + (distance * exps).sum(-1)
@@ -221,6 +225,7 @@ def backward(
             tile = _tile_logits(operand, tile_weight, tile_bias, transform, sums.z_y[rows], dtype)
             slope = None if transform.is_identity else transform.slope(tile)
             _exp_(tile, sums.peak[rows])
+            # In the target's column stands -S, so that p - 1 is not formed by subtraction.
             _set_target(tile, target[rows] - start, -sums.total[rows])
             if slope is not None:
                 tile.mul_(slope)

@@ -109,6 +109,7 @@ def _scan(
     for start in range(0, vocab, COLUMNS):
         slab = weight[start : start + COLUMNS]
         logits = _product(hidden, slab.t())
+        # Without a gradient nothing is written there, so the logits stand in for an array that would never be touched.
         exps = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device) if grad is not None else logits
         slab_kernel[(n,)](
             logits,

@@ -33,10 +33,12 @@ def mix_aspects(aspect_ratings: Tensor, weights: Tensor) -> Tensor:
     """
     rated = ~torch.isnan(aspect_ratings)
     mass = (rated * weights).sum(dim=1)
+    # Chosen, not multiplied by `rated`: NaN * 0 is NaN.
     total = torch.where(rated, aspect_ratings * weights, 0).sum(dim=1)
     return torch.where(mass > 0, total / mass, torch.nan)
 
 
 def agreement(margins: Tensor) -> Tensor:
     """[P] 1 where a pair's rating gap is positive or unknown, 0 where the ratings tie or contradict the pair."""
+    # Not `margins > 0`, which is False for the NaN of a pair without ratings.
     return (~(margins <= 0)).to(margins.dtype)

@@ -236,6 +236,7 @@ class Objective:
             spec = SPECS[name]
             rows, row_weights = self._rows(name, spec, view)
             total = totals[spec.unit].to(rows.device)
+            # A step whose pairs all have weight 0 has a total of 0: its loss is then 0 / 1, not NaN.
             loss = loss + weight * (rows * row_weights.to(rows.dtype)).sum() / torch.where(total > 0, total, 1.0)
             if spec.unit != "group":
                 metrics[f"loss/{name}"] = (
@@ -273,6 +274,8 @@ class Objective:
         chosen, rejected = view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
         if options.margin == "offset" and name in OFFSET_USERS:
             offset = margin_offset(view.margins, options.margin_scale)
+            # The offset is one of the logit. gamma stands in the logit itself; a log-prob is multiplied by beta on its
+            # way there.
             if name == "simpo":
                 kwargs["gamma"] = kwargs["gamma"] + offset
             else:
@@ -282,6 +285,7 @@ class Objective:
     def _reference_rows(self, name: str, spec: LossSpec, view: _PairView, kwargs: dict[str, Any]) -> Tensor:
         options = self.options
         (chosen, rejected), (ref_chosen, ref_rejected) = view.policy, view.reference
+        # Such a loss reads nothing but the difference of two log-ratios, so the scores can take their place.
         if options.f_divergence_type != "reverse_kl" and name in DIFFERENCE:
             chosen = f_scores(chosen - ref_chosen, options.f_divergence_type, options.f_alpha_divergence_coef)
             rejected = f_scores(rejected - ref_rejected, options.f_divergence_type, options.f_alpha_divergence_coef)
@@ -292,6 +296,7 @@ class Objective:
             kwargs = {**kwargs, "chosen_lengths": view.chosen_lengths, "rejected_lengths": view.rejected_lengths}
         if name == "bco_pair" and self._reward_mean is not None:
             kwargs = {**kwargs, "reward_shift": self._reward_mean.value}
+        # Sorting moves a margin to another row than the one its pair's weight is in.
         if spec.permutes:
             _check_equal_weights(name, view.weights)
         rows = spec.fn(chosen, rejected, ref_chosen, ref_rejected, **kwargs)

@@ -11,6 +11,8 @@ from torch import Tensor
 from .pairwise import smoothed_logistic
 from .spec import BETA, SMOOTHED, loss
 
+# Where the two forms below lose as much: expm1 is exact near 0, log1p far from it (Maechler, "Accurately computing
+# log(1 - exp(-|a|))", 2012).
 LOG_HALF = -0.6931471805599453
 
 

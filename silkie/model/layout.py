@@ -95,6 +95,8 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
     if args.layout == "rows":
         return rows_choice("asked for")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # The larger number where prefixes may be shared: whether they will be is known only once the data has been looked
+    # at.
     calls = recurrent.CALLS if args.share_prefix == "off" else recurrent.SHARED_CALLS
     obstacle = why_not_packable(config, args.device, dtype, calls=calls)
     if args.layout == "packed" and obstacle:
@@ -132,6 +134,7 @@ def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
     wanted = args.attention_backend
     device = torch.device(args.device)
     if wanted == "auto":
+        # Its gain was measured on a CPU (examples/packing.md); on a GPU, unmeasured, the plain choice is the safe one.
         if device.type == "cpu" and why_not_available("segments", config, device) is None:
             return "segments", "sdpa without the scores that nothing sees, the fastest on a CPU; one group per row"
         return "sdpa", "exact on every device; one group per row"

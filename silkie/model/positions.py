@@ -51,6 +51,7 @@ class PromptPositions:
 
 def _without_weights(inner: Any) -> Any:
     """An object of the model's class with its config and plain attributes, without parameters and modules."""
+    # Not the model itself: workers get a copy of the collator, and would get one of its weights.
     out = object.__new__(type(inner))
     for name, value in vars(inner).items():
         if name in ("config", "training") or isinstance(value, (int, float, str, bool, tuple)):

@@ -57,9 +57,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwarg
         processor = AutoProcessor.from_pretrained(path, **kwargs)
     else:
         processor = image_only_class(_processor_class(path, **kwargs)).from_pretrained(path, backend="pil", **kwargs)
-        if (
-            processor.chat_template is None
-        ):  # not passed on where `__init__` is replaced: transformers reads its argument names
+        # Not passed on where `__init__` is replaced: transformers reads its argument names
+        if processor.chat_template is None:
             processor.chat_template = ProcessorMixin.get_processor_dict(str(path), **_hub_options(kwargs))[0].get(
                 "chat_template"
             )
@@ -86,6 +85,7 @@ def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:
         name = processor_dict.get("processor_class")
     if name is None:
         try:
+            # Older checkpoints name no processor class.
             name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(path, **hub).model_type)
         except (OSError, ValueError):
             name = None

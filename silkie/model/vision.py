@@ -133,6 +133,7 @@ def image_features_once(
                 features = compute(*args, **kwargs)
             if cache is not None:
                 cache.features, cache.computed = features, cache.computed + 1
+        # A dummy image keeps a sharded tower in step; its output must stay in the graph, and no token takes its place.
         if not sum(tokens_per_tree):
             return _select(features, None, [])
         if once_in_order:
@@ -165,6 +166,7 @@ def _select(features: Any, sizes: list[int] | None, order: Sequence[int]) -> Any
     out, changed = copy.copy(features), False
     total = sum(sizes) if sizes is not None else None
     for name in list(features.keys()):
+        # A layer's states are no features, and would be repeated for nothing where they have an entry per image token.
         if name in ("hidden_states", "attentions"):
             continue
         selected = _select_tokens(features[name], total, sizes, order)

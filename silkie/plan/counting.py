@@ -57,11 +57,11 @@ def _shape(name: str, config: Any, model: Any) -> ModelShape:
         patch=int(patch if isinstance(patch, int) else patch[0]),  # InternVL gives height and width
         merge=int(getattr(vision, "spatial_merge_size", 2)),
         attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
-        counts=count(config, model),
+        counts=count_parts(config, model),
     )
 
 
-def count(config: Any, model: Any) -> Counts:
+def count_parts(config: Any, model: Any) -> Counts:
     """The counts of a weightless model."""
     layers, chosen = decoder_layers(model), _chosen_experts(config.get_text_config())
     return Counts(

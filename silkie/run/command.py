@@ -47,7 +47,7 @@ def train(argv: Sequence[str], prog: str = "silkie train") -> int:
 
 
 def _start(argv: list[str], prog: str) -> int:
-    asked = read(argv, prog)
+    asked = read_command(argv, prog)
     words = launch_words(asked.launch)
     if "WORLD_SIZE" not in os.environ and (words or (several_devices() and not asked.use_cpu)):
         return launch(words, argv, use_cpu=asked.use_cpu)
@@ -68,7 +68,7 @@ def check(argv: Sequence[str], prog: str = "silkie train") -> int:
 def _train(argv: list[str], prog: str) -> int:
     log_to_stderr()
     with alike():
-        asked = read(argv, prog)
+        asked = read_command(argv, prog)
         if asked.launch and LAUNCHED not in os.environ:
             raise ValueError(
                 f"{', '.join(asked.launch)}: options of a launcher, and this is none. Start with `silkie train`."
@@ -99,7 +99,7 @@ class Asked:
     use_cpu: bool
 
 
-def read(argv: Sequence[str], prog: str = "silkie train") -> Asked:
+def read_command(argv: Sequence[str], prog: str = "silkie train") -> Asked:
     """Sorts the options of the command line and of the YAML file into those of a run and those of the launcher.
 
     Raises:

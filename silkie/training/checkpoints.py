@@ -54,6 +54,7 @@ def mark_complete(checkpoint: str | Path) -> None:
 
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
         files = dict(zip(names, pool.map(seal, names), strict=True))
+    # A rename is atomic, so the marker is there whole or not at all.
     part = path / (COMPLETE + ".part")
     with part.open("w") as file:
         json.dump({"files": files}, file)
@@ -208,6 +209,8 @@ def finish_checkpoint(checkpoint: Path, state: dict[str, Any], *, keep: int | No
     """On the main process, after all ranks have written: saves silkie's own state, declares the checkpoint complete,
     deletes old ones."""
     (checkpoint / STATE).write_text(json.dumps(state))
+    # Before this one is complete: a kill in between leaves an earlier checkpoint to resume from, never one of the other
+    # run.
     _retire_later(checkpoint)
     mark_complete(checkpoint)
     if keep and keep > 0:
@@ -228,6 +231,7 @@ def _rotate(output_dir: Path, keep: int, protected: set[str]) -> None:
     found = sorted(_by_step(output_dir), key=is_complete)
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(keep, len(protected)))]:
+        # A file that cannot be deleted must not end the run; the checkpoint is tried again at the next rotation.
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -28,6 +28,8 @@ def check_launch(args: Any) -> None:
         LaunchError: several processes were launched but this one would train alone.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # WORLD_SIZE is the launcher's word, args.world_size accelerate's: where they differ every process believes that it
+    # is the only one.
     if launched > 1 and args.world_size == 1:
         raise LaunchError(
             f"The launcher started {launched} processes, but accelerate reports one: each would train alone on all the"

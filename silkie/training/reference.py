@@ -103,6 +103,7 @@ class Reference:
         digest.update(json.dumps(self._adapter_configs(), sort_keys=True, default=_json_ready).encode())
         for name, parameter in model.named_parameters():
             if not any(s in name for s in skip):
+                # ZeRO-3 keeps a rank's shard there and leaves the parameter itself empty.
                 data = getattr(parameter, "ds_tensor", parameter).detach()
                 data = data.to_local() if hasattr(data, "to_local") else data
                 digest.update(name.encode())
@@ -142,6 +143,7 @@ def _json_ready(value: Any) -> Any:
 
 
 def _peft_model(model: Any) -> PeftModel | None:
+    # DDP and DeepSpeed keep the model that they wrap in `.module`.
     while not isinstance(model, PeftModel):
         model = getattr(model, "module", None)
         if model is None:
@@ -192,16 +194,14 @@ class ReferenceStore:
     def __init__(self, directory: str | Path, run_key: str, *, tokens: bool = False) -> None:
         self.directory = Path(directory) / run_key
         self.tokens = tokens
-        self.values: dict[
-            str, list[np.ndarray]
-        ] = {}  # group key -> per response its log-prob [1], or those of its tokens [n]
+        # Group key -> per response its log-prob [1], or those of its tokens [n]
+        self.values: dict[str, list[np.ndarray]] = {}
         self._file: Appender | None = None
 
     def load(self) -> int:
         """Reads what earlier passes wrote; returns the number of groups."""
-        for file in sorted(
-            f for f in self.directory.glob("*.jsonl") if f.is_file()
-        ):  # a device or pipe may have no end
+        # A device or a pipe of such a name may have no end
+        for file in sorted(f for f in self.directory.glob("*.jsonl") if f.is_file()):
             for entry in scan(file):
                 record = entry.record or {}  # empty: what a killed writer or a broken disk left of a line
                 try:

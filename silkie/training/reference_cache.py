@@ -170,11 +170,13 @@ class ReferencePass:
         """Hash of everything besides a group that its reference log-probs depend on."""
         args = self.args
         facts = {
+            # Of all ranks: with sharded weights each has hashed its own part.
             "weights": sorted(_gather([self.weights_hash])),
             "encoder": self.collate.encoder.fingerprint(),
             "layout": [self.choice.layout, self.choice.backend, self.choice.shares_prefix],
             "dtype": [str(dtype), args.bf16, args.fp16, args.tf32],
             "kernel": [args.use_fused_logprob, args.logprob_impl, self.accelerator.device.type],
+            # Kernels of another version round differently, and old numbers beside new ones would bias the ratios.
             "versions": [silkie.__version__, torch.__version__, transformers.__version__],
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -93,6 +93,7 @@ class RecoverableTrainer(Trainer):
         directory = str(self.args.output_dir)
         lock = OutputLock(directory)
         self.asked_to_stop, self.preempted = False, False
+        # Before any file is read: another run could rotate away the checkpoint that is about to be resumed.
         self.on_main(lambda: self._take(lock))
         # transformers would delete old checkpoints before the new one is complete; `finish_checkpoint` does it after
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -126,7 +127,10 @@ class RecoverableTrainer(Trainer):
         """The checkpoint that the caller asks for, once its files are known to be whole."""
         if asked is True:
             checkpoints.agreed(
-                gather_object([checkpoints.last_complete_checkpoint(directory, hashes=False)]), directory
+                # Hashing is left to the main process; sizes are enough to see whether all machines look at the same
+                # disk.
+                gather_object([checkpoints.last_complete_checkpoint(directory, hashes=False)]),
+                directory,
             )
             found = self.on_main(lambda: checkpoints.last_complete_checkpoint(directory))
             logger.info(
@@ -265,6 +269,8 @@ class _RecoveryHooks(TrainerCallback):
         trainer = self.trainer
         stop_file = Path(args.output_dir) / STOP_FILE
         if trainer.any_rank(trainer.asked_to_stop or (trainer.is_world_process_zero() and stop_file.exists())):
+            # All ranks stop after the same step: one that stopped by itself would leave the others waiting in a
+            # collective call.
             trainer.preempted = control.should_save = control.should_training_stop = True
             if trainer.is_world_process_zero():
                 stop_file.unlink(missing_ok=True)

@@ -104,6 +104,7 @@ class SelfTest:
         if tolerance is None:
             tolerance = _TOLERANCE_HALF if self.half_precision or _runs_in_half(base) else _TOLERANCE_FP32
         layout = self.forward.attention.layout
+        # Not `difference > tolerance`, which is False for NaN.
         if not difference <= tolerance:
             raise LayoutMismatch(self._message(base, layout, difference, tolerance))
         logger.info(
@@ -121,6 +122,7 @@ class SelfTest:
             logps = self.forward(model, batch, frozen_vision=True).per_token_logps
             if shared := stems(batch["segments"]):
                 logger.info("self-test: groups share a stem of %d tokens", shared[0].length)
+        # It says nothing about exactness, and the other layout would need more memory.
         except torch.OutOfMemoryError:
             raise
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:

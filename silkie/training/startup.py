@@ -80,6 +80,7 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
                 f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'."
             )
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
+        # Before the config and the processor are read: nothing of an unsafe directory is loaded.
         refuse_pickled(model)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         name = model
@@ -170,6 +171,7 @@ def check_own_reference(model: Any, peft_config: PeftConfig | None, config: Pret
 def trl_init(args: SilkieDPOConfig, model: Any) -> Iterator[None]:
     """Within the context, TRL's `__init__` accepts what silkie does by itself (precomputing reference log-probs with
     images, an adapter on the output head), and loads a model that is named from safetensors only."""
+    # TRL refuses it with images, and would run its own pass; silkie's runs in `SilkieDPOTrainer.begin`.
     precompute, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
     options = args.model_init_kwargs
     if isinstance(model, str):

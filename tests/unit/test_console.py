@@ -135,10 +135,12 @@ def test_no_option_is_in_two_groups():
 
 def test_options_of_the_launcher_are_told_from_those_of_a_run(tmp_path):
     (tmp_path / "c.yaml").write_text("dataset_name: x\nnum_processes: 2\nmulti_gpu: true\nlearning_rate: 1.0e-5\n")
-    asked = command.read([f"--config={tmp_path / 'c.yaml'}", "--num-machines", "3", "--use_cpu", "--loss_type", "ipo"])
+    asked = command.read_command(
+        [f"--config={tmp_path / 'c.yaml'}", "--num-machines", "3", "--use_cpu", "--loss_type", "ipo"]
+    )
     assert asked.launch == {"num_processes": 2, "multi_gpu": True, "num_machines": "3"} and asked.use_cpu
     assert launch.launch_words(asked.launch) == ["--num_processes", "2", "--multi_gpu", "--num_machines", "3"]
-    assert command.read(["--dataset_name", "x"]).launch == {}
+    assert command.read_command(["--dataset_name", "x"]).launch == {}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_options_of_the_launcher_are_told_from_those_of_a_run(tmp_path):
 )
 def test_unknown_options_are_an_error_with_a_suggestion(words, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-        command.read(["--dataset_name", "x", *words])
+        command.read_command(["--dataset_name", "x", *words])
 
 
 def test_accelerate_is_told_that_cpu_processes_are_one_run():

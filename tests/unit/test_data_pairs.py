@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silkie.data import PairOptions, RowError, build_pairs, load_preferences, parse_rating, rebuild_pairs, repair_pairs
-from silkie.data.pairs import filter_given, score
+from silkie.data.pairs import filter_given, response_score
 from silkie.data.regroup import join_groups
 from tests.support import preference_files as files
 from tests.support.preference_files import ASPECTS
@@ -60,7 +60,7 @@ def test_every_strategy_takes_a_subset_of_all_pairs(ratings, strategy):
     everything, pairs = build_pairs(ratings), build_pairs(ratings, strategy, key="k")
     assert set(pairs) <= set(everything)
     assert bool(pairs) == bool(everything)
-    scores = [score(value) for value in ratings]
+    scores = [response_score(value) for value in ratings]
     if strategy == "best_vs_rest":
         assert set(pairs) == {(i, j) for i, j in everything if scores[i] >= max(scores) - 1e-9}
     elif pairs:
@@ -110,7 +110,7 @@ def test_given_pairs_are_filtered_never_invented(pairs, seed):
 
 @given(st.lists(clean, min_size=2, max_size=5))
 def test_given_pairs_of_a_full_order_filter_like_ratings(ratings):
-    scores = [score(value) for value in ratings]
+    scores = [response_score(value) for value in ratings]
     if len({round(value, 6) for value in scores}) < len(scores):
         return  # with ties the pairs alone do not say which response is best
     everything = list(build_pairs(ratings))

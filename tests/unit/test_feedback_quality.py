@@ -19,8 +19,8 @@ from silkie.feedback.inputs import RecordError
 from silkie.feedback.journal import JournalError
 from silkie.feedback.quality import (
     Judged,
-    agreement,
     distributions,
+    judge_agreement,
     length_bias,
     overall,
     per_model,
@@ -114,8 +114,8 @@ def test_agreement_compares_equal_aspects_and_knows_last_bits():
     rows = [{NAMES[0]: 4.0, NAMES[1]: 3.0, NAMES[2]: 3.0}, {NAMES[0]: 2.0, NAMES[1]: 2.0, NAMES[2]: 3.0}]
     item = replace(thirds, ratings=rows)
     lower = [{name: value - 1 for name, value in row.items()} for row in rows]
-    assert agreement([item], {"0": lower})["overall"]["within_one"]["mean"] == 1.0
-    found = agreement([item], {"0": [{NAMES[0]: 4.0}, {NAMES[0]: 2.0}]})
+    assert judge_agreement([item], {"0": lower})["overall"]["within_one"]["mean"] == 1.0
+    found = judge_agreement([item], {"0": [{NAMES[0]: 4.0}, {NAMES[0]: 2.0}]})
     assert found["overall"] == found[NAMES[0]] and found["overall"]["bias"]["mean"] == 0.0
 
 
@@ -127,28 +127,28 @@ def test_overall_needs_every_aspect():
 def test_agreement_is_one_with_itself_half_without_knowledge_and_none_when_turned_round():
     items = random_items(100, lambda rng, position, length: float(rng.randint(1, 5)))
     same = {item.id: item.ratings for item in items}
-    assert agreement(items, same)["overall"]["pairwise"]["mean"] == 1.0
+    assert judge_agreement(items, same)["overall"]["pairwise"]["mean"] == 1.0
     turned = {item.id: [{name: 6 - value for name, value in row.items()} for row in item.ratings] for item in items}
-    assert agreement(items, turned)["overall"]["pairwise"]["mean"] == 0.0
+    assert judge_agreement(items, turned)["overall"]["pairwise"]["mean"] == 0.0
     flat = [judged(int(item.id), [3.0] * 4) for item in items]
-    found = agreement(flat, same)["Helpfulness"]
+    found = judge_agreement(flat, same)["Helpfulness"]
     assert found["pairwise"]["mean"] == 0.5, "a tie decides nothing"
     noise = {
         item.id: random_items(1, lambda rng, p, n, i=item.id: float(random.Random(f"{i} {n}").randint(1, 5)))[0].ratings
         for item in items
     }
-    blind = agreement(items, noise)["overall"]["pairwise"]
+    blind = judge_agreement(items, noise)["overall"]["pairwise"]
     assert blind["low"] < 0.5 < blind["high"]
 
 
 def test_agreement_counts_only_shared_items_and_checks_their_size():
     items = [judged(0, [1.0, 5.0]), judged(1, [1.0, 5.0])]
-    found = agreement(items, {"0": [{"Helpfulness": 2.0}, {"Helpfulness": 4.0}], "other": []})
+    found = judge_agreement(items, {"0": [{"Helpfulness": 2.0}, {"Helpfulness": 4.0}], "other": []})
     assert found["items"] == 1 and "Visual Faithfulness" not in found
     assert found["Helpfulness"]["within_one"]["mean"] == 1.0 and found["Helpfulness"]["bias"]["mean"] == 0.0
     assert found["overall"]["pairwise"]["n"] == 1
     with pytest.raises(ValueError, match="found 1 ratings; expected 2"):
-        agreement(items, {"0": [{"Helpfulness": 2.0}]})
+        judge_agreement(items, {"0": [{"Helpfulness": 2.0}]})
 
 
 def test_the_spread_of_votes():

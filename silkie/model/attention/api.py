@@ -29,11 +29,8 @@ IMPLEMENTATIONS: dict[str, str] = {
     "varlen": varlen.NAME,
 }
 BACKENDS = tuple(IMPLEMENTATIONS)
-ONE_GROUP_PER_ROW: tuple[Backend, ...] = (
-    "sdpa",
-    "eager",
-    "segments",
-)  # a dense mask over several groups would be mostly empty
+# A dense mask over several groups would be mostly empty
+ONE_GROUP_PER_ROW: tuple[Backend, ...] = ("sdpa", "eager", "segments")
 
 _KEPT: Final = "_attention_inputs"
 _KEPT_FORKS: Final = "_forks"

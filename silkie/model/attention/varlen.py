@@ -114,6 +114,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, scalin
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, scaling: float | None) -> Tensor:
     """The same with flash-attn where it is installed, else with the flash kernels that PyTorch carries."""
+    # Flash attention counts the tokens before the query, silkie's window the query itself as well.
     window = (-1 if plan.window is None else plan.window - 1, 0)
     bounds = (plan.cu_queries, plan.cu_keys, plan.longest_query, plan.longest_key)
     if _flash_attn_installed():

@@ -87,6 +87,7 @@ def forked(run: Callable[..., Any], hidden_states: Tensor, plan: ForkPlan) -> Te
         states.begin(call)
         rows = flat.index_select(0, call.tokens.flatten()).unflatten(0, call.tokens.shape)
         out.append(run(rows, call.mask, states).flatten(0, 1))
+    # The zero that `places` points at for padding.
     out.append(out[0].new_zeros(1, d))
     return torch.cat(out).index_select(0, plan.places).reshape(b, t, d)
 
