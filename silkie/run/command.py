@@ -60,7 +60,7 @@ def check(argv: Sequence[str], prog: str = "silkie train") -> int:
     Raises:
         ValueError: an option is unknown, or a value cannot work.
     """
-    read(argv, prog)
+    read_command(argv, prog)
     _parsed(argv, prog)
     return 0
 
@@ -80,7 +80,7 @@ def _train(argv: list[str], prog: str) -> int:
 
 def _parsed(argv: Sequence[str], prog: str) -> Any:
     parser = make_parser(prog)
-    parser.set_defaults(**precision(read(argv, prog).use_cpu))
+    parser.set_defaults(**precision(read_command(argv, prog).use_cpu))
     return parser.parse_args_and_config(_two_words(argv), return_remaining_strings=True)[:3]
 
 
