@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from silkie.feedback.journal import read_records
+from silkie.feedback.journal import read_journal
 from silkie.io.table import table
 from silkie.report import build_report
 from silkie.report.collect import collect
@@ -70,7 +70,7 @@ def _made(loop: LoopFile, before: Policy, policy: Policy, seconds: Mapping[str, 
     """What a round did, from its files."""
     ratings = [
         value
-        for record in read_records(policy.folder / "ratings.jsonl")
+        for record in read_journal(policy.folder / "ratings.jsonl")
         if record.get("status") == "ok"
         for response in record["ratings"]
         for value in response.values()
