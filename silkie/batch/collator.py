@@ -72,7 +72,8 @@ class GroupCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
-        data, added = rows, [[] for _ in rows]  # weights of responses that are added to a row
+        data = rows
+        added: list[list[float]] = [[] for _ in rows]  # weights of the responses that are added to each row
         if self.labels is not None and self.labels.mismatched:
             rows, added = self.labels.with_mismatched(rows)
         encoded = [self.encoder.encode(row) for row in rows]

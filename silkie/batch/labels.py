@@ -64,7 +64,8 @@ class Labels:
             added: weights of the responses that stand behind those of each row, as `with_mismatched` returns them.
         """
         examples: list[Example] = []
-        mismatched, first = [], 0
+        mismatched: list[int] = []
+        first = 0
         for row, weights in zip(rows, added, strict=True):
             examples += [e._replace(response=first + e.response) for e in self.examples(row)]
             first += len(row["responses"])
@@ -87,7 +88,8 @@ class Labels:
         Returns:
             The rows, and for each the weights of what was added to it.
         """
-        added, weights = [], []
+        added: list[Row] = []
+        weights = []
         for g, row in enumerate(rows):
             # an answer in several turns is written in another form than one of text
             other = next(o for o in (*reversed(rows[:g]), *reversed(rows[g:])) if o.get("form") == row.get("form"))
