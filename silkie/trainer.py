@@ -43,7 +43,7 @@ from silkie.training.parts import (
     check_loaded_model,
     labels_of,
     share_prefixes,
-    warn_of_unbalanced_labels,
+    tell_of_labels,
 )
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
@@ -115,7 +115,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.streamed = isinstance(train_dataset, IterableDataset)
         # Data before weights: a broken row must not cost the minutes that loading a large model takes.
         train_dataset = self._prepared(train_dataset, args, "train")
-        warn_of_unbalanced_labels(self.reports["train"], args)
+        tell_of_labels(self.reports["train"], args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(d, args, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:

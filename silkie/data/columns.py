@@ -51,9 +51,9 @@ _PROMPTS = (
     ("question", frozenset({"question"})),
 )
 _OTHERS = (
+    ("label", frozenset({"prompt", "completion", "label"})),
     ("group", frozenset({"prompt", "responses"})),
     ("completions", frozenset({"prompt", "completions"})),
-    ("label", frozenset({"prompt", "completion", "label"})),
     ("comparison", frozenset({"conversations", "output_1", "output_2", "preference"})),
 )
 

@@ -51,8 +51,13 @@ def labels_of(args: SilkieDPOConfig, objective: Objective) -> Labels | None:
     return Labels(threshold=args.label_threshold, mismatched="kl" in objective.needs)
 
 
-def warn_of_unbalanced_labels(report: PreparationReport, args: SilkieDPOConfig) -> None:
-    """TRL's warning about unequal numbers of desirable and undesirable responses."""
+def tell_of_labels(report: PreparationReport, args: SilkieDPOConfig) -> None:
+    """Logs what TRL's KTO computes otherwise, and TRL's warning about unequal numbers of labels."""
+    if "kto" in args.loss_type and report.responses > report.groups:
+        logger.info(
+            "train: prompts with several answers: the KL term of kto scores all of them under another prompt of the"
+            " micro-batch; TRL takes the answer of the row before, whose prompt may be the same"
+        )
     if report.desirable == report.undesirable:
         return
     least, most = balanced_weights(report.desirable, report.undesirable, args.undesirable_weight)

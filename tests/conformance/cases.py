@@ -217,7 +217,34 @@ OPTIONS = [
     Case(name="accelerator_config.split_batches", options={"accelerator_config": {"split_batches": True}}, expected="refused", why="leave it off"),
 ]  # fmt: skip
 
-TABLE = {"Data": DATA, "Losses": LOSSES, "Options": OPTIONS}
+LABELS = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_steps": 3}
+THUMBS = [
+    {"prompt": talk(q), "completion": turn(a), "label": i != 1, "images": [image(i)]}
+    for i, (q, a) in enumerate(
+        {
+            "what is in image ?": "a red cat",
+            "how many dog": "one and not two",
+            "is it a cat ?": "yes",
+            "what ?": "no table",
+        }.items()
+    )
+]
+TEXT_THUMBS = [{k: v for k, v in row.items() if k != "images"} for row in THUMBS]
+KTO_METRICS = (*METRICS, "kl", "num_tokens")
+KTO = [
+    Case(kto=True, name="thumbs up and down with images", rows=THUMBS, options=LABELS, metrics=KTO_METRICS),
+    Case(kto=True, name="thumbs up and down, text", rows=TEXT_THUMBS, options=LABELS, metrics=KTO_METRICS),
+    Case(kto=True, name="thumbs up and down, strings", rows=[{**r, "prompt": "what is in image ?" + " yes" * i, "completion": " " + r["completion"][0]["content"]} for i, r in enumerate(TEXT_THUMBS)], options=LABELS, metrics=KTO_METRICS),
+    Case(kto=True, name="desirable_weight, undesirable_weight, beta", rows=THUMBS, options={**LABELS, "desirable_weight": 2.0, "undesirable_weight": 0.5, "beta": 0.5}, metrics=KTO_METRICS),
+    Case(kto=True, name="apo_zero_unpaired", rows=THUMBS, options={**LABELS, "loss_type": "apo_zero_unpaired"}, own={"loss_type": "apo_zero_unpaired"}),
+    Case(kto=True, name="apo_zero_unpaired, precompute_ref_log_probs, text", rows=TEXT_THUMBS, options={**LABELS, "loss_type": "apo_zero_unpaired", "precompute_ref_log_probs": True}, own={"loss_type": "apo_zero_unpaired"}),
+    Case(kto=True, name="several answers to a prompt", rows=[*TEXT_THUMBS[:3], {**TEXT_THUMBS[0], "completion": turn("no"), "label": False}], options={**LABELS, "desirable_weight": 2.0, "undesirable_weight": 0.5, "beta": 0.5}, expected="different", why="TRL scores an answer under the prompt of the row before, which may be its own; here under that of another prompt. TRL's rows are run apart"),
+    Case(kto=True, name="one row per micro-batch", rows=THUMBS, options={**LABELS, "per_device_train_batch_size": 1}, trl_crashes=True, expected="refused", why="per_device_train_batch_size to 2 or more"),
+    Case(kto=True, name="kto, precompute_ref_log_probs", rows=TEXT_THUMBS, options={**LABELS, "precompute_ref_log_probs": True}, expected="refused", why="apo_zero_unpaired's can"),
+    Case(name="labelled rows and a loss of pairs", rows=THUMBS, trl_crashes=True, expected="refused", why=r"loss_type=\['kto'\]"),
+]  # fmt: skip
+
+TABLE = {"Data": DATA, "Losses": LOSSES, "KTO": KTO, "Options": OPTIONS}
 
 # What is called on a trainer; `test_calls.py` runs each.
 CALLS = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -50,6 +50,7 @@ class Case:
         peft: train a LoRA adapter; False trains the whole model with a reference model.
         trl_crashes: TRL cannot run the case, so there is nothing to compare with.
         metrics: what is compared.
+        kto: TRL's side is its KTO trainer.
         note: a remark for the table, where both do the same.
     """
 
@@ -63,6 +64,7 @@ class Case:
     trl_crashes: bool = False
     metrics: tuple[str, ...] = METRICS
     note: str = ""
+    kto: bool = False
 
     def dataset(self) -> Any:
         if callable(self.rows):
@@ -95,6 +97,8 @@ def options(tmp: Path, case: Case) -> dict[str, Any]:
 def build(cls: Any, config: Any, case: Case, tmp: Path, **arguments: Any) -> Any:
     """A trainer of either kind on fresh copies of everything."""
     own = case.own if cls is SilkieDPOTrainer else {}
+    if case.kto and cls is SilkieDPOTrainer:
+        own = {"loss_type": "kto", **own}
     given = {
         "ref_model": None if case.peft else tiny_model(),
         "args": config(**{**options(tmp, case), **own}),
@@ -112,8 +116,13 @@ def history(trainer: Any, metrics: Sequence[str]) -> list[list[float]]:
     return [[entry[name] for name in metrics] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def stock(case: Case) -> tuple[Any, Any]:
+    """TRL's trainer and config for a case."""
+    return (KTOTrainer, KTOConfig) if case.kto else (DPOTrainer, DPOConfig)
+
+
 def run_both(case: Case, tmp: Path) -> tuple[list[list[float]], list[list[float]]]:
     """The logged metrics of both trainers, by step."""
-    trl = history(build(DPOTrainer, DPOConfig, copy.deepcopy(case), tmp / "trl"), case.metrics)
+    trl = history(build(*stock(case), copy.deepcopy(case), tmp / "trl"), case.metrics)
     silkie = history(build(SilkieDPOTrainer, SilkieDPOConfig, case, tmp / "silkie"), case.metrics)
     return trl, silkie

@@ -5,11 +5,10 @@ import logging
 
 import datasets
 import pytest
-from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from tests.conformance.cases import TABLE
-from tests.conformance.compare import Case, build, history
+from tests.conformance.compare import Case, build, history, stock
 from tests.conformance.table import PAGE, page
 
 ALL = [case for cases in TABLE.values() for case in cases]
@@ -31,7 +30,7 @@ def _quiet():
 
 
 def trl(case: Case, tmp_path):
-    return history(build(DPOTrainer, DPOConfig, copy.deepcopy(case), tmp_path / "trl"), case.metrics)
+    return history(build(*stock(case), copy.deepcopy(case), tmp_path / "trl"), case.metrics)
 
 
 def silkie(case: Case, tmp_path):

@@ -49,6 +49,9 @@ def step(trainer, size=4):
     """Loss and gradients of a batch in float64, the adapter alive."""
     trainer.model_accepts_loss_kwargs = False
     alive(trainer, torch.float64)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.2)  # as far from the reference as the KL estimate is above 0
     rows = [trainer.train_dataset[i] for i in range(size)]
     batch = trainer.data_collator(rows)
     if isinstance(trainer, KTOTrainer):
@@ -167,7 +170,7 @@ def test_equal_answers_with_labels_stay_apart():
 def test_wrong_use_is_named(tmp_path):
     with pytest.raises(DataError, match=r"column 'label': found 'up'.*true \(desirable\) or false"):
         load_preferences(datasets.Dataset.from_list([{"prompt": "is it ?", "completion": " yes", "label": "up"}]))
-    with pytest.raises(ValueError, match="label_threshold.*reads ratings, and the data has none"):
+    with pytest.raises(ValueError, match="label_threshold.*reads ratings, and the train data has none"):
         make(SilkieDPOTrainer, tmp_path, thumbs(), label_threshold=2.0)
     with pytest.raises(DataError, match=r"loss_type=\['kto'\]"):
         make(SilkieDPOTrainer, tmp_path, thumbs(), loss_type="sigmoid")

@@ -4,8 +4,8 @@
      "ratings": [{"Helpfulness": 5}, {"Helpfulness": 1}]}
 
 `prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`,
-`pair_weights`, `ratings`, `rationales`, `models` and `id` are optional. Without `pairs` they are built from the
-ratings."""
+`pair_weights`, `labels` (true for a desirable response), `ratings`, `rationales`, `models` and `id` are optional.
+Without `pairs` they are built from the ratings."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def groups(row: Row) -> Group:
     answers = row.require("responses", list, "a list of responses")
     records = [answer if isinstance(answer, dict) else {"response": answer} for answer in answers]
     models = per_response(row, "models", len(answers)) or [record.get("model") for record in records]
+    labels, rated = _labels(row, len(answers)), ratings(row, len(answers))
+    pairs = row.get("pairs")
     return Group(
         id=row.get("id"),
         images=images,
@@ -45,9 +47,10 @@ def groups(row: Row) -> Group:
         responses=[
             row.check_text(record.get("response"), f"responses[{index}]") for index, record in enumerate(records)
         ],
-        pairs=row.get("pairs"),
+        pairs=[] if pairs is None and rated is None and labels is not None else pairs,
         pair_weights=weights(row),
-        ratings=ratings(row, len(answers)),
+        labels=labels,
+        ratings=rated,
         rationales=rationales(row, len(answers)),
         models=models if any(models) else None,
     )
@@ -63,6 +66,15 @@ def ratings(row: Row, count: int) -> list[dict[str, float | None]] | None:
         {aspect: row.rating(value, f"ratings[{index}].{aspect}") for aspect, value in rating.items()}
         for index, rating in enumerate(own_aspects(values))
     ]
+
+
+def _labels(row: Row, count: int) -> list[bool | None] | None:
+    values = per_response(row, "labels", count)
+    if values is None:
+        return None
+    if not all(value in (True, False, None) for value in values):
+        raise row.error("labels", values, "true (desirable), false or null for each response")
+    return [None if value is None else bool(value) for value in values]
 
 
 def rationales(row: Row, count: int) -> list[dict[str, str | None] | None] | None:
