@@ -7,10 +7,11 @@ entry here; a few types need a number that their names do not tell. Used by `pyt
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "dots3_note": {"text_config": {"topk_group": 1, "num_key_value_heads": 4}},
     "mistral_large4": {"text_config": {"topk_group": 1}},
     "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": _CONV},
+    "molmo2": {
+        "": {"image_patch_id": "<im_patch>", "image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>"},
+        "vision_config": {"num_position_embeddings": (SIDE // PATCH) ** 2},
+        "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
+    },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
@@ -117,6 +123,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "paligemma": {"_settings": {"image_seq_length": 16}, "_template": _PALIGEMMA},
     "deepseek_vl_hybrid": {"_settings": {"high_res_size": {"height": SIDE, "width": SIDE}}},
     "gemma3": {"_image": "<boi>"},
+    "molmo2": {"_settings": {"overlap_margins": [1, 1], "max_crops": 2}},
     "qianfan_ocr": {"_image": "<image>"},
     "gemma3n": {"_image": "<boi>"},
     "glm_ocr": {"_class": "Glm46VProcessor", "_images": {"pil": "Glm46VImageProcessorPil"}},
@@ -151,6 +158,31 @@ def tiny(model_type: str, *, seed: int = 0) -> tuple[Any, ProcessorMixin]:
     """
     processor = tiny_processor(model_type)
     return tiny_model(tiny_config(model_type, processor), seed=seed), processor
+
+
+def needed_packages(model_type: str) -> list[str]:
+    """Packages that a type does not work without: torchvision where its processor's module imports it, or no image
+    processor of its own uses PIL; timm where the tower's config names one of timm's architectures."""
+    out = []
+    images = _PROCESSORS.get(model_type, {}).get("_images") or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    name = _PROCESSORS.get(model_type, {}).get("_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
+    module = transformers._class_to_module.get(name, "")
+    if ("torchvision" in images and "pil" not in images) or _imports_torchvision(f"transformers.{module}"):
+        out.append("torchvision")
+    if any(hasattr(part, "architecture") for part in _parts(CONFIG_MAPPING[model_type]()).values()):
+        out.append("timm")
+    return out
+
+
+def _imports_torchvision(module: str) -> bool:
+    """Whether a module, or one of image processors that it imports, does so at its top. Nothing is imported."""
+    spec = importlib.util.find_spec(module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    if re.search(r"^(?:from|import) torchvision", source, re.MULTILINE):
+        return True
+    package = module.rpartition(".")[0]
+    beside = re.findall(r"^ *from (\.image_processing_\w+) import", source, re.MULTILINE)
+    return any(_imports_torchvision(package + name) for name in beside)
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> Any:
