@@ -67,6 +67,19 @@ _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 _PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"image_token_index": "<image>"}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+            }
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            **dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2),
+            **dict(ple_layer_ids=[1], ple_embed_dim=WIDTH, ngram_vocab_size_base=100, split_ngram_parts=4, hc_lowrank=16),
+        }
+    },
     "granite4_vision": {
         "": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"}
     },
@@ -96,7 +109,7 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
         "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
     },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "inkling_mm_model": {
         "vision_config": {"text_hidden_size": WIDTH, "patch_size": 16},
@@ -116,6 +129,11 @@ _PALIGEMMA = (
 )
 _OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
+    "minimax_m3_vl": {
+        "_tokens": {
+            name: f"]<]{name}[>[" for name in ("image", "video", "start of image", "end of image")
+        }
+    },
     "aya_vision": {"img_size": SIDE, "patch_size": PATCH, "downsample_factor": 2},
     "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": 2}},
     "gemma4_unified": {
