@@ -28,6 +28,7 @@ from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
+from silkie.model.dropout import disable_dropout
 from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
@@ -143,6 +144,8 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        if args.disable_dropout:
+            disable_dropout(self.model)
         if peft_config is None and args.freeze_vision and isinstance(model, str):
             freeze_vision(self.model)
         self.aux_loss_enabled = self.aux_loss_enabled and guards.has_router_loss(self.model, args)

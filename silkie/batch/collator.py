@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,7 @@ class GroupCollator:
         dummy_vision: image tensors for a micro-batch without images; their features are not used. None: such a
             micro-batch does not run the vision tower.
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
-        joins: image tensors that are joined along another dimension than the first, see `image_joins`.
+        joins: image tensors that are joined in another way than one below the other, see `image_joins`.
         labels: labelled responses, for losses that take no pairs. None: the losses take pairs.
         share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
@@ -66,7 +67,7 @@ class GroupCollator:
     aspects: tuple[str, ...] = ()
     dummy_vision: dict[str, Tensor] | None = None
     corruption: ImageCorruption | None = None
-    joins: Mapping[str, int] = field(default_factory=dict)
+    joins: Mapping[str, Join] = field(default_factory=dict)
     share_prefix: bool = False
     labels: Labels | None = None
 
@@ -211,37 +212,80 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def image_joins(encoder: GroupEncoder) -> dict[str, int]:
-    """Image tensors of a processor that it joins along another dimension than the first, found by giving it two images
-    alone and together."""
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Join:
+    """How a processor joins a tensor of several images, where it does not put one below the other.
+
+    Attributes:
+        dim: the dimension along which it does.
+        counts: the tensor holds numbers of places in another one, which is named here with the number of its leading
+            dimensions that are counted through: behind other images, the numbers are higher by what these take.
+            Negative numbers are none. None: it holds no such numbers.
+    """
+
+    dim: int = 0
+    counts: tuple[str, int] | None = None
+
+
+def image_joins(encoder: GroupEncoder) -> dict[str, Join]:
+    """Image tensors of a processor that it does not join by putting one below the other, found by giving it two images
+    alone and together, in both orders."""
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
     images = [Image.new("RGB", size, "grey") for size in ((56, 56), (112, 56))]
     try:
         rows = [{"images": [image], "prompt": message, "responses": ["x"]} for image in images]
         alone = [encoder.encode(row).vision for row in rows]
         text = encoder.render(rows[0])
-        together = encoder.processor(
-            text=[text, text], images=[[image] for image in images], padding=True, return_tensors="pt"
-        )
+        orders = []
+        for parts, ordered in ((alone, images), (alone[::-1], images[::-1])):
+            together = encoder.processor(
+                text=[text, text], images=[[image] for image in ordered], padding=True, return_tensors="pt"
+            )
+            orders.append((parts, together))
     except Exception:  # a processor that takes no two texts: its tensors are joined along the first dimension
         logger.debug("%s takes no batch", type(encoder.processor).__name__, exc_info=True)
         return {}
+    found = {key: _how_joined(key, orders) for key in orders[0][1]}
+    return {key: join for key, join in found.items() if join}
+
+
+def _how_joined(key: str, orders: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> Join | None:
+    parts, together = orders[0]
+    values, joined = [part.get(key) for part in parts], together[key]
+    if not all(isinstance(v, Tensor) and v.dim() == joined.dim() for v in (*values, joined)):
+        return None
+    sums = [sum(v.shape[d] for v in values) == joined.shape[d] for d in range(joined.dim())]
+    if not any(sums):
+        return None
+    if not sums[0]:
+        return Join(dim=sums.index(True))
+    if joined.is_floating_point() or torch.equal(_join([p[key] for p in parts], 0), joined):
+        return None
+    for name, other in parts[0].items():
+        for leading in range(1, other.dim() + 1 if isinstance(other, Tensor) else 0):
+            join = Join(counts=(name, leading))
+            if all(torch.equal(_join_vision(parts, {key: join})[key], joined[key]) for parts, joined in orders):
+                return join
+    return None
+
+
+def _join_vision(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, Join]) -> dict[str, Any]:
+    """Image tensors of all groups, joined along the first dimension, or as `joins` says; further dimensions are padded
+    with zeros, as processors pad their batches. What is no tensor is a list with an entry per image."""
+    keys = dict.fromkeys(key for part in parts for key in part)
     out = {}
-    for key, joined in together.items():
-        parts = [part[key] for part in alone if isinstance(part.get(key), Tensor)]
-        if len(parts) < 2 or not isinstance(joined, Tensor) or joined.dim() != parts[0].dim():
-            continue
-        sums = [sum(p.shape[d] for p in parts) == joined.shape[d] for d in range(joined.dim())]
-        if not sums[0] and any(sums):
-            out[key] = sums.index(True)
+    for key in keys:
+        own, join = [part for part in parts if key in part], joins.get(key, Join())
+        values = [part[key] for part in own]
+        if join.counts is not None:
+            values = _shifted(values, [math.prod(p[join.counts[0]].shape[: join.counts[1]]) for p in own])
+        out[key] = _join(values, join.dim)
     return out
 
 
-def _join_vision(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, int]) -> dict[str, Any]:
-    """Image tensors of all groups, joined along the first dimension, or the one in `joins`; further dimensions are
-    padded with zeros, as processors pad their batches. What is no tensor is a list with an entry per image."""
-    keys = dict.fromkeys(key for part in parts for key in part)
-    return {key: _join([part[key] for part in parts if key in part], joins.get(key, 0)) for key in keys}
+def _shifted(values: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Numbers of places among those of all parts, from numbers among those of each."""
+    return [torch.where(v < 0, v, v + sum(counts[:i])) for i, v in enumerate(values)]
 
 
 def _join(values: Sequence[Any], dim: int) -> Any:

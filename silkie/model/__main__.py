@@ -7,6 +7,8 @@ sweep               every image-text-to-text type of transformers that can be bu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import logging
 import sys
 import warnings
@@ -17,6 +19,9 @@ from PIL import Image
 
 from silkie.model import tiny
 from silkie.plan.check import ModelVerdict, check_model
+
+
+OPTIONAL = ("torchvision", "timm", "scipy")  # packages that some types of transformers need
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
@@ -61,7 +66,7 @@ def _not_built(error: Exception) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
     told = f"{type(error).__name__}: {text}"
     if isinstance(error, ImportError):
-        known = [package for package in ("torchvision", "timm", "scipy") if package in str(error)]
+        known = [package for package in OPTIONAL if package in str(error)]
         told = f"needs {known[0]}" if known else told
     return f"could not be built here: {told}"[:240]
 
@@ -102,13 +107,14 @@ def models_page(verdicts: Sequence[ModelVerdict]) -> str:
     """examples/models.md."""
     exact = [v for v in verdicts if v.exact]
     table = [
-        "| type | layout | log-probs | gradients | LoRA covers | why |",
-        "|---|---|---|---|---|---|",
+        "| type | layout | log-probs | gradients | LoRA covers | why | needs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for v in sorted(exact, key=lambda v: v.name):
         run = v.packed if v.layout == "packed" else v.rows
         share = f"{100 * v.coverage.share:.0f} %" if v.coverage else ""
-        table.append(f"| {v.name} | {v.layout} | {run.difference:.0e} | {run.gradient:.0e} | {share} | {v.why} |")
+        figures = f"{run.difference:.0e} | {run.gradient:.0e} | {share}"
+        table.append(f"| {v.name} | {v.layout} | {figures} | {v.why} | {', '.join(tiny.needed_packages(v.name))} |")
     others = [v for v in sorted(verdicts, key=lambda v: v.name) if not v.exact]
     unbuilt = [f"- `{v.name}`: {v.why}" for v in others if v.why.startswith("could not be built here")]
     refused = [f"- `{v.name}`: {v.why}" for v in others if not v.why.startswith("could not be built here")]
@@ -120,6 +126,7 @@ def models_page(verdicts: Sequence[ModelVerdict]) -> str:
         " forward, in nats; gradients: largest relative difference of an adapter weight's gradient (torch's CPU"
         " attention keeps its softmax normaliser in float32: 1e-7)."
         f' {len(exact)} of {len(verdicts)} types are exact in the layout that `layout="auto"` takes.'
+        f" Made with {_versions()}; packages that a type does not work without are in the last column."
         " A type that is not in the table may still train: the same test runs at the start of every run and stops what"
         " is not exact. `silkie check DIR` runs it on a model of yours.\n\n"
         + "\n".join(table)
@@ -129,6 +136,15 @@ def models_page(verdicts: Sequence[ModelVerdict]) -> str:
         " numbers that do not fit together), which says nothing about the types. `check` runs on a real model of"
         " them.\n\n" + "\n".join(unbuilt) + "\n"
     )
+
+
+def _versions() -> str:
+    """transformers, and the packages that some types need, where they are installed."""
+    found = []
+    for package in ("transformers", *OPTIONAL):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package).partition('+')[0]}")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ entry here; a few types need a number that their names do not tell. Used by `pyt
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 _PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"image_token_index": "<image>"}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+            }
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            **dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2),
+            **dict(ple_layer_ids=[1], ple_embed_dim=WIDTH, ngram_vocab_size_base=100, split_ngram_parts=4, hc_lowrank=16),
+        }
+    },
     "granite4_vision": {
         "": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"}
     },
@@ -89,9 +103,20 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "dots3_note": {"text_config": {"topk_group": 1, "num_key_value_heads": 4}},
     "mistral_large4": {"text_config": {"topk_group": 1}},
     "lfm2_vl": {"vision_config": {"patch_size": 16}, "text_config": _CONV},
+    "molmo2": {
+        "": {"image_patch_id": "<im_patch>", "image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>"},
+        "vision_config": {"num_position_embeddings": (SIDE // PATCH) ** 2},
+        "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
+    },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
+    "inkling_mm_model": {
+        "vision_config": {"text_hidden_size": WIDTH, "patch_size": 16},
+        "audio_config": {"text_hidden_size": WIDTH},
+    },
+    "muse_glimmer": {"": {"out_hidden_size": 4 * WIDTH, "projector_hidden_size": WIDTH}},
+    "muse_spark": {"": {"out_hidden_size": 4 * WIDTH, "projector_hidden_size": WIDTH}},
     "qwen2_5_omni_thinker": {"": _OMNI},
     "qwen3_omni_moe_thinker": {"": _OMNI},
     "step3p7": {"text_config": {"sliding_window": 6}},
@@ -104,6 +129,11 @@ _PALIGEMMA = (
 )
 _OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
+    "minimax_m3_vl": {
+        "_tokens": {
+            name: f"]<]{name}[>[" for name in ("image", "video", "start of image", "end of image")
+        }
+    },
     "aya_vision": {"img_size": SIDE, "patch_size": PATCH, "downsample_factor": 2},
     "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": 2}},
     "gemma4_unified": {
@@ -117,8 +147,11 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "paligemma": {"_settings": {"image_seq_length": 16}, "_template": _PALIGEMMA},
     "deepseek_vl_hybrid": {"_settings": {"high_res_size": {"height": SIDE, "width": SIDE}}},
     "gemma3": {"_image": "<boi>"},
+    "molmo2": {"_settings": {"overlap_margins": [1, 1], "max_crops": 2}},
     "qianfan_ocr": {"_image": "<image>"},
-    "gemma3n": {"_image": "<boi>"},
+    "inkling2": {"_settings": {"size": {"height": 2 * PATCH, "width": 2 * PATCH}}},
+    "inkling_mm_model": {"_settings": {"size": {"height": 16, "width": 16}}},
+    "step3p7": {"_settings": {"size": {"height": SIDE, "width": SIDE}, "patch_size": SIDE}},
     "glm_ocr": {"_class": "Glm46VProcessor", "_images": {"pil": "Glm46VImageProcessorPil"}},
     "glmga": {"_class": "Glm46VProcessor"},
     "glm4v_moe": {"_images": {"pil": "Glm4vImageProcessorPil"}},
@@ -151,6 +184,31 @@ def tiny(model_type: str, *, seed: int = 0) -> tuple[Any, ProcessorMixin]:
     """
     processor = tiny_processor(model_type)
     return tiny_model(tiny_config(model_type, processor), seed=seed), processor
+
+
+def needed_packages(model_type: str) -> list[str]:
+    """Packages that a type does not work without: torchvision where its processor's module imports it, or no image
+    processor of its own uses PIL; timm where the tower's config names one of timm's architectures."""
+    out = []
+    images = _PROCESSORS.get(model_type, {}).get("_images") or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    name = _PROCESSORS.get(model_type, {}).get("_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
+    module = transformers._class_to_module.get(name, "")
+    if ("torchvision" in images and "pil" not in images) or _imports_torchvision(f"transformers.{module}"):
+        out.append("torchvision")
+    if any(hasattr(part, "architecture") for part in _parts(CONFIG_MAPPING[model_type]()).values()):
+        out.append("timm")
+    return out
+
+
+def _imports_torchvision(module: str) -> bool:
+    """Whether a module, or one of image processors that it imports, does so at its top. Nothing is imported."""
+    spec = importlib.util.find_spec(module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    if re.search(r"^(?:from|import) torchvision", source, re.MULTILINE):
+        return True
+    package = module.rpartition(".")[0]
+    beside = re.findall(r"^ *from (\.image_processing_\w+) import", source, re.MULTILINE)
+    return any(_imports_torchvision(package + name) for name in beside)
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> Any:

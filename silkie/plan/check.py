@@ -26,6 +26,7 @@ from silkie.data.schema import group_features
 from silkie.model import recurrent
 from silkie.model.adapters import Coverage, coverage, with_default_targets
 from silkie.model.attention import Attention
+from silkie.model.dropout import dropout_rates
 from silkie.model.families import causal_lm, check_merges_images
 from silkie.model.forward import LogpsForward
 from silkie.model.layout import choose_layout
@@ -251,7 +252,7 @@ def _gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _without_dropout(model: Any) -> Any:
     """Training mode, which some models compute differently, with every dropout and every skipped path off."""
-    random = [(m, name, rate) for m in model.modules() for name, rate in vars(m).items() if _is_dropout(name, rate)]
+    random = list(dropout_rates(model))
     for module, name, _ in random:
         setattr(module, name, 0.0)
     try:
@@ -259,10 +260,6 @@ def _without_dropout(model: Any) -> Any:
     finally:
         for module, name, rate in random:
             setattr(module, name, rate)
-
-
-def _is_dropout(name: str, value: Any) -> bool:
-    return isinstance(value, float) and (name == "p" or "drop" in name)
 
 
 def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout: Any) -> None:

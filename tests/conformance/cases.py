@@ -244,6 +244,36 @@ KTO = [
     Case(name="labelled rows and a loss of pairs", rows=THUMBS, trl_crashes=True, expected="refused", why=r"loss_type=\['kto'\]"),
 ]  # fmt: skip
 
+# Model types on which TRL's numbers are not those of the model's own forward, and why; `tests/integration/
+# test_models_trl.py` shows that silkie's are, and that TRL's are without the cause.
+_SCALE = (
+    "TRL multiplies the logits by `logit_scale` of the text config, which the forward of the vision-language model in"
+    " transformers does not"
+)
+TRL_DIFFERS = {
+    "aya_vision": _SCALE,
+    "cohere2_vision": _SCALE,
+    "granite4_vision": "its Q-Former drops attention at random with a function, which TRL's `disable_dropout` does not"
+    " reach; silkie's does",
+    "hunyuan_vl": "its image tokens carry the number of the image, which transformers counts over all rows of a batch:"
+    " TRL's numbers depend on which rows are together; silkie's are those of each row alone",
+}
+# ... which TRL cannot run: its error, and what it comes from.
+TRL_STOPS = {
+    "ernie4_5_vl_moe": (
+        "The shape of the mask",
+        "its processor names the types of tokens `moe_mm_token_type_ids`, which TRL does not pad",
+    ),
+    "glm4v_moe": (
+        "has no attribute 'num_experts'",
+        "TRL's load balancing loss reads `num_experts`, and this config says `n_routed_experts`",
+    ),
+    "paligemma": (
+        "`images` are expected as arguments",
+        "TRL tokenises prompts without their images, and this processor takes no text alone",
+    ),
+}
+
 TABLE = {"Data": DATA, "Losses": LOSSES, "KTO": KTO, "Options": OPTIONS}
 
 # What is called on a trainer; `test_calls.py` runs each.

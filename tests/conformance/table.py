@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conformance.cases import CALLS, TABLE
+from tests.conformance.cases import CALLS, TABLE, TRL_DIFFERS, TRL_STOPS
 from tests.conformance.compare import Case
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "from_trl.md"
@@ -18,6 +18,17 @@ from silkie import SilkieDPOConfig as DPOConfig, SilkieDPOTrainer as DPOTrainer
 "same": the logged losses, rewards and log-probs of the first steps equal those of the installed TRL in fp32. "different":
 both train, or TRL stops, and the reason is given. "refused": silkie stops before any compute is spent and says what to do
 instead. `tests/conformance/` runs every row; `python -m tests.conformance.table` writes this page.
+"""
+MODELS = """\
+## Model types
+
+Loss and gradients of one step on a tiny model of every type that [models.md](models.md) calls exact
+(`tests/integration/test_models_trl.py`). Where TRL's differ, silkie's are those of the model's own forward, one sequence
+at a time, and TRL's are the same without the cause that is named.
+
+| type | | why |
+|---|---|---|
+| all others | same |  |
 """
 
 
@@ -34,7 +45,13 @@ def page() -> str:
         sections.append(f"## {title}\n\n| option or case | | why, or instead |\n|---|---|---|\n{rows}\n")
     rows = "\n".join(f"| {name} | {expected} | {why} |" for name, expected, why in CALLS)
     sections.append(f"## Calls\n\n| call | | how |\n|---|---|---|\n{rows}\n")
-    return "\n".join(sections)
+    return "\n".join([*sections, model_types()])
+
+
+def model_types() -> str:
+    rows = [f"| {name} | different | {why} |" for name, why in TRL_DIFFERS.items()]
+    rows += [f"| {name} | different | TRL stops: {why} |" for name, (_, why) in TRL_STOPS.items()]
+    return MODELS + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

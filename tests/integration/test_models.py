@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from silkie import SilkieDPOConfig
-from silkie.batch.collator import image_joins
+from silkie.batch.collator import Join, _join_vision, image_joins
 from silkie.batch.encoding import GroupEncoder
 from silkie.model import tiny
 from silkie.model.__main__ import _pictures, check_named, main
@@ -140,7 +140,7 @@ def test_a_vision_tower_that_is_to_train_and_has_no_adapter_is_told(caplog):
 
 
 def test_image_tensors_are_joined_as_the_processor_joins_them():
-    assert image_joins(GroupEncoder(tiny.tiny_processor("minicpmv4_6"))) == {"pixel_values": 3}
+    assert image_joins(GroupEncoder(tiny.tiny_processor("minicpmv4_6"))) == {"pixel_values": Join(dim=3)}
     assert image_joins(GroupEncoder(tiny.tiny_processor("llava"))) == {}
 
 

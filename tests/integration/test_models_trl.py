@@ -5,16 +5,22 @@ Tolerance: the error of TRL's own float32 step against its float64 one, and a li
 """
 
 import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from silkie.model import tiny
+from silkie.model.dropout import disable_dropout
+from silkie.model.processor import torchvision_works
 from silkie.training.guards import LaunchError
 from silkie.training.self_test import plain_inputs
+from tests.conformance.cases import TRL_DIFFERS, TRL_STOPS
 from tests.support.data import group
 from tests.support.tiny import image
-from tests.support.trl import distance, silkie_step, trl_step
+from tests.support.trl import distance, plain_step, silkie_step, trl_step
 
 GROUPS = [
     group([image(0)], "what is in image ?", ["a red cat", "no not a dog on the table"], [[0, 1]]),
@@ -104,13 +110,88 @@ def test_a_model_without_a_load_balancing_loss_is_told(tmp_path, monkeypatch, ca
     assert "training without it" in caplog.text
 
 
+PAGE = (Path(__file__).resolve().parents[2] / "examples" / "models.md").read_text(encoding="utf-8")
+EXACT = dict(re.findall(r"^\| ([\w.-]+) \|.*\| ([\w, -]*) \|$", PAGE, re.M))  # type -> packages that it needs
+REFUSED = dict(re.findall(r"^- `([\w.-]+)`: (.+)$", PAGE, re.M))
+
+
+def installed(packages):
+    return all(torchvision_works() if p == "torchvision" else find_spec(p) for p in packages.split(", ") if p)
+
+
+def skip_what_the_page_excuses(model_type):
+    """A type that the page calls exact is skipped for the packages alone that the page says it needs."""
+    if model_type not in EXACT:
+        pytest.skip(REFUSED[model_type])
+    if not installed(EXACT[model_type]):
+        pytest.skip(f"{model_type} needs {EXACT[model_type]}, and it is not installed")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [t for t in tiny.types() if t not in TYPES])
+@pytest.mark.parametrize("model_type", [t for t in tiny.types() if t not in {*TYPES, *TRL_DIFFERS, *TRL_STOPS}])
 def test_every_type_that_trl_runs(tmp_path, model_type):
-    """In the layout that `auto` takes, without the load balancing loss."""
-    try:
-        tiny.tiny(model_type)
+    """In the layout that `auto` takes without the load balancing loss, and in rows with it."""
+    skip_what_the_page_excuses(model_type)
+    compare(tmp_path, model_type, "auto", router_aux_loss_coef=0.0)
+    if trl_step(tmp_path, model_type, GROUPS)[2].aux_loss_enabled:
+        compare(tmp_path, model_type, "rows")
+
+
+def test_the_page_knows_every_type():
+    assert {*EXACT, *REFUSED} == set(tiny.types()), "write examples/models.md with the command in its first line"
+    assert {*TRL_DIFFERS, *TRL_STOPS} <= {*EXACT}
+
+
+def no_dropout(model):
+    disable_dropout(model)
+
+
+def unscaled(model):
+    model.config.get_text_config().logit_scale = 1.0
+
+
+def positions_by_row(model):
+    """Of each row as it would get them alone."""
+    stock = model.model.get_rope_index
+
+    def rows(input_ids, mm_token_type_ids, image_grid_thw, attention_mask=None):
+        assert len(image_grid_thw) == len(input_ids), "one image a row"
+        each = [input_ids, mm_token_type_ids, image_grid_thw, attention_mask]
+        found = [stock(*(x[i : i + 1] for x in each)) for i in range(len(input_ids))]
+        return torch.cat([positions for positions, _ in found], 1), torch.cat([deltas for _, deltas in found])
+
+    model.model.get_rope_index = rows
+
+
+WITHOUT_THE_CAUSE = {
+    "aya_vision": unscaled,
+    "cohere2_vision": unscaled,
+    "granite4_vision": no_dropout,
+    "hunyuan_vl": positions_by_row,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TRL_DIFFERS)
+def test_where_trl_differs_silkie_is_the_plain_forward(tmp_path, model_type):
+    """And TRL equals silkie where the cause that the page names is taken away from it."""
+    skip_what_the_page_excuses(model_type)
+    loss, found, trainer = silkie_step(tmp_path, model_type, GROUPS, "auto")
+    true_loss, true = plain_step(trainer, GROUPS)
+    assert abs(true_loss - 0.6931) > 1e-3 and size(true) > 1e-2, "nothing to compare"
+    assert abs(loss - true_loss) < 1e-5 and distance(found, true) < 1e-4 * size(true)
+    trl_loss, trl, _ = trl_step(tmp_path, model_type, GROUPS, torch.float64)
+    assert abs(trl_loss - true_loss) > 1e-4 and distance(trl, true) > 1e-2 * size(true)
+    compare(tmp_path, model_type, "auto", change=WITHOUT_THE_CAUSE[model_type])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TRL_STOPS)
+def test_where_trl_stops_silkie_is_the_plain_forward(tmp_path, model_type):
+    skip_what_the_page_excuses(model_type)
+    with pytest.raises(Exception, match=re.escape(TRL_STOPS[model_type][0])):
         trl_step(tmp_path, model_type, GROUPS)
-    except Exception as error:
-        pytest.skip(f"not built here, or TRL cannot run it: {type(error).__name__}: {error}"[:200])
-    compare(tmp_path, model_type, "auto")
+    loss, found, trainer = silkie_step(tmp_path, model_type, GROUPS, "auto", router_aux_loss_coef=0.0)
+    true_loss, true = plain_step(trainer, GROUPS)
+    assert abs(true_loss - 0.6931) > 1e-3 and size(true) > 1e-2, "nothing to compare"
+    assert abs(loss - true_loss) < 1e-5 and distance(found, true) < 1e-4 * size(true)

@@ -3,12 +3,14 @@
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
+from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.model import tiny
 from silkie.model.adapters import with_default_targets
 from silkie.model.processor import ask_for_token_types
+from silkie.training.self_test import plain_logps
 from tests.support.data import dataset
 
 
@@ -68,9 +70,10 @@ def of_type(model_type, dtype=torch.float32):
     return model.to(dtype), processor
 
 
-def trl_step(folder, model_type, groups, dtype=torch.float32, **more):
-    """Loss, gradients and log of one step of stock TRL with silkie's default adapter."""
+def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda model: None, **more):
+    """Loss, gradients and log of one step of stock TRL with silkie's default adapter; `change` changes the model first."""
     model, processor = of_type(model_type)
+    change(model)
     rows = pair_rows(groups)
     trainer = DPOTrainer(
         model,
@@ -86,9 +89,10 @@ def trl_step(folder, model_type, groups, dtype=torch.float32, **more):
     return *loss_and_gradients(trainer, batch), trainer
 
 
-def silkie_step(folder, model_type, groups, layout, **more):
+def silkie_step(folder, model_type, groups, layout, change=lambda model: None, **more):
     """The same of silkie."""
     model, processor = of_type(model_type)
+    change(model)
     trainer = SilkieDPOTrainer(
         model,
         args=SilkieDPOConfig(per_device_train_batch_size=len(groups), layout=layout, **options(folder, **more)),
@@ -99,3 +103,23 @@ def silkie_step(folder, model_type, groups, layout, **more):
     alive(trainer, torch.float32)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(groups))])
     return *loss_and_gradients(trainer, batch), trainer
+
+
+def plain_step(trainer, groups):
+    """The same of the model's plain forward, one sequence at a time in float64: DPO's loss written out. It takes the model
+    and the rows of a trainer of silkie, which it leaves in float64."""
+    model, losses = trainer.model.double(), []
+    model.zero_grad()
+
+    def sums(row):
+        return [logps.sum() for logps in plain_logps(model, trainer.encoder, row, dict)]
+
+    for row in (trainer.train_dataset[i] for i in range(len(groups))):
+        policy = sums(row)
+        with torch.no_grad(), model.disable_adapter():
+            reference = sums(row)
+        gains = [p - r for p, r in zip(policy, reference, strict=True)]
+        losses += [-logsigmoid(trainer.args.beta * (gains[c] - gains[r])) for c, r in row["pairs"]]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
