@@ -16,7 +16,17 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+    set_seed,
+)
 
 from silkie.data import open_image
 from silkie.io.console import guarded
@@ -201,11 +211,11 @@ def _generate_batch(
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     eos = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
+        warpers += [Nucleus(top_p)] if top_p < 1 else []
+        sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "logits_processor": warpers}
     ids = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
@@ -215,6 +225,30 @@ def _generate_batch(
         **sampling,
     )
     return [t.strip() for t in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+class Nucleus(LogitsProcessor):
+    """transformers' top-p without sorting the vocabulary, which on a CPU takes a quarter of the sampling: the nucleus
+    is nearly always among the likeliest few. A row where it is not is left to `TopPLogitsWarper`, with its batch.
+
+    Args:
+        top_p: mass to keep, in (0, 1).
+        likeliest: how many tokens are looked at first.
+    """
+
+    def __init__(self, top_p: float, likeliest: int = 256) -> None:
+        self.top_p, self.likeliest = top_p, likeliest
+        self.sorting = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] with -inf outside the nucleus."""
+        values, index = scores.topk(min(self.likeliest, scores.shape[-1]), dim=-1)
+        probs = (values - scores.logsumexp(-1, keepdim=True)).exp()
+        cumulative = probs.cumsum(-1)
+        if bool((cumulative[:, -1] < self.top_p).any()):
+            return self.sorting(input_ids, scores)
+        kept = values.masked_fill(cumulative - probs >= self.top_p, -torch.inf)  # without the mass that is likelier
+        return torch.full_like(scores, -torch.inf).scatter(-1, index, kept)
 
 
 @dataclass(frozen=True, kw_only=True)

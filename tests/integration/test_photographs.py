@@ -176,6 +176,28 @@ def test_lessons_are_learnt_on_the_assistants_words_only(parts):
 
 
 @pytest.mark.slow
+def test_a_frozen_eye_reads_a_picture_once_and_again_when_it_has_changed(parts, monkeypatch):
+    from photographs import tower as module
+
+    tower = module.EfficientNetLiteTower(module.EfficientNetLiteConfig()).requires_grad_(False)
+    read, seen = module.EfficientNetLiteTower._read, []
+    monkeypatch.setattr(module, "_READ", {})
+    monkeypatch.setattr(tower, "_read", lambda pixels: seen.append(len(pixels)) or read(tower, pixels))
+    pictures = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():  # as while sampling
+        assert torch.equal(tower(pictures).last_hidden_state, read(tower, pictures))
+    projector = torch.nn.Linear(1280, 2)  # as while training
+    again = tower(pictures[[2, 0]]).last_hidden_state
+    projector(again).sum().backward()
+    assert seen == [3] and torch.equal(again, read(tower, pictures[[2, 0]]))
+    tower.net._bn0.running_mean.add_(1.0)
+    changed = tower(pictures[:1]).last_hidden_state
+    assert seen == [3, 1] and torch.equal(changed, read(tower, pictures[:1])) and not torch.equal(changed, again[1:])
+    tower.requires_grad_(True)
+    assert tower(pictures[:1]).last_hidden_state.requires_grad, "an eye that is trained must be read with its gradient"
+
+
+@pytest.mark.slow
 def test_packed_equals_rows_equals_the_stock_model_on_real_weights(parts):
     """float64, log-probs and LoRA gradients."""
     from tests.support.scoring import gradients, score, stock_logps, with_lora

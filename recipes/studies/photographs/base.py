@@ -73,8 +73,8 @@ class BaseSizes:
     """
 
     eye_boards: int = 1500
-    described: int = 1500
-    asked: int = 600
+    described: int = 640
+    asked: int = 160
     grouped: float = 0.3
     batch: int = 16
     learning_rate: float = 1e-3

@@ -238,12 +238,16 @@ def judge(item: JudgeItem) -> list[dict[str, AspectRating]]:
 def preference_prompts(
     own: Sequence[Board], seed: int, questions: int = 2, confusable: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Lines of a prompts file: per board a description and `questions` yes/no questions of alternating kind."""
+    """Lines of a prompts file: every board's description, then `questions` yes/no questions per board of alternating
+    kind. Long and short answers are kept apart, since a batch is sampled until its longest answer ends."""
     rng = np.random.default_rng([seed, 77])
+    asked = []
     for board in own:
         common = {"image": board.file, "objects": board.things}
         yield {"id": f"{board.id}-d", "prompt": DESCRIBE, **common}
         for k in range(questions):
             label = bool(rng.integers(2))
             ask = existence(board, rng, label, confusable) if k % 2 == 0 else position(board, rng, label)
-            yield {"id": f"{board.id}-q{k}", "prompt": ask.text, **common, "label": ask.label, "kind": ask.kind}
+            line = {"id": f"{board.id}-q{k}", "prompt": ask.text, **common, "label": ask.label, "kind": ask.kind}
+            asked.append(line)
+    yield from asked

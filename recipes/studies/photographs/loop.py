@@ -146,10 +146,16 @@ def shuffled(data: Dataset, seed: int) -> Dataset:
 
 
 def train(
-    place: Place, arm: Arm, data: Dataset, directory: Path, seed: int, adapter: Path | None = None
+    place: Place,
+    arm: Arm,
+    data: Dataset,
+    directory: Path,
+    seed: int,
+    references: Path,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter (or go on with `adapter`, which is then also the reference) and save it. Returns what the page
-    and the table say about the run."""
+    """Train an adapter (or go on with `adapter`, which is then also the reference) and save it. `references`: folder of
+    the reference log-probs. Returns what the page and the table say about the run."""
     done = directory / "training.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -170,6 +176,9 @@ def train(
         "gradient_checkpointing": False,
         "bf16": model.dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
+        # arms learn from the same responses: their reference values are computed once
+        "precompute_ref_log_probs": set(arm.losses) <= {"sigmoid", "sft"} and "sigmoid" in arm.losses,
+        "reference_cache_dir": str(references),
         "logging_steps": 5,
         "save_strategy": "no",
         "report_to": [],
@@ -215,7 +224,8 @@ def run_arm(
         part = own[number * share : (number + 1) * share] if arm.rounds > 1 else own
         feedback.mkdir(parents=True, exist_ok=True)
         dataset = preferences(place, feedback, part, images, seed + 1000 * number, arm, adapter or place.base)
-        result = train(place, arm, load_groups(dataset, arm, seed), directory, seed, adapter)
+        references = feedback / "references"
+        result = train(place, arm, load_groups(dataset, arm, seed), directory, seed, references, adapter)
         adapter = directory
     assert adapter is not None
     return adapter, result

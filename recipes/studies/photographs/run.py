@@ -54,6 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("held-out", "held-out boards that are described greedily"),
         ("sampled", "of these, boards that are also described by sampling"),
         ("question-boards", "held-out boards of every set of yes/no questions"),
+        ("development", "boards of --explore"),
     ):
         parser.add_argument(f"--{name}", type=int, help=text)
     return parser.parse_args(argv)
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def sizes_of(arguments: argparse.Namespace) -> Sizes:
     sizes = QUICK if arguments.quick else Sizes()
-    names = ("boards", "questions", "held_out", "sampled", "question_boards")
+    names = ("boards", "questions", "held_out", "sampled", "question_boards", "development")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return replace(sizes, **given)
 
