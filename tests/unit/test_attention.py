@@ -60,7 +60,8 @@ def causal(one, window=None):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("per_row", [1, 2, None, "tree"])
-def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row):
+def test_segments_and_blocks_compute_what_the_dense_mask_says(window, per_row, monkeypatch):
+    monkeypatch.setattr(segments, "BLOCK", 2)  # so that segments take several
     one = deep_batch() if per_row == "tree" else batch(per_row)
     b, t = one["segment_ids"].shape
     torch.manual_seed(0)
@@ -130,7 +131,9 @@ def test_flex_refuses_gradients_on_the_cpu_instead_of_losing_them():
         flex.attention(torch.nn.Identity(), query, query, query, blocks)
 
 
-def test_gradients_by_segment_are_those_of_the_dense_mask():
+@pytest.mark.parametrize("block", [2, 128])
+def test_gradients_by_segment_are_those_of_the_dense_mask(block, monkeypatch):
+    monkeypatch.setattr(segments, "BLOCK", block)
     one = batch(1)
     b, t = one["segment_ids"].shape
     torch.manual_seed(0)

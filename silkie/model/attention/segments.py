@@ -16,13 +16,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from silkie.batch.packing import Segment, lineage
+from silkie.batch.packing import Segment
 
 NAME = "silkie_segments"
 
 # Rows shorter than this run with a dense mask: below, the calls cost more than the scores they save
 # (examples/packing.md has figures).
 SHORTEST_ROW = 256
+
+# Queries of one call on a CPU. Its flash kernel skips keys that nothing sees in steps of 512: of a prompt of 636 tokens
+# it computes 85 % of the square, in blocks of 128 queries 60 %.
+BLOCK = 128
 
 
 class SegmentMask(Tensor):
@@ -31,17 +35,24 @@ class SegmentMask(Tensor):
 
     Attributes:
         segments: of all rows.
+        lineages: per segment, the numbers of its ancestors from the root on, and its own.
         window: sliding window in logical positions, None for full attention.
+        kept: masks that the layers of a pass share, by shape.
     """
 
     segments: list[Segment]
+    lineages: list[list[int]]
     window: int | None
+    kept: dict[tuple[int, int, torch.dtype], Tensor]
 
 
 def segment_mask(segments: list[Segment], device: torch.device, *, window: int | None = None) -> SegmentMask:
     """The mask of packed rows."""
     mask = torch.empty(1, 1, 1, 0, device=device).as_subclass(SegmentMask)
-    mask.segments, mask.window = segments, window
+    mask.segments, mask.window, mask.kept = segments, window, {}
+    mask.lineages = []
+    for n, s in enumerate(segments):
+        mask.lineages.append([*(mask.lineages[s.parent] if s.parent is not None else []), n])
     return mask
 
 
@@ -61,41 +72,53 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    queries, keys, values = (_by_segment(x, attention_mask.segments) for x in (query, key, value))
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
-    shapes: dict[tuple[int, int], Tensor] = {}  # responses of one length after one prompt share a mask
-    for n, s in enumerate(attention_mask.segments):
-        spans = [slice(a.start, a.end) for a in lineage(attention_mask.segments, n)]
-        before = sum(span.stop - span.start for span in spans[:-1])
-        mask = None
-        if before or attention_mask.window is not None:
-            shape = (s.length, before)
-            if shape not in shapes:
-                shapes[shape] = _causal(*shape, attention_mask.window, query.device)
-            mask = shapes[shape]
-        seen = nn.functional.scaled_dot_product_attention(
-            query[s.row, None, :, s.start : s.end],
-            _joined(key[s.row, None], spans),
-            _joined(value[s.row, None], spans),
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        rows[s.row].append(seen)
-    out = torch.cat([torch.cat(row, dim=2) for row in rows])
-    return out.transpose(1, 2).contiguous(), None
+    for s, own, line in zip(attention_mask.segments, queries, attention_mask.lineages, strict=True):
+        k, v = (_joined([x[n] for n in line]) for x in (keys, values))
+        block = BLOCK if query.device.type == "cpu" else s.length
+        before = k.shape[2] - s.length
+        for part in own.split(block, dim=2):
+            end = before + part.shape[2]
+            mask = _causal(attention_mask, part.shape[2], before, part) if before or attention_mask.window else None
+            seen = nn.functional.scaled_dot_product_attention(
+                part,
+                k[:, :, :end] if end < k.shape[2] else k,
+                v[:, :, :end] if end < v.shape[2] else v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            rows[s.row].append(seen.transpose(1, 2))
+            before = end
+    return torch.cat([torch.cat(row, dim=1) for row in rows]), None
 
 
-def _joined(x: Tensor, spans: list[slice]) -> Tensor:
-    """[1, H, T, D] -> [1, H, tokens of the spans, D]; a view where there is one span."""
-    return x[:, :, spans[0]] if len(spans) == 1 else torch.cat([x[:, :, span] for span in spans], dim=2)
+def _by_segment(x: Tensor, segments: list[Segment]) -> list[Tensor]:
+    """[B, H, T, D] -> [1, H, n, D] per segment. They cover the rows in order; one `split` has a far cheaper gradient
+    than a slice per segment, which would be a whole row of zeros each."""
+    lengths: list[list[int]] = [[] for _ in range(x.shape[0])]
+    for s in segments:
+        lengths[s.row].append(s.length)
+    return [part for row, n in zip(x.split(1), lengths, strict=True) for part in row.split(n, dim=2)]
 
 
-def _causal(own: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """[own, before + own] what the tokens of a segment see, of its ancestors and of themselves."""
-    distance = torch.arange(before, before + own, device=device)[:, None] - torch.arange(before + own, device=device)
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _causal(mask: SegmentMask, own: int, before: int, like: Tensor) -> Tensor:
+    """[own, before + own] what queries see of the keys before them and of their own: 0, or minus infinity where they do
+    not. Added to the scores; sdpa would make such a mask of a boolean one in every call."""
+    shape = (own, before, like.dtype)
+    if shape not in mask.kept:
+        end = before + own
+        distance = torch.arange(before, end, device=like.device)[:, None] - torch.arange(end, device=like.device)
+        seen = distance >= 0 if mask.window is None else (distance >= 0) & (distance < mask.window)
+        mask.kept[shape] = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return mask.kept[shape]
 
 
 AttentionInterface.register(NAME, attention)
