@@ -162,6 +162,28 @@ def read_bytes(value: Any, *, where: str = "image") -> bytes:
     )
 
 
+def encoded_size(value: ImageValue, *, where: str = "image") -> int:
+    """Bytes of an encoded image, found without reading it. Raises ImageError."""
+    data, path = value.get("bytes"), value.get("path")
+    if data is not None or path is None or is_remote(path):
+        return len(read_bytes(value, where=where))
+    try:
+        return _path_size(path, where)
+    except OSError as error:
+        raise ImageError(f"{where}: cannot read {path!r}: {error}") from error
+
+
+def _path_size(path: str, where: str) -> int:
+    """Raises ImageError where a file is too large to be an image."""
+    if path.startswith("zip://"):
+        member, _, archive = path.removeprefix("zip://").partition("::")
+        size = member_info(archive, member).file_size
+    else:
+        size = check_regular(path).st_size
+    check_file_size(size, path, where)
+    return size
+
+
 def _read_path(path: str, where: str) -> bytes:
     if is_remote(path):
         raise ImageError(
@@ -169,11 +191,10 @@ def _read_path(path: str, where: str) -> bytes:
             " once, at load time"
         )
     try:
+        _path_size(path, where)
         if path.startswith("zip://"):
             member, _, archive = path.removeprefix("zip://").partition("::")
-            check_file_size(member_info(archive, member).file_size, path, where)
             return read_member(archive, member, limit=MAX_FILE_BYTES)
-        check_file_size(check_regular(path).st_size, path, where)
         return read_file(path, limit=MAX_FILE_BYTES)
     except OSError as error:
         raise ImageError(f"{where}: cannot read {path!r}: {error}") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import datasets
 from datasets.fingerprint import Hasher
 
 from silkie.data.check import PER_RESPONSE
+from silkie.data.images import encoded_size, image_digest
 from silkie.data.reports import RegroupReport
 from silkie.data.schema import ROW_FORM, DataError, is_group_features
 
@@ -21,8 +22,8 @@ def regroup(
     """Join the groups that share images and prompt. `load_preferences` does so by itself.
 
     Equal responses are stored once. A pair that occurs in several rows gets the sum of their weights, so that the
-    weighted mean over all pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, or,
-    where only a path is stored, when the path is. Groups come in the order of their first row. A dataset without
+    weighted mean over all pairs, the loss, is the one of the pair rows. Images are equal when their bytes are, under
+    whatever names they are stored. Groups come in the order of their first row. A dataset without
     repeats is returned as it is. With `return_report` the result is that of `regroup_with_report`.
 
     Raises DataError where `dataset` does not hold preference groups."""
@@ -50,33 +51,67 @@ def regroup_with_report(
             features=dataset.features,
             gen_kwargs={"dataset": dataset, "clusters": [clusters[start : start + 2048] for start in starts]},
             cache_dir=cache_dir,
-            fingerprint=Hasher.hash(["regroup", 1, dataset._fingerprint]),
+            fingerprint=Hasher.hash(["regroup", 2, dataset._fingerprint, clusters]),
         )
     return joined, _report(dataset, joined)
 
 
 def _clusters(dataset: datasets.Dataset) -> list[list[int]]:
-    """Row numbers by image and prompt, in order of first occurrence. Holds 16 bytes of hash per row, never an image."""
-    found: dict[bytes, list[int]] = {}
+    """Row numbers by image and prompt, in order of first occurrence. Holds 32 bytes of hash per row, never an image."""
+    found: dict[bytes, dict[bytes, list[int]]] = {}  # prompt -> its images -> rows
+    by_path: set[bytes] = set()  # prompts with an image of which only a path is stored
     keys = dataset.select_columns(["images", "prompt", *(name for name in ROW_FORM if name in dataset.column_names)])
     for index, row in enumerate(keys):
-        found.setdefault(_key(row), []).append(index)
-    return list(found.values())
+        prompt = _prompt_key(row)
+        found.setdefault(prompt, {}).setdefault(_images_key(row["images"]), []).append(index)
+        if any(image["bytes"] is None for image in row["images"]):
+            by_path.add(prompt)
+    clusters: list[list[int]] = []
+    for prompt, rows in found.items():
+        several = prompt in by_path and len(rows) > 1
+        clusters += _joined_by_bytes(dataset, list(rows.values())) if several else rows.values()
+    return sorted(clusters)
 
 
-def _key(row: dict[str, Any]) -> bytes:
+def _prompt_key(row: dict[str, Any]) -> bytes:
+    digest = hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=16)
+    if form := [row[name] for name in ROW_FORM if row.get(name) is not None]:
+        digest.update(json.dumps(form).encode())
+    return digest.digest()
+
+
+def _images_key(images: list[dict[str, Any]]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for image in row["images"]:
+    for image in images:
         data = image["bytes"]
         digest.update(
             b"bytes" + hashlib.blake2b(data, digest_size=16).digest()
             if data is not None
             else b"path" + image["path"].encode()
         )
-    digest.update(json.dumps(row["prompt"]).encode())
-    if form := [row[name] for name in ROW_FORM if row.get(name) is not None]:
-        digest.update(json.dumps(form).encode())
     return digest.digest()
+
+
+def _joined_by_bytes(dataset: datasets.Dataset, clusters: list[list[int]]) -> list[list[int]]:
+    """Clusters of one prompt, joined where their images are equal under several names. Only files of equal size are
+    read; an image that cannot be read is equal to itself alone."""
+    joined = []
+    for alike in _alike(dataset, clusters, encoded_size):
+        for same in _alike(dataset, alike, image_digest) if len(alike) > 1 else [alike]:
+            joined.append(sorted(row for cluster in same for row in cluster))
+    return joined
+
+
+def _alike(dataset: datasets.Dataset, clusters: list[list[int]], of: Callable[[Any], Any]) -> Iterable[list[list[int]]]:
+    """Clusters by what `of` says of the images of their first rows."""
+    found: dict[Any, list[list[int]]] = {}
+    for cluster in clusters:
+        try:
+            key: Any = tuple(of(image) for image in dataset[cluster[0]]["images"])
+        except DataError:
+            key = cluster[0]
+        found.setdefault(key, []).append(cluster)
+    return found.values()
 
 
 def _joined(dataset: datasets.Dataset, clusters: list[list[list[int]]]) -> Iterator[dict[str, Any]]:

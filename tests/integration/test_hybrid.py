@@ -437,23 +437,30 @@ def test_a_fork_costs_what_a_plain_row_of_as_many_tokens_does():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_quantised_hybrid_forks_as_its_own_rows_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_quantised_hybrid_forks_as_its_own_rows_do(tmp_path, trees, monkeypatch):
     """NF4 base weights, whose products are rounded to bf16, otherwise for every shape: near, and far from what a
-    detached state makes of it."""
+    detached state makes of it. With trees, the truth is the same batches, each group by itself."""
     qwen3_5().save_pretrained(tmp_path / "base")
+    shared = {"share_prefix": "image", "per_device_train_batch_size": 3}
 
-    def run(name, layout):
+    def run(name):
+        layout = "rows" if name == "alone" and not trees else "packed"
         spec = {
             "out": str(tmp_path / name),
             "model": str(tmp_path / "base"),
             "family": "qwen3_5",
-            "data": "unequal",
+            "data": "albums" if trees else "unequal",
             "bits": 4,
             "args": {"layout": layout, "num_train_epochs": 2, "per_device_train_batch_size": 2},
         }
+        spec["args"] |= shared if trees else {}
         trainer = train_run.make(spec, {"use_cpu": True})
         mixer = causal_lm(trainer.model).model.language_model.layers[0].linear_attn
         assert type(mixer.in_proj_qkv.base_layer).__name__ == "Linear4bit" and trainer.choice.layout == layout
+        assert trainer.choice.shares_prefix == trees
+        if name == "alone" and trees:
+            trainer.data_collator.share_prefix = False
         if name == "detached":
             monkeypatch.setattr(Broken, "what", "state detached")
             monkeypatch.setattr(fork, "States", Broken)
@@ -463,7 +470,6 @@ def test_a_quantised_hybrid_forks_as_its_own_rows_do(tmp_path, monkeypatch):
         weights = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
         return losses, torch.cat(weights)
 
-    (losses, rows), (packed_losses, packed) = run("rows", "rows"), run("packed", "packed")
-    _, detached = run("detached", "packed")
-    assert packed_losses == pytest.approx(losses, abs=1e-3)
-    assert (packed - rows).norm() * 10 < (detached - rows).norm()
+    (losses, alone), (found_losses, found), (_, detached) = run("alone"), run("found"), run("detached")
+    assert found_losses == pytest.approx(losses, abs=1e-3)
+    assert (found - alone).norm() * 10 < (detached - alone).norm()

@@ -23,7 +23,7 @@ CASES = {
 }
 STEPS = 4
 RUNS = [(mode, "lora") for mode in KINDS] + [("zero3", "checkpointed"), ("zero3", "full"), ("fsdp2", "full")]
-RUNS += [("ddp", "trees"), ("zero3", "trees")]
+RUNS += [("ddp", "trees"), ("zero3", "trees"), ("fsdp2", "trees")]
 
 
 def spec(case, mode, out):

@@ -34,12 +34,12 @@ def _short_stems(monkeypatch):
         monkeypatch.setattr(module, "SHORTEST_STEM", 6)  # the tiny images are a few tokens
 
 
-def build(family, checkpointing=None):
+def build(family, checkpointing=None, *, double=True):
     if family == "qwen3_5":
-        model = hybrid_lora(qwen3_5(double=True))
+        model = hybrid_lora(qwen3_5(double=double))
         install(model)
     else:
-        model = with_lora(family_model(family).double())
+        model = with_lora(family_model(family).double() if double else family_model(family))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         model.enable_input_require_grads()
@@ -80,6 +80,27 @@ def test_trees_equal_separate_rows_and_the_stock_model(family, monkeypatch):
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
     for backend in ("sdpa", "segments"):
         compare(measured(family, model, rows, share=True, backend=backend), truth)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+def test_trees_in_bf16_are_as_near_to_float64_as_rows(family):
+    rows, weights, found = tree_rows(), build(family).state_dict(), {}
+    for what, dtype, share in (
+        ("truth", torch.float64, False),
+        ("rows", torch.bfloat16, False),
+        ("trees", torch.bfloat16, True),
+    ):
+        model = build(family, double=dtype is torch.float64).to(dtype)
+        model.load_state_dict(weights)
+        found[what] = measured(family, model, rows, share=share, layout="packed" if share else "rows")[1]
+    size = torch.stack([g.norm() for g in found["truth"].values()]).norm()
+    errors = {
+        what: float(
+            torch.stack([(found[what][n].double() - g).norm() for n, g in found["truth"].items()]).norm() / size
+        )
+        for what in ("rows", "trees")
+    }
+    assert 0 < errors["trees"] < 1.25 * errors["rows"] < 0.5, errors
 
 
 def test_trees_through_more_calls_of_like_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 
 import datasets
 import pytest
@@ -147,6 +148,28 @@ def test_prompt_keys_ignore_shape_case_and_marks():
         == 1
     )
     assert prompt_key("what is it") != prompt_key("what is it?")
+
+
+def test_regroup_joins_equal_images_under_several_names(tmp_path):
+    """By their bytes, wherever they are stored; another image of equal size, and one that is gone, stay apart."""
+    (tmp_path / "a.png").write_bytes(b"one picture")
+    (tmp_path / "b.png").write_bytes(b"one picture")
+    (tmp_path / "c.png").write_bytes(b"two picture")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("d.png", b"one picture")
+    paths = [str(tmp_path / name) for name in ("a.png", "c.png", "b.png", "gone.png", "also gone.png")]
+    stored = [{"bytes": None, "path": path} for path in [*paths, f"zip://d.png::{tmp_path / 'all.zip'}"]]
+    stored.append({"bytes": b"one picture", "path": None})
+    one = groups((0, "A"))[0]
+    data = datasets.Dataset.from_list(
+        [{**one, "images": [image]} for image in stored], features=groups((0, "A")).features
+    )
+    joined = regroup(data)
+    assert [group["pair_weights"] for group in joined] == [[4.0], [1.0], [1.0], [1.0]]
+    assert [group["images"][0]["path"] for group in joined] == [paths[0], paths[1], paths[3], paths[4]]
+    # read only where a prompt comes with several images
+    asked = [{**one, "images": [image], "prompt": groups((0, str(n)))[0]["prompt"]} for n, image in enumerate(stored)]
+    assert len(regroup(datasets.Dataset.from_list(asked, features=data.features))) == len(stored)
 
 
 def test_regroup_keeps_order_weights_and_unrepeated_rows():
