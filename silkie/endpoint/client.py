@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLES = ("SILKIE_API_KEY", "OPENAI_API_KEY")
 MOST_TOKENS = 10**9  # of one call; a larger count is none
 _NO_KEY = "none"  # local servers ignore it, and the client insists on one
+# Shorter ones ("x", "EMPTY", "test") are words given to servers that ask for none, and may stand in any answer
+_SHORTEST_KEY = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +194,7 @@ class Endpoint:
     def redact(self, text: str) -> str:
         """`text` without the key, should a server echo it: as it is, or as JSON, Python or an address write it. Redact
         before cutting: half of a key is not found any more."""
-        if self._key == _NO_KEY:
+        if self._key == _NO_KEY or len(self._key) < _SHORTEST_KEY:
             return text
         written = {self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1], quote(self._key, safe="")}
         written.add(json.dumps(self._key)[1:-1].replace("/", "\\/"))

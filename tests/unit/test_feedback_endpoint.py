@@ -238,6 +238,13 @@ def test_a_cut_answer_may_be_kept():
         assert ask(server, keep_truncated=True)[0].text == "A long"
 
 
+def test_a_placeholder_for_a_key_does_not_rewrite_answers(monkeypatch):
+    """A server on this machine asks for no key, and people write "x" or "test"."""
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    with ScriptedServer(lambda n, body: completion("Text 1: a box")) as server:
+        assert ask(server)[0].text == "Text 1: a box"
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch, caplog):
     monkeypatch.setenv("SILKIE_API_KEY", "sk-very-secret")
     echo = error(400, "your key sk-very-secret may not do that")
