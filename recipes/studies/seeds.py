@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from silkie.demo.loop import run_demo
 from silkie.demo.metrics import METRICS
+from silkie.demo.run import run_demo
 
 WHOLE_NUMBERS = ("mme_perception", "mme_cognition")
 

@@ -5,10 +5,11 @@ import pytest
 
 from silkie.demo import oracle
 from silkie.demo.data import evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.loop import DPO, preferences
+from silkie.demo.loop import preferences
 from silkie.demo.metrics import score_answers
 from silkie.demo.model import BASE_DIR, build_tokenizer
 from silkie.demo.questions import YES_NO, Question, compliance, describe, harmless_look_alike, open_question, red_team
+from silkie.demo.results import DPO
 from silkie.demo.scenes import COLORS, Item, Scene, render, sample_scene, scene_stream
 from tests.support.studies import load_study
 
