@@ -58,7 +58,7 @@ def run_benchmark(options: RunOptions) -> int:
         rows = [record.data for record in read_records(options.out)]
         print(f"official layout: {benchmark.export_results(rows, options.export)}")
     if benchmark.judge_prompt is not None:
-        following = f"python -m silkie.evaluation judge {options.benchmark} {options.out} --out ... --model ..."
+        following = f"silkie eval judge {options.benchmark} {options.out} --out ... --model ..."
         print(f"{options.out}: {len(tasks)} answers. Next: {following}")
         return 0
     for file in (options.out, options.base_out):

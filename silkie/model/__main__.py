@@ -121,7 +121,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
         " attention keeps its softmax normaliser in float32: 1e-7)."
         f' {len(exact)} of {len(verdicts)} types are exact in the layout that `layout="auto"` takes.'
         " A type that is not in the table may still train: the same test runs at the start of every run and stops what"
-        " is not exact. `python -m silkie.model check DIR` runs it on a model of yours.\n\n"
+        " is not exact. `silkie check DIR` runs it on a model of yours.\n\n"
         + "\n".join(table)
         + "\n\nRefused before any compute, or stopped by the self-test:\n\n"
         + "\n".join(refused)
