@@ -20,8 +20,9 @@ def demo_model_and_data(directory: Path) -> tuple[str, str, str]:
     """The embedded base model, and VLFeedback records of its own: 40 images, four sampled responses per prompt, rated
     by the oracle."""
     from silkie.demo.data import preference_items
-    from silkie.demo.loop import Watch, feedback
+    from silkie.demo.loop import feedback
     from silkie.demo.model import BASE_DIR
+    from silkie.demo.results import Watch
 
     records = feedback(preference_items(5, images=40, card_images=0), directory, BASE_DIR, 0, Watch())
     return str(BASE_DIR), str(records), str(records.parent / "images")

@@ -1,4 +1,4 @@
-"""The console command: `silkie train | loop | data | feedback | eval | report | plan | check | infer | merge | demo`.
+"""The console command: `silkie train | loop | data | feedback | eval | report | plan | check | infer | merge | ...`.
 
 Every command is a module's `main(argv, prog)`, named here and imported when called: `silkie --help` imports nothing.
 """
@@ -46,6 +46,9 @@ GROUPS: dict[str, dict[str, Program]] = {
     "use and measure": {
         "infer": Program("ask a trained policy about an image", "silkie.inference", "infer", parser="infer_parser"),
         "merge": Program("fold an adapter into its base model", "silkie.inference", "merge", parser="merge_parser"),
+        "convert": Program(
+            "make safetensors of pickled weights", "silkie.inference", "convert_weights", parser="convert_parser"
+        ),
         "eval": Program("run, judge, score and compare benchmarks", "silkie.evaluation.__main__", waits=False),
         "report": Program("one HTML page for a run, or two side by side", "silkie.report.__main__", waits=False),
     },

@@ -1,6 +1,6 @@
 """Load a trained policy (base model + LoRA adapter, or a full checkpoint) and generate with it.
 
-Weights are read from safetensors only. `python -m silkie.inference convert DIRECTORY` makes them of pickled files."""
+Weights are read from safetensors only. `silkie convert DIRECTORY` makes them of pickled files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from transformers import (
 
 from silkie.data import open_image
 from silkie.io.console import guarded
-from silkie.io.options import Command, argument, command_parser, option, options_parser, parse_command, parse_options
+from silkie.io.options import argument, option, options_parser, parse_options
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.weights import convert, refuse_pickled, refuse_pickled_adapter
 
@@ -328,29 +328,39 @@ def _merge(options: MergeOptions) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Options of `convert`."""
+class ConvertOptions:
+    """Options of `silkie convert`."""
 
     directory: str = argument("model or adapter directory, or a checkpoint, with .bin files that you trust")
 
 
-def run_convert(options: Convert) -> int:
-    """Writes safetensors beside the pickled weights of a directory; 2 where that cannot be done."""
-    try:
+def convert_parser(prog: str) -> argparse.ArgumentParser:
+    about = (
+        "Write safetensors beside the pickled weights of a directory that you trust: tensors are read, no code is run."
+    )
+    return options_parser(prog, about, ConvertOptions)
+
+
+def convert_weights(argv: Sequence[str] | None = None, prog: str = "silkie convert") -> int:
+    """The command `silkie convert`; the return value is its exit status."""
+    options = parse_options(convert_parser(prog), ConvertOptions, argv)
+
+    def run() -> int:
         for file in convert(options.directory):
             print(f"wrote {file}")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return guarded(run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m silkie.inference convert DIR`."""
-    commands = [Command("convert", "write safetensors beside pickled weights", Convert, run_convert)]
-    parser = command_parser("python -m silkie.inference", "Make weights loadable.", commands)
-    command, options = parse_command(parser, commands, argv)
-    return command.run(options)
+    """`python -m silkie.inference infer | merge | convert`, as `silkie infer` and so on."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"infer": infer, "merge": merge, "convert": convert_weights}
+    if not words or words[0] not in commands:
+        print(f"usage: python -m silkie.inference {{{','.join(commands)}}} ...", file=sys.stderr)
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    return commands[words[0]](words[1:], f"python -m silkie.inference {words[0]}")
 
 
 if __name__ == "__main__":

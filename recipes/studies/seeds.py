@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from silkie.demo.loop import run_demo
+from silkie.demo.run import run_demo
 from silkie.demo.scores import METRICS
 
 WHOLE_NUMBERS = ("mme_perception", "mme_cognition")

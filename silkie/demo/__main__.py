@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.demo")
     log_to_stderr(logging.INFO)
 
     def run() -> int:
-        from silkie.demo.loop import run_demo  # imports torch: after the options were read
+        from silkie.demo.run import run_demo  # imports torch: after the options were read
 
         print(run_demo(options.output_dir, options.seed, options.controls, options.dry_run))
         if not options.dry_run:

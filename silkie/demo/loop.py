@@ -3,9 +3,6 @@ with the controls, report."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,101 +13,24 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tqdm import tqdm
-from transformers import logging as transformers_logging
 
 from silkie.config import SilkieDPOConfig
 from silkie.data import load_preferences
 from silkie.demo import oracle
-from silkie.demo.data import DemoItem, evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.model import BASE_DIR
-from silkie.demo.outputs import write_outputs
-from silkie.demo.results import CONTROLS, DPO, Recipe, Scores, Sizes, Summary, Watch
+from silkie.demo.data import DemoItem, evaluation_items, vlfeedback_records, write_images, write_jsonl
+from silkie.demo.results import Recipe, Scores, Sizes, Summary
 from silkie.demo.scenes import draw_scene
 from silkie.demo.scores import score_answers
 from silkie.feedback import JudgeItem, OracleJudge, RatedItem, rate_items
 from silkie.inference import generate, load_policy
-from silkie.io.console import say
 from silkie.model.weights import refuse_pickled_adapter
-from silkie.plan.dry_run import dry_run as run_one_step
 from silkie.trainer import SilkieDPOTrainer
-
-logger = logging.getLogger(__name__)
 
 BATCH = 128
 # Held-out questions of the final figures. The base weights and the recipe were chosen on those of seed 7.
 EVALUATION_SEED = 2024
 MAX_NEW_TOKENS = 28
 DECODING = {"greedy": 0.0, "T=1": 1.0}
-
-
-def run_demo(
-    output_dir: str | Path,
-    seed: int = 0,
-    controls: bool = True,
-    dry_run: bool = False,
-    *,
-    base_dir: str | Path = BASE_DIR,
-    sizes: Sizes | None = None,
-) -> Summary | str:
-    """The demo. Writes to `output_dir`: `data/` (VLFeedback JSONL and images), `adapter/`, `eval/` (answers in the
-    benchmarks' layouts), `table.md`, `results.json`, `demo.png`, `demo.html`.
-
-    Args:
-        seed: of the prompts, of sampling and of training. The held-out evaluation set is the same for every seed.
-        controls: also train SFT on the best response, shuffled preferences and longest-as-best.
-        dry_run: a few prompts, one optimizer step, the plan; nothing is evaluated.
-        base_dir: the base model's directory.
-
-    Returns:
-        The summary (its text is the table), or for a dry run a line that says what was done.
-    """
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    transformers_logging.disable_progress_bar()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not torch.cuda.is_available() and torch.get_num_threads() < cores:
-        logger.info(
-            "runs on %d of %d cores: `accelerate launch --num_cpu_threads_per_process %d` uses all",
-            torch.get_num_threads(),
-            cores,
-            cores,
-        )
-    sizes = sizes or (Sizes(images=6, card_images=4) if dry_run else Sizes())
-    watch = Watch()
-    items = preference_items(1000 + seed, images=sizes.images, card_images=sizes.card_images, questions=sizes.questions)
-    records = feedback(items, output / "data", base_dir, seed, watch)
-    source = {"source": str(records), "image_root": str(records.parent / "images")}
-    if dry_run:
-        run_one_step(make_trainer(DPO, preferences(DPO, source, seed), base_dir, output / "adapter", seed))
-        return f"Dry run: {len(items)} prompts sampled and rated, one optimizer step; records in {records}."
-    test = held_out(sizes)
-    data = preferences(DPO, source, seed)
-    summary = Summary(str(base_dir), seed, len(data), sum(len(pairs) for pairs in data["pairs"]))
-    answers = {"base": evaluate(summary, "base", "Base", *load_base(base_dir), test, output, watch)}
-    recipes = (DPO, *(CONTROLS if controls else ()))
-    for number, recipe in enumerate(recipes):
-        if recipe is not DPO:
-            say(f"\ncontrol {number} of {len(recipes) - 1}: {recipe.title}")
-        directory = output / ("adapter" if recipe is DPO else f"controls/{recipe.name}")
-        shared = sharing_reference(recipe, output)
-        trainer = make_trainer(shared, preferences(recipe, source, seed), base_dir, directory, seed)
-        with watch(f"train {recipe.title}"):
-            trainer.train()
-        if recipe is DPO:
-            trainer.save_model(str(directory))
-            history, options = trainer.state.log_history, shown_options(trainer)
-        trainer.model.merge_adapter()  # generates a sixth faster, and nothing trains it any more
-        answers[recipe.name] = evaluate(
-            summary, recipe.name, recipe.title, trainer.model, trainer.processing_class, test, output, watch
-        )
-        summary.seconds = watch.seconds
-        waiting = [later.title for later in recipes[number + 1 :]]
-        page = write_outputs(summary, test, answers, output, history, options, waiting=waiting)
-        if recipe is DPO and waiting:
-            say(f"\n{summary.table}\nBase against DPO, with the answers side by side: {page}")
-            say(f"The controls follow ({', '.join(waiting)}); each is added to the page.")
-    (output / "results.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
-    return summary
 
 
 def sharing_reference(recipe: Recipe, output: Path) -> Recipe:
@@ -161,11 +81,12 @@ def answer_items(
     samples: int = 1,
     seed: int = 0,
     title: str = "answering",
+    progress: Callable[[int], Any] | None = None,
 ) -> list[list[str]]:
     """`samples` answers per item, in the order of `items`. Items of one kind are answered together: a batch takes as
-    long as its longest answer."""
+    long as its longest answer. `progress`: called with the number of items answered, in the place of a bar."""
     order = sorted(range(len(items)), key=lambda k: (items[k].question.kind, len(items[k].prompt.split())))
-    with tqdm(total=len(items), desc=title, unit="prompt") as bar:
+    with tqdm(total=len(items), desc=title, unit="prompt", disable=progress is not None) as bar:
         texts = generate(
             model,
             processor,
@@ -176,7 +97,7 @@ def answer_items(
             num_return_sequences=samples,
             seed=seed,
             batch_size=BATCH,
-            progress=bar.update,
+            progress=progress or bar.update,
         )
     answers: list[list[str]] = [[] for _ in items]
     for k, own in zip(order, texts, strict=True):

@@ -1,6 +1,6 @@
 """Safetensors only: a pickled weight file can run code when it is loaded, so silkie reads none, wherever it loads from.
 
-`python -m silkie.inference convert DIRECTORY` makes safetensors of the pickled files of a directory. Only that command
+`silkie convert DIRECTORY` makes safetensors of the pickled files of a directory. Only that command
 opens them, and reads nothing but tensors (`torch.load(weights_only=True)`)."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _refuse(folder: Path, kind: str) -> None:
     if found := next((f for f in (pickled, pickled + _INDEX) if (folder / f).exists()), None):
         raise PickledWeights(
             f"{folder} has its weights in {found}, a pickle, which can run code when it is loaded; silkie reads"
-            f" safetensors only. If you trust its source: python -m silkie.inference convert {folder}"
+            f" safetensors only. If you trust its source: silkie convert {folder}"
         )
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from silkie.demo.loop import DPO, Sizes, make_trainer, preferences
+from silkie.demo.loop import make_trainer, preferences
 from silkie.demo.model import BASE_DIR
+from silkie.demo.results import DPO, Sizes
 from tests.support.studies import load_study
 
 TINY = Sizes(images=4, card_images=2, questions=2, mme_images=2, pope_images=2, captions=4, red_team_images=4)

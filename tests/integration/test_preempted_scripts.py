@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from silkie.demo import loop
+from silkie.demo import run
 from silkie.demo.results import DPO
 from silkie.training.ending import PREEMPTED_EXIT_CODE, STOP_FILE
 from tests.integration.test_iterative import TINY
@@ -39,7 +39,9 @@ def stopped():
     def train():
         raise SystemExit(PREEMPTED_EXIT_CODE)
 
-    return lambda *args, **kwargs: SimpleNamespace(train=train)
+    return lambda *args, **kwargs: SimpleNamespace(
+        train=train, add_callback=lambda callback: None, remove_callback=lambda callback: None
+    )
 
 
 def nothing(*args, **kwargs):
@@ -47,18 +49,16 @@ def nothing(*args, **kwargs):
 
 
 def test_the_demo(tmp_path, monkeypatch, stopped):
-    evaluated = []
     for name, stand_in in {
         "feedback": lambda *args: tmp_path / "data" / "records.jsonl",
         "preferences": lambda *args: {"pairs": [[[0, 1]]]},
-        "load_base": lambda base_dir: (None, None),
-        "evaluate": lambda summary, name, *args: evaluated.append(name) or {},
+        "answer_items": nothing,
         "make_trainer": stopped,
     }.items():
-        monkeypatch.setattr(loop, name, stand_in)
+        monkeypatch.setattr(run, name, stand_in)
     with pytest.raises(SystemExit, match="75"):
-        loop.run_demo(tmp_path / "demo", sizes=TINY)
-    assert evaluated == ["base"] and not list((tmp_path / "demo").rglob("*.json"))
+        run.run_demo(tmp_path / "demo", sizes=TINY, processes=1)
+    assert not list((tmp_path / "demo").rglob("*.json"))
 
 
 def test_the_iterative_recipe(tmp_path, monkeypatch, stopped):

@@ -5,7 +5,7 @@ import pytest
 
 from silkie.demo import oracle
 from silkie.demo.data import evaluation_items, preference_items, vlfeedback_records, write_images, write_jsonl
-from silkie.demo.loop import DPO, preferences
+from silkie.demo.loop import preferences
 from silkie.demo.model import BASE_DIR, build_tokenizer
 from silkie.demo.questions import (
     YES_NO,
@@ -16,6 +16,7 @@ from silkie.demo.questions import (
     open_question,
     red_team,
 )
+from silkie.demo.results import DPO
 from silkie.demo.scenes import COLORS, Scene, SceneItem, draw_scene, sample_scene, scene_stream
 from silkie.demo.scores import score_answers
 from tests.support.studies import load_study

@@ -43,7 +43,7 @@ def adapter_dir(tmp_path):
     return tmp_path / "adapter"
 
 
-REFUSED = r"pickle, which can run code.*python -m silkie\.inference convert"
+REFUSED = r"pickle, which can run code.*silkie convert"
 
 
 def config(tmp_path, **options):
