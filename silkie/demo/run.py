@@ -76,7 +76,7 @@ def run_demo(
     summary.seconds = watch.seconds
     recipes = (DPO, *(CONTROLS if controls else ()))
     # DPO first: base against DPO is what the page shows while the controls are still to come
-    tasks = [Task(recipe, source, str(base_dir), output, seed, sizes) for recipe in (DPO, None, *recipes[1:])]
+    tasks = [RecipeTask(recipe, source, str(base_dir), output, seed, sizes) for recipe in (DPO, None, *recipes[1:])]
     titles = {"base": "Base", **{recipe.name: recipe.title for recipe in recipes}}
     measured: dict[str, Measured] = {}
     processes = processes or (1 if torch.cuda.is_available() else min(available_cores(), len(recipes)))
@@ -109,7 +109,7 @@ def show(summary: Summary, measured: dict[str, Measured], titles: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class RecipeTask:
     """A policy to be trained (None: the base as it is) and evaluated."""
 
     recipe: Recipe | None
@@ -132,7 +132,7 @@ class Measured:
     options: dict[str, dict[str, Any]]
 
 
-def measure(task: Task, tell: Tell) -> Measured:
+def measure(task: RecipeTask, tell: Tell) -> Measured:
     """Train the policy of a task, save it where it is DPO's, and have it answer all held-out questions."""
     watch, recipe = Watch(), task.recipe
     name, title = (recipe.name, recipe.title) if recipe else ("base", "Base")
@@ -162,7 +162,7 @@ def measure(task: Task, tell: Tell) -> Measured:
     return Measured(name, answers, scores, watch.seconds, history, options)
 
 
-def train_quietly(task: Task, recipe: Recipe, watch: Watch, tell: Tell) -> SilkieDPOTrainer:
+def train_quietly(task: RecipeTask, recipe: Recipe, watch: Watch, tell: Tell) -> SilkieDPOTrainer:
     """The trainer of a recipe after its training, which told its steps and printed nothing."""
     own = task.output / ("adapter" if recipe == DPO else f"controls/{recipe.name}")
     quiet = replace(recipe, options={**recipe.options, "disable_tqdm": True})

@@ -76,8 +76,12 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen4_exp": {
         "text_config": {
-            **dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2),
-            **dict(ple_layer_ids=[1], ple_embed_dim=WIDTH, ngram_vocab_size_base=100, split_ngram_parts=4, hc_lowrank=16),
+            **dict(
+                indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2
+            ),
+            **dict(
+                ple_layer_ids=[1], ple_embed_dim=WIDTH, ngram_vocab_size_base=100, split_ngram_parts=4, hc_lowrank=16
+            ),
         }
     },
     "granite4_vision": {
@@ -130,9 +134,7 @@ _PALIGEMMA = (
 _OMNI_IMAGE = "<vision_bos><image><vision_eos>"
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "minimax_m3_vl": {
-        "_tokens": {
-            name: f"]<]{name}[>[" for name in ("image", "video", "start of image", "end of image")
-        }
+        "_tokens": {name: f"]<]{name}[>[" for name in ("image", "video", "start of image", "end of image")}
     },
     "aya_vision": {"img_size": SIDE, "patch_size": PATCH, "downsample_factor": 2},
     "cohere2_vision": {"_images": {"pil": "GotOcr2ImageProcessorPil"}, "_settings": {"patch_size": 2}},

@@ -54,7 +54,7 @@ def _start(argv: list[str], prog: str) -> int:
     return _train(argv, prog)
 
 
-def check(argv: Sequence[str], prog: str = "silkie train") -> int:
+def check_command(argv: Sequence[str], prog: str = "silkie train") -> int:
     """Reads the options of a run, all checks of theirs included, and loads nothing.
 
     Raises:

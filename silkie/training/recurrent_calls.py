@@ -17,7 +17,7 @@ from silkie.batch.sampler import GroupBatchSampler
 from silkie.config import SilkieDPOConfig
 from silkie.model.layout import LayoutChoice
 from silkie.model.recurrent import count_recurrent
-from silkie.model.recurrent.calls import choose
+from silkie.model.recurrent.calls import choose_calls
 from silkie.model.recurrent.plan import SHORTEST, row_lengths
 
 _BATCHES = 128  # that are looked at; the share of padding is then known to about a hundredth
@@ -53,7 +53,7 @@ def settle(
     found = {g: company for company in companies for g in company.groups}
     start = choice.calls_without_padding
     rows = [row_lengths(_segments([g % len(lengths) for g in batch], lengths, found), start) for batch in batches]
-    calls, told = choose(start, rows, SHORTEST)
+    calls, told = choose_calls(start, rows, SHORTEST)
     return replace(choice, calls=calls, calls_reason=f"{told}, over {len(batches)} batches of the data")
 
 

@@ -30,7 +30,7 @@ from step_setting import build_model
 
 from silkie.batch.packing import PromptAndResponses, pack, visible
 from silkie.model.recurrent import CALLS, Calls, ForkPlan, fork_plan, install
-from silkie.model.recurrent.calls import choose, padding
+from silkie.model.recurrent.calls import choose_calls, padding
 from silkie.model.recurrent.plan import SHORTEST, row_lengths
 
 # name -> (tokens of the prompt, of each response) per group
@@ -88,7 +88,7 @@ def measure(model: Any, name: str, repeats: int) -> dict[str, Any]:
     batch = batch_of(CASES[name])
     length = batch.input_ids.shape[1]
     roots, leaves = row_lengths(batch.segments, CALLS)
-    chosen, told = choose(CALLS, [(roots, leaves)], SHORTEST)
+    chosen, told = choose_calls(CALLS, [(roots, leaves)], SHORTEST)
     ways = dict.fromkeys([*(Calls(leaves=n) for n in range(1, chosen.leaves + 1)), chosen])
     plans = {calls: fork_plan(batch.segments, length, torch.device("cpu"), calls=calls) for calls in ways}
     plain, forked = Contender(model, batch, None), {c: Contender(model, batch, plan) for c, plan in plans.items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from silkie.batch.packing import Segment, lineage
 from silkie.model.recurrent import CALLS, SHARED_CALLS, Calls, fork_plan, layers
-from silkie.model.recurrent.calls import buckets, choose, padding
+from silkie.model.recurrent.calls import buckets, choose_calls, padding
 from silkie.model.recurrent.fork import forked
 from tests.unit.test_packing import TREE, build, pack, tree
 
@@ -181,12 +181,12 @@ def test_buckets_pad_as_little_as_any_partition(lengths, count):
 def test_the_fewest_calls_are_taken_that_pad_little():
     lengths = [30, 60, 120, 270]
     assert [round(padding([lengths], count), 2) for count in (1, 2, 3, 4)] == [0.56, 0.24, 0.06, 0.0]
-    calls, told = choose(CALLS, [([600, 700], lengths)] * 3, 2)
+    calls, told = choose_calls(CALLS, [([600, 700], lengths)] * 3, 2)
     assert calls == Calls(roots=1, leaves=3)
     assert told == "prompts in 1 call, 7% padding; responses in 3 calls, 6% padding (in one: 56%)"
-    assert choose(SHARED_CALLS, [([100, 900], [8, 8])], 2)[0] == Calls(roots=2, between=1, leaves=1)
+    assert choose_calls(SHARED_CALLS, [([100, 900], [8, 8])], 2)[0] == Calls(roots=2, between=1, leaves=1)
     # responses of one length need one call, and a call without rows is padding too
-    assert choose(CALLS, [([9], [120] * 4)], 2)[0] == CALLS
+    assert choose_calls(CALLS, [([9], [120] * 4)], 2)[0] == CALLS
     assert padding([[1, 1]], 2, 2) == pytest.approx(1 - 2 / 6)
 
 

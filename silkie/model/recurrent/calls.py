@@ -93,7 +93,9 @@ def enough(share: Callable[[int], float]) -> int:
     return next((n for n in shares if shares[n] < ENOUGH_PADDING), min(shares, key=lambda n: shares[n]))
 
 
-def choose(start: Calls, batches: Sequence[tuple[Sequence[int], Sequence[int]]], shortest: int) -> tuple[Calls, str]:
+def choose_calls(
+    start: Calls, batches: Sequence[tuple[Sequence[int], Sequence[int]]], shortest: int
+) -> tuple[Calls, str]:
     """The calls of a run, and a sentence on what they pad.
 
     Args:

@@ -3,7 +3,7 @@
 import sys
 
 from silkie.io.console import guarded
-from silkie.run.command import check
+from silkie.run.command import check_command
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: check(["--config", sys.argv[1]])))
+    sys.exit(guarded(lambda: check_command(["--config", sys.argv[1]])))
