@@ -27,9 +27,10 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
-    `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
-    non-finite loss stops the run and names its rows), and full fine-tuning leaves the vision tower frozen
-    (`freeze_vision=False` trains it, as TRL does). `examples/from_trl.md` lists every difference.
+    `gradient_checkpointing="auto"` (as many layers as memory needs), `max_length=None` (a prompt is never cut, so an
+    image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its rows), and
+    full fine-tuning leaves the vision tower frozen (`freeze_vision=False` trains it, as TRL does).
+    `examples/from_trl.md` lists every difference.
     """
 
     # TRL parses these from JSON strings
