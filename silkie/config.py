@@ -27,9 +27,10 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
     Everything of `trl.DPOConfig` and `transformers.TrainingArguments` applies. Batch sizes are in preference groups:
     `per_device_train_batch_size=2` is two groups with all their responses and pairs. Defaults that differ from TRL's:
-    `max_length=None` (a prompt is never cut, so an image cannot be truncated), `logging_nan_inf_filter=False` (a
-    non-finite loss stops the run and names its rows), and full fine-tuning leaves the vision tower frozen
-    (`freeze_vision=False` trains it, as TRL does). `examples/from_trl.md` lists every difference.
+    `gradient_checkpointing="auto"` (as many layers as memory needs), `max_length=None` (a prompt is never cut, so an
+    image cannot be truncated), `logging_nan_inf_filter=False` (a non-finite loss stops the run and names its rows), and
+    full fine-tuning leaves the vision tower frozen (`freeze_vision=False` trains it, as TRL does).
+    `examples/from_trl.md` lists every difference.
     """
 
     # TRL parses these from JSON strings
@@ -55,6 +56,18 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 "Attention of the language model in the packed layout. auto: sdpa, one group per row; on the CPU by"
                 " segment."
             )
+        },
+    )
+    gradient_checkpointing: Literal["auto", True, False, "true", "false"] = field(  # type: ignore[assignment]
+        default="auto",
+        metadata={
+            "help": (
+                "auto: as many layers as the largest micro-batch needs by the planner's estimate, found when training"
+                " starts. True: every layer, as in TRL. False: none."
+            ),
+            # `--gradient_checkpointing` alone means True, as in TRL
+            "nargs": "?",
+            "const": True,
         },
     )
     use_fused_logprob: bool = field(
@@ -227,8 +240,13 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         self._check_losses()
 
     def _rename_checkpointing(self) -> None:
-        """`gradient_checkpointing` is TRL's name and default, `activation_checkpointing` the one that transformers
-        wants; without this every run would warn about the old name."""
+        """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants; without
+        this every run would warn about the old name."""
+        if isinstance(self.gradient_checkpointing, str):  # from a command line
+            words: dict[str, Any] = {"true": True, "false": False}
+            self.gradient_checkpointing = words.get(self.gradient_checkpointing, self.gradient_checkpointing)
+        if self.gradient_checkpointing == "auto" and "every_n_layers" in (self.activation_checkpointing_kwargs or {}):
+            self.gradient_checkpointing = True  # which layers is said already
         for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, new.replace("activation", "gradient")))
@@ -236,7 +254,9 @@ class SilkieDPOConfig(LossFields, DPOConfig):
     def _check_own_options(self) -> None:
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}."
+                )
         for name in _POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
@@ -360,7 +380,7 @@ def _default(option: Field[Any]) -> Any:
 
 
 @cache
-def _choices() -> dict[str, tuple[str, ...]]:
+def _choices() -> dict[str, tuple[Any, ...]]:
     """silkie's own options that take one of a few words, with the words; the losses check theirs."""
     hints = get_type_hints(SilkieDPOConfig)
     return {

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -26,10 +26,12 @@ from silkie.batch.loaders import GroupLoaders, as_groups, read_stream
 from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
-from silkie.losses import build_objective
+from silkie.losses import GroupLogps, build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
+from silkie.model.checkpointing import checkpoint_first
 from silkie.model.dropout import disable_dropout
 from silkie.model.families import causal_lm
+from silkie.model.forward import SequenceLogps
 from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
@@ -53,6 +55,9 @@ from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
 from silkie.training.self_test import LayoutMismatch, SelfTest, company_to_test, groups_to_test
 from silkie.training.trl_surface import TrlSurface
+
+if TYPE_CHECKING:
+    from silkie.plan.checkpointing import Checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +110,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
     ) -> None:
         args = startup.settle_arguments(args, model, data_collator, train_dataset)
         self._card: dict[str, Any] = {}
+        self.checkpointing: Checkpointing | None = None  # what gradient_checkpointing="auto" chose
         guards.check_launch(args)
         config, processing_class = startup.config_and_processor(model, processing_class, args)
         default_targets = peft_config is not None and names_no_targets(peft_config)
@@ -328,7 +334,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         """
         batch: Batch = inputs
         training = self.model.training
-        sequence_logps, group_logps = self.passes.run(model, batch, use_table=training)
+        sequence_logps, group_logps = self._run_passes(model, batch, training=training)
         loss, metrics = self.objective(group_logps, num_items_in_batch, training=training)
         if sequence_logps.aux_loss is not None and training:  # a mean over the micro-batches of the step, as in TRL
             share = 1.0 if num_items_in_batch is None else 1.0 / num_items_in_batch[_MICRO_BATCHES]
@@ -343,10 +349,30 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": sequence_logps.logps}) if return_outputs else loss
 
+    def _run_passes(self, model: Any, batch: Batch, *, training: bool) -> tuple[SequenceLogps, GroupLogps]:
+        """The forward passes of a micro-batch; in training with more layers checkpointed where the device runs out of
+        memory. Nothing is accumulated or logged before they are through, so running them again is exact."""
+        while True:
+            try:
+                return self.passes.run(model, batch, use_table=training)
+            except torch.OutOfMemoryError:
+                if not training or self.checkpointing is None or not self.checkpointing.add(self.model):
+                    raise
+            torch.cuda.empty_cache()  # once the failed pass is released
+
+    def _set_checkpointing(self) -> None:
+        from silkie.plan.checkpointing import choose_checkpointing
+
+        self.checkpointing = choose_checkpointing(self)
+        checkpoint_first(self.model, self.checkpointing.layers)
+        logger.info("%s", self.checkpointing)
+
     def begin(self) -> None:
         """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
+        if self.args.gradient_checkpointing == "auto":
+            self._set_checkpointing()
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
         # Once more where the loop has wrapped the model: DDP, ZeRO and FSDP are paths of their own.
         if self.args.self_test and not (self._tested and policy is self.model):

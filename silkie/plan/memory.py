@@ -59,6 +59,7 @@ class Workload:
     quantised_bits: int = 4
     lora_rank: int = 64
     checkpointing: bool = True
+    checkpointed: int | None = None  # of the layers, with checkpointing; None: all
     fused: bool = True
     reference_cached: bool = False
     second_model: bool = False  # a reference with weights of its own, in memory all along
@@ -140,12 +141,12 @@ class Plan:
     def lines(self) -> list[str]:
         """Human-readable summary lines."""
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "features", "overhead")
-        by_part = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
+        by_part = ", ".join(f"{name} {size(getattr(self, name))}" for name in parts)
         verdict = "fits" if self.fits else "does NOT fit"
-        host = f"; host memory {_size(self.host)}" if self.host else ""
+        host = f"; host memory {size(self.host)}" if self.host else ""
         return [
             (
-                f"{self.engine} on {self.gpus} GPU(s): {_size(self.total)} per GPU, {verdict} in {_size(self.memory)}"
+                f"{self.engine} on {self.gpus} GPU(s): {size(self.total)} per GPU, {verdict} in {size(self.memory)}"
                 f" (estimate): {self.margin}"
             ),
             f"  {by_part}{host}",
@@ -153,7 +154,8 @@ class Plan:
         ]
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
+    """For people: `1.5 GiB`."""
     return f"{number / GIB:.1f} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.2g} MiB" if number else "0"
 
 
@@ -223,13 +225,22 @@ def _trained_bytes(w: Workload, engine: Engine) -> tuple[float, float, float]:
 
 
 def _activations(shape: ModelShape, w: Workload) -> float:
-    """Bytes kept for the backward pass: with checkpointing a hidden state per layer and one layer in full, else all in
-    full."""
+    """Bytes kept for the backward pass: of checkpointed layers a hidden state each and one in full, of others all."""
     norms = 2 * (4.0 + 2 * w.bytes) * shape.hidden  # two: input in fp32, normalised, scaled
     layer = w.tokens * (norms + w.bytes * shape.kept)
-    boundaries = shape.layers * w.tokens * shape.hidden * w.bytes
+    first = checkpointed_layers(shape, w)
+    boundaries = first * w.tokens * shape.hidden * w.bytes
+    # the last of the checkpointed layers is computed again when what the others kept is released
+    whole = max(shape.layers - first, min(first, 1))
     mask = w.tokens**2 / w.rows  # the packed layout's boolean mask on sdpa
-    return (boundaries + layer if w.checkpointing else shape.layers * layer) + mask
+    return boundaries + whole * layer + mask
+
+
+def checkpointed_layers(shape: ModelShape, w: Workload) -> int:
+    """How many layers are computed twice: the first ones."""
+    if not w.checkpointing:
+        return 0
+    return shape.layers if w.checkpointed is None else min(w.checkpointed, shape.layers)
 
 
 def _logits(shape: ModelShape, w: Workload) -> float:
@@ -262,7 +273,7 @@ def flops(shape: ModelShape, w: Workload) -> dict[str, float]:
     # backward: gradients of activations (as forward; attention twice) and of the weights that train
     weights = _FLOPS_FORWARD * shape.matrices * w.tokens if w.training == "full" else adapters
     backward = forward + attention + adapters + weights
-    recompute = forward + adapters if w.checkpointing else 0.0
+    recompute = (forward + adapters) * checkpointed_layers(shape, w) / shape.layers
     head = _FLOPS_FORWARD * shape.head_parameters * w.scored
     head_backward = head * (2 if w.training == "full" else 1)
     reference = 0.0 if w.reference_cached else forward + head

@@ -104,7 +104,7 @@ def training_config(model: str, plan: Plan) -> dict[str, Any]:
     config |= {
         "learning_rate": 1e-6 if w.training == "full" else 1e-5,
         "per_device_train_batch_size": w.groups,
-        "gradient_checkpointing": w.checkpointing,
+        "gradient_checkpointing": "auto" if w.checkpointing else False,
         "precompute_ref_log_probs": w.reference_cached,
     }
     if w.optimizer_8bit:

@@ -176,6 +176,15 @@ class TrainParser(TrlParser):
         self.add_argument(
             "--help-all", "--help_all", action=_HelpAll, help="show every option, also TRL's and transformers'"
         )
+        # TRL's parser adds this to options that are on or off; silkie's has a third word
+        self.add_argument(
+            "--no_gradient_checkpointing",
+            "--no-gradient-checkpointing",
+            dest="gradient_checkpointing",
+            action="store_const",
+            const=False,
+            default=argparse.SUPPRESS,
+        )
 
     def format_help(self, everything: bool = False) -> str:
         formatter = _Lines(prog=self.prog, max_help_position=34, width=118)

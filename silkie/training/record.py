@@ -41,6 +41,7 @@ class RunRecord(DPOTrainer):
     _coverage: Coverage | None
     _logged: dict[str, RunMetrics]
     _sum: Callable[[Tensor], Tensor]
+    checkpointing: Any
     _packed_tokens = 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -66,7 +67,8 @@ class RunRecord(DPOTrainer):
     def setup_lines(self) -> list[str]:
         """The plan without the data: lines of the form "name: what runs"."""
         lines = setup_lines(self.choice, self.reference, self.args, describe_vision(self.model))
-        return [*lines, f"adapter: on {self._coverage}"] if self._coverage else lines
+        lines += [f"adapter: on {self._coverage}"] if self._coverage else []
+        return [*lines, str(self.checkpointing)] if self.checkpointing else lines
 
     def run_description(self) -> RunDescription:
         """The contents of the model card of this run."""

@@ -9,7 +9,8 @@
 
 Prints a table and writes `step_<device>.json` and `.png` into --out, after every process; settings of an earlier call
 with the same model stay in the file, each result with its command and date, and --resume leaves them out. A step is everything: images and text to tensors,
-reference pass, policy pass with gradient checkpointing, backward, optimizer; LoRA on the language model, vision frozen.
+reference pass, policy pass, backward, optimizer; LoRA on the language model, vision frozen. All contenders checkpoint
+every layer, which is TRL's default, but those whose names say otherwise.
 Every contender runs in a process of its own; the contenders of a setting take turns in each repeat, and the best step counts. Time is
 processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it is the time of one undisturbed core), the clock
 on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of
@@ -133,7 +134,7 @@ def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
     flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
     losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3])
     return (
-        f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['questions']} | {result['k']} | {result['contender']:30s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
+        f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['questions']} | {result['k']} | {result['contender']:50s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
         f"| {result['flops'] / 1e9:10.1f} | {flops} | {result['extra_bytes'] / 2**20:8.0f} | {losses} |"
     )
 

@@ -31,7 +31,9 @@ from tests.support.data import group
 from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_tokenizer
 
 SHARED = "packed + shared image"
+AUTO, WITHOUT = " + auto checkpointing", " without checkpointing"  # the others checkpoint every layer, TRL's default
 CONTENDERS = ("TRL", "rows", "packed", SHARED, "packed + precomputed reference")
+CONTENDERS += ("TRL" + WITHOUT, "packed" + AUTO, "packed + precomputed reference" + AUTO)
 IMAGE_GRIDS = {16: (4, 4), 256: (16, 16), 576: (24, 24), 1280: (32, 40)}  # image tokens -> rows, columns of 28 pixels
 PROMPT_WORDS = 50  # with the template's own tokens: 60 of prompt text
 # Words of the responses; the template's end of turn makes two more tokens of each. Both add up to the same: 120 on
@@ -329,12 +331,12 @@ def run(
             max_steps=timed + 1,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
-            gradient_checkpointing=True,
+            gradient_checkpointing="auto" if AUTO in contender else WITHOUT not in contender,
             max_length=None,
         )
         processor, common = tiny_processor(image_side=28 * 40), dict(callbacks=[meter], peft_config=lora)
         trainer: Any
-        if contender == "TRL":
+        if contender.startswith("TRL"):
             # a question at a time: all at once would hold as many times the memory
             args = DPOConfig(
                 per_device_train_batch_size=pairs // questions, gradient_accumulation_steps=questions, **options

@@ -30,6 +30,8 @@ CASES = {
     "rows_cached_checkpointed": {
         "args": {"layout": "rows", "precompute_ref_log_probs": True, "gradient_checkpointing": True}
     },
+    # one process with no layer checkpointed, two with the first of two
+    "some_layers": {"layers": 1, "args": {"gradient_checkpointing": "auto"}},
     "plain_head": {"args": {"use_fused_logprob": False}},
     "accumulated": {
         "data": "odd",
@@ -46,12 +48,13 @@ CI = [
     ("zero3", "trained_vision"),
 ]
 CI += [("zero3", "rows_cached_checkpointed"), ("zero2", "lora"), ("zero3", "accumulated")]
+CI += [("ddp", "some_layers"), ("zero3", "some_layers"), ("fsdp2", "some_layers")]
 CI += [("fsdp2", "lora"), ("fsdp2", "full"), ("fsdp2", "rows_cached_checkpointed")]
 REST = [(mode, case) for mode in KINDS for case in CASES if (mode, case) not in CI]
 
 
 def spec(case, mode, out):
-    given = CASES[case]
+    given = {k: v for k, v in CASES[case].items() if k != "layers" or mode != "single"}
     args = dict(given.get("args", {}))
     if mode == "single":
         args["gradient_accumulation_steps"] = 2 * args.get("gradient_accumulation_steps", 1)
@@ -83,6 +86,8 @@ def compare(out, mode, case):
     one, two = (json.loads((out / f"{m}-{case}" / "result.json").read_text()) for m in ("single", mode))
     assert (one["world"], two["world"]) == (1, 2)
     assert (two["kind"], two["stage"]) == KINDS[mode]
+    if "layers" in CASES[case]:
+        assert (one["checkpointed"], two["checkpointed"]) == (0, CASES[case]["layers"])
     tolerances = {"loss": 2e-6, "grad_norm": 2e-5, "rewards/margins": 1e-5, "num_tokens": 0}
     tolerances |= {"eval_loss": 2e-6, "eval_rewards/margins": 1e-5} if "eval" in CASES[case] else {}
     tolerances |= {"entropy": 2e-5} if "log_token_stats" in CASES[case].get("args", {}) else {}

@@ -7,7 +7,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.plan.workload import plan_of
+from silkie.model.checkpointing import checkpoint_first
+from silkie.plan.checkpointing import Checkpointing
+from silkie.plan.workload import largest_workload, plan_of
 from tests.support.data import dataset, group
 from tests.support.tiny import WORDS, image, tiny_model, tiny_processor
 
@@ -40,8 +42,9 @@ class Gradients(TrainerCallback):
         self.nbytes = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
 
-def measured(tmp_path, *, lora, half, layout="packed", checkpointing=False, optim="adamw_torch"):
-    """The plan of a run of one step, and the bytes it really had."""
+def measured(tmp_path, *, lora, half, layout="packed", checkpointing=False, optim="adamw_torch", layers=None):
+    """The plan of a run of one step, and the bytes it really had. `layers`: how many gradient_checkpointing="auto" is
+    to choose."""
     dtype = torch.bfloat16 if half else torch.float32
     models = [
         tiny_model(hidden=256, layers=6, vocab_size=4096, rope_parameters=ROPE).to(dtype)
@@ -71,7 +74,12 @@ def measured(tmp_path, *, lora, half, layout="packed", checkpointing=False, opti
         peft_config=LoraConfig(r=16) if lora else None,
     )
     batch = next(iter(trainer.get_train_dataloader()))
+    if checkpointing == "auto":
+        chosen = Checkpointing(layers, 6, "said here")
+        trainer._set_checkpointing = lambda: checkpoint_first(trainer.model, layers)
+        trainer.checkpointing = chosen
     plan, source = plan_of(trainer, batch)
+    assert largest_workload(trainer).tokens >= plan.workload.tokens
     assert "80 GB" in source and plan.workload.tokens == pytest.approx(int((batch["segment_ids"] >= 0).sum()))
     weights = {
         p.data_ptr(): p.nbytes for m in (trainer.model, trainer.ref_model) if m is not None for p in m.parameters()
@@ -126,3 +134,11 @@ def test_checkpointing_keeps_one_state_per_layer(tmp_path):
     plan, real = measured(tmp_path, lora=True, half=False, checkpointing=True)
     boundaries = 6 * plan.workload.tokens * 256 * 4
     assert boundaries < real["kept"] < plan.activations + plan.workload.scored * 256 * 4
+
+
+@pytest.mark.parametrize("layers", [0, 2, 4])
+def test_layers_that_are_not_checkpointed_keep_everything(tmp_path, layers):
+    plan, real = measured(tmp_path, lora=True, half=False, checkpointing="auto", layers=layers)
+    fused_head = plan.workload.scored * 256 * plan.workload.bytes
+    assert plan.workload.checkpointed == layers
+    assert plan.activations + fused_head == pytest.approx(real["kept"], rel=0.25)

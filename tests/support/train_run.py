@@ -20,8 +20,10 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.model.checkpointing import checkpointable_layers
 from silkie.model.families import shell
 from silkie.model.vision import unquantized_modules
+from silkie.plan import checkpointing
 from tests.support.data import dataset, group, mixed_groups
 from tests.support.hybrid import TARGETS, qwen3_5, unequal_groups
 from tests.support.tiny import image, tiny_model, tiny_processor
@@ -101,6 +103,9 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         skipped = unquantized_modules(shell(AutoConfig.from_pretrained(directory)))
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if spec["bits"] == 4 else {"load_in_8bit": True}
         quantization = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kind)
+    if "layers" in spec:
+        chosen = checkpointing.Checkpointing(spec["layers"], 2, "said here", fixed=True)
+        checkpointing.choose_checkpointing = lambda trainer: chosen
     hybrid = family == "qwen3_5"
     build = qwen3_5 if hybrid else partial(tiny_model, family)
     return SilkieDPOTrainer(
@@ -190,6 +195,7 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
             "fsdp_precision": fsdp and str(fsdp.mixed_precision_policy),
             "preempted": trainer.preempted,
             "calls": trainer.choice.calls.total,
+            "checkpointed": sum(layer.gradient_checkpointing for layer in checkpointable_layers(trainer.model)),
             "objective": trainer.objective.state_dict(),
         }
         Path(spec["out"], "result.json").write_text(json.dumps(result))

@@ -49,6 +49,7 @@ ON_PURPOSE = {
     ("data/__main__.py", "report"): "`python -m silkie.data inspect --html` writes a report page; only then imported",
     ("evaluation/__main__.py", "report"): "`compare --html` writes the report page",
     ("model/__main__.py", "plan"): "`check` and `sweep` run the whole flow on a model",
+    ("trainer.py", "plan"): "gradient_checkpointing='auto' asks the planner's memory model when training starts",
     ("trainer.py", "evaluation"): "eval_benchmarks answers benchmarks while training; imported only where asked for",
 }
 TORCH_ONLY = {"logprob": {"torch", "triton"}, "losses": {"torch"}}

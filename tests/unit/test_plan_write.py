@@ -47,7 +47,7 @@ def test_readme_recipe_and_planner_recommend_the_same():
         groups=options["per_device_train_batch_size"],
         image_tokens=options["max_pixels"] / 28**2,
         lora_rank=options["lora_r"],
-        checkpointing=options["gradient_checkpointing"],
+        checkpointing=bool(options["gradient_checkpointing"]),
         reference_cached=options["precompute_ref_log_probs"],
     )
     best, _ = plan.choose(plan.SHAPES["qwen2.5-vl-7b"], workload, gpus=8, memory=80e9)

@@ -52,7 +52,7 @@ def test_a_config_does_not_warn_about_the_name_of_checkpointing(tmp_path):
         old = SilkieDPOConfig(**base, gradient_checkpointing=False)
         new = SilkieDPOConfig(**base, activation_checkpointing=False)
         reentrant = SilkieDPOConfig(**base, gradient_checkpointing_kwargs={"use_reentrant": True})
-    assert default.activation_checkpointing is True and default.gradient_checkpointing is True  # TRL's default
+    assert default.activation_checkpointing == default.gradient_checkpointing == "auto"
     assert not old.activation_checkpointing and not new.gradient_checkpointing
     assert reentrant.activation_checkpointing_kwargs == {"use_reentrant": True}
 
