@@ -61,7 +61,7 @@ class LayoutChoice:
 
     def shapes(self, dataset: Dataset) -> list[tuple[int, int]]:
         """(rows, tokens of its longest row) of each group in a forward pass."""
-        lengths = zip(dataset["prompt_length"], dataset["response_lengths"], strict=True)
+        lengths = zip(dataset["prompt_length"][:], dataset["response_lengths"][:], strict=True)
         if self.layout == "packed":
             return [(1, p + sum(r)) for p, r in lengths]
         return [(len(r), p + max(r)) for p, r in lengths]
