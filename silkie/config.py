@@ -13,6 +13,7 @@ from silkie.batch.corruption import Corruption
 from silkie.batch.encoding import ResponseEnd, SpecialTokens
 from silkie.batch.packing import Layout
 from silkie.batch.preparation import OnBadRow, StringRows
+from silkie.batch.workers import data_workers
 from silkie.logprob import Impl
 from silkie.losses import LOSSES, build_objective
 from silkie.losses.options import LossFields, LossOptions, validate
@@ -194,6 +195,21 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         default=False,
         metadata={"help": "Also log entropy, mean_token_accuracy and logits/*, as TRL does; costs a little time."},
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": (
+                "Processes of each rank that decode and process images. None: as many as it has cores besides its own"
+                " (at most 8), by what this process may use and how many ranks share it; 0: the training process itself."
+            )
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read and measure the data before training. None: by the cores and the groups."
+        },
+    )
     eval_benchmarks: list[str] | None = field(
         default=None,
         metadata={
@@ -234,6 +250,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
     def __post_init__(self) -> None:
         self._rename_checkpointing()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = data_workers()
         super().__post_init__()
         self._check_own_options()
         self._check_trl_options()

@@ -16,10 +16,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from silkie.batch.encoding import GroupEncoder, row_name
+from silkie.batch.encoding import GroupEncoder
 from silkie.batch.stems import SHORTEST_STEM, join
 from silkie.batch.template import common_prefix
-from silkie.data.images import image_digest
 from silkie.data.registry import code_digest
 from silkie.data.stamps import image_fingerprint
 
@@ -72,9 +71,9 @@ def find_companies(
             code_digest(folders=[Path(__file__).parent]),
         ),
     )
-    texts, prompts, n_images = facts["text"], dataset["prompt_length"], facts["n_images"]
+    texts, prompts, n_images = facts["text"][:], dataset["prompt_length"][:], facts["n_images"][:]
     alike: dict[str, list[int]] = defaultdict(list)
-    for index, key in enumerate(facts["key"]):
+    for index, key in enumerate(facts["key"][:]):
         alike[key].append(index)
 
     def shared(a: int, b: int) -> int:
@@ -126,5 +125,5 @@ def describe_companies(companies: Sequence[Company], lengths: Sequence[int]) -> 
 
 
 def _facts(row: Mapping[str, Any], encoder: GroupEncoder) -> dict[str, Any]:
-    images = [image_digest(image, where=row_name(row)) for image in row.get("images") or []]
+    images = row.get("image_digests") or []
     return {"key": json.dumps(images), "n_images": len(images), "text": encoder.render(row)}

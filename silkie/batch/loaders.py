@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from silkie.batch.companies import Company
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
+from silkie.batch.workers import Named, worker_options
 from silkie.data import load_preferences
 from silkie.data.schema import OPTIONAL, is_group_features
 
@@ -54,8 +55,9 @@ def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True) -> Dat
         )
     if set(dataset.column_names) >= _MEASURED:
         # Prepared by another trainer, whose encoder may have counted other tokens: it must be measured again.
-        dataset = dataset.remove_columns(["prompt_length", "response_lengths"])
-        if len(set(dataset["row"])) < len(dataset):  # joined from several: a number must name one row
+        counted = ("prompt_length", "response_lengths", "image_digests")
+        dataset = dataset.remove_columns([name for name in counted if name in dataset.column_names])
+        if len(set(dataset["row"][:])) < len(dataset):  # joined from several: a number must name one row
             dataset = dataset.remove_columns("row")
         return dataset
     # A transform (`with_transform`) hands out other rows than the features declare.
@@ -200,15 +202,15 @@ class GroupLoaders:
         collate: Callable[[Any], Any] | None = None,
     ) -> DataLoader:
         args, accelerator = self.args, self.accelerator
+        workers = worker_options(args, -(-len(sampler) // accelerator.num_processes))
         loader = DataLoader(
             # Workers decode every column of a row that they read, so they get those that the collator reads.
             WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])),
             batch_sampler=sampler,
-            collate_fn=collate if collate is not None else self.collate,
-            num_workers=args.dataloader_num_workers,
+            collate_fn=Named(collate if collate is not None else self.collate),
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=persistent_workers and bool(workers),
+            **workers,
         )
         even = accelerator.even_batches
         accelerator.even_batches = False  # the sampler has made the batches even without repeating groups

@@ -25,11 +25,11 @@ from silkie.demo.loop import (
     sharing_reference,
     shown_options,
 )
-from silkie.demo.scores import score_answers
 from silkie.demo.model import BASE_DIR
 from silkie.demo.outputs import write_outputs
 from silkie.demo.processes import Tell, available_cores, run_tasks
 from silkie.demo.results import CONTROLS, DPO, Recipe, Sizes, Summary, Watch
+from silkie.demo.scores import score_answers
 from silkie.io.console import say
 from silkie.plan.dry_run import dry_run as run_one_step
 from silkie.stats import Estimate

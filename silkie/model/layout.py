@@ -69,8 +69,8 @@ class LayoutChoice:
             mismatched: each group also scores the responses of another one; its own are counted once more for them.
         """
         times = 2 if mismatched else 1
-        own = (list(r) * times for r in dataset["response_lengths"])
-        lengths = zip(dataset["prompt_length"], own, strict=True)
+        own = (list(r) * times for r in dataset["response_lengths"][:])
+        lengths = zip(dataset["prompt_length"][:], own, strict=True)
         if self.layout == "packed":
             return [(1, p + sum(r)) for p, r in lengths]
         return [(len(r), p + max(r)) for p, r in lengths]

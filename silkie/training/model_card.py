@@ -14,6 +14,7 @@ import yaml
 
 import silkie
 from silkie.batch.preparation import PreparationReport
+from silkie.batch.workers import cores, ranks_here
 from silkie.config import SilkieDPOConfig
 from silkie.model.layout import LayoutChoice
 from silkie.training.reference import Reference
@@ -104,7 +105,13 @@ def setup_lines(choice: LayoutChoice, reference: Reference | None, args: SilkieD
         f"log-probs: {kernel}",
         f"reference: {reference.kind if reference else 'none (the losses need none)'}",
         f"vision tower: {vision}",
+        f"data workers: {_workers(args.dataloader_num_workers)}",
     ]
+
+
+def _workers(number: int | None) -> str:
+    shared = f"{cores()} cores here for {ranks_here()} rank(s)"
+    return f"{number} per rank ({shared})" if number else f"none, the training process itself ({shared})"
 
 
 def write_card(directory: str | Path, run: RunDescription) -> None:

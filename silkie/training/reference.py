@@ -20,7 +20,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from silkie.data.images import read_bytes
 from silkie.io.journal import Appender, scan
 from silkie.model.families import causal_lm
 from silkie.model.vision import vision_parameters
@@ -170,11 +169,7 @@ def group_key(row: Mapping[str, Any], text: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     form = [row["form"]] if row.get("form") else []
     digest.update(json.dumps([text, row["responses"], row.get("chat_template_kwargs"), *form]).encode())
-    for image in row.get("images") or []:
-        if hasattr(image, "tobytes"):  # a decoded PIL image
-            digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
-        else:
-            digest.update(hashlib.blake2b(read_bytes(image), digest_size=16).digest())
+    digest.update(json.dumps(row.get("image_digests") or []).encode())
     return digest.hexdigest()
 
 

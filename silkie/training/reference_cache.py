@@ -27,7 +27,9 @@ from silkie.batch.batch import Batch
 from silkie.batch.collator import GroupCollator
 from silkie.batch.companies import Company, among
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
+from silkie.batch.workers import Named, worker_options
 from silkie.config import SilkieDPOConfig
+from silkie.data.schema import ROW_FORM
 from silkie.model.families import causal_lm
 from silkie.model.forward import LogpsForward, SequenceLogps, sum_by_response
 from silkie.model.layout import LayoutChoice
@@ -107,22 +109,22 @@ class ReferencePass:
             for part in _gather([{k: store.values[k] for k in {keys[i] for i in missing} if k in store.values}]):
                 store.values.update(part)
         store.close()
-        rows = dataset["row"]
+        rows = dataset["row"][:]
         return ReferenceTable({rows[i]: store.values[keys[i]] for i in range(len(dataset))}, self.tokens)
 
     def _directory(self) -> str | Path:
         return self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference_cache"
 
     def _keys(self, dataset: Dataset) -> dict[int, str]:
-        """Index -> cache key. Every rank hashes its share of the rows: a key depends on the image bytes as they are
-        now, so it is never cached."""
+        """Index -> cache key. Every rank hashes its share of the rows. The images are not read: preparation has hashed
+        them, and does so again where a file has changed; the text is written anew, as a template may write the date."""
         accelerator = self.accelerator
         mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        read = ("prompt", "responses", "images", "chat_template_kwargs")
+        read = ("prompt", "responses", "image_digests", *ROW_FORM)
         columns = dataset.select_columns([c for c in read if c in dataset.column_names])
         hashed = {}
-        for i in tqdm(mine, desc="Hashing groups", disable=not accelerator.is_local_main_process):
-            row = columns[i]
+        own = tqdm(columns.select(mine), desc="Hashing groups", disable=not accelerator.is_local_main_process)
+        for i, row in zip(mine, own, strict=True):
             hashed[i] = group_key(row, self.collate.encoder.render(row))
         return {i: key for part in _gather([hashed]) for i, key in part.items()}
 
@@ -135,8 +137,8 @@ class ReferencePass:
         loader = torch.utils.data.DataLoader(
             WithEmptyGroups(dataset),
             batch_sampler=batches,
-            collate_fn=self.collate,
-            num_workers=self.args.dataloader_num_workers,
+            collate_fn=Named(self.collate),
+            **worker_options(self.args, len(batches)),
         )
         for indices, batch in tqdm(
             zip(batches, loader, strict=True),

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from silkie.batch.workers import explained_deaths
 from silkie.model.families import causal_lm
 from silkie.model.weights import refuse_pickled_adapter
 from silkie.training import checkpoints
@@ -88,6 +89,7 @@ class RecoverableTrainer(Trainer):
             silkie.training.checkpoints.CheckpointError: the disk is full or read-only, another run holds the directory
                 (`silkie.training.output_dir.OutputDirInUse`), the checkpoint is damaged or missing, or belongs to
                 another run (`RunChanged`).
+            silkie.batch.workers.BatchError, WorkerDied: groups cannot be encoded, or a data worker was killed.
             silkie.training.non_finite.NonFiniteError: a loss, gradient or trained weight is not finite.
         """
         directory = str(self.args.output_dir)
@@ -103,7 +105,7 @@ class RecoverableTrainer(Trainer):
             self.identity = self.on_main(self.run_identity)
             if checkpoint:
                 self._resume(checkpoint)
-            with clear_disk_errors(directory), on_signals(self._stop_soon):
+            with clear_disk_errors(directory), explained_deaths(), on_signals(self._stop_soon):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.args.save_total_limit = keep

@@ -141,6 +141,24 @@ def test_resuming_equals_never_stopping(tmp_path, options):
         assert_same(adapter(resumed), adapter(whole), 0.0)
 
 
+def test_data_workers_change_nothing_and_resume_exactly(tmp_path):
+    alone = make(tmp_path / "alone", dataloader_num_workers=0, per_device_train_batch_size=1)
+    helped = make(
+        tmp_path / "helped",
+        dataloader_num_workers=2,
+        per_device_train_batch_size=1,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    alone.train(), helped.train()
+    assert losses(helped) == losses(alone)
+    assert_same(adapter(helped), adapter(alone), 0.0)
+    resumed = make(tmp_path / "helped", dataloader_num_workers=2, per_device_train_batch_size=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "helped" / "checkpoint-3"))
+    assert losses(resumed) == losses(alone)
+    assert_same(adapter(resumed), adapter(alone), 0.0)
+
+
 def test_tokens_between_two_lines_of_the_log_survive_a_restart(tmp_path):
     whole = make(tmp_path, logging_steps=3, save_strategy="steps", save_steps=1, max_steps=3)
     whole.train()
