@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from silkie.batch.encoding import describe
+from silkie.batch.encoding import row_name
 from silkie.data.schema import DataError
 
 MOST_WORKERS = 8  # of a rank: a group takes about 50 ms of a core, a step of a GPU several times that
@@ -106,7 +106,7 @@ class Named:
         except DataError as error:  # names its row
             raise BatchError(str(error)) from error
         except Exception as error:
-            names = "; ".join(describe(row) for row in rows)
+            names = "; ".join(row_name(row) for row in rows)
             raise BatchError(f"{names}: cannot be encoded: {type(error).__name__}: {error}") from error
 
 
