@@ -46,9 +46,8 @@ def main() -> None:
         model=AutoModelForImageTextToText.from_pretrained(args.model, use_safetensors=True),
         processing_class=load_processor(args.model),
         train_dataset=load_preferences(args.data, image_root=args.image_root),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32
-        ),  # no target_modules: the language model's attention and MLP projections
+        # No target_modules: the language model's attention and MLP projections
+        peft_config=LoraConfig(r=16, lora_alpha=32),
         args=SilkieDPOConfig(
             output_dir=args.out,
             per_device_train_batch_size=4,  # groups: an image, a prompt, its responses and all pairs over them

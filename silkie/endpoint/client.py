@@ -237,7 +237,7 @@ class Endpoint:
             for name in given_up:
                 if name not in self._unsupported:
                     self._unsupported.add(name)
-                    logger.warning("%s: the endpoint does not take `%s`; going on without it", self.model, name)
+                    logger.warning("%s: the endpoint does not take `%s`; continuing without it", self.model, name)
             return self._read(raw, keep_truncated)
 
     def _adapted(self, wanted: Mapping[str, Any], given_up: Sequence[str]) -> dict[str, Any]:
