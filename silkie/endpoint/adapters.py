@@ -6,7 +6,7 @@ import openai
 
 from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import MOST_OF_MESSAGE, clipped
-from silkie.endpoint.loop import run_to_end
+from silkie.endpoint.event_loop import run_to_end
 
 __all__ = ["AdapterNotLoaded", "load_adapter"]
 
