@@ -147,8 +147,8 @@ def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequen
         "summary": summary,
         "hours_of_last_command": round((time.time() - started) / 3600, 2),
     }
-    if {"dpo", "sft"} <= set(names):
-        result["dpo_minus_sft"] = against(scores, "sft", "dpo")
+    if "dpo" in names:
+        result["dpo_minus"] = {name: against(scores, name, "dpo") for name in names if name != "dpo"}
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(text, encoding="utf-8")
     shown = {"seeds": len(seeds), "boards per seed": place.sizes.boards, "command": command}
