@@ -341,4 +341,6 @@ def test_companies_are_counted_as_the_collator_shares_them(tmp_path):
     assert [c.groups for c in trainer.companies] == [(0, 2), (1, 4), (3, 6)]
     trees = collate(trainer.model, tiny_processor(), rows, "packed", None, share_prefix=True)
     assert [c.stem for c in trainer.companies] == [s.length for s in packing.stems(trees["segments"])]
+    auto = make(tmp_path, rows=rows, share_prefix="auto")
+    assert auto.choice.shares_prefix and auto.companies == trainer.companies
     assert not make(tmp_path, rows=rows[3:4] + rows[5:6], share_prefix="auto").companies

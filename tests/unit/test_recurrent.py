@@ -1,17 +1,23 @@
 """Plans of recurrent layers, on trees of any depth, with a mixer small enough to be written down."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from silkie import SilkieDPOConfig
+from silkie.batch.companies import Company
 from silkie.batch.packing import Segment, lineage
+from silkie.model.layout import LayoutChoice, rows_choice
 from silkie.model.recurrent import CALLS, SHARED_CALLS, Calls, fork_plan, layers
 from silkie.model.recurrent.calls import buckets, choose_calls, padding
 from silkie.model.recurrent.fork import forked
+from silkie.training import recurrent_calls
 from tests.unit.test_packing import TREE, build, pack, tree
 
 CPU = torch.device("cpu")
@@ -224,3 +230,22 @@ def test_transformers_names_its_recurrent_layers_by_their_mask_function():
         " silkie.model.recurrent.layers must learn to ask it in another way"
     )
     assert table["hybrid"]["linear_attention"] is create_recurrent_attention_mask
+
+
+def test_a_run_settles_its_calls_from_its_own_batches(monkeypatch):
+    """The same on every rank: nothing of a rank's own is asked."""
+    monkeypatch.setattr(recurrent_calls, "count_recurrent", lambda config: 3)
+    lengths = [[30, 60, 120, 270], [20, 25, 250, 260]] * 4
+    data = Dataset.from_dict({"prompt_length": [700] * 8, "response_lengths": lengths})
+    args = SilkieDPOConfig(output_dir="unused", use_cpu=True, bf16=False, per_device_train_batch_size=2, seed=3)
+    packed = LayoutChoice(layout="packed", reason="", backend="sdpa", backend_reason="", groups_per_row=1)
+    choice = recurrent_calls.settle(packed, None, args, data, [])
+    assert choice.calls == Calls(leaves=3)
+    assert "prompts in 1 call, 0% padding; responses in 3 calls" in choice.lines()[-1]
+    # prompts of one company share a stem; one is left behind by an odd batch
+    shared = replace(packed, shares_prefix=True)
+    choice = recurrent_calls.settle(shared, None, args, data, [Company((0, 1), 600), Company((2, 3, 4), 650)])
+    assert choice.calls.between == 1 and choice.calls.leaves >= 3
+    assert recurrent_calls.settle(rows_choice("asked for"), None, args, data, []).calls_reason == ""
+    monkeypatch.setattr(recurrent_calls, "count_recurrent", lambda config: 0)
+    assert recurrent_calls.settle(packed, None, args, data, []) == packed
