@@ -148,9 +148,14 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             )
         },
     )
-    stream_rows: int | None = field(
-        default=None,
-        metadata={"help": "Rows to read of a streaming train_dataset. None: as many as max_steps take."},
+    stream_window: int = field(
+        default=1024,
+        metadata={
+            "help": (
+                "A streaming train_dataset is read, regrouped and divided into batches in windows of so many rows;"
+                " memory holds one."
+            )
+        },
     )
     on_bad_row: OnBadRow = field(
         default="raise", metadata={"help": "What to do with a broken row: stop before training, or drop and count it."}
@@ -409,7 +414,7 @@ def _choices() -> dict[str, tuple[Any, ...]]:
 _POSITIVE = (
     "share_prefix_groups",
     "max_tokens_per_batch",
-    "stream_rows",
+    "stream_window",
     "max_length",
     "max_response_length",
     "eval_benchmark_steps",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +21,21 @@ from trl import DPOConfig, DPOTrainer
 
 from silkie.batch.batch import Batch
 from silkie.batch.companies import Company
-from silkie.batch.loaders import GroupLoaders, as_groups, read_stream
-from silkie.batch.preparation import PreparationReport, prepare_groups
+from silkie.batch.loaders import GroupLoaders, open_stream, prepared_groups, read_stream
+from silkie.batch.preparation import PreparationReport
+from silkie.batch.streaming import StreamedBatches
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import GroupLogps, build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
-from silkie.model.checkpointing import checkpoint_first
 from silkie.model.dropout import disable_dropout
 from silkie.model.families import causal_lm
 from silkie.model.forward import SequenceLogps
-from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
+from silkie.model.layout import LayoutChoice, choose_layout
 from silkie.model.processor import ask_for_token_types
-from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
+from silkie.model.vision import freeze_vision, vision_is_frozen
 from silkie.training import guards, recurrent_calls, startup
-from silkie.training.forward_context import ForwardContext
+from silkie.training.before_training import BeforeTraining
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
 from silkie.training.parts import (
@@ -51,9 +50,7 @@ from silkie.training.parts import (
 from silkie.training.passes import preferences_of
 from silkie.training.record import RunRecord
 from silkie.training.reference import Reference
-from silkie.training.reference_cache import ReferencePass
 from silkie.training.resumable import RecoverableTrainer
-from silkie.training.self_test import LayoutMismatch, SelfTest, company_to_test, groups_to_test
 from silkie.training.trl_surface import TrlSurface
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ logger = logging.getLogger(__name__)
 _MICRO_BATCHES = "micro_batches"  # among the totals of an optimizer step: micro-batches of all ranks
 
 
-class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
+class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
     """Preference-trains a vision-language model on preference groups.
 
     Args:
@@ -74,7 +71,8 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         args: `SilkieDPOConfig`, or TRL's `DPOConfig`, which is taken over.
         train_dataset, eval_dataset: preference groups from `silkie.data.load_preferences`, or TRL pair rows (prompt /
             chosen / rejected / images), which are regrouped so that pairs over the same prompt and images share their
-            forward pass. `eval_dataset` may be a dict of them. Of a stream, the rows that the run needs are read first.
+            forward pass. `eval_dataset` may be a dict of them. A stream is read in windows (`stream_window`), one of
+            evaluation data as a whole.
         processing_class: the model's processor, or the tokenizer of a language model; None loads it from the model's
             name.
         peft_config: LoRA config; without `target_modules` it adapts the language model's attention and MLP
@@ -118,9 +116,9 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.encoder = build_encoder(processing_class, args)
         self.objective = build_objective(args.loss_type, args.loss_weights, args.loss_options)
         self.labels = labels_of(args, self.objective)
+        self._companies: list[Company] = []
         self.reports: dict[str, PreparationReport] = {}
-        self.streamed = isinstance(train_dataset, IterableDataset)
-        # Data before weights: a broken row must not cost the minutes that loading a large model takes.
+        self.stream: StreamedBatches | None = None
         train_dataset = self._prepared(train_dataset, args, "train")
         tell_of_labels(self.reports["train"], args)
         if isinstance(eval_dataset, dict):
@@ -130,7 +128,8 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
 
         self.choice: LayoutChoice = choose_layout(config, args)
         with args.main_process_first(desc="looking for shared prefixes"):
-            self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)
+            if self.stream is None:
+                self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)
         self.objective.check_aspects(aspects_of(train_dataset.features))
         if ref_model is None and self.objective.needs_reference:
             startup.check_own_reference(model, peft_config, config)
@@ -214,46 +213,6 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             router_aux=self.aux_loss_enabled,  # TRL's rule: its option, or None for the model's own coefficient
         )
 
-    @property
-    def _context(self) -> ForwardContext:
-        return ForwardContext(prepare=self._prepare_inputs, autocast=self.compute_loss_context_manager)
-
-    def _self_test(self, policy: Any) -> None:
-        """Raises what `SelfTest` raises."""
-        test = SelfTest(
-            encoder=self.encoder,
-            collate=self.data_collator,
-            forward=self.passes.forward,
-            context=self._context,
-            half_precision=self.args.bf16 or self.args.fp16,
-            labels=self.labels,
-            tolerance=self.args.self_test_tolerance,
-            agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
-        )
-        test(policy, groups_to_test(self.train_dataset))
-        if self.companies:
-            test(policy, company_to_test(self.train_dataset, self.companies))
-
-    def _settle_layout(self) -> bool:
-        """Where the layout is left to silkie, takes rows if the model does not compute the same in the packed one.
-        Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        undecided = self.args.layout == "auto" or (self.choice.shares_prefix and self.args.share_prefix == "auto")
-        if not self.args.self_test or not undecided or self.choice.layout == "rows" or sharded:
-            return False
-        try:
-            self._self_test(self.model)
-        except LayoutMismatch as error:
-            if not self.choice.shares_prefix:
-                self.choice = rows_choice(str(error))
-            elif self.args.share_prefix == "image":
-                raise
-            else:
-                self.choice = replace(self.choice, shares_prefix=False, sharing=f"each prompt runs by itself ({error})")
-            self._set_up_passes()
-            return self._settle_layout()
-        return True
-
     def _set_up_hooks(self) -> None:
         args = self.args
         stats = args.log_token_stats
@@ -278,35 +237,31 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
     def _prepared(self, dataset: Any, args: SilkieDPOConfig, name: str) -> Dataset:
         with args.main_process_first(desc=f"preparing the {name} data"):
             if isinstance(dataset, IterableDataset):
-                dataset = read_stream(dataset, args, name)
-            groups = as_groups(dataset, args, name, paired=self.labels is None)
-            groups, self.reports[name] = prepare_groups(
-                startup.without_images(groups, self.encoder.processor),
-                self.encoder,
-                on_bad_row=args.on_bad_row,
-                num_proc=args.dataset_num_proc,
-                name=name,
-                string_rows=args.string_rows,
-                labels=self.labels,
+                if name == "train":
+                    self.stream = open_stream(dataset, self.encoder, args, self.labels)
+                    groups, self.reports[name] = self.stream.first_window()
+                    return groups
+                dataset = read_stream(dataset)
+            num_proc = args.dataset_num_proc
+            groups, self.reports[name] = prepared_groups(
+                dataset, self.encoder, args, name, labels=self.labels, num_proc=num_proc
             )
         return groups
 
-    @property
-    def companies(self) -> list[Company]:
-        """Training groups that come together to share the beginning of their prompts."""
-        return self._companies if self.choice.shares_prefix else []
-
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training groups."""
+        mismatched, padded = "kl" in self.objective.needs, self.choice.groups_per_row == 1
+        shapes = partial(self.choice.shapes, mismatched=mismatched)
+        if self.stream is not None:
+            return self.loaders.train_stream(self.stream, shapes, batch_size=self._train_batch_size, padded=padded)
         return self.loaders.train(
             self.train_dataset,
-            self.choice.shapes(self.train_dataset, mismatched="kl" in self.objective.needs),
+            shapes(self.train_dataset),
             batch_size=self._train_batch_size,
-            padded=self.choice.groups_per_row == 1,
-            # transformers never shuffles a stream: its order is its maker's.
-            shuffle=self.args.train_sampling_strategy == "random" and not self.streamed,
+            padded=padded,
+            shuffle=self.args.train_sampling_strategy == "random",
             companies=self.companies,
-            mismatched="kl" in self.objective.needs,
+            mismatched=mismatched,
         )
 
     def get_batch_samples(
@@ -317,6 +272,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples:
             return samples, None
+        self._window = samples[-1].get("window")
         units = [self.objective.units(preferences_of(batch, self.passes.aspects)) for batch in samples]
         totals = {name: torch.stack([u[name] for u in units]).sum().to(device) for name in units[0]}
         if self.aux_loss_enabled:
@@ -366,28 +322,3 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         self.checkpointing = choose_checkpointing(self)
         checkpoint_first(self.model, self.checkpointing.layers)
         logger.info("%s", self.checkpointing)
-
-    def begin(self) -> None:
-        """Runs once the model is wrapped, before the first step: the self-test, then the reference pass."""
-        if self.frozen_vision:
-            unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
-        if self.args.gradient_checkpointing == "auto":
-            self._set_checkpointing()
-        policy = self.model_wrapped if self.model_wrapped is not None else self.model
-        # Once more where the loop has wrapped the model: DDP, ZeRO and FSDP are paths of their own.
-        if self.args.self_test and not (self._tested and policy is self.model):
-            self._self_test(policy)
-        if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:
-            reference_pass = ReferencePass(
-                reference=self.reference,
-                weights_hash=self._reference_hash,
-                forward=self.passes.forward,
-                collate=self.data_collator,
-                context=self._context,
-                choice=self.choice,
-                companies=self.companies,
-                accelerator=self.accelerator,
-                args=self.args,
-                tokens="reference_tokens" in self.objective.needs,
-            )
-            self.passes.table = reference_pass.run(policy, self.train_dataset)

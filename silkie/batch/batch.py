@@ -49,6 +49,7 @@ class Batch(TypedDict):
     For people and caches:
         names: name of each group, for error messages.
         rows: row of each group in the dataset.
+        window: of a stream, see `silkie.batch.streaming.Window`.
     """
 
     input_ids: Tensor
@@ -87,6 +88,7 @@ class Batch(TypedDict):
 
     names: list[str]
     rows: list[Any]
+    window: NotRequired[list[int]]
 
     _forks: NotRequired[Any]  # the plan of the recurrent layers, kept in the same way
     _attention_inputs: NotRequired[dict[Any, Any]]  # masks that `silkie.model.attention` keeps for the reference pass

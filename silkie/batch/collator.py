@@ -105,6 +105,8 @@ class GroupCollator:
             "names": [row_name(row) for row in rows],
             "rows": [row.get("row") for row in rows],
         }
+        if "window" in data[0]:
+            fields["window"] = list(data[0]["window"])
         if self.labels is not None:
             fields |= self.labels.tensors(data, added)
         batch = cast(Batch, fields)

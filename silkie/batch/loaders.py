@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset, Image, IterableDataset, List
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from torch.utils.data import Dataset as TorchDataset
+from transformers import ProcessorMixin, TrainingArguments
 
 from silkie.batch.companies import Company
+from silkie.batch.encoding import GroupEncoder
+from silkie.batch.labels import Labels
+from silkie.batch.preparation import PreparationReport, prepare_groups
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
+from silkie.batch.streaming import StreamedBatches, StreamSampler
 from silkie.batch.workers import Named, worker_options
 from silkie.data import load_preferences
 from silkie.data.schema import OPTIONAL, is_group_features
@@ -35,13 +41,14 @@ GROUP_COLUMNS = [
 _MEASURED = {"row", "prompt_length", "response_lengths"}  # what `silkie.batch.preparation` adds
 
 
-def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True) -> Dataset:
+def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True, cache_dir: str | None = None) -> Dataset:
     """A dataset of preference groups: groups as they are, TRL pair rows and other known formats regrouped.
 
     Args:
         args: options of the run: `on_bad_row`, `source_format`.
         name: of the dataset in messages.
         paired: drop groups without a pair; False: the losses take no pairs.
+        cache_dir: see `load_preferences`.
 
     Raises:
         TypeError: it is not a `datasets.Dataset`.
@@ -64,31 +71,106 @@ def as_groups(dataset: Any, args: Any, name: str, *, paired: bool = True) -> Dat
     if is_group_features(dataset.features) and dataset.format["type"] != "custom":
         return dataset
     return load_preferences(
-        dataset, on_error=args.on_bad_row, source_format=args.source_format, keep_unpaired=not paired
+        dataset,
+        on_error=args.on_bad_row,
+        source_format=args.source_format,
+        keep_unpaired=not paired,
+        cache_dir=cache_dir,
     )
 
 
-def read_stream(stream: IterableDataset, args: Any, name: str) -> Dataset:
-    """The rows of a stream that a run needs, in a file of `datasets`' cache: of training data as many as its steps
-    take, of other data all.
+def prepared_groups(
+    dataset: Any,
+    encoder: GroupEncoder,
+    args: Any,
+    name: str,
+    *,
+    labels: Labels | None,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+) -> tuple[Dataset, PreparationReport]:
+    """A dataset of any known format as groups that are measured, and what was dropped from it.
 
-    silkie regroups, measures and checks the rows before training, and resumes by position: it cannot do so with rows
-    that it has not read.
+    Args:
+        args: options of the run.
+        name: of the dataset in messages.
+        labels: see `prepare_groups`.
+        cache_dir: where converted rows are kept; None: the cache of `datasets`.
+
+    Raises:
+        What `as_groups` and `prepare_groups` raise.
+    """
+    groups = as_groups(dataset, args, name, paired=labels is None, cache_dir=cache_dir)
+    return prepare_groups(
+        without_images(groups, encoder.processor),
+        encoder,
+        on_bad_row=args.on_bad_row,
+        num_proc=num_proc,
+        name=name,
+        string_rows=args.string_rows,
+        labels=labels,
+    )
+
+
+def without_images(dataset: Dataset, processor: Any) -> Dataset:
+    """The data of a run with a tokenizer, whose rows are text only, without its column of images.
+
+    Raises:
+        ValueError: it has images.
+    """
+    if isinstance(processor, ProcessorMixin) or "images" not in dataset.column_names:
+        return dataset
+    if any(row["images"] for row in dataset.select_columns("images")):
+        raise ValueError(
+            "The data has images, but processing_class is a tokenizer: pass the processor of a vision-language model,"
+            " or data without images."
+        )
+    return dataset.remove_columns("images")
+
+
+def open_stream(stream: IterableDataset, encoder: GroupEncoder, args: Any, labels: Labels | None) -> StreamedBatches:
+    """The micro-batches of a streaming train_dataset; `GroupLoaders.train_stream` says how they are divided.
 
     Args:
         args: options of the run.
 
     Raises:
-        ValueError: the number of training rows is not known.
+        ValueError: options that a stream cannot serve.
     """
-    if name == "train":
-        rows = args.stream_rows or _rows_of_run(args)
-        stream = stream.take(rows)
-        logger.info(
-            "train: reading the %s rows of the stream that the run takes before training starts, in their order, and"
-            " keeping them on disk; pairs of the same prompt and images among them are joined",
-            f"{rows:,}",
+    if args.max_steps <= 0:
+        raise ValueError("A streaming train_dataset has no length: set max_steps.")
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "`precompute_ref_log_probs` reads the data before training, and a stream is read while it trains: leave it"
+            " off, or load the data with streaming=False."
         )
+    if args.share_prefix == "image":
+        raise ValueError("`share_prefix='image'` looks through all prompts first: load the data with streaming=False.")
+    rows = args.stream_window
+    if args.max_tokens_per_batch is None:  # full batches where no prompt repeats
+        step = args.per_device_train_batch_size * args.world_size
+        rows = max(rows // step, 1) * step
+    logger.info(
+        "train: a stream, read in windows of %s rows, in its order. Pairs of the same prompt and images are joined"
+        " within a window only; the last micro-batches of a window may be smaller than the others; rows are checked"
+        " when their window is read, not before training; %d process(es) with %d data worker(s) each read it all",
+        f"{rows:,}",
+        args.world_size,
+        args.dataloader_num_workers,
+    )
+    stream = stream if stream.features is None else stream.cast(undecoded(stream.features))
+    prepare = partial(_window_groups, encoder=encoder, args=args, labels=labels)
+    return StreamedBatches(stream=stream, rows=rows, prepare=prepare)
+
+
+def _window_groups(
+    rows: Dataset, folder: str, *, encoder: GroupEncoder, args: Any, labels: Labels | None
+) -> tuple[Dataset, PreparationReport]:
+    return prepared_groups(rows, encoder, args, "train", labels=labels, cache_dir=folder)
+
+
+def read_stream(stream: IterableDataset) -> Dataset:
+    """All rows of a stream of evaluation data, in a file of `datasets`' cache."""
     features = None if stream.features is None else undecoded(stream.features)
     stream = stream if features is None else stream.cast(features)
     return Dataset.from_generator(_rows, gen_kwargs={"stream": stream}, features=features)
@@ -96,13 +178,6 @@ def read_stream(stream: IterableDataset, args: Any, name: str) -> Dataset:
 
 def _rows(stream: IterableDataset) -> Iterator[Any]:
     yield from stream
-
-
-def _rows_of_run(args: Any) -> int:
-    if args.max_steps <= 0 or args.max_tokens_per_batch is not None:
-        missing = "max_steps" if args.max_steps <= 0 else "stream_rows"  # a token budget makes batches of any size
-        raise ValueError(f"A streaming train_dataset has no length: set {missing}.")
-    return args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
 
 
 def undecoded(features: Any) -> Any:
@@ -135,7 +210,7 @@ class GroupLoaders:
     accelerator: Accelerator
     args: TrainingArguments
     max_tokens: int | None
-    train_sampler: GroupBatchSampler | None = None
+    train_sampler: GroupBatchSampler | StreamSampler | None = None
 
     def train(
         self,
@@ -174,7 +249,34 @@ class GroupLoaders:
                 lone,
                 len(self.train_sampler),
             )
-        return self._loader(dataset, self.train_sampler, persistent_workers=args.dataloader_persistent_workers)
+        return self._loader(_rows_of(dataset), self.train_sampler, args.dataloader_persistent_workers)
+
+    def train_stream(
+        self,
+        batches: StreamedBatches,
+        shapes: Callable[[Dataset], Sequence[tuple[int, int]]],
+        *,
+        batch_size: int,
+        padded: bool,
+    ) -> DataLoader:
+        """Batches of a stream, as many as the run takes.
+
+        Args:
+            shapes: prepared groups -> their shapes. shapes, batch_size, padded: see `GroupBatchSampler`.
+        """
+        args, world_size = self.args, self.accelerator.num_processes
+        batches.divide = partial(
+            _divided,
+            shapes=shapes,
+            batch_size=batch_size,
+            max_tokens=self.max_tokens,
+            world_size=world_size,
+            padded=padded,
+            shuffle=False,
+            drop_last=args.dataloader_drop_last,
+        )
+        self.train_sampler = StreamSampler(args.max_steps * args.gradient_accumulation_steps * world_size)
+        return self._loader(batches, self.train_sampler, args.dataloader_persistent_workers)
 
     def evaluation(self, dataset: Dataset, *, collate: Callable[[Any], Any] | None = None) -> DataLoader:
         """Every group once over all ranks, in the order of the data: accelerate would repeat some to fill the last
@@ -191,21 +293,19 @@ class GroupLoaders:
             shuffle=False,
             drop_last=self.args.dataloader_drop_last,
         )
-        return self._loader(dataset, sampler, persistent_workers=False, collate=collate)
+        return self._loader(_rows_of(dataset), sampler, False, collate)
 
     def _loader(
         self,
-        dataset: Dataset,
-        sampler: GroupBatchSampler,
-        *,
+        dataset: TorchDataset,
+        sampler: GroupBatchSampler | StreamSampler,
         persistent_workers: bool,
         collate: Callable[[Any], Any] | None = None,
     ) -> DataLoader:
         args, accelerator = self.args, self.accelerator
         workers = worker_options(args, -(-len(sampler) // accelerator.num_processes))
         loader = DataLoader(
-            # Workers decode every column of a row that they read, so they get those that the collator reads.
-            WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names])),
+            dataset,
             batch_sampler=sampler,
             collate_fn=Named(collate if collate is not None else self.collate),
             pin_memory=args.dataloader_pin_memory,
@@ -218,3 +318,16 @@ class GroupLoaders:
             return accelerator.prepare(loader)
         finally:
             accelerator.even_batches = even
+
+
+def _rows_of(dataset: Dataset) -> WithEmptyGroups:
+    return WithEmptyGroups(dataset.select_columns([c for c in GROUP_COLUMNS if c in dataset.column_names]))
+
+
+def _divided(
+    groups: Dataset, *, shapes: Callable[[Dataset], Sequence[tuple[int, int]]], **options: Any
+) -> list[list[int]]:
+    """The batches of a window."""
+    if options["drop_last"] and len(groups) < options["batch_size"] * options["world_size"]:
+        return []
+    return list(GroupBatchSampler(shapes(groups), **options))

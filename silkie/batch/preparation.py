@@ -25,7 +25,7 @@ from silkie.data.check import check_distinct, check_group, check_no_video
 from silkie.data.images import ImageResolver, image_digest, open_image
 from silkie.data.registry import code_digest
 from silkie.data.row import Found, Row
-from silkie.data.schema import DataError, RowError, user_turn
+from silkie.data.schema import DataError, NoGroupLeft, RowError, user_turn
 from silkie.data.stamps import image_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,10 @@ _COUNTED = (
 
 class GroupError(DataError):
     """A group cannot be trained on."""
+
+
+class NothingToTrainOn(GroupError, NoGroupLeft):
+    """None of the groups of a dataset can be trained on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -238,7 +242,9 @@ def prepare_groups(
         logger.warning(line)
     if not keep:
         reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
-        raise GroupError(f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}.")
+        raise NothingToTrainOn(
+            f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}."
+        )
     measured = measured.remove_columns(list(_COUNTED))
     return (measured if len(keep) == len(measured) else measured.select(keep)), report
 

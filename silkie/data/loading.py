@@ -23,7 +23,7 @@ from silkie.data.registry import SOURCES, Source, detect_source, get_source, sou
 from silkie.data.regroup import regroup_with_report
 from silkie.data.reports import LoadReport, OnError, Problem
 from silkie.data.row import Row
-from silkie.data.schema import DataError, is_group_features
+from silkie.data.schema import DataError, NoGroupLeft, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _finished(dataset: datasets.Dataset, report: LoadReport, return_report: bool
     _log(report)
     if not len(dataset):
         first = f"\nThe first: {report.problems[0].message}" if report.problems else ""
-        raise DataError(f"{report.source}: no group is left of {report.rows:,} rows.\n{report.summary()}{first}")
+        raise NoGroupLeft(f"{report.source}: no group is left of {report.rows:,} rows.\n{report.summary()}{first}")
     return (dataset, report) if return_report else dataset
 
 

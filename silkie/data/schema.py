@@ -24,6 +24,10 @@ class DataError(ValueError):
     """The data cannot be used as preference groups; the message says what to do."""
 
 
+class NoGroupLeft(DataError):
+    """No row of the data can be trained on."""
+
+
 class RowError(DataError):
     """One row is broken. Names the source, the row, the column, what was found and what was expected."""
 

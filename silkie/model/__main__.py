@@ -20,7 +20,6 @@ from PIL import Image
 from silkie.model import tiny
 from silkie.plan.check import ModelVerdict, check_model
 
-
 OPTIONAL = ("torchvision", "timm", "scipy")  # packages that some types of transformers need
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from silkie.batch.sampler import GroupBatchSampler
+from silkie.batch.streaming import StreamSampler
 
 
 class StepHooks(TrainerCallback):
@@ -23,7 +24,7 @@ class StepHooks(TrainerCallback):
         self,
         *,
         begin: Callable[[], None],
-        sampler: Callable[[], GroupBatchSampler | None],
+        sampler: Callable[[], GroupBatchSampler | StreamSampler | None],
         end_step: Callable[[], None],
     ) -> None:
         self.begin, self.sampler, self.end_step = begin, sampler, end_step

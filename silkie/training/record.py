@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from trl import DPOTrainer
 
 from silkie.batch.encoding import GroupEncoder
 from silkie.batch.preparation import PreparationReport
+from silkie.batch.streaming import StreamedBatches, Window
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
 from silkie.model.adapters import Coverage
@@ -43,6 +44,8 @@ class RunRecord(DPOTrainer):
     _sum: Callable[[Tensor], Tensor]
     checkpointing: Any
     _packed_tokens = 0
+    stream: StreamedBatches | None
+    _window: Sequence[int] | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last call, over all ranks, under TRL's names."""
@@ -92,10 +95,12 @@ class RunRecord(DPOTrainer):
             write_card(output_dir or str(self.args.output_dir), self.run_description())
 
     def run_state(self) -> dict[str, Any]:
-        """State of the losses, and the tokens trained on."""
+        """State of the losses, the tokens trained on, and the window of a stream that the last batch came from."""
         # Tokens since the last line of the log are in no total yet
         tokens, packed = self._logged["train"].tokens(self._sum, self.accelerator.device)
+        stream = {"stream": self._window} if self._window else {}
         return {
+            **stream,
             "objective": self.objective.state_dict(),
             "train_tokens": self._total_train_tokens + tokens,
             "packed_tokens": self._packed_tokens + packed,
@@ -104,6 +109,8 @@ class RunRecord(DPOTrainer):
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Restores the state saved by `run_state`."""
         self.objective.load_state_dict(state.get("objective", {}))
+        if self.stream is not None and "stream" in state:
+            self.stream.start = Window(*state["stream"])
         self._total_train_tokens = state.get("train_tokens", 0)
         self._packed_tokens = state.get("packed_tokens", 0)
 
@@ -113,4 +120,7 @@ class RunRecord(DPOTrainer):
 
     def run_identity(self) -> Identity:
         """Data, model, losses and options of this run, which its checkpoints keep."""
-        return identify(self._start, self.train_dataset, self.encoder, self.args)
+        identity = identify(self._start, self.train_dataset, self.encoder, self.args)
+        if self.stream is not None:  # the data is that of the first window
+            identity["order"]["rows_per_window"] = self.stream.rows
+        return identity

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, KTOConfig
@@ -116,22 +115,6 @@ def set_pad_token(tokenizer: Any, token: str | None) -> None:
             " exists there, or leave it out."
         )
     tokenizer.pad_token = token
-
-
-def without_images(dataset: Dataset, processor: Any) -> Dataset:
-    """The data of a run with a tokenizer, whose rows are text only, without its column of images.
-
-    Raises:
-        ValueError: it has images.
-    """
-    if isinstance(processor, ProcessorMixin) or "images" not in dataset.column_names:
-        return dataset
-    if any(row["images"] for row in dataset.select_columns("images")):
-        raise ValueError(
-            "The data has images, but processing_class is a tokenizer: pass the processor of a vision-language model,"
-            " or data without images."
-        )
-    return dataset.remove_columns("images")
 
 
 def choose_trained_parts(

@@ -129,7 +129,7 @@ DATA = [
     Case(
         name="`IterableDataset` (streaming)",
         rows=streamed,
-        note="the rows that max_steps takes are read before training starts and kept on disk, in their order",
+        note="read in windows of stream_window rows; pairs of the same prompt are joined within a window",
     ),
     Case(
         name="torch-formatted dataset",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, TrainerCallback
 
@@ -75,7 +74,9 @@ DATA = {
 
 def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
     torch.manual_seed(0)
-    data: Dataset = dataset(DATA[spec.get("data", "many")]())
+    data: Any = dataset(DATA[spec.get("data", "many")]())
+    if spec.get("stream"):
+        data = data.to_iterable_dataset()
     lora = spec.get("lora", True)
     options = dict(
         output_dir=spec["out"],
