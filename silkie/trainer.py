@@ -28,6 +28,7 @@ from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of
 from silkie.losses import GroupLogps, build_objective
 from silkie.model.adapters import ENOUGH, coverage, names_no_targets
+from silkie.model.checkpointing import checkpoint_first
 from silkie.model.dropout import disable_dropout
 from silkie.model.families import causal_lm
 from silkie.model.forward import SequenceLogps
@@ -126,7 +127,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
         elif eval_dataset is not None:
             eval_dataset = self._prepared(eval_dataset, args, "eval")
 
-        self.choice: LayoutChoice = choose_layout(config, args)
+        self.choice: LayoutChoice = choose_layout(config, args, startup.a_micro_batch(train_dataset, args))
         with args.main_process_first(desc="looking for shared prefixes"):
             if self.stream is None:
                 self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)

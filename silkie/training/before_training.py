@@ -75,12 +75,18 @@ class BeforeTraining(DPOTrainer):
         Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         undecided = self.args.layout == "auto" or (self.choice.shares_prefix and self.args.share_prefix == "auto")
+        undecided = undecided or self.choice.probed
         if not self.args.self_test or not undecided or self.choice.layout == "rows" or sharded:
             return False
         try:
             self._self_test(self.model)
         except LayoutMismatch as error:
-            if not self.choice.shares_prefix:
+            if self.choice.probed:
+                self.choice = self.choice.on_sdpa(f"{self.choice.backend} was faster, but: {error}")
+                for loaded in (self.model, self.ref_model):
+                    if loaded is not None:
+                        self.choice.apply(causal_lm(loaded))
+            elif not self.choice.shares_prefix:
                 self.choice = rows_choice(str(error))
             elif self.args.share_prefix == "image":
                 raise
