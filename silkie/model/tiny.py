@@ -109,7 +109,7 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
         "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
     },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "topk_group": 1}},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "inkling_mm_model": {
         "vision_config": {"text_hidden_size": WIDTH, "patch_size": 16},

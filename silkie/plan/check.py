@@ -121,7 +121,7 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
             causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
         adapted = _with_adapter(model.double())
         verdict.coverage, verdict.vision = coverage(adapted), describe_vision(adapted)
-        truth = _plain(adapted, encoder, rows)
+        truth = _truth(adapted, encoder, rows)
     except Exception as error:  # whatever a model's own classes raise
         logger.debug("%s", name, exc_info=True)
         verdict.layout, verdict.why = None, verdict.why + _told(error)
@@ -193,6 +193,28 @@ def encode_image(image: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _truth(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`_plain`, with what the model's class keeps in fp32 back in fp32 where it does not run in float64."""
+    try:
+        return _plain(model, encoder, rows)
+    except RuntimeError as error:
+        kept = [w for w in _named_weights(model) if any(k in w[0] for k in _kept_in_fp32(model))]
+        if "dtype" not in str(error) or not kept:
+            raise
+    for _, weight in kept:
+        weight.data = weight.data.float()
+    return _plain(model, encoder, rows)
+
+
+def _kept_in_fp32(model: Any) -> list[str]:
+    """Parts of the names of weights that transformers keeps in fp32 when a model is loaded in another dtype (private)."""
+    return list(getattr(causal_lm(model), "_keep_in_fp32_modules_strict", None) or [])
+
+
+def _named_weights(model: Any) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _plain(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
