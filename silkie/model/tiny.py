@@ -109,7 +109,12 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
         "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
     },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "topk_group": 1}},
+    "glm5_next": {
+        "text_config": {
+            **dict(num_key_value_heads=4, qk_rope_head_dim=0, topk_group=1),
+            **dict(linear_num_heads=2, linear_head_dim=16, index_topk=8, index_kpool=2, index_head_dim=16),
+        }
+    },
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "inkling_mm_model": {
         "vision_config": {"text_hidden_size": WIDTH, "patch_size": 16},
