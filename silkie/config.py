@@ -205,7 +205,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         metadata={
             "help": (
                 "Processes of each rank that decode and process images. None: as many as it has cores besides its own"
-                " (at most 8), by what this process may use and how many ranks share it; 0: the training process itself."
+                " (at most 8), by what this process may use and how many ranks share it; 0: the trainer itself."
             )
         },
     )

@@ -1,4 +1,4 @@
-"""Dropout that a model applies as a function of a rate that a module holds: nothing that looks for `nn.Dropout` sees it."""
+"""Dropout that a model applies as a function, by a rate that a module holds: who looks for `nn.Dropout` misses it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
 
 
 def disable_dropout(model: Any) -> None:
-    """Sets every rate to zero. TRL's `disable_dropout` reaches `nn.Dropout` only, and leaves the attention of a Q-Former,
-    for one, random."""
+    """Sets every rate to zero. TRL's `disable_dropout` reaches `nn.Dropout` only, and leaves the attention of a
+    Q-Former, for one, random."""
     found = list(dropout_rates(model))
     for module, name, _ in found:
         setattr(module, name, 0.0)

@@ -76,12 +76,16 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen4_exp": {
         "text_config": {
-            **dict(
-                indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2
-            ),
-            **dict(
-                ple_layer_ids=[1], ple_embed_dim=WIDTH, ngram_vocab_size_base=100, split_ngram_parts=4, hc_lowrank=16
-            ),
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": WIDTH,
+            "ngram_vocab_size_base": 100,
+            "split_ngram_parts": 4,
+            "hc_lowrank": 16,
         }
     },
     "granite4_vision": {
@@ -113,7 +117,18 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
         "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": WIDTH},
     },
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm5_next": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "qk_rope_head_dim": 0,
+            "topk_group": 1,
+            "linear_num_heads": 2,
+            "linear_head_dim": 16,
+            "index_topk": 8,
+            "index_kpool": 2,
+            "index_head_dim": 16,
+        }
+    },
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "inkling_mm_model": {
         "vision_config": {"text_hidden_size": WIDTH, "patch_size": 16},
@@ -194,7 +209,7 @@ def needed_packages(model_type: str) -> list[str]:
     out = []
     images = _PROCESSORS.get(model_type, {}).get("_images") or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
     name = _PROCESSORS.get(model_type, {}).get("_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
-    module = transformers._class_to_module.get(name, "")
+    module = transformers._class_to_module.get(name, "")  # type: ignore[attr-defined]
     if ("torchvision" in images and "pil" not in images) or _imports_torchvision(f"transformers.{module}"):
         out.append("torchvision")
     if any(hasattr(part, "architecture") for part in _parts(CONFIG_MAPPING[model_type]()).values()):

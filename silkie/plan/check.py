@@ -60,6 +60,11 @@ class LayoutVerdict:
     error: str | None = None
 
     @property
+    def ran(self) -> bool:
+        """Whether it was tried."""
+        return self.error is not None or not math.isnan(self.difference)
+
+    @property
     def exact(self) -> bool:
         return self.error is None and self.difference <= EXACT and self.gradient <= self.room
 
@@ -72,6 +77,7 @@ class ModelVerdict:
         name: of the model or its type.
         layout: what `layout="auto"` takes; None where the model is refused.
         why: the reason for the layout, or why the model is refused.
+        known: False where the model, its processor or its own forward did not run, which says nothing about silkie.
         rows, packed: the layouts.
         coverage: of the default LoRA adapter.
         vision: which parts make features.
@@ -82,6 +88,7 @@ class ModelVerdict:
     name: str
     layout: str | None = None
     why: str = ""
+    known: bool = True
     rows: LayoutVerdict = field(default_factory=LayoutVerdict)
     packed: LayoutVerdict = field(default_factory=LayoutVerdict)
     coverage: Coverage | None = None
@@ -102,31 +109,32 @@ def check_model(name: str, model: Any, processor: Any, rows: Sequence[Mapping[st
     Args:
         rows: groups, two or more of different prompt length.
     """
-    start, verdict = time.monotonic(), ModelVerdict(name=name)
+    start, verdict, doing = time.monotonic(), ModelVerdict(name=name), ""
     try:
         check_merges_images(model)
         ask_for_token_types(processor, type(causal_lm(model)).forward)
         encoder = GroupEncoder(processor)
-        verdict.why = "could not be built here: "
+        doing = "its own processor takes no row with an image"
         rows, refused = _usable(model, encoder, rows)
-        verdict.why = ""
+        doing = ""
         choice = choose_layout(
             causal_lm(model).config,
             SimpleNamespace(
                 layout="auto", attention_backend="sdpa", share_prefix="off", device="cpu", bf16=False, fp16=False
             ),
         )
-        verdict.layout, verdict.why = choice.layout, "; ".join([choice.reason, *refused])
         if hasattr(causal_lm(model), "set_experts_implementation"):
             causal_lm(model).set_experts_implementation("eager")  # grouped products have no float64
         adapted = _with_adapter(model.double())
         verdict.coverage, verdict.vision = coverage(adapted), describe_vision(adapted)
-        truth = _plain_forward(adapted, encoder, rows)
+        doing = "its own forward does not run"
+        truth = _truth(adapted, encoder, rows)
     except Exception as error:  # whatever a model's own classes raise
         logger.debug("%s", name, exc_info=True)
-        verdict.layout, verdict.why = None, verdict.why + _told(error)
+        verdict.why, verdict.known = ": ".join(filter(None, [doing, _told(error)])), not doing
         verdict.seconds = time.monotonic() - start
         return verdict
+    verdict.layout, verdict.why = choice.layout, "; ".join([choice.reason, *refused])
     verdict.rows = _layout(adapted, encoder, rows, "rows", truth)
     verdict.packed = _layout(adapted, encoder, rows, "packed", truth)
     if verdict.layout == "packed" and not verdict.packed.exact:
@@ -193,6 +201,28 @@ def encode_image(image: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _truth(model: Any, encoder: GroupEncoder, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`_plain_forward`, with what the model's class keeps in fp32 back in fp32 where it does not run in float64."""
+    try:
+        return _plain_forward(model, encoder, rows)
+    except RuntimeError as error:
+        kept = [w for w in _named_weights(model) if any(k in w[0] for k in _kept_in_fp32(model))]
+        if "dtype" not in str(error) or not kept:
+            raise
+    for _, weight in kept:
+        weight.data = weight.data.float()
+    return _plain_forward(model, encoder, rows)
+
+
+def _kept_in_fp32(model: Any) -> list[str]:
+    """Parts of the names of weights that transformers keeps in fp32 in a model of another dtype (private)."""
+    return list(getattr(causal_lm(model), "_keep_in_fp32_modules_strict", None) or [])
+
+
+def _named_weights(model: Any) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _plain_forward(
@@ -283,6 +313,7 @@ def _step(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], layout:
             bf16=False,
             report_to="none",
             save_strategy="no",
+            logging_strategy="no",
             disable_tqdm=True,
         )
         SilkieDPOTrainer(

@@ -143,19 +143,24 @@ class SelfTest:
 
 
 def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
-    """Two or three groups of different prompt length among the first of a prepared dataset, with and without images
-    where there are both."""
-    first = dataset[0]
-    chosen = [first]
-    for i in range(1, min(len(dataset), _LOOKED_AT)):
+    """Up to three groups among the first of a prepared dataset: two with images and one without where there are both,
+    of different prompt length where there are such. Two with images, as their image tensors are joined."""
+    pictured: dict[int, dict[str, Any]] = {}
+    plain: dict[int, dict[str, Any]] = {}
+    for i in range(min(len(dataset), _LOOKED_AT)):
         row = dataset[i]
-        lengths = {r["prompt_length"] for r in chosen}
-        has_images = {bool(r.get("images")) for r in chosen}
-        if bool(row.get("images")) not in has_images or (len(lengths) == 1 and row["prompt_length"] not in lengths):
-            chosen.append(row)
-        if len(chosen) == 3:
+        (pictured if row.get("images") else plain)[i] = row
+        if plain and len({r["prompt_length"] for r in pictured.values()}) > 1:
             break
-    return chosen
+    chosen = {**_of_different_length(pictured), **_of_different_length(plain)}
+    return [chosen[i] for i in sorted(list(chosen)[:3])]
+
+
+def _of_different_length(rows: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The first row, and the first of another prompt length, or the second where all have the same."""
+    others = list(rows)[1:]
+    other = [i for i in others if rows[i]["prompt_length"] != rows[next(iter(rows))]["prompt_length"]]
+    return {i: rows[i] for i in [*list(rows)[:1], *(other or others)[:1]]}
 
 
 def company_to_test(dataset: Any, companies: Sequence[Company]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, KTOConfig

@@ -205,7 +205,13 @@ def test_a_path_that_crashes_is_told_by_name(tmp_path, monkeypatch):
 def test_groups_of_both_kinds_and_of_different_length_are_tested():
     rows = [{"prompt_length": n, "images": images} for n, images in [(5, [1]), (5, [1]), (5, []), (7, [1]), (9, [])]]
     assert groups_to_test(rows) == [rows[0], rows[2], rows[3]]
-    assert groups_to_test(rows[:2]) == rows[:1] and groups_to_test(rows[3:]) == rows[3:]
+    assert groups_to_test(rows[:2]) == rows[:2] and groups_to_test(rows[3:]) == rows[3:]
+
+
+def test_two_groups_with_images_are_tested_where_there_are_two():
+    """One alone would not show how the image tensors of several groups are joined."""
+    rows = [{"prompt_length": n, "images": images} for n, images in [(5, [1]), (7, []), (9, []), (5, [1])]]
+    assert groups_to_test(rows) == [rows[0], rows[1], rows[3]]
 
 
 def count_encodings(trainer):

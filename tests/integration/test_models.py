@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from silkie import SilkieDPOConfig
-from silkie.batch.collator import Join, _join_vision, image_joins
+from silkie.batch.collator import Join, _how_joined, _join_vision, image_joins
 from silkie.batch.encoding import GroupEncoder
 from silkie.model import tiny
 from silkie.model.__main__ import _pictures, check_named, main
@@ -55,6 +55,41 @@ def test_check_prints_a_verdict_and_says_by_its_exit_status_whether_a_model_trai
     assert "llava: exact" in (shown := capsys.readouterr().out) and "100.0 % of the text weights" in shown
     assert main(["check", "blip"]) == 1
     assert "does not merge image features" in capsys.readouterr().out
+
+
+def test_what_is_no_model_is_told(tmp_path, capsys):
+    def told(name):
+        with pytest.raises(SystemExit):
+            main(["check", name])
+        return capsys.readouterr().err
+
+    assert f"{tmp_path / 'nowhere'} is not a directory" in told(str(tmp_path / "nowhere"))
+    assert "qwen2_5_vl" in told("qwen2.5_vl")
+    assert "no usable config.json of a model" in told(str(tmp_path))
+    tiny.tiny("llava")[0].save_pretrained(tmp_path)
+    assert "no usable processor" in told(str(tmp_path))
+
+
+def test_what_could_not_be_tried_is_not_called_refused(monkeypatch, capsys):
+    def missing(name):
+        raise ImportError("TimmWrapperModel requires the timm library")
+
+    monkeypatch.setattr(tiny, "tiny", missing)
+    assert main(["check", "gemma3n"]) == 1
+    assert capsys.readouterr().out == "gemma3n: not known\n  why: could not be built here: needs timm\n"
+
+
+def test_image_tensors_that_number_places_are_shifted():
+    """As Molmo 2's `image_token_pooling`, whose numbers are of patches among those of all images; -1 is none."""
+    one = {"pixel_values": torch.ones(2, 3, 5), "places": torch.tensor([[0, 5], [-1, 1]])}
+    two = {"pixel_values": torch.ones(1, 3, 5), "places": torch.tensor([[0, 2]])}
+    both = {"pixel_values": torch.ones(3, 3, 5), "places": torch.tensor([[0, 5], [-1, 1], [6, 8]])}
+    turned = {"pixel_values": torch.ones(3, 3, 5), "places": torch.tensor([[0, 2], [3, 8], [-1, 4]])}
+    orders = [([one, two], both), ([two, one], turned)]
+    join = _how_joined("places", orders)
+    assert join == Join(counts=("pixel_values", 2)) and _how_joined("pixel_values", orders) is None
+    assert torch.equal(_join_vision([one, two], {"places": join})["places"], both["places"])
+    assert not torch.equal(_join_vision([one, two], {})["places"], both["places"])
 
 
 def test_vision_is_what_is_not_the_decoder():
