@@ -22,8 +22,9 @@ from silkie.batch.labels import Labels
 from silkie.batch.template import TemplateMismatch, plain_prompt
 from silkie.batch.workers import preparation_processes
 from silkie.data.check import check_distinct, check_group, check_no_video
-from silkie.data.images import ImageResolver, image_digest, open_image
+from silkie.data.images import image_digest, open_image
 from silkie.data.registry import code_digest
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Found, Row
 from silkie.data.schema import DataError, NoGroupLeft, RowError, user_turn
 from silkie.data.stamps import image_fingerprint

@@ -1,7 +1,7 @@
 """Preference data: any supported source to preference groups. See `load_preferences`, `build_pairs` and
 `register_source`."""
 
-from silkie.data.images import ImageError, ImageResolver, image_digest, open_image, read_bytes, to_rgb
+from silkie.data.images import ImageError, image_digest, open_image, read_bytes, to_rgb
 from silkie.data.loading import load_preferences, load_with_report
 from silkie.data.mixing import mix
 from silkie.data.pairs import PairOptions, Pairs, build_pairs, parse_rating
@@ -9,6 +9,7 @@ from silkie.data.rebuild import rebuild_pairs, repair_pairs
 from silkie.data.registry import SOURCES, Source, register_source
 from silkie.data.regroup import regroup, regroup_with_report
 from silkie.data.reports import LoadReport, Problem, RegroupReport, ValidationReport
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
 from silkie.data.schema import (
     VLFEEDBACK_ASPECTS,

@@ -21,10 +21,11 @@ from datasets.fingerprint import Hasher
 
 from silkie.data import raw
 from silkie.data.check import check_group, check_no_video, is_aspect
-from silkie.data.images import ImageError, ImageResolver, is_remote
+from silkie.data.images import ImageError, is_remote
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import Source, code_digest
 from silkie.data.reports import LoadReport, OnError, Problem, unforeseen
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Found, Row
 from silkie.data.schema import OPTIONAL, DataError, Group, RowError, SkipRow, group_features
 from silkie.data.stored import NoPairs, stored_row

@@ -16,12 +16,12 @@ from silkie.data import sources as _sources  # noqa: F401  (registers the built-
 from silkie.data.check import is_aspect
 from silkie.data.columns import reading
 from silkie.data.convert import Settings, sound_aspects, sound_rows, write_groups
-from silkie.data.images import ImageResolver
 from silkie.data.pairs import ANY_SCALE, PairFunction, PairOptions
 from silkie.data.rebuild import rebuild_with_report
 from silkie.data.registry import SOURCES, Source, detect_source, get_source, source_for_hub_name
 from silkie.data.regroup import regroup_with_report
 from silkie.data.reports import LoadReport, OnError, Problem
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
 from silkie.data.schema import DataError, NoGroupLeft, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order

@@ -8,9 +8,9 @@ from typing import Any
 
 import datasets
 
-from silkie.data.images import ImageResolver
 from silkie.data.pairs import PairFunction, PairOptions, own_aspects
 from silkie.data.reports import OnError, Problem, unforeseen
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
 from silkie.data.schema import RowError
 from silkie.data.stored import pair_up, why_no_pairs

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from silkie.data.images import ImageError, ImageResolver
+from silkie.data.images import ImageError
 from silkie.data.pairs import ANY_SCALE, check_rating
+from silkie.data.resolver import ImageResolver
 from silkie.data.schema import ImageValue, RowError
 
 Record = Mapping[str, Any]

@@ -9,10 +9,11 @@ from typing import Any, cast
 import datasets
 
 from silkie.data.check import check_distinct, check_group
-from silkie.data.images import ImageError, ImageResolver, open_image
+from silkie.data.images import ImageError, open_image
 from silkie.data.judge_checks import judge_flags
 from silkie.data.registry import code_digest
 from silkie.data.reports import OnError, Problem, ValidationReport
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Found, Row
 from silkie.data.schema import DataError, RowError, aspects_of
 from silkie.data.stamps import image_fingerprint

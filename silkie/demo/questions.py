@@ -130,13 +130,18 @@ def _number(true: int, rng: Rng, label: bool, options: range) -> tuple[int, bool
     return n, abs(n - true) == 1
 
 
+def _single_shape(scene: Scene, rng: Rng) -> SceneItem | None:
+    """One of the shapes that occur exactly once, so that a question can name it; None where there is none."""
+    kinds = [item.kind for item in scene.shapes]
+    items = [item for item in scene.shapes if kinds.count(item.kind) == 1]
+    return _pick(rng, items) if items else None
+
+
 def color(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
     """Ask the colour of a shape that occurs exactly once; half of the wrong colours are those of another object."""
-    shapes = [item.kind for item in scene.shapes]
-    items = [item for item in scene.shapes if shapes.count(item.kind) == 1]
-    if not items:
+    item = _single_shape(scene, rng)
+    if item is None:
         return None
-    item = _pick(rng, items)
     name, hard = _color_name(scene, item, rng, label)
     return _yesno("color", f"Is the {item.kind} {name}?", label, hard)
 
@@ -188,11 +193,9 @@ def calculation(scene: Scene, rng: Rng, label: bool) -> SceneQuestion:
 
 
 def translation(scene: Scene, rng: Rng, label: bool) -> SceneQuestion | None:
-    shapes = [item.kind for item in scene.shapes]
-    items = [item for item in scene.shapes if shapes.count(item.kind) == 1]
-    if not items:
+    item = _single_shape(scene, rng)
+    if item is None:
         return None
-    item = _pick(rng, items)
     name, hard = _color_name(scene, item, rng, label)
     return _yesno("text_translation", f"Is the {item.kind} {FRENCH[name]} in French?", label, hard)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from silkie.data.images import MAX_PIXELS, ImageError, ImageResolver, open_image, read_bytes, readable_formats
+from silkie.data.images import MAX_PIXELS, ImageError, open_image, read_bytes, readable_formats
+from silkie.data.resolver import ImageResolver
 from silkie.endpoint.errors import ItemError
 
 # What chat endpoints accept as they are; everything else is sent as PNG.

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from silkie.report.collect import MAX_CARDS, collect, pick_cards, read_run, score_evaluation, short_names
+from silkie.report.collect import MAX_CARDS, collect, pick_cards, read_run, short_names
 from silkie.report.schema import BenchmarkRow, Curve, Evaluation, Report, System
+from silkie.report.scored import score_evaluation
 
 __all__ = ["side_by_side"]
 

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from silkie.data import DataError, raw
 from silkie.data.convert import Settings, _row
-from silkie.data.images import ImageError, ImageResolver, image_size, open_image
+from silkie.data.images import ImageError, image_size, open_image
 from silkie.data.pairs import PairOptions
 from silkie.data.registry import SOURCES
+from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
 from silkie.data.schema import group_features
 from silkie.endpoint import client, transport
