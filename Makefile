@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .PHONY: demo docs reference test test-slow test-versions test-install check-install constraints lint format clean
 
-demo: $(VENV)/.demo  ## run the whole loop on the embedded world (about five minutes on two free cores)
+demo: $(VENV)/.demo  ## run the whole loop on the embedded world (under five minutes on two free cores)
 	$(BIN)/silkie demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## everything that fits a CI run

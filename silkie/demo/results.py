@@ -41,7 +41,7 @@ CONTROLS = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything; the defaults make a run of about five minutes on two free cores."""
+    """How much of everything; the defaults make a run of 404 CPU seconds, under five minutes on two free cores."""
 
     images: int = 400
     card_images: int = 120

@@ -1,0 +1,19 @@
+"""examples/other_tools.md: every test that a tick names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "examples/other_tools.md").read_text())))
+
+
+@pytest.mark.parametrize(("file", "test"), NAMED)
+def test_a_named_test_exists(file, test):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert not test or re.search(rf"^(?:async )?def {test}\(", text, re.M)
+
+
+def test_there_are_ticks():
+    assert len(NAMED) > 20
