@@ -73,7 +73,7 @@ class BaseSizes:
     """
 
     eye_boards: int = 1500
-    described: int = 1340
+    described: int = 640
     asked: int = 160
     grouped: float = 0.3
     batch: int = 16

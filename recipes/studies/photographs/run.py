@@ -48,6 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="packages and photographs (%(default)s)")
     parser.add_argument("--photographs", type=Path, help="folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's)")
+    parser.add_argument("--described", type=int, help="descriptions that the base is taught")
     for name, text in (
         ("boards", "boards whose prompts make the preferences"),
         ("questions", "yes/no questions per board beside its description"),
@@ -64,6 +65,8 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     sizes = QUICK if arguments.quick else Sizes()
     names = ("boards", "questions", "held_out", "sampled", "question_boards", "development")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.described is not None:
+        sizes = replace(sizes, base=replace(sizes.base, described=arguments.described))
     return replace(sizes, **given)
 
 
