@@ -54,8 +54,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         default="auto",
         metadata={
             "help": (
-                "Attention of the language model in the packed layout. auto: sdpa, one group per row; on the CPU by"
-                " segment."
+                "Attention of the language model in the packed layout. auto: on a GPU varlen or flex where a trial at"
+                " start-up finds it exact and faster, else sdpa, one group per row; on the CPU by segment."
             )
         },
     )

@@ -128,7 +128,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepared(eval_dataset, args, "eval")
 
-        self.choice: LayoutChoice = choose_layout(config, args)
+        self.choice: LayoutChoice = choose_layout(config, args, startup.a_micro_batch(train_dataset, args))
         with args.main_process_first(desc="looking for shared prefixes"):
             self.choice, self._companies = share_prefixes(self.choice, train_dataset, self.encoder, args)
         self.objective.check_aspects(aspects_of(train_dataset.features))
@@ -239,12 +239,18 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         Returns whether the layout has passed the self-test; sharded weights can only be run once they are wrapped."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         undecided = self.args.layout == "auto" or (self.choice.shares_prefix and self.args.share_prefix == "auto")
+        undecided = undecided or self.choice.probed
         if not self.args.self_test or not undecided or self.choice.layout == "rows" or sharded:
             return False
         try:
             self._self_test(self.model)
         except LayoutMismatch as error:
-            if not self.choice.shares_prefix:
+            if self.choice.probed:
+                self.choice = self.choice.on_sdpa(f"{self.choice.backend} was faster, but: {error}")
+                for loaded in (self.model, self.ref_model):
+                    if loaded is not None:
+                        self.choice.apply(causal_lm(loaded))
+            elif not self.choice.shares_prefix:
                 self.choice = rows_choice(str(error))
             elif self.args.share_prefix == "image":
                 raise

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PretrainedConfig
 
 from silkie.batch.packing import Layout
 from silkie.model import recurrent
-from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, why_not_available
+from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, probe, why_not_available
 from silkie.model.attention.varlen import kernel_name
 from silkie.model.families import layer_types, why_not_packable
+
+Lengths = tuple[int, Sequence[int]]  # of a group's prompt and of its responses
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -24,6 +29,7 @@ class LayoutChoice:
         layout, reason: what runs and why.
         backend, backend_reason: attention of the language model in the packed layout.
         groups_per_row: groups (trees of them) that share a row; None: the whole micro-batch.
+        probed: the backend was found by a trial, and has still to prove itself in the whole model.
         shares_prefix: groups may share the beginning of their prompts; recurrent layers then take one more call.
         sharing: what is shared and why, or why not.
         calls, calls_reason: of a recurrent mixer per forward pass, and what they pad.
@@ -34,6 +40,7 @@ class LayoutChoice:
     backend: Backend
     backend_reason: str
     groups_per_row: int | None
+    probed: bool = False
     shares_prefix: bool = False
     sharing: str = "each prompt runs by itself"
     calls: recurrent.Calls = recurrent.CALLS
@@ -62,6 +69,10 @@ class LayoutChoice:
         if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
             base.set_attn_implementation({"text_config": implementation})
 
+    def on_sdpa(self, reason: str) -> LayoutChoice:
+        """The same layout on the backend that is exact everywhere."""
+        return replace(self, backend="sdpa", backend_reason=reason, groups_per_row=1, probed=False)
+
     def shapes(self, dataset: Dataset, *, mismatched: bool = False) -> list[tuple[int, int]]:
         """(rows, tokens of its longest row) of each group in a forward pass.
 
@@ -86,8 +97,12 @@ class LayoutChoice:
         return out
 
 
-def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
+def choose_layout(config: PretrainedConfig, args: Any, groups: Sequence[Lengths] = ()) -> LayoutChoice:
     """The layout for a model.
+
+    Args:
+        groups: prompt length and response lengths of groups that could be a micro-batch of the run; on a GPU the
+            attention backends are tried on them.
 
     Raises:
         ValueError: `layout="packed"` is asked for, and packing is wrong for the model.
@@ -103,7 +118,7 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
         raise ValueError(f"layout='packed' is not exact here: {obstacle}. Use layout='rows' or 'auto'.")
     if obstacle:
         return rows_choice(obstacle)
-    backend, why = _choose_backend(config, args)
+    backend, why = _choose_backend(config, args, groups, dtype)
     kinds = ", ".join(sorted(layer_types(config))).replace("_attention", "")
     reason = "asked for" if args.layout == "packed" else f"{config.model_type} has {kinds} attention only"
     if forks := recurrent.count_recurrent(config):
@@ -115,6 +130,7 @@ def choose_layout(config: PretrainedConfig, args: Any) -> LayoutChoice:
         backend=backend,
         backend_reason=why,
         groups_per_row=1 if backend in ONE_GROUP_PER_ROW else None,
+        probed=args.attention_backend == "auto" and backend not in ONE_GROUP_PER_ROW,
     )
 
 
@@ -125,7 +141,9 @@ def rows_choice(reason: str) -> LayoutChoice:
     )
 
 
-def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
+def _choose_backend(
+    config: PretrainedConfig, args: Any, groups: Sequence[Lengths], dtype: torch.dtype
+) -> tuple[Backend, str]:
     """Backend and reason.
 
     Raises:
@@ -137,7 +155,19 @@ def _choose_backend(config: PretrainedConfig, args: Any) -> tuple[Backend, str]:
         # Its gain was measured on a CPU (examples/packing.md); on a GPU, unmeasured, the plain choice is the safe one.
         if device.type == "cpu" and why_not_available("segments", config, device) is None:
             return "segments", "sdpa without the scores that nothing sees, the fastest on a CPU; one group per row"
+        own = getattr(config, "dtype", None)  # of a model that runs without autocast
+        sizes = probe.sizes_of(config, groups, own if dtype == torch.float32 and own else dtype)
+        if device.type == "cuda" and groups and sizes and not recurrent.count_recurrent(config):
+            return _agreed(probe.fastest(config, sizes, device))
         return "sdpa", "exact on every device; one group per row"
     if obstacle := why_not_available(wanted, config, device):
         raise ValueError(f"attention_backend={wanted!r} cannot run here: {obstacle}.")
     return wanted, f"asked for; {kernel_name()}" if wanted == "varlen" else "asked for"
+
+
+def _agreed(choice: tuple[Backend, str]) -> tuple[Backend, str]:
+    """The main process's: ranks lay their rows out alike, and two may measure differently."""
+    chosen = [choice]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]

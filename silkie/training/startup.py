@@ -200,6 +200,19 @@ def _head_without_adapter() -> Iterator[None]:
         del PeftModel.get_output_embeddings  # type: ignore[attr-defined]
 
 
+def a_micro_batch(dataset: Dataset, args: SilkieDPOConfig) -> list[tuple[int, list[int]]]:
+    """Prompt length and response lengths of the first groups of a prepared dataset, as many as a micro-batch has."""
+    room = args.max_tokens_per_batch
+    groups: list[tuple[int, list[int]]] = []
+    few = dataset.select(range(min(len(dataset), 64 if room else args.per_device_train_batch_size)))
+    for prompt, responses in zip(few["prompt_length"], few["response_lengths"], strict=True):
+        if groups and room is not None and prompt + sum(responses) > room:
+            break
+        groups.append((prompt, responses))
+        room = None if room is None else room - prompt - sum(responses)
+    return groups
+
+
 def refuse_collation(rows: Any) -> Any:
     """Placeholder until the model is loaded; the real collator needs its position rule."""
     raise RuntimeError("the collator is not set up yet")

@@ -77,13 +77,14 @@ def in_own_process(
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The faster of two repeats; times of both, the larger peak."""
+    """The faster of two results; times of both, the larger peak."""
     if not old or not new:
         return old or new
     best, other = (old, new) if old["seconds"] <= new["seconds"] else (new, old)
     return {
         **best,
         "all_seconds": old["all_seconds"] + new["all_seconds"],
+        "best_of_repeats": old["best_of_repeats"] + new["best_of_repeats"],
         "extra_bytes": max(best["extra_bytes"], other["extra_bytes"]),
     }
 
@@ -104,7 +105,8 @@ def measure(
         contenders = [c for c in args.contenders if c != SHARED or args.groups * setting[2] > 1]  # nothing to share
         if args.resume and all((*setting, c) in results for c in contenders):
             continue
-        found: dict[str, dict[str, Any]] = {}
+        kept = {c: results[(*setting, c)] for c in contenders if args.add and (*setting, c) in results}
+        found: dict[str, dict[str, Any]] = dict(kept)
         for _, contender in itertools.product(range(args.repeats), contenders):
             lengths, tokens, questions, k = setting
             one = in_own_process(contender, tokens, k, lengths, questions, args)
@@ -131,12 +133,21 @@ def earlier_results(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
     speed = f"{result['pairs_per_second'] / stock['pairs_per_second']:5.2f}x" if stock else "    -"
+    if stock and len(result["best_of_repeats"]) > 1:
+        low, high = interval(result, stock)
+        speed += f" ({low:.2f}-{high:.2f})"
     flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
     losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:3])
     return (
         f"| {result['lengths']:7s} | {result['image_tokens']:5d} | {result['questions']} | {result['k']} | {result['contender']:50s} | {result['seconds']:8.3f} | {result['pairs_per_second']:8.3f} | {speed} "
         f"| {result['flops'] / 1e9:10.1f} | {flops} | {result['extra_bytes'] / 2**20:8.0f} | {losses} |"
     )
+
+
+def interval(result: dict[str, Any], stock: dict[str, Any]) -> tuple[float, float]:
+    """Smallest and largest speed-up of a repeat: its best step against TRL's best of the same repeat."""
+    ratios = [t / s for s, t in zip(result["best_of_repeats"], stock["best_of_repeats"], strict=False)]
+    return min(ratios), max(ratios)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -219,6 +230,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="attention_backend of the packed layout")
     parser.add_argument("--timed", type=int, default=2, help="timed steps per run")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="add the repeats to those that the results file has")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", default=None, help="file name without suffix; default: step[_<family>]_<device>")
     parser.add_argument("--resume", action="store_true", help="leave out the settings that the file already has")

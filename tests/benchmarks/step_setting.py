@@ -372,6 +372,7 @@ def run(
         "groups_per_step": groups_per_step,
         "seconds": best,
         "all_seconds": meter.seconds,
+        "best_of_repeats": [best],
         "pairs_per_second": pairs / best,
         "flops": meter.flops,
         "extra_bytes": meter.extra_bytes,

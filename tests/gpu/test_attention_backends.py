@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from silkie.model.attention import why_not_available
+from silkie.model.attention import probe, why_not_available
 from tests.support.scoring import collate, gradients, groups, score, with_lora
 from tests.support.tiny import tiny_model, tiny_processor
 
@@ -82,3 +82,13 @@ def test_a_wrong_block_mask_shows(truth):
     with torch.no_grad():
         wrong = score(model, processor, rows, "packed", "flex", batch=batch).logps.double()
     assert (wrong - truth[0]).abs().max() > 0.1
+
+
+def test_the_trial_at_start_up_runs_every_backend_that_is_there(monkeypatch):
+    """What it takes depends on the machine; what it says of a backend is a figure, not an error."""
+    monkeypatch.setattr(probe, "_WORTHWHILE", 1e-9)  # no backend is fast enough, so that all are tried
+    config, device = build(torch.bfloat16).config, torch.device("cuda")
+    sizes = probe.sizes_of(config, [(300, [60, 80, 40]), (500, [120, 30])], torch.bfloat16)
+    backend, why = probe.fastest(config, sizes, device)
+    assert backend == "sdpa" and "flex takes" in why
+    assert ("varlen takes" in why) is (why_not_available("varlen", config, device) is None)
