@@ -33,6 +33,7 @@ from silkie.model.layout import LayoutChoice, choose_layout, rows_choice
 from silkie.model.processor import ask_for_token_types
 from silkie.model.vision import freeze_vision, unhook_vision, vision_is_frozen
 from silkie.training import guards, startup
+from silkie.training.features import features_on_disk
 from silkie.training.forward_context import ForwardContext
 from silkie.training.hooks import StepHooks
 from silkie.training.metrics import RunMetrics
@@ -202,6 +203,7 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
             context=self._context,
             half_precision=self.args.bf16 or self.args.fp16,
             tolerance=self.args.self_test_tolerance,
+            features=self.passes.features,
             agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
         )
         test(policy, groups_to_test(self.train_dataset))
@@ -331,7 +333,12 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
         if self.frozen_vision:
             unhook_vision(causal_lm(self.model))  # transformers has just turned checkpointing on
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
-        if self.args.self_test and not (self._tested and policy is self.model):
+        if self.passes.vision_cache is None:
+            self.passes.vision_cache = features_on_disk(
+                self.model, self.train_dataset, self.data_collator, self._context, self.args
+            )
+        tested = self._tested and policy is self.model and self.passes.vision_cache is None
+        if self.args.self_test and not tested:
             self._self_test(policy)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:
             reference_pass = ReferencePass(
@@ -345,5 +352,6 @@ class SilkieDPOTrainer(RunRecord, TrlSurface, RecoverableTrainer, DPOTrainer):
                 accelerator=self.accelerator,
                 args=self.args,
                 tokens="reference_tokens" in self.objective.needs,
+                features=self.passes.features,
             )
             self.passes.table = reference_pass.run(policy, self.train_dataset)

@@ -17,7 +17,7 @@ from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, describe
 from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
 from silkie.batch.stems import find_trees
-from silkie.data.images import open_image
+from silkie.data.images import image_digest, open_image
 from silkie.data.pairs import mean_ratings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class GroupCollator:
             micro-batch does not run the vision tower.
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
         joins: image tensors that are joined along another dimension than the first, see `image_joins`.
+        image_keys: also hash the encoded images (`silkie.model.vision_cache`).
         share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
 
@@ -66,6 +67,7 @@ class GroupCollator:
     corruption: ImageCorruption | None = None
     joins: Mapping[str, int] = field(default_factory=dict)
     share_prefix: bool = False
+    image_keys: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
@@ -88,6 +90,7 @@ class GroupCollator:
         pairs, weights = _flat_pairs(rows, counts)
         fields: dict[str, Any] = {
             **self._rows(encoded, groups, trees),
+            **({"image_keys": [_image_keys(rows[tree.groups[0]]) for tree in trees]} if self.image_keys else {}),
             "lengths": lengths,
             "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in encoded]),
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
@@ -126,6 +129,7 @@ class GroupCollator:
             **{name: getattr(packed, name) for name in PackedBatch.__slots__},
             "vision": vision,
             "image_tokens": [self._image_tokens(e) for e in first],
+            "vision_sizes": _sizes([e.vision for e in first], self.joins),
         }
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -230,6 +234,16 @@ def _join_vision(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, int]) -
     padded with zeros, as processors pad their batches. What is no tensor is a list with an entry per image."""
     keys = dict.fromkeys(key for part in parts for key in part)
     return {key: _join([part[key] for part in parts if key in part], joins.get(key, 0)) for key in keys}
+
+
+def _sizes(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, int]) -> dict[str, list[int]]:
+    """Image tensor -> its length in each part, along the dimension of `_join_vision`; 0 where a part has none."""
+    keys = dict.fromkeys(key for part in parts for key, value in part.items() if isinstance(value, Tensor))
+    return {key: [part[key].shape[joins.get(key, 0)] if key in part else 0 for part in parts] for key in keys}
+
+
+def _image_keys(row: Mapping[str, Any]) -> list[str]:
+    return [image_digest(image, where=describe(row)) for image in row.get("images") or []]
 
 
 def _join(values: Sequence[Any], dim: int) -> Any:

@@ -158,7 +158,7 @@ def explained_deaths() -> Iterator[None]:
         if isinstance(error, WorkerDied) or not (died := _DIED.search(str(error))):
             raise
         raise WorkerDied(
-            f"A worker of the data loader (process {died[1]}) was ended from outside, most often because the machine ran"
-            " out of memory. Start the same command again to resume from the last checkpoint; fewer workers"
+            f"A worker of the data loader (process {died[1]}) was ended from outside, most often because the machine"
+            " ran out of memory. Start the same command again to resume from the last checkpoint; fewer workers"
             " (dataloader_num_workers) and a smaller dataloader_prefetch_factor take less memory."
         ) from error

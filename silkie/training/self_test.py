@@ -23,6 +23,7 @@ from silkie.data.images import open_image
 from silkie.data.schema import ROW_FORM, to_messages
 from silkie.model.families import causal_lm, family_of, layer_types
 from silkie.model.forward import Scorer
+from silkie.model.vision import FeatureCache
 from silkie.training.forward_context import ForwardContext
 from silkie.training.non_finite import NonFiniteError
 
@@ -53,6 +54,7 @@ class SelfTest:
         context: device placement and autocast of the run.
         half_precision: whether the run autocasts to fp16 or bf16.
         tolerance: largest allowed difference of a token's log-prob, in nats; None: 2e-3, or 0.25 in half precision.
+        features: the image features of a batch that the run's passes share.
         agree: the largest of a number over all ranks, so that every rank decides the same.
     """
 
@@ -62,6 +64,7 @@ class SelfTest:
     context: ForwardContext
     half_precision: bool
     tolerance: float | None
+    features: Callable[[Any], FeatureCache | None] = lambda batch: None
     agree: Callable[[float], float] = float
 
     def __call__(self, model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
@@ -113,7 +116,8 @@ class SelfTest:
         """fp [n] log-probs of each response's tokens by the run's own path."""
         try:
             batch = self.context.prepare(self.collate(rows))
-            logps = self.scorer(model, batch, frozen_vision=True).per_token_logps
+            cache = self.features(batch)
+            logps = self.scorer(model, batch, frozen_vision=True, cache=cache).per_token_logps
             if shared := stems(batch["segments"]):
                 logger.info("self-test: groups share a stem of %d tokens", shared[0].length)
         except torch.OutOfMemoryError:
