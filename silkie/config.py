@@ -196,6 +196,19 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         default=None,
         metadata={"help": "Where precompute_ref_log_probs keeps its numbers. None: reference_cache in output_dir."},
     )
+    vision_cache: str = field(
+        default="auto",
+        metadata={
+            "help": (
+                "Features of a frozen vision tower on disk, so that each image is encoded once. auto: in output_dir,"
+                " where images are encoded more than once; off; or a directory, which runs can share."
+            )
+        },
+    )
+    vision_cache_gb: float = field(
+        default=100.0,
+        metadata={"help": "Most GiB of vision_cache on a machine; half of the free disk where that is less."},
+    )
     log_token_stats: bool = field(
         default=False,
         metadata={"help": "Also log entropy, mean_token_accuracy and logits/*, as TRL does; costs a little time."},
@@ -204,8 +217,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         default=None,
         metadata={
             "help": (
-                "Processes of each rank that decode and process images. None: as many as it has cores besides its own"
-                " (at most 8), by what this process may use and how many ranks share it; 0: the trainer itself."
+                "Processes of each rank that decode and process images. None: as many as there are free cores (at"
+                " most 8), by what this process may use and how many ranks share it; 0: the trainer itself."
             )
         },
     )
@@ -420,6 +433,7 @@ _POSITIVE = (
     "eval_benchmark_steps",
     "eval_benchmark_limit",
     "log_answers",
+    "vision_cache_gb",
 )
 
 # Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).

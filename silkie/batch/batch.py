@@ -23,6 +23,8 @@ class Batch(TypedDict):
         vision: the processor's image tensors.
         row_trees, segments: trees of groups that a row holds, and the segments of all rows, as plain numbers.
         image_tokens: image tokens of each tree, in the order of the rows and of `vision`.
+        image_keys: hashes of the encoded images of each tree; only where features are kept on disk.
+        vision_sizes: image tensor -> its part of each tree, along the dimension where trees are joined.
         corrupted: `vision` of the corrupted images, for mDPO's second pass only, and whatever else of the above is
             another there.
         prompt_lengths: [G] tokens of each prompt, images expanded.
@@ -64,6 +66,8 @@ class Batch(TypedDict):
     row_trees: list[list[int]]
     segments: list[Segment]
     image_tokens: list[int]
+    image_keys: NotRequired[list[list[str]]]
+    vision_sizes: dict[str, list[int]]
     prompt_lengths: Tensor
     as_rows: NotRequired[Batch]
 

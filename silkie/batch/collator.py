@@ -19,7 +19,7 @@ from silkie.batch.encoding import EncodedGroup, GroupEncoder, row_name
 from silkie.batch.labels import Labels
 from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
 from silkie.batch.stems import find_trees
-from silkie.data.images import open_image
+from silkie.data.images import image_digest, open_image
 from silkie.data.pairs import mean_ratings
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class GroupCollator:
         corruption: makes the images of mDPO's second pass. None: there is no such pass.
         joins: image tensors that are joined in another way than one below the other, see `image_joins`.
         labels: labelled responses, for losses that take no pairs. None: the losses take pairs.
+        image_keys: also hash the encoded images (`silkie.model.vision_cache`).
         share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
 
@@ -70,6 +71,7 @@ class GroupCollator:
     joins: Mapping[str, Join] = field(default_factory=dict)
     share_prefix: bool = False
     labels: Labels | None = None
+    image_keys: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
@@ -96,6 +98,7 @@ class GroupCollator:
         pairs, weights = _flat_pairs(rows, counts)
         fields: dict[str, Any] = {
             **self._rows(encoded, groups, trees),
+            **({"image_keys": [_image_keys(rows[tree.groups[0]]) for tree in trees]} if self.image_keys else {}),
             "lengths": lengths,
             "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in encoded]),
             "group": torch.tensor([g for g, n in enumerate(counts) for _ in range(n)]),
@@ -138,6 +141,7 @@ class GroupCollator:
             **{name: getattr(packed, name) for name in PackedBatch.__slots__},
             "vision": vision,
             "image_tokens": [self._image_tokens(e) for e in first],
+            "vision_sizes": _sizes([e.vision for e in first], self.joins),
         }
 
     def _ratings(self, rows: Sequence[Mapping[str, Any]], counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -289,6 +293,19 @@ def _join_vision(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, Join]) 
 def _shifted(values: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Numbers of places among those of all parts, from numbers among those of each."""
     return [torch.where(v < 0, v, v + sum(counts[:i])) for i, v in enumerate(values)]
+
+
+def _sizes(parts: Sequence[Mapping[str, Any]], joins: Mapping[str, Join]) -> dict[str, list[int]]:
+    """Image tensor -> its length in each part, along the dimension of `_join_vision`; 0 where a part has none."""
+    keys = dict.fromkeys(key for part in parts for key, value in part.items() if isinstance(value, Tensor))
+    return {
+        key: [part[key].shape[joins[key].dim if key in joins else 0] if key in part else 0 for part in parts]
+        for key in keys
+    }
+
+
+def _image_keys(row: Mapping[str, Any]) -> list[str]:
+    return [image_digest(image, where=row_name(row)) for image in row.get("images") or []]
 
 
 def _join(values: Sequence[Any], dim: int) -> Any:

@@ -88,10 +88,19 @@ def unquantized_modules(base: PreTrainedModel) -> list[str]:
 
 @dataclass(slots=True)
 class FeatureCache:
-    """Features of one micro-batch. `computed` counts encoder runs, for tests and the log."""
+    """Features of one micro-batch, shared by its passes.
+
+    Attributes:
+        features: once they are known.
+        computed: encoder runs, for tests and the log.
+        store: features on disk (`silkie.model.vision_cache.VisionCache`), for the whole run. None: there is none.
+        images: what the batch says of its images (`silkie.model.vision_cache.Images`), with `store` only.
+    """
 
     features: Any = None
     computed: int = field(default=0)
+    store: Any = None
+    images: Any = None
 
 
 @contextmanager
@@ -128,6 +137,8 @@ def image_features_once(
     def once(*args: Any, **kwargs: Any) -> Any:
         if cache is not None and cache.features is not None:
             features = cache.features
+        elif cache is not None and cache.store is not None and any(tokens_per_tree):
+            features = cache.features = cache.store.features(compute, args, kwargs, cache.images)
         else:
             with torch.no_grad() if frozen else nullcontext():
                 features = compute(*args, **kwargs)

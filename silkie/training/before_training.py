@@ -17,6 +17,7 @@ from silkie.losses import Objective
 from silkie.model.families import causal_lm
 from silkie.model.layout import LayoutChoice, rows_choice
 from silkie.model.vision import unhook_vision
+from silkie.training.features import features_on_disk
 from silkie.training.forward_context import ForwardContext
 from silkie.training.passes import Passes
 from silkie.training.reference import Reference
@@ -64,6 +65,7 @@ class BeforeTraining(DPOTrainer):
             half_precision=self.args.bf16 or self.args.fp16,
             labels=self.labels,
             tolerance=self.args.self_test_tolerance,
+            features=self.passes.features,
             agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
         )
         test(policy, groups_to_test(self.train_dataset))
@@ -106,8 +108,14 @@ class BeforeTraining(DPOTrainer):
         if self.args.gradient_checkpointing == "auto":
             self._set_checkpointing()
         policy = self.model_wrapped if self.model_wrapped is not None else self.model
-        # Once more where the loop has wrapped the model: DDP, ZeRO and FSDP are paths of their own.
-        if self.args.self_test and not (self._tested and policy is self.model):
+        if self.passes.vision_cache is None:
+            self.passes.vision_cache = features_on_disk(
+                self.model, self.train_dataset, self.data_collator, self._context, self.args
+            )
+        # Once more where the loop has wrapped the model: DDP, ZeRO and FSDP are paths of their own. With features from
+        # disk, too.
+        tested = self._tested and policy is self.model and self.passes.vision_cache is None
+        if self.args.self_test and not tested:
             self._self_test(policy)
         if self.args.precompute_ref_log_probs and self.reference is not None and self.passes.table is None:
             reference_pass = ReferencePass(
@@ -121,5 +129,6 @@ class BeforeTraining(DPOTrainer):
                 accelerator=self.accelerator,
                 args=self.args,
                 tokens="reference_tokens" in self.objective.needs,
+                features=self.passes.features,
             )
             self.passes.table = reference_pass.run(policy, self.train_dataset)

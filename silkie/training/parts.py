@@ -23,6 +23,7 @@ from silkie.model.families import causal_lm, check_merges_images, keep_used_conv
 from silkie.model.forward import LogpsForward
 from silkie.model.layout import LayoutChoice
 from silkie.model.positions import PromptPositions
+from silkie.model.vision import vision_is_frozen
 from silkie.training import guards
 from silkie.training.passes import Passes
 from silkie.training.reference import Reference, match_dtypes
@@ -124,6 +125,7 @@ def build_collator(
         joins=image_joins(encoder),
         labels=labels,
         dummy_vision=blank_vision(encoder) if dummy_image else None,
+        image_keys=args.vision_cache != "off" and vision_is_frozen(model),
     )
 
 

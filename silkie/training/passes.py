@@ -12,6 +12,7 @@ from silkie.batch.batch import Batch
 from silkie.losses import GroupLogps, kl_estimate
 from silkie.model.forward import LogpsForward, SequenceLogps
 from silkie.model.vision import FeatureCache
+from silkie.model.vision_cache import Images, VisionCache
 from silkie.training.reference import Reference
 from silkie.training.reference_cache import ReferenceTable
 
@@ -30,6 +31,7 @@ class Passes:
         aspects: rating aspects of the data.
         router_aux: also return the load balancing loss of the policy's routers.
         reduce: sums a tensor over all ranks.
+        vision_cache: features of the frozen tower on disk.
         table: reference log-probs of the training data; None: the reference runs on every batch.
     """
 
@@ -43,6 +45,7 @@ class Passes:
     router_aux: bool = False
     reduce: Callable[[Tensor], Tensor] | None = None
     table: ReferenceTable | None = None
+    vision_cache: VisionCache | None = None
 
     def run(self, policy: Any, batch: Batch, *, use_table: bool) -> tuple[SequenceLogps, GroupLogps]:
         """Log-probs of the policy, and everything that the losses read.
@@ -51,7 +54,7 @@ class Passes:
             policy: the policy as the training loop calls it.
             use_table: whether the batch is of the training data; evaluation data is not in the table.
         """
-        cache = self._new_cache()
+        cache = self.features(batch)
         reference = self._reference(policy, batch, cache, use_table)
         sequence_logps = self.forward(
             policy,
@@ -89,8 +92,11 @@ class Passes:
         logps.per_token_logps = logps.ref_per_token_logps = sequence_logps.per_token_logps
         return logps
 
-    def _new_cache(self) -> FeatureCache | None:
-        return FeatureCache() if self.frozen_vision else None
+    def features(self, batch: Batch) -> FeatureCache | None:
+        """What the passes over a batch share of its images; None where the tower trains."""
+        if self.vision_cache is None:
+            return FeatureCache() if self.frozen_vision else None
+        return FeatureCache(store=self.vision_cache, images=Images.of(batch))
 
     def _reference(
         self, policy: Any, batch: Batch, cache: FeatureCache | None, use_table: bool
@@ -115,7 +121,7 @@ class Passes:
         if "segments" in own:  # other rows: masks that are kept in the batch are not theirs
             kept = {name: value for name, value in batch.items() if not name.startswith("_")}
         corrupted = cast(Batch, {**kept, **own})
-        cache = self._new_cache()
+        cache = FeatureCache() if self.frozen_vision else None  # on disk are features of the images as they are
         logps.ref_corrupted_logps = self._score_reference(self.reference, policy, corrupted, cache).logps
         logps.corrupted_logps = self.forward(policy, corrupted, frozen_vision=self.frozen_vision, cache=cache).logps
 

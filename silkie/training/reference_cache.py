@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from silkie.data.schema import ROW_FORM
 from silkie.model.families import causal_lm
 from silkie.model.forward import LogpsForward, SequenceLogps, sum_by_response
 from silkie.model.layout import LayoutChoice
+from silkie.model.vision import FeatureCache
 from silkie.training.forward_context import ForwardContext
 from silkie.training.reference import Reference, ReferenceStore, group_key
 
@@ -69,6 +70,7 @@ class ReferencePass:
         accelerator: shares the groups out over the ranks.
         args: batch sizes, precision, and where the cache is.
         tokens: keep the values of tokens besides the sums of responses.
+        features: see `Passes.features`.
     """
 
     reference: Reference
@@ -81,6 +83,7 @@ class ReferencePass:
     accelerator: Accelerator
     args: SilkieDPOConfig
     tokens: bool
+    features: Callable[[Batch], FeatureCache | None]
 
     def run(self, policy: Any, dataset: Dataset) -> ReferenceTable:
         """Reference log-probs of all groups of `dataset`. Every rank calls it.
@@ -148,7 +151,8 @@ class ReferencePass:
         ):
             batch = self.context.prepare(batch)
             with self.context.autocast(), self.reference.active(policy) as model:
-                logps = self.forward(model, batch, frozen_vision=True)
+                cache = self.features(batch) if self.reference.shares_vision else None
+                logps = self.forward(model, batch, frozen_vision=True, cache=cache)
             values = _by_group(logps.per_token_logps if self.tokens else logps.logps, batch, tokens=self.tokens)
             for index, group_values in zip(indices, values, strict=True):
                 if index < len(keys):  # indices beyond are copies that keep a rank busy

@@ -24,6 +24,7 @@ from silkie.data.images import open_image
 from silkie.data.schema import ROW_FORM, to_messages
 from silkie.model.families import causal_lm, family_of, layer_types
 from silkie.model.forward import LogpsForward
+from silkie.model.vision import FeatureCache
 from silkie.training.forward_context import ForwardContext
 from silkie.training.non_finite import NonFiniteError
 
@@ -55,6 +56,7 @@ class SelfTest:
         half_precision: whether the run autocasts to fp16 or bf16.
         labels: of the run; prompts may score responses of other groups, too.
         tolerance: largest allowed difference of a token's log-prob, in nats; None: 2e-3, or 0.25 in half precision.
+        features: the image features of a batch that the run's passes share.
         agree: the largest of a number over all ranks, so that every rank decides the same.
     """
 
@@ -65,6 +67,7 @@ class SelfTest:
     half_precision: bool
     labels: Labels | None
     tolerance: float | None
+    features: Callable[[Any], FeatureCache | None] = lambda batch: None
     agree: Callable[[float], float] = float
 
     def __call__(self, model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
@@ -119,7 +122,8 @@ class SelfTest:
         """fp [n] log-probs of each response's tokens by the run's own path."""
         try:
             batch = self.context.prepare(self.collate(rows))
-            logps = self.forward(model, batch, frozen_vision=True).per_token_logps
+            cache = self.features(batch)
+            logps = self.forward(model, batch, frozen_vision=True, cache=cache).per_token_logps
             if shared := stems(batch["segments"]):
                 logger.info("self-test: groups share a stem of %d tokens", shared[0].length)
         # It says nothing about exactness, and the other layout would need more memory.

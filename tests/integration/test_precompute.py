@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch import preparation
 from silkie.batch.encoding import GroupEncoder
+from silkie.data.schema import group_features
 from silkie.training.checkpoints import CheckpointError
 from silkie.training.reference import ReferenceStore
 from tests.support.data import dataset, group, mixed_groups
@@ -196,18 +197,22 @@ def test_a_template_that_writes_the_date_reuses_nothing_on_another_day(tmp_path,
     assert len(computed) == 2 * GROUPS
 
 
+def each(rows):
+    yield from rows
+
+
 def test_the_images_are_read_once_for_their_hashes(tmp_path, computed, monkeypatch):
     """By preparation, which reads them again where a file has changed."""
     file = tmp_path / "one.png"
     rows = mixed_groups()
     file.write_bytes(rows[0]["images"][0]["bytes"])
     rows[0] = {**rows[0], "images": [{"bytes": None, "path": str(file)}]}
-    stored = str(tmp_path / "data")
-    dataset(rows).save_to_disk(stored)
-    make(tmp_path, data=load_from_disk(stored)).train()
+    options = {"features": group_features(()), "cache_dir": str(tmp_path / "arrow"), "gen_kwargs": {"rows": rows}}
+    data = Dataset.from_generator(each, **options)
+    make(tmp_path, data=data).train()
     digests = []
     monkeypatch.setattr(preparation, "image_digest", lambda image, where: digests.append(where) or "x")
-    make(tmp_path, data=load_from_disk(stored)).train()
+    make(tmp_path, data=data).train()
     assert len(computed) == GROUPS and not digests
     monkeypatch.undo()
     add = ReferenceStore.add
@@ -215,7 +220,7 @@ def test_the_images_are_read_once_for_their_hashes(tmp_path, computed, monkeypat
         ReferenceStore, "add", lambda self, key, values: (computed.append(key), add(self, key, values))[1]
     )
     file.write_bytes(group([image(77)], "x", ["a", "b"], [])["images"][0]["bytes"])
-    make(tmp_path, data=load_from_disk(stored)).train()
+    make(tmp_path, data=data).train()
     assert len(computed) == GROUPS + 1
 
 
