@@ -18,6 +18,7 @@ __all__ = [
     "EndpointOptions",
     "InjectionsCommand",
     "JournalOptions",
+    "JudgingOptions",
     "RateCommand",
     "RateOptions",
     "SampleCommand",
@@ -88,29 +89,30 @@ class EndpointOptions:
     price_completion: NotNegative = option(0.0, "price per million completion tokens")
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgingOptions:
+    """What a judge is shown, and the form in which it answers."""
+
+    responses: str = argument('JSONL of {"id", "image", "prompt", "responses": [{"model", "response"}, ...]}')
+    rubric: str | None = option(None, "YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
+    structured: Literal["auto", "json", "markdown"] = option("auto", "form that is asked for")
+    max_answer_tokens: Count = option(2048, "room for one answer")
+    max_image_side: Count | None = option(None, "scale larger images down to this many pixels")
+
+
 # The endpoint's fields come first among the bases: both have a timeout, and the command line's default is 60 s.
 @dataclass(frozen=True, kw_only=True)
-class RateCommand(EndpointOptions, RateOptions):
-    responses: str = argument('JSONL of {"id", "image", "prompt", "responses": [{"model", "response"}, ...]}')
+class RateCommand(EndpointOptions, JudgingOptions, RateOptions):
     journal: str = option(help="append-only journal: one JSON line per finished or failed item")
     local: str | None = option(None, "judge with a model in this process instead: a model or adapter directory")
-    rubric: str | None = option(None, "YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
-    structured: Literal["auto", "json", "markdown"] = option("auto", "form that is asked for")
     temperature: NotNegative | None = option(None, "default: 0 for one vote, 0.7 for several")
-    max_answer_tokens: Count = option(2048, "room for one answer")
-    max_image_side: Count | None = option(None, "scale larger images down to this many pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InjectionsCommand(EndpointOptions):
-    responses: str = argument('JSONL of {"id", "image", "prompt", "responses": [{"model", "response"}, ...]}')
+class InjectionsCommand(EndpointOptions, JudgingOptions):
     items: Count = option(5, "items to try the suite on, one call per item and injection")
     image_root: str | None = option(None, "directory or zip of the images (default: beside RESPONSES)")
-    rubric: str | None = option(None, "YAML file with aspects, scale and texts (default: VLFeedback's three aspects)")
-    structured: Literal["auto", "json", "markdown"] = option("auto", "form that is asked for")
     concurrency: Count = option(8, "calls in flight at most")
-    max_answer_tokens: Count = option(2048, "room for one answer")
-    max_image_side: Count | None = option(None, "scale larger images down to this many pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
