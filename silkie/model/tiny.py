@@ -76,20 +76,16 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen4_exp": {
         "text_config": {
-            
-                "indexer_n_heads": 2,
-                "indexer_kv_heads": 1,
-                "indexer_head_dim": 16,
-                "indexer_budget": 8,
-                "indexer_compress_ratio": 2
-            ,
-            
-                "ple_layer_ids": [1],
-                "ple_embed_dim": WIDTH,
-                "ngram_vocab_size_base": 100,
-                "split_ngram_parts": 4,
-                "hc_lowrank": 16
-            ,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": WIDTH,
+            "ngram_vocab_size_base": 100,
+            "split_ngram_parts": 4,
+            "hc_lowrank": 16,
         }
     },
     "granite4_vision": {
@@ -123,8 +119,14 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "nemotron_h_omni": {"text_config": {"topk_group": 1}},
     "glm5_next": {
         "text_config": {
-            "num_key_value_heads": 4, "qk_rope_head_dim": 0, "topk_group": 1,
-            "linear_num_heads": 2, "linear_head_dim": 16, "index_topk": 8, "index_kpool": 2, "index_head_dim": 16,
+            "num_key_value_heads": 4,
+            "qk_rope_head_dim": 0,
+            "topk_group": 1,
+            "linear_num_heads": 2,
+            "linear_head_dim": 16,
+            "index_topk": 8,
+            "index_kpool": 2,
+            "index_head_dim": 16,
         }
     },
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
