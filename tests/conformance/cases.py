@@ -257,6 +257,9 @@ TRL_DIFFERS = {
     " reach; silkie's does",
     "hunyuan_vl": "its image tokens carry the number of the image, which transformers counts over all rows of a batch:"
     " TRL's numbers depend on which rows are together; silkie's are those of each row alone",
+    "inkling_mm_model": "its forward divides the logits by `logits_mup_width_multiplier`, which TRL does not",
+    "molmo2": "its processor puts the beginning-of-text token before every text, and TRL gives it answers alone: there"
+    " is one before every answer",
 }
 # ... which TRL cannot run: its error, and what it comes from.
 TRL_STOPS = {
@@ -267,6 +270,14 @@ TRL_STOPS = {
     "glm4v_moe": (
         "has no attribute 'num_experts'",
         "TRL's load balancing loss reads `num_experts`, and this config says `n_routed_experts`",
+    ),
+    "glm5_next": (
+        "has no attribute 'num_experts'",
+        "TRL's load balancing loss reads `num_experts`, and this config says `n_routed_experts`",
+    ),
+    "llama4": (
+        "has no attribute 'last_hidden_state'",
+        "its `base_model` is the language model with its head, which TRL takes for what is under the head",
     ),
     "paligemma": (
         "`images` are expected as arguments",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ProcessorMixin
 
 from silkie.model import tiny
 from silkie.model.dropout import disable_dropout
@@ -40,7 +41,7 @@ def compare(folder, model_type, layout, **more):
     trl_loss, trl, _ = trl_step(folder, model_type, GROUPS, **more)
     loss, found, _ = silkie_step(folder, model_type, GROUPS, layout, **more)
     scale = size(true)
-    assert abs(true_loss - 0.6931) > 1e-3 and scale > 1e-2, "nothing to compare"
+    assert abs(true_loss - 0.6931) > 2e-4 and scale > 2e-3, "nothing to compare"
     assert abs(loss - true_loss) <= 3 * abs(trl_loss - true_loss) + 1e-5
     assert distance(found, true) <= 3 * distance(trl, true) + 1e-4 * scale
 
@@ -115,6 +116,9 @@ EXACT = dict(re.findall(r"^\| ([\w.-]+) \|.*\| ([\w, -]*) \|$", PAGE, re.M))  # 
 REFUSED = dict(re.findall(r"^- `([\w.-]+)`: (.+)$", PAGE, re.M))
 
 
+FP32_ONLY = {"inkling2": "its router runs in fp32 alone, so there is no step of TRL in float64 to compare with"}
+
+
 def installed(packages):
     return all(torchvision_works() if p == "torchvision" else find_spec(p) for p in packages.split(", ") if p)
 
@@ -132,6 +136,8 @@ def skip_what_the_page_excuses(model_type):
 def test_every_type_that_trl_runs(tmp_path, model_type):
     """In the layout that `auto` takes without the load balancing loss, and in rows with it."""
     skip_what_the_page_excuses(model_type)
+    if model_type in FP32_ONLY:
+        pytest.skip(FP32_ONLY[model_type])
     compare(tmp_path, model_type, "auto", router_aux_loss_coef=0.0)
     if trl_step(tmp_path, model_type, GROUPS)[2].aux_loss_enabled:
         compare(tmp_path, model_type, "rows")
@@ -142,15 +148,23 @@ def test_the_page_knows_every_type():
     assert {*TRL_DIFFERS, *TRL_STOPS} <= {*EXACT}
 
 
-def no_dropout(model):
+def no_dropout(model, processor):
     disable_dropout(model)
 
 
-def unscaled(model):
+def unscaled(model, processor):
     model.config.get_text_config().logit_scale = 1.0
 
 
-def positions_by_row(model):
+def unscaled_width(model, processor):
+    model.config.get_text_config().logits_mup_width_multiplier = 1.0
+
+
+def no_added_token(model, processor):
+    processor.__class__ = type("Plain", (type(processor),), {"__call__": ProcessorMixin.__call__})
+
+
+def positions_by_row(model, processor):
     """Of each row as it would get them alone."""
     stock = model.model.get_rope_index
 
@@ -168,6 +182,8 @@ WITHOUT_THE_CAUSE = {
     "cohere2_vision": unscaled,
     "granite4_vision": no_dropout,
     "hunyuan_vl": positions_by_row,
+    "inkling_mm_model": unscaled_width,
+    "molmo2": no_added_token,
 }
 
 
@@ -190,7 +206,7 @@ def test_where_trl_differs_silkie_is_the_plain_forward(tmp_path, model_type):
 def test_where_trl_stops_silkie_is_the_plain_forward(tmp_path, model_type):
     skip_what_the_page_excuses(model_type)
     with pytest.raises(Exception, match=re.escape(TRL_STOPS[model_type][0])):
-        trl_step(tmp_path, model_type, GROUPS)
+        trl_step(tmp_path, model_type, GROUPS, torch.float64)
     loss, found, trainer = silkie_step(tmp_path, model_type, GROUPS, "auto", router_aux_loss_coef=0.0)
     true_loss, true = plain_step(trainer, GROUPS)
     assert abs(true_loss - 0.6931) > 1e-3 and size(true) > 1e-2, "nothing to compare"

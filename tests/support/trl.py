@@ -70,10 +70,10 @@ def of_type(model_type, dtype=torch.float32):
     return model.to(dtype), processor
 
 
-def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda model: None, **more):
-    """Loss, gradients and log of one step of stock TRL with silkie's default adapter; `change` changes the model first."""
+def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda model, processor: None, **more):
+    """Loss, gradients and log of one step of stock TRL with silkie's default adapter; `change` changes model and processor first."""
     model, processor = of_type(model_type)
-    change(model)
+    change(model, processor)
     rows = pair_rows(groups)
     trainer = DPOTrainer(
         model,
@@ -89,10 +89,10 @@ def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda mode
     return *loss_and_gradients(trainer, batch), trainer
 
 
-def silkie_step(folder, model_type, groups, layout, change=lambda model: None, **more):
+def silkie_step(folder, model_type, groups, layout, change=lambda model, processor: None, **more):
     """The same of silkie."""
     model, processor = of_type(model_type)
-    change(model)
+    change(model, processor)
     trainer = SilkieDPOTrainer(
         model,
         args=SilkieDPOConfig(per_device_train_batch_size=len(groups), layout=layout, **options(folder, **more)),
