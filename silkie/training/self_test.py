@@ -142,18 +142,22 @@ class SelfTest:
         )
 
 
-def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
-    """Two or three groups of different prompt length among the first of a prepared dataset, with and without images
-    where there are both."""
+def groups_to_test(dataset: Any, *, lengths: int = 2) -> list[dict[str, Any]]:
+    """Three groups or fewer (as many as `lengths` if that is more) among the first of a prepared dataset, with and
+    without images where there are both.
+
+    Args:
+        lengths: prompt lengths wanted. Recurrent layers pad prompts of one call only, so one more than they have calls.
+    """
     first = dataset[0]
     chosen = [first]
     for i in range(1, min(len(dataset), _LOOKED_AT)):
         row = dataset[i]
-        lengths = {r["prompt_length"] for r in chosen}
+        known = {r["prompt_length"] for r in chosen}
         has_images = {bool(r.get("images")) for r in chosen}
-        if bool(row.get("images")) not in has_images or (len(lengths) == 1 and row["prompt_length"] not in lengths):
+        if bool(row.get("images")) not in has_images or (len(known) < lengths and row["prompt_length"] not in known):
             chosen.append(row)
-        if len(chosen) == 3:
+        if len(chosen) == max(3, lengths):
             break
     return chosen
 
