@@ -17,6 +17,7 @@ WIDE = dict(hidden=128, linear_key_head_dim=128, linear_value_head_dim=128)
 
 def run(dtype, layout, backend="sdpa", device="cuda", calls=CALLS):
     model = with_lora(qwen3_5(double=dtype is torch.float64, **WIDE))
+    model.load_state_dict(with_lora(qwen3_5(double=True, **WIDE)).state_dict())  # random numbers depend on the dtype
     with torch.no_grad():
         for parameter in model.parameters():  # undo the spread of the tiny model; it would drown bf16 in noise
             if parameter.dim() > 1:
