@@ -68,7 +68,7 @@ class BeforeTraining(DPOTrainer):
             features=self.passes.features,
             agree=lambda x: float(self.accelerator.gather(torch.tensor([x], device=self.accelerator.device)).max()),
         )
-        test(policy, groups_to_test(self.train_dataset))
+        test(policy, groups_to_test(self.train_dataset, lengths=self.choice.calls.roots + 1))
         if self.companies:
             test(policy, company_to_test(self.train_dataset, self.companies))
 

@@ -146,18 +146,29 @@ class SelfTest:
         )
 
 
-def groups_to_test(dataset: Any) -> list[dict[str, Any]]:
-    """Up to three groups among the first of a prepared dataset: two with images and one without where there are both,
-    of different prompt length where there are such. Two with images, as their image tensors are joined."""
+def groups_to_test(dataset: Any, *, lengths: int = 2) -> list[dict[str, Any]]:
+    """Groups among the first of a prepared dataset: two with images and one without where there are both, of different
+    prompt length where there are such. Two with images, as their image tensors are joined.
+
+    Args:
+        lengths: prompt lengths wanted; further groups are added for them. Recurrent layers pad prompts of one call only,
+            so one more than they have calls.
+    """
     pictured: dict[int, dict[str, Any]] = {}
     plain: dict[int, dict[str, Any]] = {}
     for i in range(min(len(dataset), _LOOKED_AT)):
         row = dataset[i]
         (pictured if row.get("images") else plain)[i] = row
-        if plain and len({r["prompt_length"] for r in pictured.values()}) > 1:
+        seen = {r["prompt_length"] for r in (*pictured.values(), *plain.values())}
+        if plain and len({r["prompt_length"] for r in pictured.values()}) > 1 and len(seen) >= lengths:
             break
-    chosen = {**_of_different_length(pictured), **_of_different_length(plain)}
-    return [chosen[i] for i in sorted(list(chosen)[:3])]
+    both = {**_of_different_length(pictured), **_of_different_length(plain)}
+    chosen = {i: both[i] for i in list(both)[:3]}
+    for i, row in sorted({**pictured, **plain}.items()):
+        known = {r["prompt_length"] for r in chosen.values()}
+        if len(known) < lengths and row["prompt_length"] not in known:
+            chosen[i] = row
+    return [chosen[i] for i in sorted(chosen)]
 
 
 def _of_different_length(rows: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -4,7 +4,7 @@ FlashQLA): as close to float64 as separate rows are, gradients included. `pytest
 import pytest
 import torch
 
-from silkie.model.recurrent import install, why_not_forkable
+from silkie.model.recurrent import CALLS, Calls, install, why_not_forkable
 from tests.gpu.test_attention_backends import on_cuda
 from tests.support.hybrid import qwen3_5, qwen3_5_config, unequal_groups, with_lora
 from tests.support.scoring import collate, gradients, score
@@ -15,8 +15,9 @@ pytestmark = pytest.mark.gpu
 WIDE = dict(hidden=128, linear_key_head_dim=128, linear_value_head_dim=128)
 
 
-def run(dtype, layout, backend="sdpa", device="cuda"):
+def run(dtype, layout, backend="sdpa", device="cuda", calls=CALLS):
     model = with_lora(qwen3_5(double=dtype is torch.float64, **WIDE))
+    model.load_state_dict(with_lora(qwen3_5(double=True, **WIDE)).state_dict())  # random numbers depend on the dtype
     with torch.no_grad():
         for parameter in model.parameters():  # undo the spread of the tiny model; it would drown bf16 in noise
             if parameter.dim() > 1:
@@ -26,7 +27,8 @@ def run(dtype, layout, backend="sdpa", device="cuda"):
         assert install(model) == 3
     rows = unequal_groups() * 2
     batch = collate(model, tiny_processor(), rows, layout, None if backend in ("flex", "varlen") else 1)
-    scores = score(model, tiny_processor(), rows, layout, backend, batch=on_cuda(batch) if device == "cuda" else batch)
+    batch = on_cuda(batch) if device == "cuda" else batch
+    scores = score(model, tiny_processor(), rows, layout, backend, batch=batch, calls=calls)
     return scores.logps.detach().double().cpu(), {
         n: g.double().cpu() for n, g in gradients(model, scores.logps).items()
     }
@@ -43,14 +45,14 @@ def error(found, truth):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
-def test_forked_layers_are_as_exact_as_separate_rows(truth, dtype, backend):
+@pytest.mark.parametrize(("backend", "calls"), [("sdpa", CALLS), ("flex", CALLS), ("sdpa", Calls(roots=2, leaves=3))])
+def test_forked_layers_are_as_exact_as_separate_rows(truth, dtype, backend, calls):
     try:
         rows = run(dtype, "rows")
     except AssertionError as refusal:  # flash-linear-attention's gated delta rule takes half precision only
         assert dtype is torch.float32 and "float32" in str(refusal)
         pytest.skip(str(refusal))
-    packed = run(dtype, "packed", backend)
+    packed = run(dtype, "packed", backend, calls=calls)
     noise = (rows[0] - truth[0]).abs().max()
     assert noise > 0 and (packed[0] - truth[0]).abs().max() <= 2 * noise + 1e-4
     assert error(packed[1], truth[1]) <= 2 * error(rows[1], truth[1]) + 1e-5

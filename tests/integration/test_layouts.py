@@ -205,6 +205,8 @@ def test_a_path_that_crashes_is_told_by_name(tmp_path, monkeypatch):
 def test_groups_of_both_kinds_and_of_different_length_are_tested():
     rows = [{"prompt_length": n, "images": images} for n, images in [(5, [1]), (5, [1]), (5, []), (7, [1]), (9, [])]]
     assert groups_to_test(rows) == [rows[0], rows[2], rows[3]]
+    parted = [{"prompt_length": n % 5, "images": []} for n in range(9)]
+    assert groups_to_test(parted) == parted[:2] and groups_to_test(parted, lengths=4) == parted[:4]
     assert groups_to_test(rows[:2]) == rows[:2] and groups_to_test(rows[3:]) == rows[3:]
 
 
