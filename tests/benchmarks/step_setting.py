@@ -331,6 +331,7 @@ def run(
             max_steps=timed + 1,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
+            dataloader_num_workers=0,  # a step is all that this process does
             gradient_checkpointing="auto" if AUTO in contender else WITHOUT not in contender,
             max_length=None,
         )
