@@ -72,7 +72,7 @@ def test_what_is_written_can_be_run(tmp_path, capsys, words, engine, files):
     text = capsys.readouterr().out
     assert {file.name for file in out.iterdir()} == files
     assert f"silkie train --config_file {out / 'accelerate.yaml'} --config {out / 'train.yaml'}" in text
-    asked = train.read(["--config_file", str(out / "accelerate.yaml"), "--config", str(out / "train.yaml")])
+    asked = train.read_command(["--config_file", str(out / "accelerate.yaml"), "--config", str(out / "train.yaml")])
     assert asked.launch == {"config_file": str(out / "accelerate.yaml")}
     written = yaml.safe_load((out / "train.yaml").read_text())
     assert written["model_name_or_path"] == "Qwen/Qwen2.5-VL-7B-Instruct"
