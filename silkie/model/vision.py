@@ -137,7 +137,7 @@ def image_features_once(
     def once(*args: Any, **kwargs: Any) -> Any:
         if cache is not None and cache.features is not None:
             features = cache.features
-        elif cache is not None and cache.store is not None and sum(tokens_per_tree):
+        elif cache is not None and cache.store is not None and any(tokens_per_tree):
             features = cache.features = cache.store.features(compute, args, kwargs, cache.images)
         else:
             with torch.no_grad() if frozen else nullcontext():

@@ -53,7 +53,8 @@ def _opened(
         raise NotCacheable("the vision tower trains")
     if args.vision_cache == "auto" and _times_encoded(len(dataset), args) <= 1:
         raise NotCacheable("each image is encoded once")
-    rows, seen = [], set()
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[str, ...]] = set()
     for i in range(min(len(dataset), _LOOKED_AT)):
         row = dataset[i]
         if row["image_digests"] and tuple(row["image_digests"]) not in seen and len(rows) < 2:
