@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 # The package index's torch brings CUDA on Linux (several GB). `TORCH=cpu` takes torch's own CPU build instead, from TORCH_INDEX or a mirror of it.
 TORCH ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo docs reference test test-slow test-versions test-install check-install constraints lint format clean
+.PHONY: demo docs gpu reference test test-slow test-versions test-install check-install constraints lint format clean
 
 demo: $(VENV)/.demo  ## run the whole loop on the embedded world (under five minutes on two free cores)
 	$(BIN)/silkie demo $(DEMO_ARGS)
@@ -28,6 +29,9 @@ test: $(VENV)/.dev  ## everything that fits a CI run
 
 test-slow: $(VENV)/.dev  ## what takes longer: kill matrices, large data, full numerics
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(PYTEST_ARGS)
+
+gpu:  ## what only a CUDA device can tell, under nine minutes, with the python that has torch there; REHEARSE=1 needs no device
+	$(PYTHON) tests/benchmarks/gpu_run.py $(if $(REHEARSE),--rehearse --budget 3600) $(GPU_ARGS)
 
 test-versions:  ## a chosen subset in fresh environments with the oldest and the newest versions allowed (several GB; WHICH=oldest or newest)
 	PYTHON="$(PYTHON)" WHICH="$(WHICH)" PYTEST_ARGS="$(PYTEST_ARGS)" bash .ci/test_versions

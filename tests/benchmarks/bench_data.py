@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 MODELS = [f"model-{letter}" for letter in "abcdefghijkl"]
 DECODED = 500  # images
+BATCHES = 100  # of one group
 WORDS = "a the red blue small large dog cat table window street person holding sitting behind near with and of on two three".split()
 RATING_SHARES = {  # the shares that the paper reports for VLFeedback, in %
     "Helpfulness": (22.8, 14.2, 13.4, 23.4, 26.3),
@@ -174,6 +176,48 @@ def decode(dataset: Any, open_image: Any) -> int:
     return sum(open_image(dataset[index]["images"][0]).width for index in range(DECODED))
 
 
+def trainer_of(dataset: Any, folder: Path, workers: int | None) -> Any:
+    """A run on the data with a model so small that the data is what takes time."""
+    from peft import LoraConfig
+
+    from silkie import SilkieDPOConfig, SilkieDPOTrainer
+    from tests.support.tiny import tiny_model, tiny_processor
+
+    args = SilkieDPOConfig(
+        output_dir=str(folder / "run"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=workers,
+    )
+    return SilkieDPOTrainer(
+        tiny_model(),
+        args=args,
+        train_dataset=dataset,
+        processing_class=tiny_processor(image_side=640),
+        peft_config=LoraConfig(r=4),
+    )
+
+
+def first_step(dataset: Any, folder: Path) -> None:
+    """What a run does before its first step is over: preparation, self-test, identity, the first batch."""
+    trainer_of(dataset, folder, None).train()
+
+
+def batches(dataset: Any, folder: Path, workers: int) -> float:
+    """Seconds for 100 groups of a run's own loader, after the first, which starts the workers."""
+    loader = iter(trainer_of(dataset, folder, workers).get_train_dataloader())
+    next(loader)
+    start = time.perf_counter()
+    for _ in range(BATCHES):
+        next(loader)
+    return time.perf_counter() - start
+
+
 def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str, Any]:
     """Run one step in this process and measure it."""
     import datasets
@@ -192,12 +236,18 @@ def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str
         "inspect": lambda: inspect_preferences(source, **options),
         "split by image and prompt": lambda: split_groups(load_preferences(source, **options), 0.05, num_proc=num_proc),
         "decode 500 images": lambda: decode(load_preferences(source, **options), open_image),
+        "first step": lambda: first_step(load_preferences(source, **options), folder),
+        "first step again": lambda: first_step(load_preferences(source, **options), folder),
+        "100 batches, no worker": lambda: batches(load_preferences(source, **options), folder, 0),
+        "100 batches, one worker": lambda: batches(load_preferences(source, **options), folder, 1),
     }
     heap, cpu, start = HeapPeak(), processor_seconds(), time.perf_counter()
     result = actions[name]()
     seconds, cpu = time.perf_counter() - start, processor_seconds() - cpu
     figures = {"step": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "heap_mib": round(heap.stop())}
     figures |= {"rss_mib": peak_rss(), "cache_mib": disk_mib(folder / "cache")}
+    if name.startswith("100 batches"):
+        figures["groups_per_second"] = round(BATCHES / result, 1)
     if name == "load":
         figures["pairs"] = sum(len(pairs) for pairs in result["pairs"])
     if name == "inspect":
@@ -208,16 +258,26 @@ def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str
     return figures
 
 
-STEPS = ("load", "load again (cached)", "inspect", "split by image and prompt", "decode 500 images")
+STEPS = (
+    "load",
+    "load again (cached)",
+    "inspect",
+    "split by image and prompt",
+    "decode 500 images",
+    "first step",
+    "first step again",
+    "100 batches, no worker",
+    "100 batches, one worker",
+)
 
 
-def measure(groups: int, layout: str, num_proc: int | None, work: Path) -> list[dict[str, Any]]:
+def measure(groups: int, layout: str, num_proc: int | None, work: Path, steps: Sequence[str]) -> list[dict[str, Any]]:
     folder = work / f"{layout}-{groups}"
     folder.mkdir()
     write(folder, groups, layout)
     size = disk_mib(folder)
     rows = []
-    for name in STEPS:
+    for name in steps:
         command = [
             sys.executable,
             __file__,
@@ -232,7 +292,7 @@ def measure(groups: int, layout: str, num_proc: int | None, work: Path) -> list[
         ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures = json.loads(output.splitlines()[-1])
-        done = DECODED if name.startswith("decode") else groups
+        done = DECODED if name.startswith("decode") else BATCHES if name.startswith("100") else groups
         figures.update(
             groups=groups,
             layout=layout,
@@ -255,6 +315,8 @@ def main() -> None:
     parser.add_argument("--layout", nargs="+", choices=("folder", "zip", "parquet"), default=["folder"])
     parser.add_argument("--num-proc", type=int, default=0, help="worker processes; 0: none")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--name", default="data", help="of the file of figures")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -266,7 +328,7 @@ def main() -> None:
             row
             for layout in args.layout
             for groups in args.groups
-            for row in measure(groups, layout, args.num_proc or None, Path(work))
+            for row in measure(groups, layout, args.num_proc or None, Path(work), args.steps)
         ]
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
@@ -277,7 +339,7 @@ def main() -> None:
         "num_proc": args.num_proc,
         "rows": rows,
     }
-    (args.out / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
