@@ -25,7 +25,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class BatchSizes:
     """Of the attention of a run.
 
     Attributes:
@@ -41,13 +41,15 @@ class Sizes:
     dtype: torch.dtype
 
 
-def sizes_of(config: PretrainedConfig, groups: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype) -> Sizes | None:
+def sizes_of(
+    config: PretrainedConfig, groups: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype
+) -> BatchSizes | None:
     """None where the config does not name its heads."""
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return None
-    return Sizes(
+    return BatchSizes(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or hidden // heads,
@@ -56,7 +58,7 @@ def sizes_of(config: PretrainedConfig, groups: Sequence[tuple[int, Sequence[int]
     )
 
 
-def fastest(config: PretrainedConfig, sizes: Sizes, device: torch.device) -> tuple[Backend, str]:
+def fastest(config: PretrainedConfig, sizes: BatchSizes, device: torch.device) -> tuple[Backend, str]:
     """The backend for a run on a device, and why."""
     found = []
     alone = _rows(sizes, 1, device)
@@ -86,7 +88,7 @@ def fastest(config: PretrainedConfig, sizes: Sizes, device: torch.device) -> tup
     return "sdpa", f"exact on every device; one group per row; {'; '.join(found) or 'there is no other'}"
 
 
-def _rows(sizes: Sizes, per_row: int | None, device: torch.device) -> dict[str, Any]:
+def _rows(sizes: BatchSizes, per_row: int | None, device: torch.device) -> dict[str, Any]:
     """The groups packed, as a batch for `Attention`."""
 
     def tokens(n: int) -> Tensor:
@@ -103,7 +105,7 @@ def _rows(sizes: Sizes, per_row: int | None, device: torch.device) -> dict[str, 
     return {name: getattr(packed, name).to(device) for name in names} | {"segments": packed.segments}
 
 
-def _inputs(sizes: Sizes, batch: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+def _inputs(sizes: BatchSizes, batch: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Query, key and value [B, H, T, D]; the same numbers in every dtype."""
     b, t = batch["segment_ids"].shape
     generator = torch.Generator().manual_seed(0)
