@@ -25,7 +25,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionSizes:
+class BatchSizes:
     """Of the attention of a run.
 
     Attributes:
@@ -43,13 +43,13 @@ class AttentionSizes:
 
 def sizes_of(
     config: PretrainedConfig, groups: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype
-) -> AttentionSizes | None:
+) -> BatchSizes | None:
     """None where the config does not name its heads."""
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return None
-    return AttentionSizes(
+    return BatchSizes(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or hidden // heads,
@@ -58,7 +58,7 @@ def sizes_of(
     )
 
 
-def fastest(config: PretrainedConfig, sizes: AttentionSizes, device: torch.device) -> tuple[Backend, str]:
+def fastest(config: PretrainedConfig, sizes: BatchSizes, device: torch.device) -> tuple[Backend, str]:
     """The backend for a run on a device, and why."""
     found = []
     alone = _rows(sizes, 1, device)
@@ -88,7 +88,7 @@ def fastest(config: PretrainedConfig, sizes: AttentionSizes, device: torch.devic
     return "sdpa", f"exact on every device; one group per row; {'; '.join(found) or 'there is no other'}"
 
 
-def _rows(sizes: AttentionSizes, per_row: int | None, device: torch.device) -> dict[str, Any]:
+def _rows(sizes: BatchSizes, per_row: int | None, device: torch.device) -> dict[str, Any]:
     """The groups packed, as a batch for `Attention`."""
 
     def tokens(n: int) -> Tensor:
@@ -105,7 +105,7 @@ def _rows(sizes: AttentionSizes, per_row: int | None, device: torch.device) -> d
     return {name: getattr(packed, name).to(device) for name in names} | {"segments": packed.segments}
 
 
-def _inputs(sizes: AttentionSizes, batch: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+def _inputs(sizes: BatchSizes, batch: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Query, key and value [B, H, T, D]; the same numbers in every dtype."""
     b, t = batch["segment_ids"].shape
     generator = torch.Generator().manual_seed(0)
