@@ -239,7 +239,8 @@ def image_joins(encoder: GroupEncoder) -> dict[str, Join]:
 
 def _how_joined(key: str, orders: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> Join | None:
     parts, together = orders[0]
-    values, joined = [part.get(key) for part in parts], together[key]
+    values: list[Any] = [part.get(key) for part in parts]
+    joined: Any = together[key]
     if not all(isinstance(v, Tensor) and v.dim() == joined.dim() for v in (*values, joined)):
         return None
     sums = [sum(v.shape[d] for v in values) == joined.shape[d] for d in range(joined.dim())]
