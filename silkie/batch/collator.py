@@ -257,9 +257,9 @@ def image_joins(encoder: GroupEncoder) -> dict[str, Join]:
 
 def _how_joined(key: str, orders: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> Join | None:
     parts, together = orders[0]
-    joined = together[key]
-    values = [v for part in parts if isinstance(v := part.get(key), Tensor) and v.dim() == joined.dim()]
-    if len(values) < len(parts):
+    values: list[Any] = [part.get(key) for part in parts]
+    joined: Any = together[key]
+    if not all(isinstance(v, Tensor) and v.dim() == joined.dim() for v in (*values, joined)):
         return None
     sums = [sum(v.shape[d] for v in values) == joined.shape[d] for d in range(joined.dim())]
     if not any(sums):

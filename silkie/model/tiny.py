@@ -209,7 +209,7 @@ def needed_packages(model_type: str) -> list[str]:
     out = []
     images = _PROCESSORS.get(model_type, {}).get("_images") or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
     name = _PROCESSORS.get(model_type, {}).get("_class") or PROCESSOR_MAPPING_NAMES.get(model_type)
-    module = transformers._class_to_module.get(name, "")  # type: ignore[attr-defined]
+    module = getattr(transformers, "_class_to_module").get(name, "")  # noqa: B009  (of the lazy module)
     if ("torchvision" in images and "pil" not in images) or _imports_torchvision(f"transformers.{module}"):
         out.append("torchvision")
     if any(hasattr(part, "architecture") for part in _parts(CONFIG_MAPPING[model_type]()).values()):
@@ -467,7 +467,11 @@ def _video_processor(model_type: str) -> Any:
 
     found: Any = VIDEO_PROCESSOR_MAPPING_NAMES.get(model_type)
     name = found.get("torchvision") if isinstance(found, Mapping) else found
-    return getattr(transformers, name)() if name and torchvision_works() else None
+    made = getattr(transformers, name)() if name and torchvision_works() else None
+    try:
+        return made and made.to_dict() and made
+    except ValueError:  # it wants a file of a checkpoint (ERNIE: a font)
+        return None
 
 
 def _same_as_vision(images: Any, vision: PretrainedConfig | None) -> dict[str, Any]:
