@@ -276,8 +276,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         self._check_losses()
 
     def _rename_checkpointing(self) -> None:
-        """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants from 5.23 on;
-        without this every run would warn about the old name there."""
+        """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants from 5.23
+        on; without this every run would warn about the old name there."""
         if isinstance(self.gradient_checkpointing, str):  # from a command line
             words: dict[str, Any] = {"true": True, "false": False}
             self.gradient_checkpointing = words.get(self.gradient_checkpointing, self.gradient_checkpointing)

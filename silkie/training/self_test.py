@@ -151,8 +151,8 @@ def groups_to_test(dataset: Any, *, lengths: int = 2) -> list[dict[str, Any]]:
     prompt length where there are such. Two with images, as their image tensors are joined.
 
     Args:
-        lengths: prompt lengths wanted; further groups are added for them. Recurrent layers pad prompts of one call only,
-            so one more than they have calls.
+        lengths: prompt lengths wanted; further groups are added for them. Recurrent layers pad prompts of one call
+            only, so one more than they have calls.
     """
     pictured: dict[int, dict[str, Any]] = {}
     plain: dict[int, dict[str, Any]] = {}
