@@ -276,15 +276,16 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         self._check_losses()
 
     def _rename_checkpointing(self) -> None:
-        """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants; without
-        this every run would warn about the old name."""
+        """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants from 5.23
+        on; without this every run would warn about the old name there."""
         if isinstance(self.gradient_checkpointing, str):  # from a command line
             words: dict[str, Any] = {"true": True, "false": False}
             self.gradient_checkpointing = words.get(self.gradient_checkpointing, self.gradient_checkpointing)
-        if self.gradient_checkpointing == "auto" and "every_n_layers" in (self.activation_checkpointing_kwargs or {}):
+        kwargs = getattr(self, "activation_checkpointing_kwargs", None) or {}
+        if self.gradient_checkpointing == "auto" and "every_n_layers" in kwargs:
             self.gradient_checkpointing = True  # which layers is said already
         for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
-            if getattr(self, new) is None:
+            if new in self.__dataclass_fields__ and getattr(self, new) is None:
                 setattr(self, new, getattr(self, new.replace("activation", "gradient")))
 
     def _check_own_options(self) -> None:
@@ -346,6 +347,11 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 "`accelerator_config` asks for split_batches, but silkie's sampler makes whole batches for every rank:"
                 " leave it off, and divide per_device_train_batch_size by the number of processes."
             )
+        if self.neftune_noise_alpha is not None and self.layout != "rows":
+            raise ValueError(
+                "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several"
+                " responses: set layout='rows'."
+            )
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which"
@@ -370,6 +376,11 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
+        if "sft" in self.loss_type and self.gradient_accumulation_steps * self.world_size > 1:
+            logger.info(
+                "the sft loss is the mean over all chosen tokens of an optimizer step; TRL takes the mean of the means"
+                " of micro-batches"
+            )
         validate(self.loss_type, self.loss_weights, self.loss_options)
         if "kto" in self.loss_type and self.precompute_ref_log_probs:
             raise ValueError(
@@ -392,6 +403,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         own = {name: _default(f) for name, f in cls.__dataclass_fields__.items() if name not in vars(args)}
         # TRL trains the vision tower in full fine-tuning
         config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})
+        config.log_token_stats = True
         if isinstance(config.loss_type, str):  # KTO's
             config.loss_type = [config.loss_type]
         config._check_own_options()

@@ -101,6 +101,14 @@ def prepared_groups(
         What `as_groups` and `prepare_groups` raise.
     """
     groups = as_groups(dataset, args, name, paired=labels is None, cache_dir=cache_dir)
+    if len(groups) < len(dataset):
+        logger.info(
+            "%s: %d rows are %d groups: rows of the same prompt and images are joined, and pairs of equal responses"
+            " left out; batches count groups, TRL's rows (load_preferences(rows, regroup_pairs=False) joins none)",
+            name,
+            len(dataset),
+            len(groups),
+        )
     return prepare_groups(
         without_images(groups, encoder.processor),
         encoder,
@@ -238,6 +246,7 @@ class GroupLoaders:
             seed=args.data_seed if args.data_seed is not None else args.seed,
             padded=padded,
             shuffle=shuffle,
+            as_trl=max(map(len, dataset["response_lengths"])) <= 2,
             drop_last=args.dataloader_drop_last,
             companies=companies,
         )

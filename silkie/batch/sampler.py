@@ -37,6 +37,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         seed: decides the order, with the epoch.
         padded: rows are padded to the longest, so a batch costs (rows) * (longest row); False: the sum of its groups.
         shuffle: False keeps the order of the data in every epoch, whatever the companies.
+        as_trl: shuffle as transformers and accelerate do, so that rows of pairs come in TRL's order.
         drop_last: leave out the groups that do not fill a batch of every rank; not with a token budget, whose batches
             are filled.
         companies: groups that come into one batch, as one row, where it has the places. None is above the token budget.
@@ -55,6 +56,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         padded: bool = True,
         shuffle: bool = True,
+        as_trl: bool = False,
         drop_last: bool = False,
         companies: Sequence[Company] = (),
     ) -> None:
@@ -63,7 +65,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.shapes = list(shapes)
         self.batch_size, self.max_tokens, self.padded = batch_size, max_tokens, padded
         self.world_size, self.seed = world_size, seed
-        self.shuffle = shuffle
+        self.shuffle, self.as_trl = shuffle, as_trl
         if drop_last and max_tokens is None and len(self.shapes) < batch_size * world_size:
             raise ValueError(
                 f"dataloader_drop_last leaves no batch: {len(self.shapes)} groups for batches of {batch_size} on"
@@ -94,8 +96,10 @@ class GroupBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self.finished:
             return
-        # A large factor: with seed + epoch, seed 1 would repeat the second epoch of seed 0 in its first.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # accelerate's rule is seed + epoch; elsewhere a large factor: with seed + epoch, seed 1 would repeat the second
+        # epoch of seed 0 in its first.
+        factor = 1 if self.as_trl else 1_000_003
+        generator = torch.Generator().manual_seed(self.seed * factor + self.epoch)
         order = list(range(len(self._units)))
         if self.shuffle:
             order = torch.randperm(len(order), generator=generator).tolist()

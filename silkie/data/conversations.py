@@ -58,7 +58,12 @@ def parse_conversation(row: Row, turns: Any, images: list[ImageValue], column: s
     prompt = [_turn(row, turn, images, f"{column}[{index}]") for index, turn in enumerate(turns)]
     if prompt[-1]["role"] not in PROMPT_ENDS:
         raise row.error(
-            column, Found(f"a last turn of role {prompt[-1]['role']!r}"), "a conversation that ends with a user turn"
+            column,
+            Found(f"a last turn of role {prompt[-1]['role']!r}"),
+            "a conversation that ends with a user turn",
+            "Move the last turn of the assistant into chosen and rejected."
+            if prompt[-1]["role"] == "assistant"
+            else "",
         )
     placed = count_images(prompt)
     if placed == 0 and images:

@@ -23,7 +23,7 @@ from silkie.data.regroup import regroup_with_report
 from silkie.data.reports import LoadReport, OnError, Problem
 from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
-from silkie.data.schema import DataError, NoGroupLeft, is_group_features
+from silkie.data.schema import IMAGE_PLACEHOLDER, DataError, NoGroupLeft, is_group_features
 from silkie.data.sources.vlfeedback import aspect_order
 
 logger = logging.getLogger(__name__)
@@ -226,6 +226,17 @@ def _log_columns(records: raw.Records, source: Source) -> None:
     """Say which columns the source does not read, found by letting it adapt the first record."""
     first = next(records.first(1), None) or {}
     row = Row(first, source.name, "the first record", cast(ImageResolver, _AnyImage()))
+    if (
+        source.name.startswith("trl")
+        and row.images("images", "image")
+        and IMAGE_PLACEHOLDER in str(first.get("prompt"))
+    ):
+        logger.info(
+            "%s: the mark %s in a prompt is the place of an image; TRL reads it as text and puts the images in front",
+            records.name,
+            IMAGE_PLACEHOLDER,
+        )
+    row.read.clear()
     try:
         source.adapt(row)
     except Exception:  # a broken row: reported with its place when the rows are read

@@ -79,7 +79,9 @@ class RunMetrics:
                 seen = weights * ~value.isnan()
                 self._means.add(name, (value.nan_to_num(nan=0.0) * seen).sum(), seen.sum())
             else:
-                self._means.add(name, value.masked_fill(~counted, 0.0).sum(), counted.sum())
+                # a pair of several rows counts as often as TRL counts these
+                seen = group_logps.weights * counted
+                self._means.add(name, (value.masked_fill(~counted, 0.0) * seen).sum(), seen.sum())
         # TRL's count: prompt and response of both sides of every pair, or of every labelled response
         tokens = batch["prompt_lengths"][batch["group"]] + batch["lengths"]
         total = torch.stack([(tokens[index] * weight).sum() for index, weight in self._sides(group_logps, counted)])

@@ -56,6 +56,8 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
             given,
             args.max_length,
         )
+    if not args.log_token_stats:
+        logger.info("log_token_stats=True also logs entropy, mean_token_accuracy and logits/*, as TRL does")
     if train_dataset is None:
         raise ValueError(
             "`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows."

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import peft
+from peft import LoraConfig
 
 from tests.conformance.compare import METRICS, Case, chats, talk, turn
 from tests.support.tiny import image
@@ -29,6 +31,40 @@ def parts(text: str, n_images: int = 1) -> list[dict[str, Any]]:
 
 def answers(rows: list[dict[str, Any]], chosen: list[Any], rejected: list[Any]) -> list[dict[str, Any]]:
     return [{**row, "chosen": c, "rejected": r} for row, c, r in zip(rows, chosen, rejected, strict=True)]
+
+
+def many(count: int, images: bool = True) -> list[dict[str, Any]]:
+    """Rows of different prompts and lengths."""
+    questions = [
+        "what is in image ?",
+        "how many dog are there",
+        "is it a cat ?",
+        "what ?",
+        "is there a dog",
+        "describe table",
+    ]
+    return [
+        {
+            "prompt": talk(question),
+            "chosen": turn("a red cat" + " yes" * (i % 3)),
+            "rejected": turn("no" + " one two" * (i % 2)),
+            **({"images": [image(i)]} if images else {}),
+        }
+        for i, question in enumerate(questions[:count])
+    ]
+
+
+Q = {"target_modules": ["q_proj"]}
+ADAPTERS = {
+    "DoRA": lambda: LoraConfig(r=4, use_dora=True, **Q),
+    "modules_to_save": lambda: LoraConfig(r=4, modules_to_save=["lm_head"], **Q),
+    "bias='lora_only'": lambda: LoraConfig(r=4, bias="lora_only", **Q),
+    "trainable_token_indices": lambda: LoraConfig(r=4, trainable_token_indices=[3, 4], **Q),
+    "VeRA": lambda: peft.VeraConfig(r=4, **Q),
+    "LoHa": lambda: peft.LoHaConfig(r=4, **Q),
+    "OFT": lambda: peft.OFTConfig(r=4, oft_block_size=0, **Q),
+    "IA3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
 
 
 def transformed() -> Any:
@@ -166,6 +202,62 @@ DATA = [
         expected="different",
         why="TRL stops; here it is a row without images",
     ),
+    Case(name="rows in random order over two epochs", rows=many(6), options={"max_steps": -1, "num_train_epochs": 2}),
+    Case(name="random order with data_seed", rows=many(6), options={"max_steps": 3, "data_seed": 7}),
+    Case(name="rows with and without images", rows=[chats()[0], {**chats()[1], "images": []}]),
+    Case(
+        name="grey images, images with alpha",
+        rows=[
+            {**r, "images": [image(i).convert(m)]} for i, (r, m) in enumerate(zip(chats(), ("L", "RGBA"), strict=True))
+        ],
+    ),
+    Case(
+        name="two rows of the same prompt, in one batch",
+        rows=[chats()[0], {**chats()[0], "chosen": turn("two dog"), "rejected": turn("three")}],
+    ),
+    Case(
+        name="a row that is there twice, in one batch",
+        rows=[chats()[0], chats()[0], chats()[1]],
+        options={"per_device_train_batch_size": 3},
+    ),
+    Case(
+        name="rows of the same prompt and others, in several batches",
+        rows=[chats(False)[0], {**chats(False)[0], "rejected": turn("two")}, *many(4, False)[1:3]],
+        options={"train_sampling_strategy": "sequential"},
+        expected="different",
+        why="rows of the same prompt and images are one group, and batches count groups; load_preferences(rows, regroup_pairs=False) joins none",
+    ),
+    Case(
+        name="equal answers in a row",
+        rows=[chats(False)[0], {**chats(False)[1], "rejected": turn("two")}],
+        expected="different",
+        why="the row has no preference and is left out; TRL trains on it without a gradient",
+    ),
+    Case(
+        name="the text <image> in a prompt with images",
+        rows=[{**r, "prompt": talk("<image> what ?")} for r in chats()],
+        expected="different",
+        why=MARK,
+    ),
+    Case(
+        name="an empty answer",
+        rows=[{**r, "chosen": turn("")} for r in chats()],
+        expected="refused",
+        why="Repair the row, or drop and count such rows",
+    ),
+    Case(
+        name="a prompt that ends with the assistant",
+        rows=[{**r, "prompt": r["prompt"] + turn("yes")} for r in chats()],
+        expected="refused",
+        why="Move the last turn of the assistant into chosen and rejected",
+    ),
+    Case(
+        name="another number of images than image parts",
+        rows=[{**r, "prompt": parts("what ?", 2)} for r in chats()],
+        trl_crashes=True,
+        expected="refused",
+        why="one mark per image",
+    ),
     Case(name="a `videos` column", rows=chats(videos=["a.mp4"]), expected="refused", why="sample frames into `images`"),
     Case(
         name="a `DatasetDict` as train_dataset",
@@ -189,6 +281,9 @@ LOSSES = [
     Case(name="label_smoothing, sigmoid", options={"label_smoothing": 0.1}, expected="different", why="conservative DPO; TRL ignores the option for this loss"),
     Case(name="label_smoothing, robust", options={"loss_type": ["robust"], "label_smoothing": 0.1}),
     Case(name="beta", options={"beta": 0.5}),
+    Case(name="ld_alpha and use_weighting", options={"ld_alpha": 0.5, "use_weighting": True}),
+    Case(name="a loss beside sft, gradient accumulation", rows=many(6, False), options={"loss_type": ["sigmoid", "sft"], "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}, expected="different", why="sft is the mean over all chosen tokens of the optimizer step; TRL's is the mean of the means of micro-batches"),
+    Case(name="an option that none of the losses reads", options={"discopop_tau": 0.2}, expected="refused", why="Remove the option or select one of them"),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -209,6 +304,14 @@ OPTIONS = [
     Case(name="max_grad_norm", options={"max_grad_norm": 0.01}),
     Case(name="weight_decay", options={"weight_decay": 0.1}),
     Case(name="token statistics in the log", own={"log_token_stats": True}, metrics=(*METRICS, "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens"), note="entropy, mean_token_accuracy and logits/* need log_token_stats=True"),
+    *(Case(name=f"another adapter: {name}", adapter=adapter, rows=chats(False)) for name, adapter in ADAPTERS.items()),
+    Case(name="prompt tuning, prefix tuning", adapter=lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), expected="refused", why="use LoRA"),
+    Case(name="init_lora_weights='pissa'", adapter=lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), expected="refused", why="Pass that model as `ref_model`"),
+    Case(name="a LoRA config without target_modules", adapter=lambda: LoraConfig(r=4), trl_crashes=True, expected="different", why="TRL stops; here it adapts the language model's attention and MLP projections"),
+    Case(name="neftune_noise_alpha", options={"neftune_noise_alpha": 5.0}, expected="refused", why="set layout='rows'"),
+    Case(name="AdamW, cosine schedule, warm-up", options={"optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4, "learning_rate": 1e-2}),
+    Case(name="gradient_checkpointing_kwargs={'use_reentrant': True}", options={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    Case(name="dataloader_num_workers", options={"dataloader_num_workers": 1}),
     Case(name="train_sampling_strategy='group_by_length'", options={"train_sampling_strategy": "group_by_length"}, expected="refused", why="max_tokens_per_batch"),
     Case(name="accelerator_config.dispatch_batches", options={"accelerator_config": {"dispatch_batches": True}}, trl_crashes=True, expected="different", why="TRL cuts image tensors at the wrong places; here it is switched off with a warning"),
     Case(name="pad_to_multiple_of", options={"pad_to_multiple_of": 8}, expected="refused", why="padded to the longest"),
@@ -295,7 +398,11 @@ CALLS = [
     ("`data_collator=`", "refused", "silkie packs with its own; shape rows with `map` or `with_transform`"),
     ("`processing_class=` a tokenizer", "same", "text data; language models pack, too"),
     ("`compute_metrics=`", "same", "logits and token ids of TRL's rows, from an extra forward, as in TRL"),
-    ("`evaluate` on raw rows, or a dict of them", "same", ""),
+    (
+        "`evaluate` on raw rows, or a dict of them",
+        "same",
+        "eval metrics are means over all pairs; TRL averages the means of batches, which differ where the last one is smaller",
+    ),
     ("`predict` on raw rows", "same", "logits and token ids"),
     ("`compute_ref_log_probs(model, batch)`", "same", "on the trainer's own batches"),
     ("`create_model_card(model_name, dataset_name, tags)`", "same", "silkie's card, with DPO's reference"),

@@ -50,6 +50,7 @@ class Case:
         peft: train a LoRA adapter; False trains the whole model with a reference model.
         trl_crashes: TRL cannot run the case, so there is nothing to compare with.
         metrics: what is compared.
+        adapter: makes another adapter than LoRA on three projections.
         kto: TRL's side is its KTO trainer.
         note: a remark for the table, where both do the same.
     """
@@ -65,6 +66,9 @@ class Case:
     metrics: tuple[str, ...] = METRICS
     note: str = ""
     kto: bool = False
+    adapter: Callable[[], Any] = lambda: LoraConfig(
+        r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q|v|up)_proj"
+    )
 
     def dataset(self) -> Any:
         if callable(self.rows):
@@ -104,9 +108,7 @@ def build(cls: Any, config: Any, case: Case, tmp: Path, **arguments: Any) -> Any
         "args": config(**{**options(tmp, case), **own}),
         "train_dataset": case.dataset(),
         "processing_class": tiny_processor(),
-        "peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q|v|up)_proj")
-        if case.peft
-        else None,
+        "peft_config": case.adapter() if case.peft else None,
     }
     return cls(tiny_model(), **{**given, **arguments})
 

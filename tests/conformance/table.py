@@ -18,6 +18,9 @@ from silkie import SilkieDPOConfig as DPOConfig, SilkieDPOTrainer as DPOTrainer
 "same": the logged losses, rewards and log-probs of the first steps equal those of the installed TRL in fp32. "different":
 both train, or TRL stops, and the reason is given. "refused": silkie stops before any compute is spent and says what to do
 instead. `tests/conformance/` runs every row; `python -m tests.conformance.table` writes this page.
+
+Defaults that differ from TRL's: `max_length=None` (TRL: 1024; no image or prompt is ever cut), `freeze_vision=True` in full fine-tuning,
+`logging_nan_inf_filter=False` (a non-finite loss stops the run), `log_token_stats=False`. TRL's own `DPOConfig` or `KTOConfig` as `args` keeps TRL's values.
 """
 MODELS = """\
 ## Model types

@@ -86,7 +86,7 @@ def test_copies_that_fill_a_round_weigh_nothing():
     rows = [{"pairs": [[0, 1], [1, 2]], "pair_weights": [2.0, 1.0]}]
     filled = WithEmptyGroups(rows)
     assert filled[0]["pair_weights"] == [2.0, 1.0]
-    assert filled[1] == {"pairs": [[0, 1], [1, 2]], "pair_weights": [0.0, 0.0]}
+    assert filled[1] == {"pairs": [[0, 1], [1, 2]], "pair_weights": [0.0, 0.0], "empty": True}
     assert rows[0]["pair_weights"] == [2.0, 1.0]
 
 
