@@ -218,7 +218,8 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         metadata={
             "help": (
                 "Processes of each rank that decode and process images. None: as many as there are free cores (at"
-                " most 8), by what this process may use and how many ranks share it; 0: the trainer itself."
+                " most 8), by what this process may use and how many ranks share it, and none for a stream, which each"
+                " of them would read whole; 0: the trainer itself."
             )
         },
     )
@@ -268,6 +269,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
     def __post_init__(self) -> None:
         self._rename_checkpointing()
+        self.workers_by_machine = self.dataloader_num_workers is None
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = data_workers()
         super().__post_init__()

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from silkie.batch.preparation import PreparationReport
 from silkie.batch.sampler import WithEmptyGroups
+from silkie.batch.workers import BatchError
 from silkie.data.schema import DataError, NoGroupLeft
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,13 @@ class StreamedBatches(TorchDataset):
         with tempfile.TemporaryDirectory(prefix="silkie-window-") as folder:
             try:
                 groups, report = self.prepare(Dataset.from_list(raw, features=self.stream.features), folder)
-            except DataError as error:
-                first = self.rows * number
-                error.add_note(f"Rows are counted within a window of the stream; this one begins at its row {first:,}.")
+            except NoGroupLeft:
                 raise
+            except DataError as error:  # of one message, which PyTorch can raise anew outside of a worker
+                first = self.rows * number
+                raise BatchError(
+                    f"{error} Rows are counted within a window of the stream; this one begins at its row {first:,}."
+                ) from error
             groups = Dataset.from_list(groups.to_list(), features=groups.features)  # the folder is deleted
         numbers = [self.rows * number + row for row in groups["row"]]
         return groups.remove_columns("row").add_column("row", numbers), report

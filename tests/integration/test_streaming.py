@@ -107,7 +107,9 @@ def test_broken_rows_of_a_later_window(tmp_path, caplog):
     stream = datasets.IterableDataset.from_generator(read)
     with pytest.raises(DataError, match="Repair the row") as error:
         make(tmp_path / "raise", stream, stream_window=4).train()
-    assert "begins at its row 4" in error.value.__notes__[0]
+    assert "begins at its row 4" in str(error.value)
+    with pytest.raises(DataError, match="begins at its row 4"):  # out of a worker, too
+        make(tmp_path / "worker", stream, stream_window=4, dataloader_num_workers=1).train()
     trainer = make(tmp_path / "skip", stream, stream_window=4, on_bad_row="skip")
     trainer.train()
     assert trainer.state.global_step == 6 and "window 1 of the stream is left out" in caplog.text
