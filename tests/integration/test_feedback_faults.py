@@ -103,8 +103,8 @@ def test_a_thousand_items_with_every_fault_pay_each_answer_once(tmp_path):
     print(figures)
 
 
-def measure_throughput(tmp_path: Path, count: int, slots: int, latency: float) -> tuple[float, float]:
-    """(answers per second from the first to the last, the most the server can give)."""
+def measure_throughput(tmp_path: Path, count: int, slots: int, latency: float) -> tuple[int, str]:
+    """Most requests that waited at the server at a time; answers per second from the first to the last, in words."""
     responses = write_responses(tmp_path, count)
     with judge_server(tmp_path, "--slots", str(slots), "--latency", str(latency)) as server:
         arguments = [
@@ -119,18 +119,21 @@ def measure_throughput(tmp_path: Path, count: int, slots: int, latency: float) -
         ]
         result = run_command(*arguments, "--concurrency", 2 * slots, "--structured", "markdown", "--quiet")
         assert result.returncode == 0, result.stderr
-        times = [event["time"] for event in server.events() if event["outcome"] == "good"]
-    assert len(times) == count
-    return (count - slots) / (max(times) - min(times)), slots / latency
+        events = [event for event in server.events() if event["outcome"] == "good"]
+    assert len(events) == count
+    times = [event["time"] for event in events]
+    rate = (count - slots) / (max(times) - min(times))
+    return events[-1]["most_open"], f"{rate:.1f} answers/s of {slots / latency:.1f}"
 
 
-def test_throughput_is_the_endpoints(tmp_path):
-    rate, capacity = measure_throughput(tmp_path, 60, slots=4, latency=0.3)
-    assert rate > 0.7 * capacity
+def test_the_endpoint_never_waits_for_requests(tmp_path):
+    """Twice as many as it works on at a time, and no more: seconds would depend on what else the machine does."""
+    most_open, _ = measure_throughput(tmp_path, 60, slots=4, latency=0.3)
+    assert most_open == 8
 
 
 @pytest.mark.slow
-def test_throughput_at_a_thousand_items_is_the_endpoints(tmp_path):
-    rate, capacity = measure_throughput(tmp_path, 1000, slots=32, latency=1.0)
-    print(f"{rate:.1f} answers/s of {capacity:.1f}")
-    assert rate > 0.85 * capacity
+def test_the_endpoint_never_waits_for_requests_of_a_thousand_items(tmp_path):
+    most_open, rate = measure_throughput(tmp_path, 1000, slots=32, latency=1.0)
+    print(rate)
+    assert most_open == 64

@@ -68,6 +68,7 @@ class JudgeServer:
         self.arguments = arguments
         self.slots = asyncio.Semaphore(arguments.slots)
         self.seen: Counter[str] = Counter()
+        self.open = self.most_open = 0  # requests that wait for their answer
         self.log = Path(arguments.log).open("a", encoding="utf-8")
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,8 +92,11 @@ class JudgeServer:
                 writer, item, 400, {"error": {"message": "response_format is not supported"}}, "no_schema"
             )
         self.seen[item] += 1
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
         async with self.slots:
             await asyncio.sleep(self.arguments.latency)
+        self.open -= 1
         fault = self.fault(item)
         qualities = [int(q) for q in re.findall(r"quality=(\d)", text.split("# Texts")[-1])]
         if fault == "reset":
@@ -150,7 +154,9 @@ class JudgeServer:
         return name if when == "always" or asked == 1 else "good"
 
     def note(self, item: str, outcome: str) -> None:
-        self.log.write(json.dumps({"time": time.time(), "item": item, "outcome": outcome}) + "\n")
+        self.log.write(
+            json.dumps({"time": time.time(), "item": item, "outcome": outcome, "most_open": self.most_open}) + "\n"
+        )
         self.log.flush()
 
     async def send(
