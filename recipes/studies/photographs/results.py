@@ -92,7 +92,9 @@ def paired(
 
 
 def against(scores: Scores, a: str, b: str) -> dict[str, dict[str, float]]:
-    """b minus a, per metric that both have."""
+    """b minus a, per metric that both have, over the seeds that both have."""
+    common = scores[a].keys() & scores[b].keys()
+    scores = {policy: {seed: scores[policy][seed] for seed in sorted(common)} for policy in (a, b)}
     rows = {}
     for metric in METRICS:
         if any(metric.evaluation not in own for p in (a, b) for own in scores[p].values()):

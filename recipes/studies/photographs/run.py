@@ -48,6 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="packages and photographs (%(default)s)")
     parser.add_argument("--photographs", type=Path, help="folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's)")
+    parser.add_argument("--finished", action="store_true", help="train nothing: results of what is there")
     parser.add_argument("--described", type=int, help="descriptions that the base is taught")
     for name, text in (
         ("boards", "boards whose prompts make the preferences"),
@@ -113,13 +114,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     seeds = list(dict.fromkeys(arguments.seeds or ([0] if arguments.quick else [0, 1, 2])))
     names = arguments.arms or (("dpo", "sft") if arguments.quick else MAIN)
-    print(study(place, facts, names, seeds, " ".join(sys.argv if argv is None else ["run.py", *argv])))
+    command = " ".join(sys.argv if argv is None else ["run.py", *argv])
+    print(study(place, facts, names, seeds, command, finished=arguments.finished))
     return 0
 
 
-def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequence[int], command: str) -> str:
-    """Train and answer everything, write the results; returns the table."""
-    from photographs.loop import as_json, draw_boards, evaluate, run_arm, write_benchmarks
+def study(
+    place: Any,
+    facts: dict[str, Any],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    command: str,
+    *,
+    finished: bool = False,
+) -> str:
+    """Train and answer everything, write the results; returns the table. With `finished` an arm has the seeds that have
+    answered, which may differ from arm to arm."""
+    from photographs.loop import EVALUATIONS, as_json, draw_boards, evaluate, run_arm, write_benchmarks
     from photographs.picture import write_picture
     from photographs.results import against, summarise, table, write_page
 
@@ -132,30 +143,37 @@ def study(place: Any, facts: dict[str, Any], names: Sequence[str], seeds: Sequen
         folder = out / f"seed{seed}"
         own = draw_boards(place, "preference", place.sizes.boards, seed, folder / "images")
         for name in names:
+            if finished and not (folder / "answers" / name / f"{EVALUATIONS[-1]}.done").exists():
+                continue
             logger.info("seed %d: %s", seed, ARMS[name].title)
             adapter, facts_of = run_arm(place, ARMS[name], seed, folder, folder / "images", own)
             training.setdefault(name, {})[seed] = {k: facts_of[k] for k in ("groups", "pairs", "cpu_seconds")}
             scores.setdefault(name, {})[seed] = evaluate(place, benchmarks, folder / "answers" / name, adapter)
-    titles = {"base": "Base", **{name: ARMS[name].title for name in names}}
+    trained = {name: list(by_seed) for name, by_seed in scores.items() if name != "base"}
+    few = {name: own for name, own in trained.items() if len(own) < len(seeds)}
+    titles = {"base": "Base", **{name: ARMS[name].title for name in trained}}
+    titles |= {
+        name: f"{ARMS[name].title} (seed{'s' * (len(own) > 1)} {', '.join(map(str, own))})" for name, own in few.items()
+    }
     summary = summarise(scores)
     text = table(summary, titles, len(seeds))
     result = {
         "command": command,
-        "seeds": list(seeds),
+        "seeds": trained,
         "sizes": as_json(place.sizes),
         "sampling": as_json(place.sampling),
         "eye": facts,
-        "arms": {name: as_json(ARMS[name]) for name in names},
+        "arms": {name: as_json(ARMS[name]) for name in trained},
         "training": training,
         "summary": summary,
         "hours_of_last_command": round((time.time() - started) / 3600, 2),
     }
-    if "dpo" in names:
-        result["dpo_minus"] = {name: against(scores, name, "dpo") for name in names if name != "dpo"}
+    if "dpo" in trained:
+        result["dpo_minus"] = {name: against(scores, name, "dpo") for name in trained if name != "dpo"}
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(text, encoding="utf-8")
     shown = {"seeds": len(seeds), "boards per seed": place.sizes.boards, "command": command}
-    if "dpo" in names:
+    if "dpo" in trained:
         page = write_page(out, summary, titles, scores, benchmarks / "images", facts, shown, NOTES)
         logger.info("page: %s, picture: %s", page, write_picture(out, summary, titles, scores, benchmarks / "images"))
     return text
