@@ -73,6 +73,14 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit status."""
+    try:
+        return _main(argv)
+    except BrokenPipeError:  # `silkie ... | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     words = _debug(words)
     if not words or words[0] in ("-h", "--help", "help"):
