@@ -319,7 +319,7 @@ def caption_values(found: Score) -> dict[str, NDArray[np.float64]]:
     """Values per board.
 
     By CHAIR's counts: whether a name is invented (`chair_s`), the share of the things named (`recall`). By the oracle:
-    things and groups invented, the share covered by name or group, whether all is named and nothing invented (`exact`),
+    things and groups invented, of these the names (groups apart), the share covered by name or group, whether all is named and nothing invented (`exact`),
     and how many groups are named."""
     counts = np.array([item.counts for item in found.items])
     checks = [check(item.answer, [name.strip() for name in str(item.label).split(",")]) for item in found.items]
@@ -327,6 +327,7 @@ def caption_values(found: Score) -> dict[str, NDArray[np.float64]]:
         "chair_s": counts[:, 1],
         "recall": counts[:, 5] / counts[:, 4],
         "invented": np.array([float(len(c.invented)) for c in checks]),
+        "wrong_names": np.array([float(sum(x not in GROUPS.values() for x in c.invented)) for c in checks]),
         "covered": np.array([c.hits + c.grouped for c in checks]) / counts[:, 4],
         "exact": np.array([float(c.hits == len(CELLS) and not c.invented and not c.repeated) for c in checks]),
         "groups": np.array([float(sum(m in GROUPS.values() for m in mentions(i.answer))) for i in found.items]),

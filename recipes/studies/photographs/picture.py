@@ -10,13 +10,14 @@ from typing import Any
 from PIL import Image
 
 from photographs.boards import check
+from photographs.results import SHOWN
 from silkie.evaluation import Score
 
 BARS = (
-    ("chair/invented", "invented things per caption"),
-    ("chair/recall", "recall"),
-    ("chair/covered", "covered, by name or group"),
-    ("chair_sampled/invented", "sampled: invented per caption"),
+    ("chair_sampled/invented", "sampled: invented things per caption"),
+    ("chair_sampled/covered", "sampled: covered, by name or group"),
+    ("chair_sampled/recall", "sampled: named (recall)"),
+    ("chair/invented", "greedy: invented things per caption"),
 )
 BOARDS = 6
 
@@ -29,14 +30,14 @@ def write_picture(
     images: Path,
     trained: str = "dpo",
 ) -> Path:
-    """`photographs.png` in `out`. Boards are the first of the held-out set, not chosen."""
+    """`photographs.png` in `out`. Boards are the first of the held-out set, not chosen; answers are sampled."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(12, 8.5))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    figure = plt.figure(figsize=(12, 6.8))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     bars = [(key, title) for key, title in BARS if key in summary["base"]]
     for axis, (key, title) in zip(upper.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
         names = [name for name in summary if key in summary[name]]
@@ -53,15 +54,15 @@ def write_picture(
         if axis is not upper.axes[0]:
             axis.set_yticklabels([])
     upper.subplots_adjust(left=0.16, right=0.98, top=0.88, bottom=0.1)
-    first, then = (next(iter(scores[name].values()))["chair"].items[:BOARDS] for name in ("base", trained))
+    first, then = (next(iter(scores[name].values()))[SHOWN].items[:BOARDS] for name in ("base", trained))
     for axis, a, b in zip(lower.subplots(1, BOARDS), first, then, strict=True):
         axis.imshow(Image.open(images / Path(a.image).name))
         axis.axis("off")
         texts = [f"{who}: {_marked(item)}" for who, item in ((titles["base"], a), (titles[trained], b))]
         axis.set_title(
-            "\n\n".join(textwrap.fill(text, 25) for text in texts), fontsize=7, loc="left", y=-0.02, va="top"
+            "\n\n".join(textwrap.fill(text, 25) for text in texts), fontsize=7, loc="left", y=-0.06, va="top"
         )
-    lower.subplots_adjust(left=0.01, right=0.99, top=1.0, bottom=0.35, wspace=0.05)
+    lower.subplots_adjust(left=0.01, right=0.99, top=1.0, bottom=0.42, wspace=0.05)
     file = out / "photographs.png"
     figure.savefig(file, dpi=90)
     plt.close(figure)
