@@ -319,8 +319,8 @@ def caption_values(found: Score) -> dict[str, NDArray[np.float64]]:
     """Values per board.
 
     By CHAIR's counts: whether a name is invented (`chair_s`), the share of the things named (`recall`). By the oracle:
-    things and groups invented, of these the names (groups apart), the share covered by name or group, whether all is named and nothing invented (`exact`),
-    and how many groups are named."""
+    things and groups invented, of these the names (groups apart), the share covered by name or group, whether all is
+    named and nothing invented (`exact`), and how many groups are named."""
     counts = np.array([item.counts for item in found.items])
     checks = [check(item.answer, [name.strip() for name in str(item.label).split(",")]) for item in found.items]
     return {
