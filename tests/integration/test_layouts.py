@@ -229,7 +229,9 @@ def count_encodings(trainer):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_every_image_is_encoded_once_per_step(tmp_path, layout, checkpointing):
     """4 groups, 13 responses, policy and reference, with recomputation: one run over the images of the batch."""
-    trainer = make(tmp_path, layout=layout, gradient_checkpointing=checkpointing, self_test=False, max_steps=3)
+    trainer = make(
+        tmp_path, layout=layout, gradient_checkpointing=checkpointing, self_test=False, max_steps=3, vision_cache="off"
+    )
     calls = count_encodings(trainer)
     trainer.train()
     patches = sum(
