@@ -197,6 +197,7 @@ def make_trainer(
         "report_to": [],
         "seed": seed,
         "dataloader_pin_memory": False,
+        "dataloader_num_workers": 0,  # the recipes side by side keep every core busy
     }
     args = SilkieDPOConfig(**{**arguments, **recipe.options})
     peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM") if adapter is None else None

@@ -124,8 +124,13 @@ def image_only_class(
     """A subclass of `cls` that has no video part, or lacks other parts (`without`).
 
     transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so
-    that what it saves is loaded as the full class where torchvision works.
+    that what it saves is loaded as the full class where torchvision works. Equal arguments give the same class.
     """
+    return _without(cls, without)  # type: ignore[arg-type]  (mypy finds no hash of a class)
+
+
+@cache
+def _without(cls: Any, without: tuple[str, ...]) -> type[ProcessorMixin]:
     parts = [name for name in cls.get_attributes() if name not in without]
     if parts == cls.get_attributes():
         return cls
@@ -142,6 +147,8 @@ def image_only_class(
         "model_input_names": property(input_names),
         "__doc__": cls.__doc__,
         "__module__": __name__,
+        # Data workers that are spawned get the processor pickled, and this class has no place of its own in a module.
+        "__reduce__": lambda self: (_unpickled, (cls, without), vars(self)),
     }
     if "video_processor" in without:
         members["video_processor"] = NoVideo()
@@ -150,6 +157,11 @@ def image_only_class(
     if missing:
         members["__init__"] = without_video
     return type(cls.__name__, (cls, _without_parts(cls, parts)), members)
+
+
+def _unpickled(cls: type[ProcessorMixin], without: tuple[str, ...]) -> ProcessorMixin:
+    own = image_only_class(cls, without)
+    return own.__new__(own)
 
 
 def ask_for_token_types(processor: Any, forward: Any) -> None:
