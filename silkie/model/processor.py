@@ -126,7 +126,8 @@ def image_only_class(
     transformers asks `get_attributes` which parts a processor loads, saves and accepts. The subclass keeps the name, so
     that what it saves is loaded as the full class where torchvision works. Equal arguments give the same class.
     """
-    return _without(cls, without)  # type: ignore[arg-type]  (mypy finds no hash of a class)
+    hashable: Any = cls  # mypy takes the hash of instances for that of the class
+    return _without(hashable, without)
 
 
 @cache

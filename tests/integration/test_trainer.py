@@ -153,6 +153,14 @@ def test_data_workers_change_nothing_and_resume_exactly(tmp_path):
     alone.train(), helped.train()
     assert losses(helped) == losses(alone)
     assert_same(adapter(helped), adapter(alone), 0.0)
+    spawned = make(  # as in a process that was itself spawned: everything that a worker needs is pickled
+        tmp_path / "spawned",
+        dataloader_num_workers=1,
+        dataloader_multiprocessing_context="spawn",
+        per_device_train_batch_size=1,
+    )
+    spawned.train()
+    assert losses(spawned) == losses(alone)
     resumed = make(tmp_path / "helped", dataloader_num_workers=2, per_device_train_batch_size=1)
     resumed.train(resume_from_checkpoint=str(tmp_path / "helped" / "checkpoint-3"))
     assert losses(resumed) == losses(alone)

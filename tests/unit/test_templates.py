@@ -97,6 +97,7 @@ def processor(template, mark="<|image_pad|>"):
     made.image_token, made.image_token_id = mark, made.convert_tokens_to_ids(mark)
     images = tiny_processor().image_processor
     cls = image_only_class(transformers.Qwen2_5_VLProcessor)
+    assert cls is image_only_class(transformers.Qwen2_5_VLProcessor, ("video_processor",))  # as pickle finds it again
     return cls(image_processor=images, tokenizer=made, chat_template=template)
 
 
