@@ -76,6 +76,11 @@ def in_own_process(
     }
 
 
+def _repeats(result: dict[str, Any]) -> list[float]:
+    """The best step of each repeat; files of older versions keep the best of all."""
+    return result.get("best_of_repeats") or [result["seconds"]]
+
+
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The faster of two results; times of both, the larger peak."""
     if not old or not new:
@@ -84,7 +89,7 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {
         **best,
         "all_seconds": old["all_seconds"] + new["all_seconds"],
-        "best_of_repeats": old["best_of_repeats"] + new["best_of_repeats"],
+        "best_of_repeats": _repeats(old) + _repeats(new),
         "extra_bytes": max(best["extra_bytes"], other["extra_bytes"]),
     }
 
@@ -133,7 +138,7 @@ def earlier_results(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
     speed = f"{result['pairs_per_second'] / stock['pairs_per_second']:5.2f}x" if stock else "    -"
-    if stock and len(result["best_of_repeats"]) > 1:
+    if stock and len(_repeats(result)) > 1:
         low, high = interval(result, stock)
         speed += f" ({low:.2f}-{high:.2f})"
     flops = f"{stock['flops'] / result['flops']:5.2f}x" if stock and result["flops"] else "    -"
@@ -146,7 +151,7 @@ def row(result: dict[str, Any], stock: dict[str, Any]) -> str:
 
 def interval(result: dict[str, Any], stock: dict[str, Any]) -> tuple[float, float]:
     """Smallest and largest speed-up of a repeat: its best step against TRL's best of the same repeat."""
-    ratios = [t / s for s, t in zip(result["best_of_repeats"], stock["best_of_repeats"], strict=False)]
+    ratios = [t / s for s, t in zip(_repeats(result), _repeats(stock), strict=False)]
     return min(ratios), max(ratios)
 
 
