@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from silkie import __version__
+from silkie.io.console import guarded
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +74,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit status."""
-    try:
-        return _main(argv)
-    except BrokenPipeError:  # `silkie ... | head`: nobody reads the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
-        return 1
+    return guarded(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:

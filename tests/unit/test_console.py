@@ -42,6 +42,17 @@ def test_help_does_not_import_torch(words):
         assert all(f"  {name} " in text for name in console.PROGRAMS)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["train", "--help-all"]])
+def test_a_reader_who_stops_early_is_no_error(words):
+    """`silkie ... | head`: the other end is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        command = [sys.executable, "-u", "-m", "silkie", *words]
+        result = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert result.returncode in (0, 1) and "error" not in result.stderr.lower() and "Traceback" not in result.stderr
+
+
 def test_the_entry_point_is_the_command():
     assert 'silkie = "silkie.__main__:main"' in (ROOT / "pyproject.toml").read_text()
 
