@@ -134,7 +134,6 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
         self.objective.check_aspects(aspects_of(train_dataset.features))
         if ref_model is None and self.objective.needs_reference:
             startup.check_own_reference(model, peft_config, config)
-        find_unused = args.ddp_find_unused_parameters
         with startup.trl_init(args, model):
             super().__init__(
                 model=model,
@@ -156,9 +155,6 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
             freeze_vision(self.model)
         self.aux_loss_enabled = self.aux_loss_enabled and guards.has_router_loss(self.model, args)
         self.frozen_vision = vision_is_frozen(self.model)
-        if self.frozen_vision and find_unused is None:
-            # TRL turns it on for the vision tower's sake; a frozen one leaves nothing unused
-            args.ddp_find_unused_parameters = False
         check_loaded_model(self.model, args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
         guards.check_adapter_on_vision(self.model)
         guards.warn_of_untrained_vision(self.model, args, default_targets=default_targets)
@@ -320,6 +316,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
     def _set_checkpointing(self) -> None:
         from silkie.plan.checkpointing import choose_checkpointing
 
+        guards.keep_passes_alone(self.model_wrapped, self.args)
         self.checkpointing = choose_checkpointing(self)
         checkpoint_first(self.model, self.checkpointing.layers)
         logger.info("%s", self.checkpointing)

@@ -276,6 +276,7 @@ class GroupLoaders:
             shapes: prepared groups -> their shapes. shapes, batch_size, padded: see `GroupBatchSampler`.
         """
         args, world_size = self.args, self.accelerator.num_processes
+        batches.begin()
         batches.divide = partial(
             _divided,
             shapes=shapes,

@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
@@ -48,7 +49,7 @@ class StreamedBatches(TorchDataset):
         prepare: raw rows, a folder for its cache -> prepared groups, and what was dropped. Raises `NoGroupLeft` where
             none of them can be trained on.
         divide: prepared groups -> the batches of all ranks in turn.
-        start: the window to begin with.
+        start: the window with which the next reading begins; `begin` takes it.
     """
 
     stream: IterableDataset
@@ -56,6 +57,7 @@ class StreamedBatches(TorchDataset):
     prepare: Callable[[Dataset, str], tuple[Dataset, PreparationReport]]
     divide: Callable[[Dataset], list[list[int]]] = list
     start: Window = _START
+    _at: Window = _START
     _groups: Dataset | None = None
     _batches: list[list[int]] = field(default_factory=list)
     _ahead: Iterator[list[dict[str, Any]]] | None = None
@@ -71,19 +73,24 @@ class StreamedBatches(TorchDataset):
             return self._prepared(raw, 0)
         raise NoGroupLeft("The streaming train_dataset has no rows.")
 
+    def begin(self) -> None:
+        """Forgets what was read and moves to `start`, or to the first window where nothing has set it since."""
+        self._at, self.start = self.start, _START
+        self._groups, self._batches, self._ahead, self._found = None, [], None, True
+
     def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
         (index,) = indices
-        while self._groups is None or index >= self.start.first + len(self._batches):
+        while self._groups is None or index >= self._at.first + len(self._batches):
             self._advance()
-        if index < self.start.first:
-            raise IndexError(f"batch {index} of a stream lies before window {self.start}")
+        if index < self._at.first:
+            raise IndexError(f"batch {index} of a stream lies before window {self._at}")
         table = WithEmptyGroups(self._groups)
-        rows = table.__getitems__(self._batches[index - self.start.first])
-        return [{**row, "window": self.start} for row in rows]
+        rows = table.__getitems__(self._batches[index - self._at.first])
+        return [{**row, "window": self._at} for row in rows]
 
     def _advance(self) -> None:
-        """Moves to the next window that has batches, or to `start` where none was read yet."""
-        passes, number, first = self.start
+        """Moves to the next window that has batches, or to `_at` where none was read yet."""
+        passes, number, first = self._at
         if self._groups is not None:
             number, first = number + 1, first + len(self._batches)
         while True:
@@ -103,7 +110,7 @@ class StreamedBatches(TorchDataset):
                 logger.warning("window %d of the stream is left out: %s", number, error)
                 self._batches = []
             if self._batches:
-                self.start, self._found = Window(passes, number, first), True
+                self._at, self._found = Window(passes, number, first), True
                 return
             number += 1
 
@@ -125,9 +132,9 @@ class StreamedBatches(TorchDataset):
     def _windows(self, passes: int, number: int) -> Iterator[list[dict[str, Any]]]:
         """Raw rows, window by window, from window `number` on."""
         self.stream.set_epoch(passes)
-        stream = self.stream.skip(self.rows * number) if number else self.stream
         window: list[dict[str, Any]] = []
-        for row in stream:
+        # `skip` makes another stream, which begins at epoch 0 and keeps the order of its shards
+        for row in islice(self.stream, self.rows * number, None):
             window.append(row)
             if len(window) == self.rows:
                 yield window

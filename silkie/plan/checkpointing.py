@@ -36,7 +36,7 @@ class Checkpointing:
     Attributes:
         layers, of: the first `layers` of the language model's `of` layers.
         reason: why so many.
-        fixed: they cannot be changed while the run goes: other processes compute parts of the same layers.
+        fixed: they cannot be changed during the run: other processes take part in its forward passes.
     """
 
     layers: int
@@ -92,7 +92,8 @@ def choose_checkpointing(trainer: SilkieDPOTrainer) -> Checkpointing:
     )
     if count:
         reason += f"; without checkpointing {size(needed(0))}"
-    return Checkpointing(count, layers, f"{reason} (estimate)", fixed=sharded)
+    broadcasts = getattr(trainer.model_wrapped, "broadcast_buffers", False)  # DDP, where ddp_broadcast_buffers asks for it
+    return Checkpointing(count, layers, f"{reason} (estimate)", fixed=sharded or broadcasts)
 
 
 def _obstacle(trainer: SilkieDPOTrainer, layers: int) -> tuple[str, ModelShape | None]:

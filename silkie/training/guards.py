@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.parallel import DistributedDataParallel
 
 from silkie.model.families import causal_lm
 from silkie.model.logits import gives_router_loss
@@ -145,6 +146,14 @@ def keep_fp32_outputs(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def keep_passes_alone(wrapped: Any, args: Any) -> None:
+    """Keeps DDP from broadcasting buffers at the start of a forward pass, unless that is asked for: a rank that runs
+    out of memory could not repeat the pass, since no other rank would join its second broadcast. The ranks' buffers are
+    equal without it: DDP has made them so when it wrapped the model."""
+    if isinstance(wrapped, DistributedDataParallel) and args.ddp_broadcast_buffers is None:
+        wrapped.broadcast_buffers = False
 
 
 def has_router_loss(model: Any, args: Any) -> bool:

@@ -1,5 +1,6 @@
 """`gradient_checkpointing="auto"`: as many layers as memory needs, the same numbers whatever their number is."""
 
+import json
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ from silkie import SilkieDPOConfig
 from silkie.model import checkpointing as mechanism
 from silkie.plan import checkpointing
 from silkie.run.command import make_parser
+from tests.integration.test_distributed import run_jobs
 from tests.integration.test_trainer import adapter, assert_same, losses, make
 from tests.support.hybrid import qwen3_5
 from tests.support.tiny import tiny_model
@@ -106,6 +108,26 @@ def test_a_forward_pass_that_runs_out_of_memory_runs_again_with_more_layers(tmp_
     assert "now the first 1 of 2 layers" in caplog.text and retried.checkpointing.layers == 2
     assert_same(adapter(plain), adapter(retried), 0.0)
     assert losses(plain) == losses(retried)
+
+
+def test_one_rank_of_two_runs_out_of_memory(tmp_path):
+    """In its first pass of an optimizer step, the reference's: DDP would begin the repeated pass with a broadcast that
+    the other rank does not join."""
+    common = {"data": "many", "layers": 0}
+    options = {"gradient_checkpointing": "auto", "self_test": False}
+    jobs = [
+        {"mode": mode, "spec": {**common, **more, "out": str(tmp_path / mode), "args": {**options, **args}}}
+        for mode, more, args in (
+            ("single", {}, {"gradient_accumulation_steps": 2}),
+            ("ddp", {"out_of_memory": 0}, {}),
+        )
+    ]
+    run_jobs(jobs, tmp_path, 120)
+    results = [json.loads((tmp_path / mode / "result.json").read_text()) for mode in ("single", "ddp")]
+    alone, together = ([[e["loss"], e["grad_norm"]] for e in r["log"] if "loss" in e] for r in results)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=2e-6, rtol=2e-5)
+    logged = (tmp_path / "ddp/log.1").read_text()
+    assert "now the first 1 of 2 layers are checkpointed" in logged
 
 
 def test_where_nothing_can_be_changed_the_error_comes_through(tmp_path, monkeypatch):

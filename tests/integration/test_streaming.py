@@ -99,6 +99,33 @@ def test_resuming_by_position_equals_never_stopping(tmp_path, options):
     assert load_file(tmp_path / "whole/checkpoint-7/adapter_model.safetensors")
 
 
+def test_a_shuffled_stream_resumes_in_the_order_of_its_pass(tmp_path):
+    """Every pass over a shuffled stream has another order; a run resumed in the second pass has that one's."""
+    shuffled = rows(12).shuffle(seed=3, buffer_size=12)
+    options = {"stream_window": 4, "save_strategy": "steps", "save_steps": 1, "max_steps": 11}
+    whole, resumed = (make(tmp_path, shuffled, **options) for _ in range(2))
+    whole.train()
+    state = json.loads((tmp_path / "checkpoint-9/silkie_state.json").read_text())
+    assert state["stream"][:2] == [1, 1]  # the second window of the second pass
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_training_again_reads_the_stream_from_where_it_should(tmp_path):
+    """A second call of `train` starts at the first window; one that resumes, at that of its checkpoint."""
+    options = {"stream_window": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.0, "max_steps": 5}
+    trainer = make(tmp_path, rows(12), **options)
+
+    def train(**resume):
+        trainer.train(**resume)
+        return [e["logps/chosen"] for e in trainer.state.log_history if "loss" in e]
+
+    first = train()
+    assert len(set(first)) > 2 and train() == first
+    assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == first
+
+
 def test_broken_rows_of_a_later_window(tmp_path, caplog):
     def read():
         for i in range(12):

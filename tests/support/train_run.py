@@ -105,7 +105,7 @@ def make(spec: dict[str, Any], extra: dict[str, Any]) -> SilkieDPOTrainer:
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if spec["bits"] == 4 else {"load_in_8bit": True}
         quantization = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kind)
     if "layers" in spec:
-        chosen = checkpointing.Checkpointing(spec["layers"], 2, "said here", fixed=True)
+        chosen = checkpointing.Checkpointing(spec["layers"], 2, "said here", fixed="out_of_memory" not in spec)
         checkpointing.choose_checkpointing = lambda trainer: chosen
     hybrid = family == "qwen3_5"
     build = qwen3_5 if hybrid else partial(tiny_model, family)
@@ -170,6 +170,18 @@ def count_mixer_calls(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
+def run_out_of_memory(model: torch.nn.Module, after: int) -> None:
+    """Raises CUDA's error in the last layer of the model's language part, once, after so many forward passes."""
+    passes = [0]
+
+    def fail(*_: Any) -> None:
+        passes[0] += 1
+        if passes[0] == after + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    checkpointable_layers(model)[-1].register_forward_pre_hook(fail)
+
+
 def run(spec: dict[str, Any], use_cpu: bool) -> None:
     """Trains, saves to `final/`, and writes `result.json`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -179,6 +191,8 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
     torch.set_num_threads(1)
     trainer = make(spec, {"use_cpu": True} if use_cpu else {})
     trainer.add_callback(Started())
+    if "out_of_memory" in spec and trainer.accelerator.process_index == 1:
+        run_out_of_memory(trainer.model, spec["out_of_memory"])
     calls = count_mixer_calls(trainer.model)
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     trainer.save_model(str(Path(spec["out"]) / "final"))
