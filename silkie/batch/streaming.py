@@ -60,7 +60,7 @@ class StreamedBatches(TorchDataset):
     _at: Window = _START
     _groups: Dataset | None = None
     _batches: list[list[int]] = field(default_factory=list)
-    _ahead: Iterator[list[dict[str, Any]]] | None = None
+    _ahead: Iterator[dict[str, list[Any]]] | None = None
     _found: bool = True  # whether this pass had a batch; a resumed run begins within one that had
 
     def first_window(self) -> tuple[Dataset, PreparationReport]:
@@ -114,10 +114,10 @@ class StreamedBatches(TorchDataset):
                 return
             number += 1
 
-    def _prepared(self, raw: list[dict[str, Any]], number: int) -> tuple[Dataset, PreparationReport]:
+    def _prepared(self, raw: dict[str, list[Any]], number: int) -> tuple[Dataset, PreparationReport]:
         with tempfile.TemporaryDirectory(prefix="silkie-window-") as folder:
             try:
-                groups, report = self.prepare(Dataset.from_list(raw, features=self.stream.features), folder)
+                groups, report = self.prepare(Dataset.from_dict(raw, features=self.stream.features), folder)
             except NoGroupLeft:
                 raise
             except DataError as error:  # of one message, which PyTorch can raise anew outside of a worker
@@ -129,18 +129,13 @@ class StreamedBatches(TorchDataset):
         numbers = [self.rows * number + row for row in groups["row"]]
         return groups.remove_columns("row").add_column("row", numbers), report
 
-    def _windows(self, passes: int, number: int) -> Iterator[list[dict[str, Any]]]:
-        """Raw rows, window by window, from window `number` on."""
+    def _windows(self, passes: int, number: int) -> Iterator[dict[str, list[Any]]]:
+        """Columns of raw rows, window by window, from window `number` on.
+
+        Of the ways through a stream, `iter` alone gives every data worker all rows: a plain loop gives each a part.
+        `skip` would make another stream, which begins at epoch 0 and keeps the order of its shards."""
         self.stream.set_epoch(passes)
-        window: list[dict[str, Any]] = []
-        # `skip` makes another stream, which begins at epoch 0 and keeps the order of its shards
-        for row in islice(self.stream, self.rows * number, None):
-            window.append(row)
-            if len(window) == self.rows:
-                yield window
-                window = []
-        if window:
-            yield window
+        return islice(self.stream.iter(batch_size=self.rows), number, None)
 
 
 class StreamSampler(Sampler[list[int]]):

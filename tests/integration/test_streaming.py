@@ -99,6 +99,18 @@ def test_resuming_by_position_equals_never_stopping(tmp_path, options):
     assert load_file(tmp_path / "whole/checkpoint-7/adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+def test_data_workers_divide_the_batches_and_not_the_stream(tmp_path, shards):
+    """`datasets` gives each of several workers a part of a stream's shards; every one has to see all rows."""
+    rows = [{**row(i), "chosen": turn("yes" + " cat" * i)} for i in range(16)]
+    lengths = []
+    for workers in (0, 3):
+        stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+        trainer = make(tmp_path, stream, stream_window=4, max_steps=12, dataloader_num_workers=workers)
+        lengths.append([batch["lengths"].tolist() for batch in trainer.get_train_dataloader()])
+    assert lengths[0] == lengths[1] and lengths[0][:8] == sorted(lengths[0][:8]) and lengths[0][8:] == lengths[0][:4]
+
+
 def test_a_shuffled_stream_resumes_in_the_order_of_its_pass(tmp_path):
     """Every pass over a shuffled stream has another order; a run resumed in the second pass has that one's."""
     shuffled = rows(12).shuffle(seed=3, buffer_size=12)
