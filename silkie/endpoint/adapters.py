@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import openai
 
 from silkie.endpoint.client import Endpoint
@@ -14,6 +17,8 @@ HOW = (
     "vLLM needs `--enable-lora --max-lora-rank RANK` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, SGLang `--enable-lora`;"
     " both must see the adapter's directory"
 )
+
+_ALREADY = re.compile(r"already (been )?(loaded|exist)", re.IGNORECASE)  # "memory already allocated" is another matter
 
 
 class AdapterNotLoaded(RuntimeError):
@@ -40,11 +45,19 @@ def load_adapter(
     return run_to_end(_load(Endpoint(base_url, name, timeout=timeout, key_variable=key_variable), name, path))
 
 
+def _names(listed: Any, address: str) -> set[Any]:
+    """The models of an answer to /models."""
+    models = listed.get("data") if isinstance(listed, dict) else None
+    if not isinstance(models, list):
+        raise AdapterNotLoaded(f"{address} is no OpenAI-compatible interface: its /models lists no models")
+    return {model.get("id") for model in models if isinstance(model, dict)}
+
+
 async def _load(endpoint: Endpoint, name: str, path: str) -> bool:
     client, request = endpoint._client, {"lora_name": name, "lora_path": path}
     address = str(client.base_url).rstrip("/")
     try:
-        if name in {model.id async for model in client.models.list()}:
+        if name in _names(await client.get("/models", cast_to=object), address):
             return False
         try:
             await client.post("/load_lora_adapter", body=request, cast_to=str)
@@ -54,7 +67,7 @@ async def _load(endpoint: Endpoint, name: str, path: str) -> bool:
             await client.post(f"{address.removesuffix('/v1')}/load_lora_adapter", body=request, cast_to=str)  # SGLang
     except openai.APIStatusError as error:
         text = endpoint.redact(" ".join(error.response.text.split()))
-        if "already" in text:
+        if _ALREADY.search(text):
             return False
         why = "knows no /load_lora_adapter" if error.status_code == 404 else f"does not load {path} as {name}"
         raise AdapterNotLoaded(

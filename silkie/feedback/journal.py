@@ -109,6 +109,10 @@ class Journal:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file and its lock back; may be called again."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -128,7 +132,7 @@ class Journal:
             batch, self._pending = self._pending, []
             try:
                 await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
-            except OSError as error:
+            except Exception as error:  # whoever waits must hear of it
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

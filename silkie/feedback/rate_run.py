@@ -284,6 +284,7 @@ class _PartStore:
 
     def remove(self) -> None:
         if self._journal is not None:
+            self._journal.close()  # Windows removes no open file
             self.path.unlink(missing_ok=True)
             # Nobody waits for its lock: the main journal's is held
             self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)

@@ -92,7 +92,9 @@ def choose_checkpointing(trainer: SilkieDPOTrainer) -> Checkpointing:
     )
     if count:
         reason += f"; without checkpointing {size(needed(0))}"
-    broadcasts = getattr(trainer.model_wrapped, "broadcast_buffers", False)  # DDP, where ddp_broadcast_buffers asks for it
+    broadcasts = getattr(
+        trainer.model_wrapped, "broadcast_buffers", False
+    )  # DDP, where ddp_broadcast_buffers asks for it
     return Checkpointing(count, layers, f"{reason} (estimate)", fixed=sharded or broadcasts)
 
 

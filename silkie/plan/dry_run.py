@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from silkie.config import SilkieDPOConfig
+from silkie.io.posix import resource
 from silkie.plan.workload import plan_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def one_step(args: SilkieDPOConfig, train: Callable[[], object]) -> str:
     if torch.cuda.is_available():
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
     else:
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of process memory"
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts in
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of process memory"
     return f"first step (with start-up checks): {seconds:.1f} s, peak {peak}"
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from silkie.io.posix import fcntl, resource
 from silkie.training.checkpoints import CheckpointError, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -106,6 +106,16 @@ def test_a_record_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
         assert synced[-1] == path.stat().st_size
 
 
+def test_a_closed_journal_says_so_to_whoever_appends(tmp_path):
+    async def late() -> None:
+        with Journal(tmp_path / "j.jsonl") as journal:
+            pass
+        with pytest.raises(JournalError, match="closed"):
+            await asyncio.wait_for(journal.append({"id": "x"}), timeout=5)
+
+    asyncio.run(late())
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     path = tmp_path / "j.jsonl"
     with Journal(path) as journal:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -331,6 +333,21 @@ def test_votes_survive_a_stop_between_them(tmp_path):
     assert len(record["orders"]) == len(record["vote_ratings"]) == 3
     assert record["usage"]["calls"] == 3
     assert not list(tmp_path.glob("j.jsonl.parts*"))
+
+
+def test_no_file_is_removed_while_it_is_open(tmp_path, monkeypatch):
+    """Windows refuses that."""
+    removed, remove = [], Path.unlink
+
+    def closed(self, **options):
+        opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert str(self) not in opened
+        removed.append(self.name)
+        remove(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", closed)
+    rate_file(write_responses(tmp_path, 1), ScriptedJudge(quality), tmp_path / "j.jsonl", options(votes=3))
+    assert "j.jsonl.parts" in removed
 
 
 def test_unusable_answers_survive_a_stop_and_are_not_paid_for_again(tmp_path):

@@ -178,6 +178,17 @@ def test_a_server_loads_an_adapter_once_and_says_why_not(tmp_path):
         assert server.events == [("load", "mine")]
         with pytest.raises(AdapterNotLoaded, match="does not load /nowhere as other: 400 .*no adapter in /nowhere"):
             load_adapter(server.url, "other", "/nowhere")
+        answers = server.post
+        memory = {"error": {"message": "CUDA out of memory: 14 GiB already allocated"}}
+        server.post = lambda path, body: (500, memory)  # "already" alone says nothing of the adapter
+        with pytest.raises(AdapterNotLoaded, match="500 .*already allocated"):
+            load_adapter(server.url, "other", "x")
+        server.post = lambda path, body: (400, {"error": {"message": "'other' has already been loaded"}})
+        assert load_adapter(server.url, "other", "x") is False
+        server.post, server.get = answers, lambda path: (200, "<html>a web page</html>")
+        with pytest.raises(AdapterNotLoaded, match="/v1 is no OpenAI-compatible interface"):
+            load_adapter(server.url, "other", "x")
+        del server.post, server.get
         server.loads_adapters = False
         with pytest.raises(AdapterNotLoaded, match="knows no /load_lora_adapter: 404 .*VLLM_ALLOW_RUNTIME_LORA"):
             load_adapter(server.url, "other", str(tmp_path / "adapter"))

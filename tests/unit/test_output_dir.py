@@ -26,6 +26,14 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("module", ["silkie.trainer", "silkie.run.rounds.loop"])
+def test_a_system_without_posix_locks_is_named(module):
+    """Windows: where to go instead, not a traceback about fcntl."""
+    script = f"import sys; sys.modules['fcntl'] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].startswith("ImportError: silkie trains on Linux and macOS")
+
+
 @pytest.fixture
 def other_run(tmp_path):
     """Another process that holds the directory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie.io.console import say
+from silkie.io.posix import fcntl
 
 __all__ = ["Stopped", "held", "run_stage"]
 
