@@ -67,7 +67,7 @@ def usage() -> str:
         "",
         "  --debug     with any command: show the traceback of an error",
         "  --version   print the version",
-        '  completion bash|zsh   print a script that completes commands and options: eval "$(silkie completion bash)"',
+        "  completion bash|zsh|fish   print a script that completes commands and options",
     ]
     return "\n".join(lines)
 
@@ -119,6 +119,13 @@ def _meant(name: str) -> str:
     return f": did you mean `{close[0]}`?" if close else f". Commands: {', '.join(PROGRAMS)}."
 
 
+_INSTALL = {
+    "bash": "silkie completion bash > ~/.local/share/bash-completion/completions/silkie",
+    "zsh": 'in ~/.zshrc: eval "$(silkie completion zsh)", or source a file of it',
+    "fish": "silkie completion fish > ~/.config/fish/completions/silkie.fish",
+}
+
+
 def _completion(rest: list[str]) -> int:
     from silkie.io.completion import SHELLS, script
 
@@ -129,7 +136,7 @@ def _completion(rest: list[str]) -> int:
     for name, program in PROGRAMS.items():
         maker = getattr(importlib.import_module(program.module), program.parser) if program.parser else None
         parsers[name] = maker(f"silkie {name}") if maker else None
-    print(script(rest[0], parsers))
+    print(f"# of silkie {__version__}; {_INSTALL[rest[0]]}\n{script(rest[0], parsers)}")
     return 0
 
 

@@ -139,6 +139,7 @@ def why_not_packable(
     dtype: torch.dtype = torch.float32,
     *,
     calls: Calls = CALLS,
+    try_out: bool = True,
 ) -> str | None:
     """The reason why a model must train in the `rows` layout, or None where nothing that it is made of speaks against
     packing (the self-test has the last word).
@@ -146,6 +147,7 @@ def why_not_packable(
     Args:
         device, dtype: of the run; recurrent layers are tried out there.
         calls: of a recurrent mixer in a forward pass of the run.
+        try_out: False: recurrent layers are looked at, not run, which takes seconds.
     """
     attention, _ = mask_kinds(config)
     if other := attention - PACKABLE_LAYERS:
@@ -153,7 +155,7 @@ def why_not_packable(
     if (top := getattr(config.get_text_config(), "index_topk", None)) is not None:
         return f"{config.model_type} has an indexer that picks {top} keys along the row, siblings among them"
     # recurrent layers last, because the question runs a mixer
-    return why_not_forkable(config, torch.device(device), dtype, calls=calls)
+    return why_not_forkable(config, torch.device(device), dtype, calls=calls, try_out=try_out)
 
 
 def layer_types(config: PretrainedConfig) -> set[str]:

@@ -268,6 +268,15 @@ def tiny_config(model_type: str, processor: ProcessorMixin) -> PretrainedConfig:
     return cls(**{**top, **parts})
 
 
+def whole_config(model_type: str) -> PretrainedConfig:
+    """The default config of a type, its vision part included where the default leaves that out."""
+    config = CONFIG_MAPPING[model_type]()
+    for name, part in _parts(config).items():
+        if getattr(config, name) is None:
+            setattr(config, name, part)
+    return config
+
+
 def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
     """The configs within a config. One of vision is made where it is optional and left out by default."""
     whole = {name: getattr(config, name, None) for name in config.sub_configs}

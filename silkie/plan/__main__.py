@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Literal
 
 from silkie.io.console import complain
 from silkie.plan.memory import LEAST, Engine, Workload, choose, load_shape, parse_memory
-from silkie.plan.shapes import SHAPES
+from silkie.plan.shapes import SHAPES, ModelShape
 from silkie.plan.write import machines_of, write_plan
 
 
@@ -22,7 +23,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", help=f"one of {', '.join(SHAPES)}, a model directory or a hub name")
+    parser.add_argument(
+        "model",
+        help=f"one of {', '.join(SHAPES)}, a model directory, a hub name, or a model type of transformers",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="of all machines together")
     parser.add_argument("--memory", default="80GB", help="of one GPU: 80GB, 24GiB")
     training = parser.add_mutually_exclusive_group()
@@ -44,6 +48,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "--optimizer-8bit", action="store_true", help="optimizer states in 8 bits: optim=adamw_bnb_8bit"
     )
     parser.add_argument(
+        "--layout",
+        choices=("auto", "packed", "rows"),
+        default="auto",
+        help="one row per group or per response; auto: what the model's config allows",
+    )
+    parser.add_argument(
         "--write", metavar="DIR", help="write accelerate's config and the training YAML of the recommendation"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -56,6 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
     args = parser.parse_args(argv)
     try:
         memory, shape = parse_memory(args.memory), load_shape(args.model)
+        layout, reason = _layout(args.layout, shape)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -67,6 +78,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     workload = Workload(
+        layout=layout,
         groups=args.groups,
         responses=args.responses,
         image_tokens=args.image_tokens,
@@ -92,7 +104,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
         return 0
     print(
         f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {workload.training}, {workload.tokens} tokens in a"
-        " micro-batch"
+        f" micro-batch\nlayout: {layout} ({reason})"
     )
     for plan in plans:
         print("\n".join(plan.lines()))
@@ -111,6 +123,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
     except OSError as error:
         return complain(error)
     return 0
+
+
+def _layout(asked: str, shape: ModelShape) -> tuple[Literal["packed", "rows"], str]:
+    """The layout and its reason."""
+    if asked == "rows":
+        return "rows", "asked for"
+    if shape.unpackable and asked == "auto":
+        return "rows", shape.unpackable
+    if shape.unpackable:
+        raise ValueError(f"--layout packed: {shape.unpackable}")
+    if shape.attending < shape.layers:
+        return "packed", "if the recurrent layers fork, which the run tries out at its start"
+    return "packed", "attention only"
 
 
 def _config(engine: Engine, gpus: int) -> str:

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from silkie.model.adapters import lora_targets
-from silkie.model.families import language_model, shell
+from silkie.model.adapters import with_default_targets
+from silkie.model.families import check_merges_images, language_model, shell, why_not_packable
 from silkie.model.recurrent.layers import count_recurrent
 from silkie.model.vision import vision_parameters, vision_parts
 from silkie.plan.shapes import Counts, ModelShape
 
 __all__ = ["counted_shape"]
 
+# What transformers' classes raise where a config's numbers do not fit together
+_BUILDS_NO_MODEL = (ValueError, AttributeError, TypeError, KeyError, ImportError, NotImplementedError)
 
-def counted_shape(config: Any) -> ModelShape:
+
+def counted_shape(config: Any, remedy: str = "") -> ModelShape:
     """The shape of a transformers config of any image-text model, counted on its weightless model.
 
+    Args:
+        remedy: said with the error of a config that builds no model.
+
     Raises:
-        ValueError: the model has no vision tower, or its config does not build a model.
+        ValueError: silkie cannot train the model, or its config does not build one.
     """
     name = config._name_or_path or config.model_type
     try:
         model = shell(config)
+    except _BUILDS_NO_MODEL as error:
+        raise ValueError(_unknown(name, error) + remedy) from error
+    check_merges_images(model)
+    try:
         if not list(vision_parts(model)):
             raise ValueError("it has no vision tower, so it is no vision-language model")
         return _shape(name, config, model)
-    except (ValueError, AttributeError, TypeError, KeyError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"The planner cannot tell the sizes of {name}: {' '.join(str(error).split())}.") from error
+    except _BUILDS_NO_MODEL as error:
+        raise ValueError(_unknown(name, error)) from error
+
+
+def _unknown(name: str, error: Exception) -> str:
+    return f"The planner cannot tell the sizes of {name}: {' '.join(str(error).split()).rstrip('.')}."
 
 
 def _shape(name: str, config: Any, model: Any) -> ModelShape:
@@ -58,22 +76,24 @@ def _shape(name: str, config: Any, model: Any) -> ModelShape:
         merge=int(getattr(vision, "spatial_merge_size", 2)),
         attention_bias=config.model_type in ("qwen2_vl", "qwen2_5_vl"),
         counts=count_parts(config, model),
+        unpackable=why_not_packable(config, try_out=False),
     )
 
 
 def count_parts(config: Any, model: Any) -> Counts:
     """The counts of a weightless model."""
     layers, chosen = decoder_layers(model), _chosen_experts(config.get_text_config())
-    return Counts(
+    counts = Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         vision=sum(p.numel() for p in {id(p): p for p in vision_parameters(model)}.values()),
         head=model.get_output_embeddings().weight.numel(),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         active=round(sum(_active(layer, chosen) for layer in layers)),
         kept=round(sum(_kept(layer, chosen) for layer in layers)),
-        lora=_lora_per_rank(model),
+        lora=0,
         attending=len(layers) - count_recurrent(config),
     )
+    return replace(counts, lora=_lora_per_rank(model))  # last, since it changes the model
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -123,18 +143,19 @@ def _kept(layer: nn.Module, chosen: int) -> float:
 
 
 def _lora_per_rank(model: Any) -> int:
-    targets = lora_targets(model)
-    linear = (model.get_submodule(name) for name in targets.modules)
-    stacked = (model.get_parameter(name) for name in targets.parameters)
-    return sum(m.in_features + m.out_features for m in linear) + sum(
-        p.shape[0] * (p.shape[1] + p.shape[2]) for p in stacked
-    )
+    """Asked of peft, which gives the fused experts of some mixtures twice the rank. The adapter stays on the model."""
+    config = with_default_targets(LoraConfig(r=1), model)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def _vision_sizes(model: Any) -> tuple[int, int, int]:
-    """Width, inner width and layers of the vision tower: those of its longest list of blocks."""
+    """Width, inner width and layers of the vision tower: those of its longest list of blocks with linear layers (a
+    decoder of pictures beside it, as Janus has, is made of convolutions)."""
     towers = [part for _, part in vision_parts(model) if isinstance(part, nn.Module)]
-    lists = [m for tower in towers for m in tower.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for tower in towers for m in tower.modules() if isinstance(m, nn.ModuleList) and _has_linear(m)]
     blocks = max(lists, key=len, default=None)
     linear = [m for m in (blocks or nn.ModuleList(towers)).modules() if isinstance(m, nn.Linear)]
     if not linear:
@@ -143,6 +164,10 @@ def _vision_sizes(model: Any) -> tuple[int, int, int]:
     inner = [m.out_features for m in linear if m.in_features == width and m.out_features % width]
     wide = [m.in_features for m in linear if m.out_features == width and m.in_features != width]
     return width, (wide or inner or [4 * width])[0], len(blocks) if blocks is not None else 1
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear) for m in module.modules())
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -342,7 +342,7 @@ def load_shape(model: str) -> ModelShape:
     config.json. The hub is asked only where the cache lacks the config and the network answers.
 
     Raises:
-        ValueError: the config builds no image-text model.
+        ValueError: the config builds no image-text model that silkie can train.
         OSError: no such model.
     """
     key = Path(model).name.lower().removesuffix("-instruct")
@@ -352,7 +352,7 @@ def load_shape(model: str) -> ModelShape:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not Path(model).exists() and model in CONFIG_MAPPING:
-        return shape_of(CONFIG_MAPPING[model]())
+        return _default_shape(model)
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
     except OSError:
@@ -360,6 +360,20 @@ def load_shape(model: str) -> ModelShape:
             raise
         config = AutoConfig.from_pretrained(model)
     return shape_of(config)
+
+
+def _default_shape(model_type: str) -> ModelShape:
+    """The shape of a type's default config, which is that of a published model, or of none.
+
+    Raises:
+        ValueError: the default builds no model that silkie can train.
+    """
+    from silkie.model.tiny import whole_config
+
+    remedy = (
+        f" That is transformers' default config of the type {model_type!r}: name a directory or a hub name instead."
+    )
+    return shape_of(whole_config(model_type), remedy=remedy)
 
 
 def _hub_answers(seconds: float = 2.0) -> bool:

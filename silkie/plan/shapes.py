@@ -34,7 +34,7 @@ class Counts:
 class ModelShape:
     """The sizes of a VLM that memory and FLOPs depend on. `vision_*` describe the vision tower, patch = pixels of a
     patch's side, merge = patches merged along a side into one image token. With `counts`, those replace the formulas,
-    which are of the Qwen-VL kind."""
+    which are of the Qwen-VL kind. `unpackable`: why the responses of a group cannot share a row; None: they can."""
 
     name: str
     hidden: int
@@ -54,6 +54,7 @@ class ModelShape:
     merge: int = 2
     attention_bias: bool = True
     counts: Counts | None = None
+    unpackable: str | None = None
 
     @property
     def attending(self) -> int:
@@ -172,12 +173,15 @@ SHAPES = {
 }
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: Any, *, remedy: str = "") -> ModelShape:
     """The shape of a transformers config of any image-text model, counted on its weightless model.
 
+    Args:
+        remedy: said with the error of a config that builds no model.
+
     Raises:
-        ValueError: the model has no vision tower, or its config does not build a model.
+        ValueError: silkie cannot train the model, or its config does not build one.
     """
     from silkie.plan.counting import counted_shape  # loads torch, which a known name does without
 
-    return counted_shape(config)
+    return counted_shape(config, remedy)

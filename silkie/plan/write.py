@@ -98,9 +98,11 @@ def training_config(model: str, plan: Plan) -> dict[str, Any]:
         "dataset_name": "DATA",
     }
     if w.training != "full":
-        config |= {"use_peft": True, "lora_r": w.lora_rank, "lora_alpha": w.lora_rank}
+        config |= {"use_peft": True, "lora_r": w.lora_rank, "lora_alpha": max(1, w.lora_rank // 4)}  # as Silkie's
     if w.training == "qlora":
         config["load_in_4bit"] = True
+    if w.layout == "rows":
+        config["layout"] = "rows"
     config |= {
         "learning_rate": 1e-6 if w.training == "full" else 1e-5,
         "per_device_train_batch_size": w.groups,

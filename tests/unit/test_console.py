@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,9 +204,68 @@ def test_options_of_a_launcher_without_one_are_refused(monkeypatch, capsys):
     assert "Start with `silkie train`" in capsys.readouterr().err
 
 
-def test_completion_in_bash(tmp_path):
-    parsers = {name: _parser(name) for name in ("data", "eval", "report")} | {"check": None}
-    (tmp_path / "completion.sh").write_text(script("bash", parsers))
+PRESSED = [
+    ("silkie da", "data"),
+    ("silkie --vers", "--version"),
+    ("silkie data insp", "data inspect"),
+    ("silkie data inspect x.jsonl --image-r", "data inspect x.jsonl --image-root"),
+    ("silkie eval run --data data --base-o", "eval run --data data --base-out"),
+    ("silkie plan --layout pac", "plan --layout packed"),
+    ("silkie check rec", "check recipe"),  # a file
+    ("silkie plan --write rec", "plan --write recipe"),
+    ("silkie completion fi", "completion fish"),
+]
+SHELL_WORDS = {"bash": ["--norc", "-i"], "zsh": ["-f", "-i"], "fish": ["--no-config", "-i"]}
+
+
+@pytest.mark.parametrize("shell", SHELL_WORDS)
+def test_completion_at_the_tab_key(shell, tmp_path):
+    """In the shell itself, on a terminal: what the command gets when the key was pressed."""
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    parsers = {name: _parser(name) for name in ("data", "eval", "report", "plan")} | {"check": None}
+    (tmp_path / "recipe").write_text("")
+    (tmp_path / "completion").write_text(script(shell, parsers))
+    echo = 'function silkie; echo "GOT:$argv:END"; end' if shell == "fish" else 'silkie() { echo "GOT:$*:END"; }'
+    with _terminal([shell, *SHELL_WORDS[shell]], tmp_path) as ask:
+        ask(f"source {tmp_path}/completion; {echo}; echo READY", "READY\r")
+        got = [ask(f"{line}\t", ":END\r") for line, _ in PRESSED]
+    assert [re.findall(r"GOT:(.*?) *:END\r", text)[-1] for text in got] == [wanted for _, wanted in PRESSED]
+
+
+@contextlib.contextmanager
+def _terminal(command: list[str], home: Path):
+    """A program on a terminal of its own: a function that types a line, waits for an answer, and gives it."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(home)
+        os.execvpe(command[0], command, {**os.environ, "TERM": "dumb", "HOME": str(home), "PS1": "> "})
+
+    def read(until: str, seconds: float) -> str:
+        text, end = "", time.monotonic() + seconds
+        while until not in text and time.monotonic() < end:
+            if select.select([fd], [], [], 0.2)[0]:
+                text += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]", "", os.read(fd, 65536).decode(errors="replace"))
+        return text
+
+    def ask(line: str, until: str) -> str:
+        os.write(fd, line.encode())
+        if line.endswith("\t"):
+            read("\0", 0.5)  # the shell completes
+        os.write(fd, b"\n")
+        return read(until, 20)
+
+    try:
+        read("\0", 1.0)  # its prompt
+        yield ask
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(fd)
+
+
+def test_a_dash_offers_options_and_no_dash_offers_files(tmp_path):
+    (tmp_path / "completion.sh").write_text(script("bash", {"eval": _parser("eval"), "check": None}))
 
     def complete(*words: str) -> list[str]:
         line = " ".join(f"'{word}'" for word in words)
@@ -209,12 +275,9 @@ def test_completion_in_bash(tmp_path):
         )
         return shell.stdout.split()
 
-    assert complete("silkie", "da") == ["data"]
-    assert complete("silkie", "data", "ins") == ["inspect"]
-    assert complete("silkie", "data", "inspect", "x.jsonl", "--image") == ["--image-root"]
     assert "--html" in complete("silkie", "eval", "compare", "--")
-    assert complete("silkie", "check", "--") == []
-    assert script("zsh", parsers).startswith("autoload -U +X bashcompinit && bashcompinit\n")
+    assert complete("silkie", "eval", "compare", "") == [] == complete("silkie", "check", "--")
+    assert set(complete("silkie", "eval", "")) >= {"run", "score", "compare"}
 
 
 def _parser(name: str):

@@ -2,12 +2,14 @@
 tracked ones."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, Qwen2Config
@@ -21,7 +23,8 @@ from silkie.plan import memory as plan
 from tests.support.families import FAMILIES, family_model
 from tests.support.tiny import tiny_model
 
-GUIDE = (Path(__file__).parents[2] / "examples" / "cluster.md").read_text(encoding="utf-8")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GUIDE = (EXAMPLES / "cluster.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -166,7 +169,7 @@ def test_other_families_have_an_estimate(family):
 
 
 def test_a_config_that_builds_no_model_is_refused():
-    with pytest.raises(ValueError, match="cannot tell the sizes of mistral4: .* no module"):
+    with pytest.raises(ValueError, match="Mistral4ForCausalLM does not merge image features"):
         plan.shape_of(CONFIG_MAPPING["mistral4"]())
 
 
@@ -286,3 +289,72 @@ def test_the_hub_is_not_waited_for(monkeypatch, tmp_path):
     with pytest.raises(OSError):
         plan.load_shape("nobody/no-such-model")
     assert time.process_time() - start < 30
+
+
+EXACT_TYPES = sorted(
+    set(re.findall(r"^\| (\w+) \| (?:packed|rows)", (EXAMPLES / "models.md").read_text(encoding="utf-8"), re.M))
+)
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=[pytest.mark.slow] * (n % 4 > 0)) for n, t in enumerate(EXACT_TYPES)]
+)
+def test_every_type_that_the_check_knows_is_planned_from_its_config_alone(model_type, tmp_path, monkeypatch):
+    """Sizes against a model of that config which is built here; no weights, no hub."""
+    try:
+        config = tiny.tiny_config(model_type, tiny.tiny_processor(model_type))
+    except ImportError:  # its processor needs torchvision; sizes do not
+        config = tiny.whole_config(model_type)
+    config.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    monkeypatch.setattr(plan, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    shape = plan.load_shape(str(tmp_path))
+    with torch.device("meta"):
+        model = getattr(transformers, tiny.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert 0 < shape.vision_parameters == sum(p.numel() for p in vision_parameters(model)) < shape.parameters
+    targets = with_default_targets(LoraConfig(r=3), model)
+    with torch.device("meta"):
+        adapted = get_peft_model(model, targets, autocast_adapter_dtype=False)
+    assert shape.lora_parameters(3) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert plan.estimate(shape).total > 2 * shape.parameters
+    row = next(
+        line for line in (EXAMPLES / "models.md").read_text().splitlines() if line.startswith(f"| {model_type} |")
+    )
+    assert ("packed" if shape.unpackable is None else "rows") == row.split(" | ")[1]
+
+
+@pytest.mark.parametrize("model_type", ["gemma4", "qwen3_vl", "llama4", "aya_vision", "cohere_compass"])
+def test_a_type_is_planned_by_its_name_where_its_default_config_is_whole(model_type):
+    """Where it is not, the model that transformers builds of it fails as well, and the error says what to name."""
+    try:
+        shape = plan.load_shape(model_type)
+    except ValueError as error:
+        assert "name a directory or a hub name instead" in str(error)
+        with pytest.raises((ValueError, TypeError, KeyError)), torch.device("meta"):
+            getattr(transformers, tiny.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(
+                tiny.whole_config(model_type)
+            )
+    else:
+        assert shape.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"), [("mllama", "does not merge image features"), ("florence2", "is an encoder-decoder")]
+)
+def test_what_the_check_refuses_is_not_planned(model_type, why, capsys):
+    with pytest.raises(SystemExit):
+        command.main([model_type])
+    assert why in capsys.readouterr().err
+
+
+def test_layers_that_no_mask_keeps_apart_are_planned_in_rows(tmp_path, capsys):
+    whole_type = "glm5_next"  # an indexer
+    assert command.main([whole_type, "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "layout: rows (glm5_next has indexed_attention layers" in text
+    with pytest.raises(SystemExit):
+        command.main([whole_type, "--layout", "packed"])
+    assert "--layout packed: glm5_next has indexed_attention" in capsys.readouterr().err
+    assert command.main(["qwen2-vl-2b", "--layout", "rows", "--write", str(tmp_path / "plan")]) == 0
+    assert "layout: rows\n" in (tmp_path / "plan" / "train.yaml").read_text()

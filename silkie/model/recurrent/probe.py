@@ -38,12 +38,18 @@ _ROOM = 1e-3  # relative error beyond what rounding explains
 
 
 def why_not_forkable(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, calls: Calls = CALLS
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    calls: Calls = CALLS,
+    try_out: bool = True,
 ) -> str | None:
     """The reason why the recurrent layers of a model cannot be forked, or None (also where it has none).
 
     Args:
         calls: of a mixer in a forward pass of the run.
+        try_out: run the mixers, at the width of the model. False: ask only what config and classes tell.
     """
     layers = count_recurrent(config)
     if not layers:
@@ -55,7 +61,7 @@ def why_not_forkable(
         return str(problem)
     if len(found) != layers:
         return f"{layers} of its layers are recurrent, but {len(found)} modules keep states in transformers' cache"
-    for mixer in {type(m): m for _, m in found}.values():
+    for mixer in {type(m): m for _, m in found}.values() if try_out else ():
         if reason := _why_not_exact(mixer, skeleton.config.get_text_config(), device, dtype, calls):
             return reason
     return None
