@@ -14,7 +14,8 @@ reference pass, policy pass, backward, optimizer; LoRA on the language model, vi
 every layer, which is TRL's default, but those whose names say otherwise.
 Every contender runs in a process of its own; the contenders of a setting take turns in each repeat, and the best step counts. Time is
 processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it is the time of one undisturbed core), the clock
-on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of
+on CUDA. FLOPs are torch's count of one step; of causal attention on a CPU, what its kernel
+computes (results before 2026-11-28 22:30 count it as dense). Memory: on a CPU the resident peak of
 the steps over what the process held before them, on CUDA the allocator's peak. The precomputed reference is made before
 the first step and not part of it: it is paid once, for all epochs."""
 
