@@ -4,6 +4,7 @@ memory and throughput.
     python tests/benchmarks/bench_data.py                                   # 100,000 groups of 4 responses, JSONL and an image directory
     python tests/benchmarks/bench_data.py --groups 10000 100000             # two sizes beside each other: is memory flat?
     python tests/benchmarks/bench_data.py --groups 10000 --layout zip parquet
+    python tests/benchmarks/bench_data.py --groups 80000 --work DIR --steps "first step again"   # in several calls
 
 Writes `data.json` into --out and prints a table. Each step runs in a process of its own. "heap" is the peak of private
 memory (anonymous pages) over what the imports took, sampled 20 times a second and summed over worker processes: the
@@ -273,8 +274,10 @@ STEPS = (
 
 def measure(groups: int, layout: str, num_proc: int | None, work: Path, steps: Sequence[str]) -> list[dict[str, Any]]:
     folder = work / f"{layout}-{groups}"
-    folder.mkdir()
-    write(folder, groups, layout)
+    if not (written := folder / "written").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, groups, layout)
+        written.touch()
     size = disk_mib(folder)
     rows = []
     for name in steps:
@@ -317,20 +320,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--name", default="data", help="of the file of figures")
+    parser.add_argument("--work", type=Path, help="keep data and caches here, for more calls; their figures are added")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
         print(json.dumps(step(args.step, args.folder, args.layout[0], args.num_proc or None)))
         return
-    with tempfile.TemporaryDirectory(prefix="bench-data-") as work:
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.name}.json"
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
         rows = [
             row
             for layout in args.layout
             for groups in args.groups
-            for row in measure(groups, layout, args.num_proc or None, Path(work), args.steps)
+            for row in measure(groups, layout, args.num_proc or None, args.work or Path(temporary), args.steps)
         ]
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.work and file.exists():
+        rows = json.loads(file.read_text())["rows"] + rows
     result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -339,7 +346,7 @@ def main() -> None:
         "num_proc": args.num_proc,
         "rows": rows,
     }
-    (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python tests/benchmarks/bench_step.py --questions-per-image 1 3 6 --ks 4             # prefix trees
     python tests/benchmarks/bench_step.py --image-tokens 16 --ks 2 --timed 1 --repeats 1 # a quick look
     python tests/benchmarks/bench_step.py --model photographs --ks 4 --repeats 1         # real weights, see photographs_setting.py
+    python tests/benchmarks/bench_step.py --peer llamafactory --peer-python llamafactory=PATH --contenders TRL packed
 
 Prints a table and writes `step_<device>.json` and `.png` into --out, after every process; settings of an earlier call
 with the same model stay in the file, each result with its command and date, and --resume leaves them out. A step is everything: images and text to tensors,
@@ -13,7 +14,8 @@ reference pass, policy pass, backward, optimizer; LoRA on the language model, vi
 every layer, which is TRL's default, but those whose names say otherwise.
 Every contender runs in a process of its own; the contenders of a setting take turns in each repeat, and the best step counts. Time is
 processor seconds of the process on a CPU (set OMP_NUM_THREADS=1 and it is the time of one undisturbed core), the clock
-on CUDA. FLOPs are torch's count of one step, masked attention counted as dense. Memory: on a CPU the resident peak of
+on CUDA. FLOPs are torch's count of one step; of causal attention on a CPU, what its kernel
+computes (results before 2026-11-28 22:30 count it as dense). Memory: on a CPU the resident peak of
 the steps over what the process held before them, on CUDA the allocator's peak. The precomputed reference is made before
 the first step and not part of it: it is paid once, for all epochs."""
 
@@ -36,16 +38,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from step_setting import CONTENDERS, FAMILIES, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, SHARED, run
+import peer_data
+from step_setting import CONTENDERS, FAMILIES, HYBRID, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, SHARED, run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
-_RESULT = "result: "
+ORDER = (*CONTENDERS, *peer_data.PEERS)
+_RESULT = peer_data.RESULT
 
 
 def in_own_process(
     contender: str, image_tokens: int, k: int, lengths: str, questions: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One contender in a fresh process: no memory, caches or compiled code of another."""
+    call = {"command": args.command, "date": date.today().isoformat()}
+    if contender in peer_data.PEERS:
+        sizes = {"image_tokens": image_tokens, "k": k, "groups_per_step": args.groups, "shape": args.shape}
+        found = peer_data.run(contender, args.peer_python.get(contender), **sizes, timed=args.timed)
+        if "reason" not in found:
+            return {**found, **call}
+        args.absent[contender] = found["reason"]
+        print(f"{contender}: no result: {found['reason']}", flush=True)
+        return {}
     one = {
         "contender": contender,
         "k": k,
@@ -69,11 +82,7 @@ def in_own_process(
         reason = "out of memory" if "OutOfMemoryError" in done.stderr else done.stderr.strip()[-2000:]
         print(f"{contender}, {image_tokens} image tokens, k={k}: no result: {reason}", flush=True)
         return {}
-    return {
-        **json.loads(lines[-1][len(_RESULT) :]),
-        "command": args.command,
-        "date": date.today().isoformat(),
-    }
+    return {**json.loads(lines[-1][len(_RESULT) :]), **call}
 
 
 def _repeats(result: dict[str, Any]) -> list[float]:
@@ -124,7 +133,7 @@ def measure(
 
 
 def _ordered(results: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
-    return [results[key] for key in sorted(results, key=lambda key: (*key[:-1], CONTENDERS.index(key[-1])))]
+    return [results[key] for key in sorted(results, key=lambda key: (*key[:-1], ORDER.index(key[-1])))]
 
 
 def earlier_results(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,7 +186,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
     panels = sorted({(r["lengths"], r["questions"], r["k"]) for r in results})
     tokens = sorted({r["image_tokens"] for r in results})
-    ran = [c for c in CONTENDERS if any(r["contender"] == c for r in results)]
+    ran = [c for c in ORDER if any(r["contender"] == c for r in results)]
     width = 0.8 / len(ran)
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
     for axis, (lengths, questions, k) in zip(axes[0], panels, strict=True):
@@ -228,6 +237,10 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="whose shape the model has")
     parser.add_argument("--lengths", nargs="+", choices=tuple(RESPONSE_WORDS), default=["equal"], help="of responses")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--peer", nargs="+", choices=("trl", *peer_data.PEERS), default=[], help="other tools as well")
+    parser.add_argument(
+        "--peer-python", nargs="+", default=[], metavar="PEER=PATH", help="the interpreter that has the tool"
+    )
     parser.add_argument("--image-tokens", type=int, nargs="+", choices=tuple(IMAGE_GRIDS), default=[256, 576, 1280])
     parser.add_argument("--ks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--questions-per-image", type=int, nargs="+", default=[1], help="groups that have one image")
@@ -251,6 +264,11 @@ def main() -> None:
                 f"--model photographs is one model and one prompt on the CPU: leave {', '.join(touched)} alone"
             )
         args.image_tokens, args.name = [4], args.name or "photographs_cpu"
+    if args.family == "qwen3_5" and args.shape not in HYBRID:
+        parser.error(f"--family qwen3_5 has the shapes {', '.join(HYBRID)}")
+    args.absent, args.peer_python = {}, dict(word.split("=", 1) for word in args.peer_python)
+    stock = ["TRL"] if args.peer else []
+    args.contenders = list(dict.fromkeys([*stock, *args.contenders, *(peer for peer in args.peer if peer != "trl")]))
     args.out.mkdir(parents=True, exist_ok=True)
     family = "" if args.family == FAMILIES[0] else f"_{args.family}"
     file = args.out / f"{args.name or f'step{family}_{args.device}'}.json"
@@ -268,7 +286,8 @@ def main() -> None:
 
     def save(found: list[dict[str, Any]]) -> None:
         """After every process: a long measurement that is cut off keeps what it has."""
-        file.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n")
+        absent = {"absent": args.absent} if args.absent else {}
+        file.write_text(json.dumps({**facts, **absent, "results": found}, indent=1) + "\n")
 
     results = measure(args, earlier_results(file, facts), save)
     print("\n" + table(results))

@@ -4,15 +4,19 @@
     python tests/benchmarks/gpu_run.py --rehearse      # no device: tiny sizes on the CPU, the same stages
     python tests/benchmarks/gpu_run.py --only step tests
 
-Each stage is a process with a time limit and is saved as it ends, into `gpu_<stage>.json` of --out; `gpu.md` there is
-rewritten after each. A stage that fails, or for which no time is left, is in the table with its reason."""
+Each stage is a process with a time limit, which ends with all that it started, and is saved as it ends, into
+`gpu_<stage>.json` of --out; `gpu.md` there is rewritten after each. A stage that fails, hangs or for which no time is
+left is in the table with its reason, and the others run."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +51,26 @@ class Stage:
     interpreted: bool = False
 
 
-STEP = "tests/benchmarks/bench_step.py --out OUT --name gpu_step_data --image-tokens"
+PRECOMPUTED = "'packed + precomputed reference'"
+
+
+def _step(name: str, shape: str, seconds: int) -> Stage:
+    """A step against TRL, in bf16, of random weights of a size."""
+    words = f"tests/benchmarks/bench_step.py --out OUT --name gpu_{name}_data --repeats 1 --image-tokens"
+    return Stage(
+        name,
+        f"{words} 576 --device cuda --shape {shape} --ks 4 --timed 2 --contenders TRL packed {PRECOMPUTED}",
+        f"{words} 16 --ks 2 --timed 1 --contenders TRL packed {PRECOMPUTED}",
+        seconds,
+        f"gpu_{name}_data.json",
+    )
+
+
+def _own(name: str, seconds: int) -> Stage:
+    script = f"tests/benchmarks/gpu_stages.py {name}"
+    return Stage(name, script, f"{script} --rehearse", seconds)
+
+
 STAGES = (
     Stage("tests", "-m pytest tests/gpu -q -m gpu", "-m pytest tests/gpu -q -rs", 110),
     Stage(
@@ -59,17 +82,12 @@ STAGES = (
         "logprob_DEVICE.json",
         True,
     ),
-    Stage(
-        "step",
-        f"{STEP} 576 --device cuda --shape 3b --ks 4 --groups 1 --timed 2 --repeats 1 --contenders TRL packed",
-        f"{STEP} 16 --ks 2 --timed 1 --repeats 1 --contenders TRL packed",
-        120,
-        "gpu_step_data.json",
-    ),
-    Stage("largest", "tests/benchmarks/gpu_stages.py largest", "tests/benchmarks/gpu_stages.py largest --rehearse", 70),
-    Stage("planner", "tests/benchmarks/gpu_stages.py planner", "tests/benchmarks/gpu_stages.py planner --rehearse", 50),
-    Stage("qlora", "tests/benchmarks/gpu_stages.py qlora", "tests/benchmarks/gpu_stages.py qlora --rehearse", 60),
-    Stage("zero3", "tests/benchmarks/gpu_stages.py zero3", "tests/benchmarks/gpu_stages.py zero3 --rehearse", 60),
+    _step("step_3b", "3b", 110),
+    _own("largest", 60),
+    _own("planner", 45),
+    _own("qlora", 50),
+    _own("zero3", 50),
+    _step("step_0.5b", "0.5b", 60),
 )
 
 
@@ -87,7 +105,7 @@ class Outcome:
 
 def run_stage(stage: Stage, out: Path, limit: float, *, rehearse: bool) -> Outcome:
     """Runs one stage to its end or its limit, and saves what came of it."""
-    words = (stage.rehearsal if rehearse else stage.command).replace("OUT", str(out)).split()
+    words = [w.replace("OUT", str(out)) for w in shlex.split(stage.rehearsal if rehearse else stage.command)]
     shown = "python " + (stage.rehearsal if rehearse else stage.command)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if rehearse:
@@ -96,13 +114,16 @@ def run_stage(stage: Stage, out: Path, limit: float, *, rehearse: bool) -> Outco
     began = time.monotonic()
     log = out / f"gpu_{stage.name}.log"
     with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            process = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            )
-            state = "done" if not process.returncode else f"failed (exit code {process.returncode})"
+            code = process.wait(limit)
+            state = "done" if not code else f"failed (exit code {code})"
         except subprocess.TimeoutExpired:
             state = f"cut off after {limit:.0f} s"
+        finally:
+            _end(process)
     text = log.read_text(errors="replace")
     log.unlink()
     outcome = Outcome(stage.name, state, time.monotonic() - began, shown, text[-4000:], _figures(stage, out, text))
@@ -110,14 +131,24 @@ def run_stage(stage: Stage, out: Path, limit: float, *, rehearse: bool) -> Outco
     return outcome
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a stage with all that it started: a process that it left behind would hold memory of the device."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def _figures(stage: Stage, out: Path, text: str) -> Any:
     """A stage's own file, or the last line of JSON that it printed."""
     if stage.writes is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         file = out / stage.writes.replace("DEVICE", device)
-        return json.loads(file.read_text()) if file.exists() else None
+        text = file.read_text().replace("\n", "") if file.exists() else ""
     lines = [line for line in text.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else None
+    try:
+        return json.loads(lines[-1]) if lines else None
+    except ValueError:  # cut off while it was written
+        return None
 
 
 def save(outcome: Outcome, out: Path) -> None:
@@ -130,18 +161,19 @@ def device() -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
+    """Markdown: a line per stage, and the seconds of all."""
     lines = [f"# {device()}, torch {torch.__version__}, {date.today().isoformat()}", ""]
     lines += ["| stage | state | seconds | what it says |", "|---|---|---|---|"]
     lines += [f"| {o.stage} | {o.state} | {o.seconds:.0f} | {says(o)} |" for o in outcomes]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"{sum(o.seconds for o in outcomes):.0f} seconds in all."]) + "\n"
 
 
 def says(outcome: Outcome) -> str:
     """A stage in a few words, from its figures; its last line of output where it has none."""
     figures = outcome.figures
-    if outcome.stage == "step" and figures:
-        ratio = {r["contender"]: r["pairs_per_second"] for r in figures["results"]}
-        return "; ".join(f"{name} {speed:.3g} pairs/s" for name, speed in ratio.items())
+    if outcome.stage.startswith("step") and figures:
+        speed = {r["contender"]: r["pairs_per_second"] for r in figures["results"]}
+        return "; ".join(f"{name} {value:.3g} pairs/s" for name, value in speed.items())
     if outcome.stage == "logprob" and figures:
         return "see its file"
     if isinstance(figures, dict):
@@ -168,11 +200,13 @@ def main() -> int:
         left = ends - time.monotonic()
         if left < 10:
             outcomes.append(Outcome(stage.name, "not begun: no time left", 0.0, "", ""))
+            save(outcomes[-1], out)
         else:
             limit = left if args.rehearse else min(stage.seconds, left)
             outcomes.append(run_stage(stage, out, limit, rehearse=args.rehearse))
         print(f"{stage.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s: {says(outcomes[-1])}", flush=True)
         (out / "gpu.md").write_text(table(outcomes))
+    print(f"{sum(o.seconds for o in outcomes):.0f} s in all; {out / 'gpu.md'}")
     return int(any(o.state != "done" for o in outcomes))
 
 

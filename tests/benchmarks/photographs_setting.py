@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from step_setting import StepMeter, pair_rows
+from step_meter import StepMeter
+from step_setting import pair_rows
 from trl import DPOConfig, DPOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer

@@ -3,24 +3,18 @@ run of a contender."""
 
 from __future__ import annotations
 
-import ctypes
-import re
-import resource
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from step_meter import StepMeter
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
-    TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer
 
@@ -43,6 +37,8 @@ RESPONSE_WORDS: dict[str, dict[int, tuple[int, ...]]] = {
     "unequal": {2: (48, 188), 4: (28, 58, 118, 268)},
 }
 FAMILIES = ("qwen2_5_vl", "qwen3_5")
+
+_ENCODER = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
 
 # Widths of the language model; "tiny" keeps the share of the head in the parameters (about a tenth) and the GQA of the
 # 3B model.
@@ -73,6 +69,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [4, 6, 6],
     },
+    # The language models of Qwen2.5, with Qwen2.5-VL's encoder.
+    "0.5b": {
+        "text": dict(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
+        "vision": _ENCODER,
+        "mrope": [8, 12, 12],
+    },
+    "1.5b": {
+        "text": dict(
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
+        "vision": _ENCODER,
+        "mrope": [16, 24, 24],
+    },
     "3b": {
         "text": dict(
             hidden_size=2048,
@@ -82,9 +103,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             num_key_value_heads=2,
             vocab_size=151936,
         ),
-        "vision": dict(
-            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]
-        ),
+        "vision": _ENCODER,
         "mrope": [16, 24, 24],
     },
 }
@@ -131,7 +150,7 @@ def _qwen2_5_vl(shape: str) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": spec["mrope"]}
     text = {**_text(shape), "rope_parameters": rope}
     vision = {**spec["vision"], "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(), tie_word_embeddings=shape == "3b")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special_ids(), tie_word_embeddings=_tied(shape))
     return config, Qwen2_5_VLForConditionalGeneration
 
 
@@ -150,23 +169,28 @@ def _qwen3_5(shape: str) -> tuple[Any, Any]:
     text = {**_text(shape), **hybrid, "rope_parameters": rope}
     more = {"out_hidden_size": text["hidden_size"], "patch_size": 14, "num_position_embeddings": 2304}
     config = Qwen3_5Config(
-        text_config=text, vision_config={**vision, **more}, **_ids(), tie_word_embeddings=shape == "3b"
+        text_config=text, vision_config={**vision, **more}, **special_ids(), tie_word_embeddings=_tied(shape)
     )
     return config, Qwen3_5ForConditionalGeneration
+
+
+def _tied(shape: str) -> bool:
+    """Whether head and embedding are one matrix, as in Qwen's models up to 3B."""
+    return SHAPES[shape]["text"]["vocab_size"] == 151936
 
 
 def _text(shape: str) -> dict[str, Any]:
     return {
         **SHAPES[shape]["text"],
         "max_position_embeddings": 32768,
-        "tie_word_embeddings": shape == "3b",
+        "tie_word_embeddings": _tied(shape),
         "bos_token_id": None,
         "eos_token_id": tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tiny_tokenizer().convert_tokens_to_ids("<|pad|>"),
     }
 
 
-def _ids() -> dict[str, int]:
+def special_ids() -> dict[str, int]:
     tok = tiny_tokenizer()
     ids = {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     return {
@@ -216,85 +240,6 @@ def pair_rows(groups: list[dict[str, Any]]) -> Dataset:
         for c, r in g["pairs"]
     ]
     return Dataset.from_list(turns).cast_column("images", List(Image()))
-
-
-class StepMeter(TrainerCallback):
-    """Whole steps: collation, both passes, backward, optimizer. The first, a warm-up, runs under the FLOP counter and
-    is not timed.
-
-    Attributes:
-        seconds: per timed step; on a CPU processor seconds of the process, which other jobs on the machine disturb
-            little.
-        flops: of the counted step.
-        extra_bytes: peak memory of the timed steps over what the process held before them (CUDA: the allocator's peak).
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: list[float] = []
-        self.flops, self.extra_bytes = 0, 0
-        self._last, self._held, self._step = 0.0, 0, 0
-        self._counter: FlopCounterMode | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._step == 0:
-            cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows CUDA's attention only
-            self._counter = FlopCounterMode(
-                display=False,
-                custom_mapping={
-                    cpu: _forward_flops,
-                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
-                },
-            )
-            self._counter.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self._now()
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self.flops, self._counter = self._counter.get_total_flops(), None
-            self._held = _hold(self.device)
-            now = self._now()
-        else:
-            self.seconds.append(now - self._last)
-            self.extra_bytes = _peak(self.device) - self._held
-        self._last, self._step = now, self._step + 1
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
-
-def _forward_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-def _hold(device: str) -> int:
-    """Bytes held now; resets the peak."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return 0
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(
@@ -360,7 +305,6 @@ def run(
             trainer = SilkieDPOTrainer(model, args=mine, train_dataset=data, processing_class=processor, **common)
         trainer.train()
         calls = "" if contender == "TRL" else trainer.choice.calls_reason
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     best = min(meter.seconds)
     return {
         "contender": contender,
@@ -376,8 +320,9 @@ def run(
         "best_of_repeats": [best],
         "pairs_per_second": pairs / best,
         "flops": meter.flops,
+        "tokens": meter.tokens,
         "extra_bytes": meter.extra_bytes,
-        "losses": losses,
+        "losses": meter.losses,
         "backend": backend,
         "calls": calls,
     }

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.support.tiny import tiny_model
+from tests.support.train_run import many_groups
 
 ROOT = Path(__file__).parents[2]
 CASES = {
@@ -32,6 +33,8 @@ CASES = {
     },
     # one process with no layer checkpointed, two with the first of two
     "some_layers": {"layers": 1, "args": {"gradient_checkpointing": "auto"}},
+    # both ranks keep features in the one folder
+    "kept_features": {"args": {"precompute_ref_log_probs": True, "num_train_epochs": 2}},
     "plain_head": {"args": {"use_fused_logprob": False}},
     "accumulated": {
         "data": "odd",
@@ -48,7 +51,7 @@ CI = [
     ("zero3", "trained_vision"),
 ]
 CI += [("zero3", "rows_cached_checkpointed"), ("zero2", "lora"), ("zero3", "accumulated")]
-CI += [("ddp", "some_layers"), ("zero3", "some_layers"), ("fsdp2", "some_layers")]
+CI += [("ddp", "kept_features"), ("ddp", "some_layers"), ("zero3", "some_layers"), ("fsdp2", "some_layers")]
 CI += [("fsdp2", "lora"), ("fsdp2", "full"), ("fsdp2", "rows_cached_checkpointed")]
 REST = [(mode, case) for mode in KINDS for case in CASES if (mode, case) not in CI]
 
@@ -127,6 +130,17 @@ def test_two_processes_train_as_one(ci_runs, mode, case):
             and not info["unexpected_keys"]
             and all(torch.isfinite(p).all() for p in model.parameters())
         )
+
+
+@pytest.mark.timeout(750)
+def test_two_processes_share_the_features_on_disk(ci_runs):
+    """Together they encode each image once, so that each reads some that the other encoded."""
+    run = ci_runs / "ddp-kept_features"
+    ranks = [json.loads((run / f"features.{rank}.json").read_text()) for rank in (0, 1)]
+    kept, passes = len(list(run.glob("vision_cache/*/*/*.safetensors"))), 3  # the reference's, and two epochs
+    assert kept == sum(bool(g["images"]) for g in many_groups())
+    assert sum(r["encoded"] for r in ranks) == kept and all(r["encoded"] for r in ranks)
+    assert sum(r["encoded"] + r["read"] for r in ranks) == passes * kept
 
 
 @pytest.mark.slow

@@ -1,11 +1,17 @@
 """Image features on disk: the same numbers, encoded once per run, and never those of another tower."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from silkie.model import vision_cache
 from silkie.model.vision import vision_parameters
 from silkie.model.vision_cache import NotCacheable, VisionCache
 from tests.integration.test_trainer import adapter, assert_same, losses, make
@@ -107,6 +113,61 @@ def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path, opened, monkeypat
     assert not list(folder.rglob("*.safetensors"))
     monkeypatch.undo()
     assert run(tmp_path, vision_cache=str(folder)).state.global_step
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from silkie.model import vision_cache
+from tests.integration.test_vision_cache import run
+written, save = [], vision_cache.save_file
+def half_a_file(tensors, file, metadata):
+    save(tensors, file, metadata)
+    written.append(file)
+    if len(written) == 2:
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+vision_cache.save_file = half_a_file
+run(Path(sys.argv[1]), vision_cache=sys.argv[2])
+"""
+
+
+def test_a_run_killed_while_it_writes_trains_the_same_bits_when_started_again(tmp_path, opened):
+    root, kept = Path(__file__).parents[2], tmp_path / "kept"
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(kept)],
+        cwd=root,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    assert len(list(kept.rglob("*.safetensors"))) == 1 and len(list(kept.rglob("*.part"))) == 1
+    again, off = run(tmp_path / "run", vision_cache=str(kept)), run(tmp_path / "off", vision_cache="off")
+    assert opened[0].encoded == TREES - 1
+    assert losses(again) == losses(off)
+    assert_same(adapter(again), adapter(off), 0.0)
+
+
+def test_a_disk_that_takes_no_more_is_no_error(tmp_path, opened, monkeypatch, caplog):
+    resource = pytest.importorskip("resource")
+    save = vision_cache.save_file
+
+    def no_room(*args, **kwargs):
+        """The system refuses the write itself, as on a full disk."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            save(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    off = run(tmp_path / "off", vision_cache="off")
+    monkeypatch.setattr(vision_cache, "save_file", no_room)
+    with caplog.at_level(logging.WARNING):
+        full = run(tmp_path / "full", vision_cache=str(tmp_path / "kept"))
+    assert losses(full) == losses(off)
+    assert caplog.text.count("cannot be written") == 1 and "File too large" in caplog.text
+    assert opened[0].encoded > TREES and not [f for f in (tmp_path / "kept").rglob("*") if f.is_file()]
 
 
 def test_a_full_cache_is_no_error(tmp_path, opened, caplog):

@@ -197,6 +197,9 @@ def run(spec: dict[str, Any], use_cpu: bool) -> None:
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     trainer.save_model(str(Path(spec["out"]) / "final"))
     Path(spec["out"], f"calls.{trainer.accelerator.process_index}.json").write_text(json.dumps(calls))
+    if (kept := trainer.passes.vision_cache) is not None:
+        counts = {"encoded": kept.encoded, "read": kept.read}
+        Path(spec["out"], f"features.{trainer.accelerator.process_index}.json").write_text(json.dumps(counts))
     if trainer.accelerator.is_main_process:
         plugin, fsdp = trainer.accelerator.deepspeed_plugin, getattr(trainer.accelerator.state, "fsdp_plugin", None)
         result = {
