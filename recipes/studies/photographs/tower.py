@@ -59,7 +59,8 @@ class EfficientNetLiteTower(PreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[B, 3, H, W] -> last_hidden_state [B, cells, D]."""
         pixels = pixel_values.to(self.net._conv_stem.weight.dtype)
-        if pixels.device.type != "cpu" or any(weight.requires_grad for weight in self.parameters()):
+        learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
+        if pixels.device.type != "cpu" or learning:
             cells = self._read(pixels)
         else:
             cells = self._remembered(pixels)
