@@ -79,7 +79,7 @@ def explore(place: Any, names: Sequence[str] = ()) -> str:
     own = draw_boards(place, "preference", place.sizes.boards, SEED, folder / "images")
     done: dict[str, Any] = {}
     for name, arm in VARIANTS.items():
-        if names and name not in names and not (folder / "answers" / name / f"chair_sampled.done").exists():
+        if names and name not in names and not (folder / "answers" / name / "chair_sampled.done").exists():
             continue  # those that are there already are shown with the others
         logger.info("%s: %s", name, arm.title)
         prompts = own[: len(own) // 2] if arm.responses == 8 else own

@@ -267,7 +267,7 @@ def opened_before(place: Place) -> set[int]:
 
 
 def write_benchmarks(place: Place, split: str, seed: int, folder: Path, without: Collection[int] = ()) -> Path:
-    """Questions in the layouts of CHAIR, POPE and MME over boards of a split, `without` some photographs. Idempotent."""
+    """Questions in the layouts of CHAIR, POPE and MME over boards of a split, `without` photographs. Idempotent."""
     if (folder / "done").exists():
         return folder
     pictures, labels = photographs(place.sources, SPLITS[split][0])

@@ -129,7 +129,16 @@ def study(
 ) -> str:
     """Train and answer everything, write the results; returns the table. With `finished` an arm has the seeds that have
     answered, which may differ from arm to arm."""
-    from photographs.loop import HELD_OUT_SEED, as_json, draw_boards, evaluate, opened_before, run_arm, write_benchmarks
+    from photographs.loop import (
+        EVALUATIONS,
+        HELD_OUT_SEED,
+        as_json,
+        draw_boards,
+        evaluate,
+        opened_before,
+        run_arm,
+        write_benchmarks,
+    )
     from photographs.picture import write_picture
     from photographs.results import against, summarise, table, write_page
 

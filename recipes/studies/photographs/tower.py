@@ -60,10 +60,7 @@ class EfficientNetLiteTower(PreTrainedModel):
         """[B, 3, H, W] -> last_hidden_state [B, cells, D]."""
         pixels = pixel_values.to(self.net._conv_stem.weight.dtype)
         learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
-        if pixels.device.type != "cpu" or learning:
-            cells = self._read(pixels)
-        else:
-            cells = self._remembered(pixels)
+        cells = self._read(pixels) if pixels.device.type != "cpu" or learning else self._remembered(pixels)
         return BaseModelOutputWithPooling(last_hidden_state=cells, hidden_states=(cells,))
 
     def _read(self, pixels: Tensor) -> Tensor:
