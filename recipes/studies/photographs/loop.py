@@ -187,7 +187,7 @@ def train(
         "bf16": model.dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         # arms learn from the same responses: their reference values are computed once
-        "precompute_ref_log_probs": set(arm.losses) <= {"sigmoid", "sft"} and "sigmoid" in arm.losses,
+        "precompute_ref_log_probs": set(arm.losses) <= {"sigmoid", "sft"},
         "reference_cache_dir": str(references),
         "logging_steps": 5,
         "save_strategy": "no",

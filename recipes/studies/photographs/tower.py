@@ -78,7 +78,8 @@ class EfficientNetLiteTower(PreTrainedModel):
         keys = [(weights, precision, _digest(picture)) for picture in pixels]
         new = {key: k for k, key in enumerate(keys) if key not in _READ}
         if new:
-            with torch.inference_mode(False):  # training reads what was remembered while sampling
+            # training reads what was remembered while sampling; leaving inference mode turns gradients on again
+            with torch.inference_mode(False), torch.no_grad():
                 fresh = self._read(pixels[list(new.values())])
             _READ.update(zip(new, fresh, strict=True))
         return torch.stack([_READ[key] for key in keys])
