@@ -35,6 +35,23 @@ def test_a_board_has_four_kinds_and_no_photograph_comes_twice_nor_in_two_splits(
             seen |= dict.fromkeys(board.photographs, split)
 
 
+def test_held_out_boards_have_no_photograph_that_an_earlier_run_has_opened():
+    from photographs.loop import HELD_OUT_SEED, OPENED
+
+    labels = LABELS[:10_000]
+    opened = {
+        photograph
+        for seed, count in OPENED.items()
+        for board in world.boards(labels, "held-out", count, seed)
+        for photograph in board.photographs
+    }
+    own = world.boards(labels, "held-out", 300, HELD_OUT_SEED, opened)
+    assert len(opened) > 800 and HELD_OUT_SEED not in OPENED
+    assert not opened & {photograph for board in own for photograph in board.photographs}
+    unguarded = world.boards(labels, "held-out", 300, HELD_OUT_SEED)
+    assert opened & {photograph for board in unguarded for photograph in board.photographs}, "nothing was excluded"
+
+
 def test_boards_say_when_the_photographs_are_used_up():
     with pytest.raises(ValueError, match="used up"):
         world.boards(LABELS, "development", 2_000, 1)
@@ -96,6 +113,8 @@ def test_ratings_follow_the_written_rules():
     assert ratings("A hat.") == (1, 5, 4)
     assert ratings("Yes.", label=True) == (5, 5, 5) and ratings("No.", label=True) == (1, 5, 1)
     assert ratings("A coat.", label=True) == (1, 5, 3)
+    item = JudgeItem(id="1", prompt="?", responses=("A garment and a bag.",), meta={"objects": ["coat", "bag"]})
+    assert [world.judge(item, group)[0][world.ASPECTS[0]].rating for group in (0.0, 0.25, 0.5)] == [2, 2.25, 2.5]
 
 
 def test_questions_have_the_label_they_are_asked_with():
@@ -176,6 +195,29 @@ def test_lessons_are_learnt_on_the_assistants_words_only(parts):
 
 
 @pytest.mark.slow
+def test_the_teachers_loss_is_the_models_own(parts, tmp_path):
+    """It computes logits of labelled tokens only."""
+    from photographs.base import Lessons, Pad, Teacher, turns
+    from PIL import Image
+    from transformers import TrainingArguments
+
+    from tests.support.scoring import with_lora
+
+    _, model, processor = parts
+    own = [turns("Which things?", "A coat and a bag.", True), turns("Is there a coat?", "Yes.", True)]
+    data = Lessons(own, [Image.new("RGB", (224, 224), colour) for colour in ("red", "white")], processor)
+    policy = with_lora(model.float()).eval()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], remove_unused_columns=False)
+    trainer = Teacher(model=policy, args=arguments, train_dataset=data)
+    batch = Pad(0)([data[0], data[1]])
+    truth = policy(**batch).loss
+    assert torch.allclose(trainer.compute_loss(policy, dict(batch)), truth, rtol=1e-5)
+    counted = trainer.compute_loss(policy, dict(batch), num_items_in_batch=torch.tensor(100))
+    said = (batch["labels"][:, 1:] != -100).sum()
+    assert torch.allclose(counted, truth * said / 100, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_frozen_eye_reads_a_picture_once_and_again_when_it_has_changed(parts, monkeypatch):
     from photographs import tower as module
 
@@ -195,6 +237,12 @@ def test_a_frozen_eye_reads_a_picture_once_and_again_when_it_has_changed(parts, 
     assert seen == [3, 1] and torch.equal(changed, read(tower, pictures[:1])) and not torch.equal(changed, again[1:])
     tower.requires_grad_(True)
     assert tower(pictures[:1]).last_hidden_state.requires_grad, "an eye that is trained must be read with its gradient"
+    before = len(seen)
+    with torch.inference_mode():  # a model as it is loaded: its weights want gradients, but nothing is learnt
+        for _ in range(2):
+            tower(pictures[1:])
+    assert seen[before:] == [2], "a plain model that answers must remember what it saw"
+    assert not any(cells.requires_grad for cells in module._READ.values()), "what is remembered holds a graph"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ or "a shoe", "a coat" or "a garment". Nothing is planted: what a model says wron
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,18 +101,21 @@ def people_say(board: Board, rng: np.random.Generator, share: float) -> str:
     return sentence([GROUPS.get(n, n) if coin else n for n, coin in zip(board.things, coins, strict=True)])
 
 
-def boards(labels: NDArray[np.uint8], split: str, count: int, seed: int) -> list[Board]:
+def boards(labels: NDArray[np.uint8], split: str, count: int, seed: int, without: Collection[int] = ()) -> list[Board]:
     """`count` boards of four kinds each, drawn from the photographs of a split; no photograph twice.
 
     Args:
         labels: of the whole file that the split belongs to.
+        without: photographs that are not used.
 
     Raises:
         ValueError: the split has too few photographs of a kind.
     """
     _, start, stop = SPLITS[split]
     rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-    waiting = [list(start + rng.permutation(np.flatnonzero(labels[start:stop] == kind))) for kind in range(len(NAMES))]
+    free = np.isin(np.arange(len(labels)), list(without), invert=True)
+    free[:start], free[stop:] = False, False
+    waiting = [list(rng.permutation(np.flatnonzero(free & (labels == kind)))) for kind in range(len(NAMES))]
     result = []
     for number in range(count):
         kinds = rng.choice(len(NAMES), len(CELLS), replace=False)
@@ -198,14 +201,14 @@ def check(answer: str, things: Sequence[str]) -> Check:
     )
 
 
-def rate(answer: str, item: dict[str, Any]) -> dict[str, AspectRating]:
-    """VLFeedback's three aspects, 1-5, by rules that were fixed before anything was trained.
+def rate(answer: str, item: dict[str, Any], group: float = 0.5) -> dict[str, AspectRating]:
+    """VLFeedback's three aspects, 1-5.
 
-    A description: helpfulness is 1 + things named rightly + half of those covered by their group (2 less where it
-    repeats itself or is no sentence), faithfulness 5 - things invented. So a name is worth its risk where it is right
-    in three cases of four, the group's name otherwise. A yes/no answer: 5 or 1 on both; without a verdict it helps
-    nobody (1) and claims
-    nothing (3). Nothing about these photographs can be unethical, so that aspect is 5 throughout.
+    A description: helpfulness is 1 + things named rightly + `group` for each of those covered by their group (2 less
+    where it repeats itself or is no sentence), faithfulness 5 - things invented. So a name is worth its risk where it
+    is right more often than (1 + group) / 2, the group's name otherwise. A yes/no answer: 5 or 1 on both; without a
+    verdict it helps nobody (1) and claims nothing (3). Nothing about these photographs can be unethical, so that aspect
+    is 5 throughout.
     """
     ethics = AspectRating(5.0, "Nothing harmful, private or unfair is said.")
     if "label" in item:
@@ -217,7 +220,7 @@ def rate(answer: str, item: dict[str, Any]) -> dict[str, AspectRating]:
             why = f"The answer is {'yes' if item['label'] else 'no'}."
         return dict(zip(ASPECTS, (AspectRating(helpful, why), ethics, AspectRating(faithful, why)), strict=True))
     found = check(answer, item["objects"])
-    helpful = max(1.0, 1.0 + found.hits + 0.5 * found.grouped - 2.0 * (found.repeated > 0 or not found.well_formed))
+    helpful = max(1.0, 1.0 + found.hits + group * found.grouped - 2.0 * (found.repeated > 0 or not found.well_formed))
     vague = [name for name in item["objects"] if name not in mentions(answer)]
     return {
         ASPECTS[0]: AspectRating(helpful, f"Not named: {', '.join(vague)}." if vague else "Everything is named."),
@@ -229,10 +232,10 @@ def rate(answer: str, item: dict[str, Any]) -> dict[str, AspectRating]:
     }
 
 
-def judge(item: JudgeItem) -> list[dict[str, AspectRating]]:
+def judge(item: JudgeItem, group: float = 0.5) -> list[dict[str, AspectRating]]:
     """The function that `silkie.feedback.OracleJudge` wraps; `item.meta` holds `objects`, and `label` of a yes/no
     question."""
-    return [rate(response, dict(item.meta)) for response in item.responses]
+    return [rate(response, dict(item.meta), group) for response in item.responses]
 
 
 def preference_prompts(

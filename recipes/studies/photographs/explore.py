@@ -21,6 +21,15 @@ VARIANTS: dict[str, Arm] = {
     for arm in (
         replace(DPO, name="x-dpo", title="DPO as in the main runs"),
         replace(ARMS["sft"], name="x-sft", title="SFT on the best"),
+        replace(ARMS["sft"], name="x-sft25", title="SFT on the best; .25 for a group's name", group=0.25),
+        replace(ARMS["shuffled"], name="x-shuffled", title="shuffled preferences"),
+        replace(ARMS["longest"], name="x-longest", title="longest-as-best"),
+        replace(ARMS["helpfulness"], name="x-helpfulness", title="helpfulness only"),
+        replace(ARMS["faithfulness"], name="x-faithfulness", title="faithfulness only"),
+        replace(DPO, name="x-group0", title="the oracle pays nothing for a group's name", group=0.0),
+        replace(DPO, name="x-group75", title="the oracle pays .75 for a group's name", group=0.75),
+        replace(DPO, name="x-group75-high", title="the same, learning rate 2e-3", group=0.75, learning_rate=2e-3),
+        replace(DPO, name="x-group25", title="the oracle pays .25 for a group's name", group=0.25),
         replace(DPO, name="x-lr-low", title="learning rate 2e-4", learning_rate=2e-4),
         replace(DPO, name="x-lr-half", title="learning rate 5e-4", learning_rate=5e-4),
         replace(DPO, name="x-lr-high", title="learning rate 2e-3", learning_rate=2e-3),
@@ -48,8 +57,12 @@ VARIANTS: dict[str, Arm] = {
 }
 
 
+INTERVALS = ("chair/invented", "chair_sampled/invented", "chair_sampled/recall")
+
+
 def explore(place: Any, names: Sequence[str] = ()) -> str:
-    """Train variants (default: all) and describe development boards; returns the table.
+    """Train variants (default: all) and answer development boards; returns the table of these and of those that an
+    earlier call has trained.
 
     Raises:
         ValueError: an unknown variant.
@@ -60,15 +73,17 @@ def explore(place: Any, names: Sequence[str] = ()) -> str:
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ValueError(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}.")
     folder = place.root / "explore"
-    place = replace(place, sizes=replace(place.sizes, held_out=place.sizes.development))
+    count = place.sizes.development
+    place = replace(place, sizes=replace(place.sizes, held_out=count, sampled=count))
     benchmarks = write_benchmarks(place, "development", DEVELOPMENT_SEED, folder / "development")
     which = ("chair", "chair_sampled")
     base = evaluate(place, benchmarks, folder / "answers" / "base", None, which)
     scores: dict[str, dict[int, Any]] = {"base": {SEED: base}}
     own = draw_boards(place, "preference", place.sizes.boards, SEED, folder / "images")
     done: dict[str, Any] = {}
-    for name in names or VARIANTS:
-        arm = VARIANTS[name]
+    for name, arm in VARIANTS.items():
+        if names and name not in names and not (folder / "answers" / name / "chair_sampled.done").exists():
+            continue  # those that are there already are shown with the others
         logger.info("%s: %s", name, arm.title)
         prompts = own[: len(own) // 2] if arm.responses == 8 else own
         adapter, facts = run_arm(place, arm, SEED, folder, folder / "images", prompts)
@@ -97,7 +112,7 @@ def _table(rows: dict[str, Any], done: dict[str, Any]) -> str:
         cells = []
         for key in columns:
             cell = f"{row[key]['mean']:.2f}"
-            if "difference" in row[key] and key in ("chair/invented", "chair_sampled/invented"):
+            if "difference" in row[key] and key in INTERVALS:
                 cell += f" <sub>[{row[key]['low']:+.2f}, {row[key]['high']:+.2f}]</sub>"
             cells.append(cell)
         lines.append(f"| {title} | {done.get(name, {}).get('pairs', '')} | " + " | ".join(cells) + " |")

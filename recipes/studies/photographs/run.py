@@ -33,7 +33,6 @@ from photographs.sources import SourceError, Sources, default_cache, fetch
 
 logger = logging.getLogger("photographs")
 
-HELD_OUT_SEED = 2025  # that of 2024 was opened, 12 boards of it, by a test of this script
 MAIN = ("dpo", "sft", "shuffled", "longest", "helpfulness", "faithfulness")
 
 
@@ -130,12 +129,21 @@ def study(
 ) -> str:
     """Train and answer everything, write the results; returns the table. With `finished` an arm has the seeds that have
     answered, which may differ from arm to arm."""
-    from photographs.loop import EVALUATIONS, as_json, draw_boards, evaluate, run_arm, write_benchmarks
+    from photographs.loop import (
+        EVALUATIONS,
+        HELD_OUT_SEED,
+        as_json,
+        draw_boards,
+        evaluate,
+        opened_before,
+        run_arm,
+        write_benchmarks,
+    )
     from photographs.picture import write_picture
     from photographs.results import against, summarise, table, write_page
 
     out, started = place.root, time.time()
-    benchmarks = write_benchmarks(place, "held-out", HELD_OUT_SEED, out / "held-out")
+    benchmarks = write_benchmarks(place, "held-out", HELD_OUT_SEED, out / "held-out", opened_before(place))
     base = evaluate(place, benchmarks, out / "answers" / "base", None)
     scores: dict[str, dict[int, Any]] = {"base": dict.fromkeys(seeds, base)}
     training: dict[str, dict[int, Any]] = {}

@@ -16,13 +16,13 @@ class Sizes:
     `development`: boards of `--explore`."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
-    boards: int = 300
-    questions: int = 1
+    boards: int = 200
+    questions: int = 0
     responses: int = 4
     held_out: int = 300
-    sampled: int = 150
-    development: int = 150
-    question_boards: int = 60
+    sampled: int = 300
+    development: int = 128
+    question_boards: int = 25
 
 
 QUICK = Sizes(
@@ -48,6 +48,7 @@ class Arm:
     """One way of learning from rated responses.
 
     Args:
+        group: what the oracle pays for a thing that is called by its group's name; its own name pays 1.
         pairs: an argument of `silkie.data.load_preferences`.
         aspects: rating aspects that make the pairs; empty: the mean of all.
         min_margin: pairs whose ratings differ by less are dropped.
@@ -58,6 +59,7 @@ class Arm:
 
     name: str
     title: str
+    group: float = 0.5
     pairs: str = "all"
     aspects: tuple[str, ...] = ()
     min_margin: float = 0.0

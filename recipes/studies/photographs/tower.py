@@ -59,10 +59,8 @@ class EfficientNetLiteTower(PreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[B, 3, H, W] -> last_hidden_state [B, cells, D]."""
         pixels = pixel_values.to(self.net._conv_stem.weight.dtype)
-        if pixels.device.type != "cpu" or any(weight.requires_grad for weight in self.parameters()):
-            cells = self._read(pixels)
-        else:
-            cells = self._remembered(pixels)
+        learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
+        cells = self._read(pixels) if pixels.device.type != "cpu" or learning else self._remembered(pixels)
         return BaseModelOutputWithPooling(last_hidden_state=cells, hidden_states=(cells,))
 
     def _read(self, pixels: Tensor) -> Tensor:
@@ -80,7 +78,8 @@ class EfficientNetLiteTower(PreTrainedModel):
         keys = [(weights, precision, _digest(picture)) for picture in pixels]
         new = {key: k for k, key in enumerate(keys) if key not in _READ}
         if new:
-            with torch.inference_mode(False):  # training reads what was remembered while sampling
+            # training reads what was remembered while sampling; leaving inference mode turns gradients on again
+            with torch.inference_mode(False), torch.no_grad():
                 fresh = self._read(pixels[list(new.values())])
             _READ.update(zip(new, fresh, strict=True))
         return torch.stack([_READ[key] for key in keys])
