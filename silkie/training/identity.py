@@ -62,13 +62,14 @@ _OPTIMIZER = (
     "fp16",
 )
 _LOSSES = ("loss_type", "loss_weights", "corruption", "corruption_strength", "sync_ref_model")
+_USUAL_ORDER = {"train_sampling_strategy": "random", "dataloader_drop_last": False, "share_prefix": "off"}
 _MOVING_REFERENCE = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
 def differences(now: Identity, before: Identity) -> list[str]:
     """What differs between two runs, one line each: "losses: beta is 0.2, was 0.1".
 
-    Only what both know is compared: a checkpoint of another version of silkie may know less or more.
+    Parts that one of them lacks are not compared: a checkpoint of another version of silkie may know less or more.
     """
     lines = []
     for part in (part for part in now if part in before and isinstance(before[part], Mapping)):
@@ -148,7 +149,11 @@ def _order(args: SilkieDPOConfig, processes: int) -> dict[str, Any]:
         if args.max_tokens_per_batch
         else {"groups_per_step": batches * args.per_device_train_batch_size}
     )
-    return {"seed": args.seed, "data_seed": args.data_seed, **size}
+    # only where they change the order: a checkpoint that was written before they were looked at lacks them
+    changed = {name: getattr(args, name) for name, usual in _USUAL_ORDER.items() if getattr(args, name) != usual}
+    if args.share_prefix != "off":
+        changed["share_prefix_groups"] = args.share_prefix_groups
+    return {"seed": args.seed, "data_seed": args.data_seed, **size, **changed}
 
 
 def describe_data(data: Dataset) -> dict[str, Any]:

@@ -84,6 +84,11 @@ CHANGES = {
     "beta": ({"beta": 0.5}, ["losses: beta is 0.5, was 0.1"]),
     "learning rate": ({"learning_rate": 0.1}, ["optimizer: learning_rate is 0.1, was 0.01"]),
     "seed": ({"seed": 1}, ["order: seed is 1, was 0"]),
+    "sampling": (
+        {"train_sampling_strategy": "sequential"},
+        ['order: train_sampling_strategy is "sequential", was null'],
+    ),
+    "drop last": ({"dataloader_drop_last": True}, ["order: dataloader_drop_last is true, was null"]),
     "batch": ({"per_device_train_batch_size": 2}, ["order: groups_per_step is 2, was 1"]),
 }
 
