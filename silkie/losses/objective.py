@@ -8,8 +8,6 @@ add up to the loss of the step, however the step was split.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,121 +17,13 @@ from .catalogue import DIFFERENCE, SPECS
 from .divergence import f_scores
 from .group_logps import GroupLogps
 from .listwise import listed_weights, ranked_groups
-from .margins import agreement, margin_offset, margin_weight, mix_aspects, rating_margins
+from .margins import margin_offset
 from .options import OFFSET_USERS, LossOptions, validate
+from .pair_view import PairView, full
 from .spec import LossSpec
 from .state import RunningMean
-from .tokens import ddpo_token_weights, ld_token_weights, weighted_logps, wpo_response_weights
 
 Totals = Mapping[str, Tensor]
-
-
-def _full(logps: Tensor) -> Tensor:
-    """At least float32: a sum over pairs in half precision loses the small ones."""
-    return logps.float() if logps.dtype in (torch.bfloat16, torch.float16) else logps
-
-
-@dataclass(frozen=True)
-class _PairView:
-    """The log-probs of a batch by pair, gathered when first asked for, so that a loss touches only what it reads."""
-
-    batch: GroupLogps
-    options: LossOptions
-    labelled: bool  # its rows are labelled responses, not pairs
-
-    @property
-    def chosen_index(self) -> Tensor:
-        return self.batch.pairs[:, 0]
-
-    @property
-    def rejected_index(self) -> Tensor:
-        return self.batch.pairs[:, 1]
-
-    @property
-    def examples(self) -> Tensor:
-        """[U] index into R of each labelled response."""
-        return self.batch.require("examples", "a loss of labelled responses")
-
-    @cached_property
-    def chosen_lengths(self) -> Tensor:
-        return self.batch.lengths[self.chosen_index]
-
-    @cached_property
-    def rejected_lengths(self) -> Tensor:
-        return self.batch.lengths[self.rejected_index]
-
-    def plain(self, name: str, index: Tensor) -> Tensor:
-        """[P] the sequence log-probs `name`, not weighted by token."""
-        return _full(self.batch.require(name, "the objective"))[index]
-
-    @cached_property
-    def _token_weights(self) -> tuple[Tensor, Tensor]:
-        batch, options = self.batch, self.options
-        owner = batch.require("owner", "a token-weighted loss")
-        dtype = _full(batch.require("per_token_logps", "a token-weighted loss")).dtype
-        if options.ddpo_gamma is not None:
-            ids = batch.require("token_ids", "ddpo_gamma")
-            return ddpo_token_weights(
-                batch.pairs, owner, batch.lengths, ids, options.ddpo_gamma, options.ddpo_normalize, dtype
-            )
-        assert options.ld_alpha is not None  # `token_weighted` says one of the two is set
-        chosen, rejected = self.chosen_index, self.rejected_index
-        return (
-            ld_token_weights(chosen, rejected, owner, batch.lengths, options.ld_alpha, dtype),
-            ld_token_weights(rejected, chosen, owner, batch.lengths, options.ld_alpha, dtype),
-        )
-
-    @cached_property
-    def policy(self) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected log-probs [P] of the policy, weighted by token where the options say so."""
-        return self._sequence("logps", "per_token_logps")
-
-    @cached_property
-    def reference(self) -> tuple[Tensor, Tensor]:
-        """As `policy`, of the reference."""
-        return self._sequence("ref_logps", "ref_per_token_logps")
-
-    def _sequence(self, name: str, token_name: str) -> tuple[Tensor, Tensor]:
-        if not self.options.token_weighted:
-            return self.plain(name, self.chosen_index), self.plain(name, self.rejected_index)
-        per_token = _full(self.batch.require(token_name, "a token-weighted loss"))
-        chosen, rejected = self._token_weights
-        return weighted_logps(chosen, per_token), weighted_logps(rejected, per_token)
-
-    @cached_property
-    def margins(self) -> Tensor:
-        """[P] rating gap, NaN where a response is not rated."""
-        batch, weights = self.batch, self.options.aspect_weights
-        if weights is not None:
-            ratings = batch.require("aspect_ratings", "aspect_weights")
-            return rating_margins(
-                mix_aspects(ratings, ratings.new_tensor([weights.get(a, 0.0) for a in batch.aspects])), batch.pairs
-            )
-        if batch.margins is not None:
-            return batch.margins
-        return rating_margins(batch.require("ratings", f"margin={self.options.margin!r}"), batch.pairs)
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """[P] weight of each pair: the data's, times those that the options take from the ratings; [U] of each
-        labelled response where the losses take these."""
-        if self.labelled:
-            return self.batch.require("example_weights", "a loss of labelled responses")
-        weights = self.batch.weights
-        if self.options.aspect_weights is not None:
-            weights = weights * agreement(self.margins)
-        if self.options.margin == "weight":
-            weights = weights * margin_weight(self.margins, self.options.margin_scale)
-        return weights
-
-    @cached_property
-    def wpo_weights(self) -> Tensor:
-        """[P] WPO weight of each pair, without gradient."""
-        batch = self.batch
-        per_token, owner = batch.require("per_token_logps", "use_weighting"), batch.require("owner", "use_weighting")
-        stats = batch.require("log_sum_sq_probs", "use_weighting")
-        response = wpo_response_weights(_full(per_token), _full(stats), owner, batch.lengths)
-        return response[self.chosen_index] * response[self.rejected_index]
 
 
 class Objective:
@@ -167,16 +57,16 @@ class Objective:
     def row_weights(self, batch: GroupLogps) -> Tensor:
         """[P] weight of each pair: the data's, times those that the options take from the ratings; [U] of each
         labelled response where the losses take these."""
-        return _PairView(batch, self.options, self.unpaired).weights
+        return PairView(batch, self.options, self.unpaired).weights
 
     def reference_logps(self, batch: GroupLogps) -> tuple[Tensor, Tensor]:
         """Chosen and rejected log-probs [P] of the reference, weighted by token where the options say so; of unpaired
         data those of the desirable and of the undesirable responses."""
         if self.unpaired:
-            view = _PairView(batch, self.options, labelled=True)
+            view = PairView(batch, self.options, labelled=True)
             logps, desirable = view.plain("ref_logps", view.examples), batch.require("desirable", "the objective")
             return logps[desirable], logps[~desirable]
-        return _PairView(batch, self.options, self.unpaired).reference
+        return PairView(batch, self.options, self.unpaired).reference
 
     def check_aspects(self, aspects: Sequence[str]) -> None:
         """Whether data that is rated on `aspects` carries what the options read.
@@ -199,7 +89,7 @@ class Objective:
         """The batch's share of each normaliser, 0-d floats known before the model runs: "pair" sum of pair weights,
         "token" chosen tokens weighted by pair, "group" number of groups with a ranking. Sum them over the micro-batches
         and ranks of an optimizer step."""
-        view = _PairView(batch, self.options, self.unpaired)
+        view = PairView(batch, self.options, self.unpaired)
         units: dict[str, Tensor] = {}
         for unit in {SPECS[name].unit for name in self.terms}:
             if unit in ("pair", "example"):
@@ -228,7 +118,7 @@ class Objective:
         if self.options.aspect_weights is not None:
             self.check_aspects(batch.aspects)
         totals = self.units(batch) if totals is None else totals
-        view = _PairView(batch, self.options, self.unpaired)
+        view = PairView(batch, self.options, self.unpaired)
         metrics = self._metrics(view)
         # Without a pair a term is an empty sum, which still hangs on the graph: every rank can run backward.
         loss = torch.zeros((), device=batch.pairs.device)
@@ -246,7 +136,7 @@ class Objective:
             self._reward_mean.collect((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2, view.weights)
         return loss, metrics
 
-    def _rows(self, name: str, spec: LossSpec, view: _PairView) -> tuple[Tensor, Tensor]:
+    def _rows(self, name: str, spec: LossSpec, view: PairView) -> tuple[Tensor, Tensor]:
         """Rows of a loss and their weights in its mean: [P], or [R] for a listwise loss."""
         batch, options = view.batch, self.options
         kwargs: dict[str, Any] = {keyword: getattr(options, field) for keyword, field in spec.options.items()}
@@ -268,7 +158,7 @@ class Objective:
             names = ("logps", "corrupted_logps", "ref_logps", "ref_corrupted_logps")
             return spec.fn(*(view.plain(logps, view.chosen_index) for logps in names), **kwargs), view.weights
         if spec.inputs == "listwise":
-            logps, ref_logps = _full(batch.require("logps", name)), _full(batch.require("ref_logps", name))
+            logps, ref_logps = full(batch.require("logps", name)), full(batch.require("ref_logps", name))
             row_weights = listed_weights(view.weights, batch.pairs, batch.lengths.shape[0])
             return spec.fn(logps, ref_logps, batch.pairs, active=view.weights > 0, **kwargs), row_weights
         chosen, rejected = view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
@@ -282,7 +172,7 @@ class Objective:
                 chosen = chosen - offset / options.beta
         return spec.fn(chosen, rejected, view.chosen_lengths, view.rejected_lengths, **kwargs), view.weights
 
-    def _reference_rows(self, name: str, spec: LossSpec, view: _PairView, kwargs: dict[str, Any]) -> Tensor:
+    def _reference_rows(self, name: str, spec: LossSpec, view: PairView, kwargs: dict[str, Any]) -> Tensor:
         options = self.options
         (chosen, rejected), (ref_chosen, ref_rejected) = view.policy, view.reference
         # Such a loss reads nothing but the difference of two log-ratios, so the scores can take their place.
@@ -302,7 +192,7 @@ class Objective:
         rows = spec.fn(chosen, rejected, ref_chosen, ref_rejected, **kwargs)
         return rows * view.wpo_weights if options.use_weighting else rows
 
-    def _metrics(self, view: _PairView) -> dict[str, Tensor]:
+    def _metrics(self, view: PairView) -> dict[str, Tensor]:
         if self.unpaired:
             return self._labelled_metrics(view)
         # Detached one by one, not under no_grad: the view caches these tensors, and the losses differentiate through
@@ -322,7 +212,7 @@ class Objective:
         metrics["rewards/accuracies"] = (metrics["rewards/margins"] > 0).to(chosen.dtype)
         return metrics
 
-    def _labelled_metrics(self, view: _PairView) -> dict[str, Tensor]:
+    def _labelled_metrics(self, view: PairView) -> dict[str, Tensor]:
         batch = view.batch
         desirable = batch.require("desirable", "the objective")
         logps, reference = (view.plain(name, view.examples).detach() for name in ("logps", "ref_logps"))
@@ -335,7 +225,7 @@ class Objective:
         return metrics
 
     @staticmethod
-    def _plain_policy(view: _PairView) -> tuple[Tensor, Tensor]:
+    def _plain_policy(view: PairView) -> tuple[Tensor, Tensor]:
         return view.plain("logps", view.chosen_index), view.plain("logps", view.rejected_index)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None, device: torch.device | str = "cpu") -> None:
