@@ -1,27 +1,25 @@
-"""One OpenAI-compatible chat endpoint: retries with backoff, timeouts, and finding out which optional parameters it
-takes.
+"""One OpenAI-compatible chat endpoint: what each of its failures means, and which optional parameters it takes.
 
-The transport is `openai.AsyncOpenAI` with its own retries off, because a run must know of every attempt; the retry loop
-is tenacity's."""
+The transport is `openai.AsyncOpenAI` with its own retries off, because a run must know of every attempt
+(`silkie.endpoint.retries`)."""
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import openai
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from silkie.endpoint.budget import Prices
 from silkie.endpoint.errors import AnswerError, ItemError, StopRun, Usage, whole_text
+from silkie.endpoint.retries import RetryPolicy, Transient, TransportError, retry_after_seconds, with_retries
 from silkie.endpoint.transport import BodyTooLarge, OtherHost, guarded_client
 
 logger = logging.getLogger(__name__)
@@ -33,47 +31,12 @@ _NO_KEY = "none"  # local servers ignore it, and the client insists on one
 _SHORTEST_KEY = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """When to give up on a call.
-
-    attempts: tries in all when the server fails (5xx), drops the connection or cannot be reached. timeout_attempts:
-    tries in all of a call that hangs (each costs `timeout` seconds, and may have been paid for). rate_limit_seconds:
-    how long a call waits in all for a server that answers 429; one that asks for a longer wait stops the run.
-    rate_limit_attempts: tries in all of a call that gets nothing but 429 (some servers answer so to a request that is
-    larger than their limit; about four minutes with the waits below). first_wait, longest_wait: exponential backoff
-    with full jitter, in seconds; a Retry-After that asks for more wins."""
-
-    attempts: int = 6
-    timeout_attempts: int = 3
-    rate_limit_seconds: float = 900.0
-    rate_limit_attempts: int = 20
-    first_wait: float = 0.5
-    longest_wait: float = 30.0
-
-
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
     """The text of an answer and what it used. Truncated and refused answers never get here: they raise AnswerError."""
 
     text: str
     usage: Usage
-
-
-TRANSPORT_KINDS = frozenset({"timeout", "connection", "server_error", "rate_limited"})
-
-
-class TransportError(ItemError):
-    """No answer, after all retries: kind is one of TRANSPORT_KINDS. Nothing was answered, so nothing
-    usable was paid for."""
-
-
-class _Transient(Exception):
-    """A failed attempt that may be repeated. `retry_after` is what the server asked for, in seconds."""
-
-    def __init__(self, kind: str, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.kind, self.retry_after = kind, retry_after
 
 
 # Optional parameters, in the order in which they are given up when a server answers 400 or 422, and what replaces them.
@@ -83,24 +46,6 @@ _OPTIONAL: tuple[tuple[str, str | None], ...] = (
     ("max_tokens", "max_completion_tokens"),
     ("temperature", None),
 )
-
-
-def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float:
-    """Seconds that `retry-after-ms` or `Retry-After` (seconds or an HTTP date) ask to wait; 0 where there is none that
-    can be read."""
-    try:
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    except (KeyError, ValueError):
-        pass
-    value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def api_key_from_environment(variable: str | None = None) -> str:
@@ -220,7 +165,7 @@ class Endpoint:
         while True:
             request = self._adapted(wanted, given_up)
             try:
-                raw = await self._with_retries(messages, request)
+                raw = await with_retries(partial(self._attempt, messages, request), self.retries, self.sleep)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 candidate = self._next_to_give_up(str(error), request)
                 if candidate is None:
@@ -255,47 +200,6 @@ class Endpoint:
         named = [name for name in present if name in message]
         return next(iter(named or [name for name in present if name in ("response_format", "seed")]), None)
 
-    async def _with_retries(self, messages: Any, request: Mapping[str, Any]) -> Any:
-        counts = {"attempts": 0, "timeout": 0, "rate_limited": 0}
-        began = time.monotonic()
-        policy = self.retries
-        backoff = wait_random_exponential(multiplier=policy.first_wait, max=policy.longest_wait)
-
-        def wait(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            asked = error.retry_after if isinstance(error, _Transient) else 0.0
-            jitter = backoff(state)
-            # a little more than asked, and not all clients at the same moment
-            return max(asked + min(jitter, 0.1 * asked + 0.05), jitter) if asked else jitter
-
-        def stop(state: RetryCallState) -> bool:
-            error = state.outcome.exception() if state.outcome else None
-            assert isinstance(error, _Transient)
-            # 429 says "later", not "broken": it is waited out by time and does not use up the other attempts
-            if error.kind == "rate_limited":
-                counts["rate_limited"] += 1
-                waited = time.monotonic() - began
-                return (
-                    waited + error.retry_after > policy.rate_limit_seconds
-                    or counts["rate_limited"] >= policy.rate_limit_attempts
-                )
-            counts["attempts"] += 1
-            counts["timeout"] += error.kind == "timeout"
-            return counts["attempts"] >= policy.attempts or counts["timeout"] >= policy.timeout_attempts
-
-        retrying = AsyncRetrying(
-            sleep=self.sleep, wait=wait, stop=stop, retry=retry_if_exception_type(_Transient), reraise=True
-        )
-        try:
-            return await retrying(self._attempt, messages, request)
-        except _Transient as error:
-            tries = (
-                f"after {counts['attempts']} attempts"
-                if counts["attempts"]
-                else f"after {time.monotonic() - began:.0f} s"
-            )
-            raise TransportError(error.kind, f"{error} ({tries})") from error
-
     async def _attempt(self, messages: Any, request: Mapping[str, Any]) -> Any:
         """One HTTP request; failures sorted into those worth repeating, those of this request, and those of the whole
         run."""
@@ -309,12 +213,12 @@ class Endpoint:
                     model=self.model, messages=[], extra_body={"messages": messages, **request, **self.extra_body}
                 )
         except (TimeoutError, openai.APITimeoutError) as error:
-            raise _Transient("timeout", f"no answer within {self.timeout:g} s") from error
+            raise Transient("timeout", f"no answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             if isinstance(cause, BodyTooLarge | OtherHost):  # older clients wrap what a hook raises
                 raise self._refused(cause) from error
-            raise _Transient(
+            raise Transient(
                 "connection", f"connection failed: {type(cause).__name__}: {self.redact(str(cause))}"
             ) from error
         except (BodyTooLarge, OtherHost) as error:
@@ -322,7 +226,7 @@ class Endpoint:
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
                 raise StopRun(self.redact(f"the account's quota is used up: {error.message}")) from error
-            raise _Transient("rate_limited", "the endpoint answers 429", self._requested_wait(error)) from error
+            raise Transient("rate_limited", "the endpoint answers 429", self._requested_wait(error)) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise StopRun(
                 self.redact(f"the endpoint rejects the key ({error.status_code}): {error.message}")
@@ -334,7 +238,7 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code in (408, 409) or error.status_code >= 500:
                 message = f"the endpoint answers {error.status_code}: {self.redact(error.response.text)[:200]}"
-                raise _Transient("server_error", message, self._requested_wait(error)) from error
+                raise Transient("server_error", message, self._requested_wait(error)) from error
             if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
                 raise
             message = self.redact(f"the endpoint answers {error.status_code}: {error.message}")

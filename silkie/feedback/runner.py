@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from silkie.endpoint.budget import Budget
-from silkie.endpoint.client import TRANSPORT_KINDS
 from silkie.endpoint.errors import StopRun, Usage
+from silkie.endpoint.retries import TRANSPORT_KINDS
 from silkie.feedback.journal import Record
 from silkie.feedback.options import JournalOptions
 

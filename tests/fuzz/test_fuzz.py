@@ -31,8 +31,9 @@ from silkie.data.resolver import ImageResolver
 from silkie.data.row import Row
 from silkie.data.schema import group_features
 from silkie.endpoint import client, transport
-from silkie.endpoint.client import Endpoint, RetryPolicy, TransportError
+from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, StopRun
+from silkie.endpoint.retries import RetryPolicy, TransportError
 from silkie.evaluation import score
 from silkie.evaluation.records import ResultError, read_records
 from silkie.feedback import default_rubric, parse_answer

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from silkie.endpoint import transport
-from silkie.endpoint.client import Endpoint, RetryPolicy, TransportError
+from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import MOST_KEPT, MOST_OF_MESSAGE, AnswerError, ItemError, StopRun
+from silkie.endpoint.retries import RetryPolicy, TransportError
 from silkie.evaluation import score
 from silkie.evaluation.records import ResultError, read_records
 from silkie.feedback import JudgeItem, OracleJudge, default_rubric, parse_answer

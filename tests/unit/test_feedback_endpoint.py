@@ -13,8 +13,9 @@ import time
 import pytest
 
 from silkie.endpoint.budget import Budget, Prices
-from silkie.endpoint.client import Endpoint, RetryPolicy, TransportError, api_key_from_environment, retry_after_seconds
+from silkie.endpoint.client import Endpoint, api_key_from_environment
 from silkie.endpoint.errors import AnswerError, ItemError, StopRun, Usage
+from silkie.endpoint.retries import RetryPolicy, TransportError, retry_after_seconds
 from tests.support.feedback import ScriptedServer, completion, error
 
 FAST = RetryPolicy(attempts=3, timeout_attempts=2, rate_limit_seconds=30, first_wait=0.01, longest_wait=0.02)
