@@ -96,7 +96,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run(name: str, program: Program, rest: list[str]) -> int:
-    if program.waits and int(os.environ.get("RANK", "0")) == 0:
+    helps = bool({"-h", "--help", "--help-all", "--help_all"} & set(rest))
+    if program.waits and not helps and int(os.environ.get("RANK", "0")) == 0:
         print(f"silkie {name}: loading torch and transformers ...", file=sys.stderr, flush=True)
     function = getattr(importlib.import_module(program.module), program.function)
     return function([*program.before, *rest], prog="silkie" if program.before else f"silkie {name}") or 0

@@ -11,8 +11,8 @@ from silkie.report.schema import Curve, System
 
 __all__ = ["interval_plot", "line_chart", "nice_ticks"]
 
-WIDTH, HEIGHT = 420, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+WIDTH, HEIGHT = 330, 180  # about the pixels that a panel has, so that text is as large as the style sheet says
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
 
 
 def line_chart(curve: Curve) -> str:

@@ -14,7 +14,9 @@
   const form = document.querySelector(".filters");
   if (form) {
     const cards = all(".card"), count = document.getElementById("count"), none = document.querySelector(".none");
+    const more = document.querySelector(".more"), page = 24;
     const state = { flip: "", category: "", set: "", text: "" };
+    let room = page;
     const total = count.textContent;
     const apply = () => {
       let shown = 0;
@@ -23,18 +25,24 @@
         const text = words.length ? card.textContent.toLowerCase() : "";
         const fits = (!state.flip || card.dataset.flip === state.flip) && (!state.category || card.dataset.category === state.category)
           && (!state.set || card.dataset.set === state.set) && words.every((word) => text.includes(word));
-        card.hidden = !fits;
         shown += fits;
+        card.hidden = !fits || shown > room;
       }
-      count.textContent = shown === cards.length ? total : `${shown} of ${cards.length} shown`;
+      count.textContent = shown === cards.length ? total : `${shown} of ${cards.length} fit`;
       none.hidden = shown > 0;
+      more.hidden = shown <= room;
+      more.textContent = `Show ${Math.min(page, shown - room)} more of ${shown - room}`;
     };
+    const filter = () => { room = page; apply(); };
+    more.addEventListener("click", () => { room += page; apply(); });
+    addEventListener("beforeprint", () => { room = cards.length; apply(); });
     all("button[data-flip]", form).forEach((button) => button.addEventListener("click", () => {
       state.flip = button.dataset.flip;
       all("button[data-flip]", form).forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
-      apply();
+      filter();
     }));
-    all("select, input", form).forEach((field) => field.addEventListener("input", () => { state[field.name] = field.value; apply(); }));
+    all("select, input", form).forEach((field) => field.addEventListener("input", () => { state[field.name] = field.value; filter(); }));
+    apply();
     form.addEventListener("submit", (event) => event.preventDefault());
   }
 
@@ -53,7 +61,7 @@
       const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
       const nearest = series.map((s) => s.points.reduce((best, p) => (Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best)));
       const at = nearest.reduce((best, p) => (Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best));
-      for (const [key, value] of [["x1", at[0]], ["x2", at[0]], ["y1", 12], ["y2", 190]]) cursor.setAttribute(key, value);
+      for (const [key, value] of [["x1", at[0]], ["x2", at[0]], ["y1", 12], ["y2", svg.viewBox.baseVal.height - 30]]) cursor.setAttribute(key, value);
       svg.append(cursor);
       const values = series.map((s, i) => [s, nearest[i]]).filter(([, p]) => Math.abs(p[0] - at[0]) < 8);
       output.textContent = `step ${at[2]}: ` + values.map(([s, p]) => (series.length > 1 ? `${s.name} ` : "") + p[3]).join(", ");

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome 
 PROBE = """<script>
 addEventListener("load", () => {
   const shown = () => document.querySelectorAll(".card:not([hidden])").length;
-  const seen = {errors: window.probeErrors, width: document.documentElement.clientWidth, needs: document.documentElement.scrollWidth, all: shown()};
+  const seen = {errors: window.probeErrors, width: document.documentElement.clientWidth, needs: document.documentElement.scrollWidth, first: shown(), more: document.querySelector(".more").textContent};
+  document.querySelector(".more").click();
+  seen.all = shown();
+  seen.noMore = document.querySelector(".more").hidden;
   document.querySelector('button[data-flip="fixed"]').click();
   seen.fixed = shown();
   const category = document.querySelector("select[name=category]");
@@ -45,7 +48,7 @@ addEventListener("load", () => {
   const lines = (cell) => { const range = document.createRange(); range.selectNodeContents(cell); return range.getClientRects().length; };
   seen.brokenNumbers = [...document.querySelectorAll("td.n")].filter((cell) => lines(cell) > 1).map((cell) => cell.textContent);
   const svg = document.querySelector("svg.chart"), box = svg.getBoundingClientRect();
-  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width * 12 / 420, clientY: box.top + 20, bubbles: true}));
+  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width * 12 / 330, clientY: box.top + 20, bubbles: true}));
   seen.readout = document.querySelector("figure output").textContent;
   seen.hints = [...document.querySelectorAll(".hint")].map((hint) => !hint.hidden);
   seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
@@ -86,7 +89,7 @@ def page(folder) -> None:
     report = Report(
         title="T",
         configuration={"": {"a_very_long_option_name_without_any_break": "v" * 120}},
-        gallery=[card(i) for i in range(12)],
+        gallery=[card(i) for i in range(40)],
         benchmarks=rows,
         curves=curves,
     )
@@ -115,8 +118,9 @@ def test_filters_width_and_silence(tmp_path, width):
     seen = json.loads(found.group(1).replace("&amp;", "&"))
     assert seen["errors"] == [] and seen["requests"] == []
     assert seen["width"] == width and seen["needs"] <= width, "the page must not scroll sideways"
-    # wrong before (i % 3 != 0) and right after (i even): 2, 4, 8, 10; none of them odd
-    assert (seen["all"], seen["fixed"], seen["fixedOdd"], seen["count"]) == (12, 4, 0, "0 of 12 shown")
+    assert (seen["first"], seen["more"], seen["all"], seen["noMore"]) == (24, "Show 16 more of 16", 40, True)
+    # wrong before (i % 3 != 0) and right after (i even): 2, 4, 8, 10, ..., 38; none of them odd
+    assert (seen["fixed"], seen["fixedOdd"], seen["count"]) == (13, 0, "0 of 40 fit")
     assert (seen["searchOdd"], seen["search"]) == (0, 1), "filters add up, and searching ignores case and order"
     assert seen["emptyNote"]
     assert seen["brokenNumbers"] == []
