@@ -100,9 +100,7 @@ def _forward_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = 
     return round(whole * _computed(query.shape[-2], key.shape[-2], _causal(args, 1, kwargs)))
 
 
-def _backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any
-) -> int:
+def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     whole = sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
     return round(whole * _computed(query.shape[-2], key.shape[-2], _causal(args, 3, kwargs)))
 
