@@ -71,8 +71,8 @@ def record(rng: random.Random, index: int) -> dict[str, Any]:
     }
 
 
-def pictures(count: int = 64) -> list[bytes]:
-    """JPEG files of a photograph's size in pixels and bytes; their comment field makes every copy a different file."""
+def pictures(size: tuple[int, int], count: int = 64) -> list[bytes]:
+    """JPEG files with a photograph's bytes per pixel."""
     import numpy as np
     from PIL import Image
 
@@ -80,7 +80,7 @@ def pictures(count: int = 64) -> list[bytes]:
     for seed in range(count):
         rng = np.random.default_rng(seed)
         noise = Image.fromarray(rng.integers(0, 255, (36, 48, 3), dtype=np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
+            size, Image.Resampling.BICUBIC
         )
         buffer = io.BytesIO()
         noise.save(buffer, format="JPEG", quality=75)
@@ -88,10 +88,10 @@ def pictures(count: int = 64) -> list[bytes]:
     return found
 
 
-def write(folder: Path, groups: int, layout: str) -> None:
+def write(folder: Path, groups: int, layout: str, size: tuple[int, int] = (640, 480)) -> None:
     """A synthetic VLFeedback: rows.jsonl with images in a directory or a zip, or parquet shards with embedded
     images."""
-    rng, images = random.Random(0), pictures()
+    rng, images = random.Random(0), pictures(size)
     unique = lambda index: images[index % len(images)] + index.to_bytes(4, "big")  # noqa: E731  (bytes after the end of a JPEG are ignored)
     if layout == "parquet":
         import pyarrow as pa
@@ -272,11 +272,13 @@ STEPS = (
 )
 
 
-def measure(groups: int, layout: str, num_proc: int | None, work: Path, steps: Sequence[str]) -> list[dict[str, Any]]:
+def measure(
+    groups: int, layout: str, num_proc: int | None, work: Path, steps: Sequence[str], pixels: tuple[int, int]
+) -> list[dict[str, Any]]:
     folder = work / f"{layout}-{groups}"
     if not (written := folder / "written").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder, groups, layout)
+        write(folder, groups, layout, pixels)
         written.touch()
     size = disk_mib(folder)
     rows = []
@@ -298,6 +300,7 @@ def measure(groups: int, layout: str, num_proc: int | None, work: Path, steps: S
         done = DECODED if name.startswith("decode") else BATCHES if name.startswith("100") else groups
         figures.update(
             groups=groups,
+            pixels=pixels,
             layout=layout,
             data_mib=size,
             groups_per_cpu_second=round(done / max(figures["cpu_seconds"], 0.1)),
@@ -316,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="+", default=[100_000], help=f"at least {2 * DECODED}")
     parser.add_argument("--layout", nargs="+", choices=("folder", "zip", "parquet"), default=["folder"])
+    parser.add_argument("--pixels", type=int, nargs=2, default=[640, 480], help="width and height of the images")
     parser.add_argument("--num-proc", type=int, default=0, help="worker processes; 0: none")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
@@ -334,7 +338,9 @@ def main() -> None:
             row
             for layout in args.layout
             for groups in args.groups
-            for row in measure(groups, layout, args.num_proc or None, args.work or Path(temporary), args.steps)
+            for row in measure(
+                groups, layout, args.num_proc or None, args.work or Path(temporary), args.steps, tuple(args.pixels)
+            )
         ]
     if args.work and file.exists():
         rows = json.loads(file.read_text())["rows"] + rows

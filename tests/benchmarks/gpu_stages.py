@@ -32,6 +32,7 @@ from silkie.model.families import shell
 from silkie.model.vision import unquantized_modules
 from silkie.plan.workload import plan_of
 from tests.support.tiny import tiny_processor
+from tests.support.train_run import without_compiled_collectives
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -140,6 +141,8 @@ def qlora(setting: Setting, folder: str) -> dict[str, Any]:
 
 def zero3(setting: Setting, folder: str) -> dict[str, Any]:
     """DeepSpeed's ZeRO-3 with one process: its hooks and its optimizer, not its traffic."""
+    if setting.device == "cpu":
+        without_compiled_collectives()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
