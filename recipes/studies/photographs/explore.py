@@ -21,7 +21,6 @@ VARIANTS: dict[str, Arm] = {
     for arm in (
         replace(DPO, name="x-dpo", title="DPO as in the main runs"),
         replace(ARMS["sft"], name="x-sft", title="SFT on the best"),
-        replace(ARMS["sft"], name="x-sft25", title="SFT on the best; .25 for a group's name", group=0.25),
         replace(ARMS["shuffled"], name="x-shuffled", title="shuffled preferences"),
         replace(ARMS["longest"], name="x-longest", title="longest-as-best"),
         replace(ARMS["helpfulness"], name="x-helpfulness", title="helpfulness only"),
@@ -29,7 +28,11 @@ VARIANTS: dict[str, Arm] = {
         replace(DPO, name="x-group0", title="the oracle pays nothing for a group's name", group=0.0),
         replace(DPO, name="x-group75", title="the oracle pays .75 for a group's name", group=0.75),
         replace(DPO, name="x-group75-high", title="the same, learning rate 2e-3", group=0.75, learning_rate=2e-3),
-        replace(DPO, name="x-group25", title="the oracle pays .25 for a group's name", group=0.25),
+        replace(DPO, name="x-group5", title="the oracle pays .5 for a group's name", group=0.5),
+        replace(DPO, name="x-sft1-long", title="SFT term of weight 1, 4 epochs", loss_weights=(1.0, 1.0), epochs=4.0),
+        replace(
+            DPO, name="x-sft1-high", title="SFT term of weight 1, lr 2e-3", loss_weights=(1.0, 1.0), learning_rate=2e-3
+        ),
         replace(DPO, name="x-lr-low", title="learning rate 2e-4", learning_rate=2e-4),
         replace(DPO, name="x-lr-half", title="learning rate 5e-4", learning_rate=5e-4),
         replace(DPO, name="x-lr-high", title="learning rate 2e-3", learning_rate=2e-3),

@@ -59,7 +59,7 @@ class Arm:
 
     name: str
     title: str
-    group: float = 0.5
+    group: float = 0.25
     pairs: str = "all"
     aspects: tuple[str, ...] = ()
     min_margin: float = 0.0
