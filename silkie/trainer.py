@@ -190,6 +190,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
             aspects=aspects,
             corrupted="corrupted" in self.objective.needs,
             labels=self.labels,
+            router_aux=self.aux_loss_enabled,
             dummy_image=guards.needs_dummy_image(self.accelerator, self.frozen_vision),
         )
         self.loaders = GroupLoaders(

@@ -134,6 +134,7 @@ class PackedBatch:
         row_trees: trees that a row holds, per row.
         segments: the stems, prompts, responses and paddings of all rows in order; they cover every token once. Plain
             numbers, so that attention by segment and forks need not ask the device for them.
+        response_segments: [R] which of them each response is.
     """
 
     input_ids: Tensor
@@ -149,6 +150,7 @@ class PackedBatch:
     offset: Tensor
     row_trees: list[list[int]]
     segments: list[Segment]
+    response_segments: list[int]
 
 
 def pack(
@@ -202,6 +204,7 @@ def pack(
         offset=torch.cat([torch.arange(n) for n in lengths]),
         row_trees=[[n for n, _ in row] for row in rows],
         segments=writer.segments,
+        response_segments=[writer.response_segments[g, k] for g, k in scored],
     )
 
 
@@ -236,6 +239,7 @@ class _Writer:
 
     Attributes:
         predictors: (group, response) -> [n] flat indices (b * T + t) of the hidden states that predict its tokens.
+        response_segments: (group, response) -> the number of its segment.
         others: see `PackedBatch`.
     """
 
@@ -254,6 +258,7 @@ class _Writer:
         }
         self.segments: list[Segment] = []
         self.predictors: dict[tuple[int, int], Tensor] = {}
+        self.response_segments: dict[tuple[int, int], int] = {}
         self.row = self.at = 0
 
     def start(self, row: int) -> None:
@@ -293,6 +298,7 @@ class _Writer:
             self.token_inputs[name][self.row, own] = self.response_types.get(name, value[-1])
         places = torch.cat([torch.tensor([last]), torch.arange(own.start, own.stop - 1)])
         self.predictors[g, k] = self.row * self.length + places
+        self.response_segments[g, k] = len(self.segments) - 1
 
     def _segment(self, ids: Tensor, segment_id: int, before: int, parent: int | None) -> slice:
         """Tokens with `before` others of their sequence before them; returns where they lie in the row."""
@@ -303,6 +309,25 @@ class _Writer:
         self.segments.append(Segment(self.row, own.start, own.stop, parent))
         self.at = own.stop
         return own
+
+
+def token_uses(packed: PackedBatch, response_uses: Tensor) -> Tensor:
+    """[B, T] how often each token would be computed if every use of a response were a row by itself, with its whole
+    prompt: padding never. Where no response is used, every token once.
+
+    Args:
+        response_uses: fp32 [R].
+    """
+    uses = [0.0] * len(packed.segments)
+    for segment, n in zip(packed.response_segments, response_uses.tolist(), strict=True):
+        uses[segment] = n
+    if not any(uses):
+        return (packed.segment_ids >= 0).float()
+    for n in range(len(uses) - 1, -1, -1):  # parents come before what continues them
+        parent = packed.segments[n].parent
+        if parent is not None:
+            uses[parent] += uses[n]
+    return torch.tensor(uses)[packed.segment_index]
 
 
 def _numbered(segments: Sequence[Segment], b: int, t: int) -> tuple[Tensor, Tensor]:
