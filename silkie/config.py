@@ -354,7 +354,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             )
         if self.neftune_noise_alpha is not None and self.layout != "rows":
             why = "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several responses"
-            if self.layout == "packed":
+            if self.layout == "packed" or self.attention_backend not in ("auto", "sdpa"):
                 raise ValueError(f"{why}: set layout='rows'.")
             logger.warning("layout='auto' runs one row per response: %s", why)
             self.layout = "rows"
@@ -465,6 +465,5 @@ _POSITIVE = (
 
 # Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).
 _NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pad_to_multiple_of": (("auto", None), "Rows are padded to the longest of a batch."),
     "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
 }

@@ -46,7 +46,7 @@ class GroupCollator:
     Attributes:
         encoder: tokens and pixels of a group.
         positions: rotary positions of a prompt.
-        layout, groups_per_row: see `silkie.batch.packing.pack`.
+        layout, groups_per_row, pad_to_multiple_of: see `silkie.batch.packing.pack`.
         pad_id: token id of padding.
         image_token_id: id of the placeholder that an image feature replaces.
         aspects: rating aspects, the columns of `aspect_ratings`.
@@ -74,6 +74,7 @@ class GroupCollator:
     labels: Labels | None = None
     image_keys: bool = False
     count_uses: bool = False
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
@@ -138,6 +139,7 @@ class GroupCollator:
             trees=trees,
             groups_per_row=self.groups_per_row,
             response_types=self.positions.response_types,
+            multiple=self.pad_to_multiple_of or 1,
         )
 
     def _rows(self, packed: PackedBatch, encoded: Sequence[EncodedGroup], trees: Sequence[Tree]) -> dict[str, Any]:

@@ -161,8 +161,9 @@ def pack(
     trees: Sequence[Tree] | None = None,
     groups_per_row: int | None = 1,
     response_types: Mapping[str, int] | None = None,
+    multiple: int = 1,
 ) -> PackedBatch:
-    """Lays groups out in rows, padded on the right.
+    """Lays groups out in rows, padded on the right to the longest.
 
     Args:
         groups: the G groups of a micro-batch.
@@ -173,6 +174,7 @@ def pack(
             attention that skips what is masked). A dense mask wants 1: over several it would be mostly empty.
         response_types: value of a token input within responses; by default that of the last prompt token, which is
             text as they are.
+        multiple: rows are padded on to a multiple of so many tokens.
 
     Returns:
         The rows; scored tokens are in the order of the groups, whichever row or tree they are in.
@@ -180,6 +182,7 @@ def pack(
     trees = trees if trees is not None else [Tree((g,)) for g in range(len(groups))]
     rows = _rows(groups, layout, trees, groups_per_row)
     t = max(sum(length(groups, trees[n], ks) for n, ks in row) for row in rows)
+    t = -(-t // multiple) * multiple
     writer = _Writer(groups, len(rows), t, pad_id, response_types or {})
     for i, row in enumerate(rows):
         writer.start(i)

@@ -127,6 +127,7 @@ def build_collator(
         joins=image_joins(encoder),
         labels=labels,
         dummy_vision=blank_vision(encoder) if dummy_image else None,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]  # a number or None once TRL has read it
         count_uses=router_aux and choice.layout == "packed",
         image_keys=args.vision_cache != "off" and vision_is_frozen(model),
     )
