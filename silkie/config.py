@@ -344,15 +344,26 @@ class SilkieDPOConfig(LossFields, DPOConfig):
                 "dispatch_batches=True is switched off: every rank reads its own batches, and the numbers are the same."
             )
             accelerate.dispatch_batches = False
+        if getattr(accelerate, "split_batches", False) and self.world_size == 1:
+            logger.info("split_batches=True is switched off: there is one process, and nothing to split")
+            accelerate.split_batches = False
         if getattr(accelerate, "split_batches", False):
             raise ValueError(
                 "`accelerator_config` asks for split_batches, but silkie's sampler makes whole batches for every rank:"
                 " leave it off, and divide per_device_train_batch_size by the number of processes."
             )
         if self.neftune_noise_alpha is not None and self.layout != "rows":
-            raise ValueError(
-                "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several"
-                " responses: set layout='rows'."
+            why = "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several responses"
+            if self.layout == "packed" or self.attention_backend not in ("auto", "sdpa"):
+                raise ValueError(f"{why}: set layout='rows'.")
+            logger.warning("layout='auto' runs one row per response: %s", why)
+            self.layout = "rows"
+        if self.include_num_input_tokens_seen not in (False, "no"):
+            logger.info("num_input_tokens_seen counts the tokens of the packed rows; TRL, those of its rows (num_tokens)")
+        if not getattr(accelerate, "use_seedable_sampler", True):
+            logger.info(
+                "use_seedable_sampler=False: the order of the rows depends on the seed and the epoch alone, as with"
+                " True; TRL's then depends on all that has drawn random numbers before"
             )
         if self.torch_compile:
             raise ValueError(
@@ -378,10 +389,12 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
-        if "sft" in self.loss_type and self.gradient_accumulation_steps * self.world_size > 1:
+        if self.gradient_accumulation_steps * self.world_size > 1:
             logger.info(
-                "the sft loss is the mean over all chosen tokens of an optimizer step; TRL takes the mean of the means"
-                " of micro-batches"
+                "the loss of an optimizer step is the mean over all its pairs%s; TRL takes the mean of the means of"
+                " micro-batches, which differs where they are unequal (the last ones of an epoch%s)",
+                " (sft: over all its chosen tokens)" if "sft" in self.loss_type else "",
+                "; sft: always" if "sft" in self.loss_type else "",
             )
         validate(self.loss_type, self.loss_weights, self.loss_options)
         if "kto" in self.loss_type and self.precompute_ref_log_probs:
@@ -452,6 +465,5 @@ _POSITIVE = (
 
 # Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).
 _NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pad_to_multiple_of": (("auto", None), "Rows are padded to the longest of a batch."),
     "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
 }

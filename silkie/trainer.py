@@ -79,7 +79,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
         peft_config: LoRA config; without `target_modules` it adapts the language model's attention and MLP
             projections.
         callbacks, optimizers, compute_metrics, quantization_config: as in TRL.
-        data_collator: must be None; arguments come in TRL's order.
+        data_collator: None, or one of TRL's own; arguments come in TRL's order.
 
     Raises:
         TypeError: `args` is no config of silkie or TRL, or the data is not a `Dataset`.
@@ -97,7 +97,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
         model: str | PreTrainedModel | Any,
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
-        data_collator: None = None,
+        data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
@@ -186,6 +186,7 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
             aspects=aspects,
             corrupted="corrupted" in self.objective.needs,
             labels=self.labels,
+            router_aux=self.aux_loss_enabled,
             dummy_image=guards.needs_dummy_image(self.accelerator, self.frozen_vision),
         )
         self.loaders = GroupLoaders(

@@ -21,7 +21,8 @@ class Batch(TypedDict):
         token_inputs: [B, T] each, further inputs of the model per token (`mm_token_type_ids`, ...), by name.
         position_ids: [C, B, T] rotary positions.
         vision: the processor's image tensors.
-        row_trees, segments: trees of groups that a row holds, and the segments of all rows, as plain numbers.
+        row_trees, segments, response_segments: trees of groups that a row holds, the segments of all rows, and which
+            of them each response is, as plain numbers.
         image_tokens: image tokens of each tree, in the order of the rows and of `vision`.
         image_keys: hashes of the encoded images of each tree; only where features are kept on disk.
         vision_sizes: image tensor -> its part of each tree, along the dimension where trees are joined.
@@ -29,6 +30,7 @@ class Batch(TypedDict):
             another there.
         prompt_lengths: [G] tokens of each prompt, images expanded.
         as_rows: the same groups in the rows layout, for `predict` and `compute_metrics` only.
+        token_uses: [B, T], see `silkie.batch.packing.token_uses`; only for the load balancing loss of packed routers.
 
     Scored tokens:
         gather: [N] flat position (b * T + t) of the hidden state that predicts a token.
@@ -65,6 +67,8 @@ class Batch(TypedDict):
     corrupted: NotRequired[dict[str, Any]]
     row_trees: list[list[int]]
     segments: list[Segment]
+    response_segments: list[int]
+    token_uses: NotRequired[Tensor]
     image_tokens: list[int]
     image_keys: NotRequired[list[list[str]]]
     vision_sizes: dict[str, list[int]]

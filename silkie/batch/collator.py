@@ -17,7 +17,7 @@ from silkie.batch.batch import Batch
 from silkie.batch.corruption import Corruption, corrupt
 from silkie.batch.encoding import EncodedGroup, GroupEncoder, row_name
 from silkie.batch.labels import Labels
-from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack
+from silkie.batch.packing import Layout, PackedBatch, PromptAndResponses, Tree, pack, token_uses
 from silkie.batch.stems import find_trees
 from silkie.data.images import image_digest, open_image
 from silkie.data.pairs import mean_ratings
@@ -46,7 +46,7 @@ class GroupCollator:
     Attributes:
         encoder: tokens and pixels of a group.
         positions: rotary positions of a prompt.
-        layout, groups_per_row: see `silkie.batch.packing.pack`.
+        layout, groups_per_row, pad_to_multiple_of: see `silkie.batch.packing.pack`.
         pad_id: token id of padding.
         image_token_id: id of the placeholder that an image feature replaces.
         aspects: rating aspects, the columns of `aspect_ratings`.
@@ -56,6 +56,7 @@ class GroupCollator:
         joins: image tensors that are joined in another way than one below the other, see `image_joins`.
         labels: labelled responses, for losses that take no pairs. None: the losses take pairs.
         image_keys: also hash the encoded images (`silkie.model.vision_cache`).
+        count_uses: also count how often TRL's rows would hold each token (`token_uses`).
         share_prefix: groups whose prompts begin with the same tokens share these, see `silkie.batch.stems`.
     """
 
@@ -72,6 +73,8 @@ class GroupCollator:
     share_prefix: bool = False
     labels: Labels | None = None
     image_keys: bool = False
+    count_uses: bool = False
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The micro-batch of preference groups `rows`."""
@@ -96,8 +99,9 @@ class GroupCollator:
         counts = [len(e.responses) for e in encoded]
         lengths = torch.tensor([len(r) for e in encoded for r in e.responses])
         pairs, weights = _flat_pairs(rows, counts)
+        own = self._packed(groups, trees)
         fields: dict[str, Any] = {
-            **self._rows(encoded, groups, trees),
+            **self._rows(own, encoded, trees),
             **({"image_keys": [_image_keys(rows[tree.groups[0]]) for tree in trees]} if self.image_keys else {}),
             "lengths": lengths,
             "prompt_lengths": torch.tensor([len(e.prompt_ids) for e in encoded]),
@@ -113,28 +117,33 @@ class GroupCollator:
         if self.labels is not None:
             fields |= self.labels.tensors(data, added)
         batch = cast(Batch, fields)
+        if self.count_uses:
+            batch["token_uses"] = token_uses(own, _response_uses(batch))
         if self.aspects:
             batch["ratings"], batch["aspect_ratings"] = self._ratings(rows, counts)
         if self.corruption is not None:
             # Each row has a corruption of its own, so no two share an image: rows of their own where a stem was shared.
-            own = self._rows(encoded, groups, alone) if len(trees) < len(groups) else {"vision": batch["vision"]}
+            other = {"vision": batch["vision"]}
+            if len(trees) < len(groups):
+                other = self._rows(self._packed(groups, alone), encoded, alone)
             if vision := _join_vision(self.corruption(self.encoder, rows), self.joins):
-                own["vision"] = vision
-            batch["corrupted"] = own
+                other["vision"] = vision
+            batch["corrupted"] = other
         return batch
 
-    def _rows(
-        self, encoded: Sequence[EncodedGroup], groups: Sequence[PromptAndResponses], trees: Sequence[Tree]
-    ) -> dict[str, Any]:
-        """The rows of the forward pass, and the tokens that it scores."""
-        packed = pack(
+    def _packed(self, groups: Sequence[PromptAndResponses], trees: Sequence[Tree]) -> PackedBatch:
+        return pack(
             groups,
             self.layout,
             pad_id=self.pad_id,
             trees=trees,
             groups_per_row=self.groups_per_row,
             response_types=self.positions.response_types,
+            multiple=self.pad_to_multiple_of or 1,
         )
+
+    def _rows(self, packed: PackedBatch, encoded: Sequence[EncodedGroup], trees: Sequence[Tree]) -> dict[str, Any]:
+        """The rows of the forward pass with their images, and the tokens that it scores."""
         first = [encoded[tree.groups[0]] for tree in trees]  # what a tree shares, its images among it
         vision = _join_vision([e.vision for e in first], self.joins) or dict(self.dummy_vision or {})
         return {
@@ -212,6 +221,14 @@ def _flat_pairs(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> tup
     pairs = [[first[g] + c, first[g] + r] for g, row in enumerate(rows) for c, r in row["pairs"]]
     weights = [w for row in rows for w in (row.get("pair_weights") or [1.0] * len(row["pairs"]))]
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2), torch.tensor(weights, dtype=torch.float32)
+
+
+def _response_uses(batch: Batch) -> Tensor:
+    """fp32 [R] how often each response is in TRL's rows: on both sides of the pairs, or among the labelled responses."""
+    uses = torch.zeros(len(batch["lengths"]))
+    if "examples" in batch:
+        return uses.index_add(0, batch["examples"], batch["example_weights"])
+    return uses.index_add(0, batch["pairs"].T.reshape(-1), batch["pair_weights"].repeat(2))
 
 
 def _number(value: float | None) -> float:

@@ -155,8 +155,6 @@ def open_stream(stream: IterableDataset, encoder: GroupEncoder, args: Any, label
     if args.share_prefix == "image":
         raise ValueError("`share_prefix='image'` looks through all prompts first: load the data with streaming=False.")
     rows = args.stream_window
-    if args.workers_by_machine:
-        args.dataloader_num_workers = 0
     if args.max_tokens_per_batch is None:  # full batches where no prompt repeats
         step = args.per_device_train_batch_size * args.world_size
         rows = max(rows // step, 1) * step

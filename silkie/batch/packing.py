@@ -134,6 +134,7 @@ class PackedBatch:
         row_trees: trees that a row holds, per row.
         segments: the stems, prompts, responses and paddings of all rows in order; they cover every token once. Plain
             numbers, so that attention by segment and forks need not ask the device for them.
+        response_segments: [R] which of them each response is.
     """
 
     input_ids: Tensor
@@ -149,6 +150,7 @@ class PackedBatch:
     offset: Tensor
     row_trees: list[list[int]]
     segments: list[Segment]
+    response_segments: list[int]
 
 
 def pack(
@@ -159,8 +161,9 @@ def pack(
     trees: Sequence[Tree] | None = None,
     groups_per_row: int | None = 1,
     response_types: Mapping[str, int] | None = None,
+    multiple: int = 1,
 ) -> PackedBatch:
-    """Lays groups out in rows, padded on the right.
+    """Lays groups out in rows, padded on the right to the longest.
 
     Args:
         groups: the G groups of a micro-batch.
@@ -171,6 +174,7 @@ def pack(
             attention that skips what is masked). A dense mask wants 1: over several it would be mostly empty.
         response_types: value of a token input within responses; by default that of the last prompt token, which is
             text as they are.
+        multiple: rows are padded on to a multiple of so many tokens.
 
     Returns:
         The rows; scored tokens are in the order of the groups, whichever row or tree they are in.
@@ -178,6 +182,7 @@ def pack(
     trees = trees if trees is not None else [Tree((g,)) for g in range(len(groups))]
     rows = _rows(groups, layout, trees, groups_per_row)
     t = max(sum(length(groups, trees[n], ks) for n, ks in row) for row in rows)
+    t = -(-t // multiple) * multiple
     writer = _Writer(groups, len(rows), t, pad_id, response_types or {})
     for i, row in enumerate(rows):
         writer.start(i)
@@ -202,6 +207,7 @@ def pack(
         offset=torch.cat([torch.arange(n) for n in lengths]),
         row_trees=[[n for n, _ in row] for row in rows],
         segments=writer.segments,
+        response_segments=[writer.response_segments[g, k] for g, k in scored],
     )
 
 
@@ -236,6 +242,7 @@ class _Writer:
 
     Attributes:
         predictors: (group, response) -> [n] flat indices (b * T + t) of the hidden states that predict its tokens.
+        response_segments: (group, response) -> the number of its segment.
         others: see `PackedBatch`.
     """
 
@@ -254,6 +261,7 @@ class _Writer:
         }
         self.segments: list[Segment] = []
         self.predictors: dict[tuple[int, int], Tensor] = {}
+        self.response_segments: dict[tuple[int, int], int] = {}
         self.row = self.at = 0
 
     def start(self, row: int) -> None:
@@ -293,6 +301,7 @@ class _Writer:
             self.token_inputs[name][self.row, own] = self.response_types.get(name, value[-1])
         places = torch.cat([torch.tensor([last]), torch.arange(own.start, own.stop - 1)])
         self.predictors[g, k] = self.row * self.length + places
+        self.response_segments[g, k] = len(self.segments) - 1
 
     def _segment(self, ids: Tensor, segment_id: int, before: int, parent: int | None) -> slice:
         """Tokens with `before` others of their sequence before them; returns where they lie in the row."""
@@ -303,6 +312,25 @@ class _Writer:
         self.segments.append(Segment(self.row, own.start, own.stop, parent))
         self.at = own.stop
         return own
+
+
+def token_uses(packed: PackedBatch, response_uses: Tensor) -> Tensor:
+    """[B, T] how often each token would be computed if every use of a response were a row by itself, with its whole
+    prompt: padding never. Where no response is used, every token once.
+
+    Args:
+        response_uses: fp32 [R].
+    """
+    uses = [0.0] * len(packed.segments)
+    for segment, n in zip(packed.response_segments, response_uses.tolist(), strict=True):
+        uses[segment] = n
+    if not any(uses):
+        return (packed.segment_ids >= 0).float()
+    for n in range(len(uses) - 1, -1, -1):  # parents come before what continues them
+        parent = packed.segments[n].parent
+        if parent is not None:
+            uses[parent] += uses[n]
+    return torch.tensor(uses)[packed.segment_index]
 
 
 def _numbered(segments: Sequence[Segment], b: int, t: int) -> tuple[Tensor, Tensor]:

@@ -345,7 +345,8 @@ def _measure(
         hint = ", but labels: a loss for them is loss_type=['kto']" if row.get("labels") else ""
         return {**facts, "problem": f"no preference pairs (ties, one response, or no ratings){hint}"}
     if not lengths.fits:
-        return {**facts, "problem": f"the prompt alone does not fit max_length={encoder.max_length}"}
+        more = ", at which TRL cuts a prompt with images" if facts["n_images"] else ""
+        return {**facts, "problem": f"the prompt alone does not fit max_length={encoder.max_length}{more}"}
     equal = sum(lengths.equal_to[chosen] == lengths.equal_to[rejected] for chosen, rejected in pairs)
     return {
         **facts,

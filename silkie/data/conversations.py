@@ -26,6 +26,7 @@ ROLE_NAMES = {
     "assistant": "assistant",
     "bot": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
 }
 

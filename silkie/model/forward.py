@@ -34,10 +34,9 @@ class SequenceLogps:
         per_token_logps: fp32 [N].
         logps: fp32 [R], summed over the tokens of each response.
         stats: per-token statistics [N], only when asked for.
-        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one. Every
-            token of the rows counts once and padding does not: in rows, a prompt counts once per response, as in TRL;
-            in packed rows, where a prompt is computed once, it counts once. The loss is a mean over tokens, so both
-            ask the same of the router, with different weights of prompt and response tokens.
+        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one: TRL's,
+            whose rows hold a prompt once per side of a pair. Padding does not count. In the rows layout every token
+            counts once, which is the same for one pair a group.
     """
 
     per_token_logps: Tensor
@@ -102,7 +101,7 @@ class LogpsForward:
             self.attention.masks(base, batch),
         ):
             more = {"output_router_logits": True} if router_aux else {}
-            out = model(**self._inputs(base, batch), **more, use_cache=False)
+            out = model(**self._inputs(base, batch, router_aux=router_aux), **more, use_cache=False)
         if router_aux and out.aux_loss is None:
             raise ValueError(f"{type(base).__name__} returned no aux_loss: set router_aux_loss_coef=0.")
         per_token = out.logits.reshape(-1)
@@ -122,12 +121,12 @@ class LogpsForward:
         with torch.no_grad(), features, self.attention.masks(base, batch):
             return model(**self._inputs(base, batch), use_cache=False).logits
 
-    def _inputs(self, base: Any, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, base: Any, batch: Batch, *, router_aux: bool = False) -> dict[str, Any]:
         positions = batch["position_ids"]
         return {
             "input_ids": batch["input_ids"],
             "position_ids": positions if positions.shape[0] > 1 else positions[0],
-            **self.attention.inputs(batch),
+            **self.attention.inputs(batch, weighed=router_aux),
             **batch["token_inputs"],
             **{k: v.to(base.dtype) if _is_floating(v) else v for k, v in batch["vision"].items()},
         }

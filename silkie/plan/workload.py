@@ -50,7 +50,8 @@ def largest_workload(trainer: SilkieDPOTrainer) -> Workload:
     """The largest micro-batch that can come in a run: as many groups as one holds, each with as many responses and
     tokens as any has, padding included."""
     args, choice, data = trainer.args, trainer.choice, trainer.train_dataset
-    shapes, lengths = choice.shapes(data), data["response_lengths"]
+    mismatched = "kl" in trainer.objective.needs  # each group also scores the responses of another one
+    shapes, lengths = choice.shapes(data, mismatched=mismatched), [n * (1 + mismatched) for n in data["response_lengths"]]
     rows, tokens = (max(size) for size in zip(*shapes, strict=True))
     groups = trainer._train_batch_size
     if args.max_tokens_per_batch is not None:

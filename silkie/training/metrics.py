@@ -82,9 +82,9 @@ class RunMetrics:
                 # a pair of several rows counts as often as TRL counts these
                 seen = group_logps.weights * counted
                 self._means.add(name, (value.masked_fill(~counted, 0.0) * seen).sum(), seen.sum())
-        # TRL's count: prompt and response of both sides of every pair, or of every labelled response
+        # TRL's count: prompt and response of both sides of every row, or of every labelled response
         tokens = batch["prompt_lengths"][batch["group"]] + batch["lengths"]
-        total = torch.stack([(tokens[index] * weight).sum() for index, weight in self._sides(group_logps, counted)])
+        total = torch.stack([(tokens[index] * rows).sum() for index, rows in self._sides(group_logps, counted)])
         packed = (batch["segment_ids"] >= 0).sum() * counted.any()
         self._means.add(_TOKENS, total.sum(), packed)
         if sequence_logps.aux_loss is not None:
@@ -93,28 +93,35 @@ class RunMetrics:
             self._add_token_stats(batch, sequence_logps, self._sides(group_logps, counted))
 
     def _sides(self, logps: GroupLogps, counted: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(index into R, weight) of the chosen and of the rejected responses."""
+        """(index into R, weight) of the chosen and of the rejected responses: a pair of several equal rows counts as
+        often as TRL counts these, any other once."""
         if not self.objective.unpaired:
-            return [(index, counted.double()) for index in logps.pairs.unbind(1)]
+            rows = counted * logps.weights.double().round().clamp(min=1.0)
+            return [(index, rows) for index in logps.pairs.unbind(1)]
         desirable, examples = logps.require("desirable", "a metric"), logps.require("examples", "a metric")
         weights = self.objective.row_weights(logps).double()
         return [(examples, weights * side) for side in (desirable, ~desirable)]
 
     def _add_token_stats(self, batch: Batch, sequence_logps: SequenceLogps, sides: list[tuple[Tensor, Tensor]]) -> None:
         """TRL's token statistics: means over the tokens of chosen and rejected responses, a response counting once per
-        pair."""
-        means, stats = self._means, sequence_logps.stats
+        pair. As in TRL, the log has the mean of the means of micro-batches."""
+        stats = sequence_logps.stats
         assert stats is not None
-        for side, (index, weights) in zip(("chosen", "rejected"), sides, strict=True):
-            times = sequence_logps.per_token_logps.new_zeros(
-                len(batch["lengths"])
-            )  # bincount would wait for the device
-            times = times.index_add(0, index, weights.to(times.dtype))
-            weight = times[batch["owner"]]
-            means.add(f"logits/{side}", (stats.mean_logit * weight).sum(), weight.sum())
-            means.add("entropy", (stats.entropy * weight).sum(), weight.sum())
-            if side == "chosen" and not self.objective.unpaired:
-                means.add("mean_token_accuracy", (stats.is_top1 * weight).sum(), weight.sum())
+        weights = []
+        for index, rows in sides:
+            times = sequence_logps.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
+            weights.append(times.index_add(0, index, rows.to(times.dtype))[batch["owner"]])
+        chosen, rejected = weights
+        self._add_mean("logits/chosen", stats.mean_logit, chosen)
+        self._add_mean("logits/rejected", stats.mean_logit, rejected)
+        self._add_mean("entropy", stats.entropy, chosen + rejected)
+        if not self.objective.unpaired:
+            self._add_mean("mean_token_accuracy", stats.is_top1, chosen)
+
+    def _add_mean(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Adds a micro-batch's mean [N] of values; nothing where no token has a weight."""
+        total = weights.sum()
+        self._means.add(name, (values * weights).sum() / total.clamp(min=1e-9), total > 0)
 
     def add_loss(self, group_logps: GroupLogps) -> None:
         """Numerators and denominators of the loss over a whole evaluation set: its terms are means over pairs, tokens

@@ -102,6 +102,7 @@ def build_collator(
     corrupted: bool,
     dummy_image: bool,
     labels: Labels | None,
+    router_aux: bool,
 ) -> GroupCollator:
     """The collator of a run.
 
@@ -110,6 +111,7 @@ def build_collator(
         corrupted: whether a loss scores corrupted images.
         labels: see `labels_of`.
         dummy_image: whether a micro-batch without images must run the vision tower (`guards.needs_dummy_image`).
+        router_aux: whether the load balancing loss of the routers is trained on.
     """
     corruption = ImageCorruption(kind=args.corruption, strength=args.corruption_strength, seed=args.seed)
     return GroupCollator(
@@ -125,6 +127,8 @@ def build_collator(
         joins=image_joins(encoder),
         labels=labels,
         dummy_vision=blank_vision(encoder) if dummy_image else None,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]  # a number or None once TRL has read it
+        count_uses=router_aux and choice.layout == "packed",
         image_keys=args.vision_cache != "off" and vision_is_frozen(model),
     )
 

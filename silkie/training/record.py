@@ -58,9 +58,10 @@ class RunRecord(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += line.tokens
             self._packed_tokens += line.packed_tokens
-            self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
             self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
             self.check_finite()
+        # in evaluation, too: those trained on so far
+        self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens + self._tokens_since_log()[0])]
         super().log(logs, start_time)
 
     def plan_lines(self) -> list[str]:
@@ -96,8 +97,7 @@ class RunRecord(DPOTrainer):
 
     def run_state(self) -> dict[str, Any]:
         """State of the losses, the tokens trained on, and the window of a stream that the last batch came from."""
-        # Tokens since the last line of the log are in no total yet
-        tokens, packed = self._logged["train"].tokens(self._sum, self.accelerator.device)
+        tokens, packed = self._tokens_since_log()
         stream = {"stream": self._window} if self._window else {}
         return {
             **stream,
@@ -105,6 +105,10 @@ class RunRecord(DPOTrainer):
             "train_tokens": self._total_train_tokens + tokens,
             "packed_tokens": self._packed_tokens + packed,
         }
+
+    def _tokens_since_log(self) -> tuple[int, int]:
+        """Tokens, and packed tokens, that are in no total yet. Every rank must call it."""
+        return self._logged["train"].tokens(self._sum, self.accelerator.device)
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Restores the state saved by `run_state`."""

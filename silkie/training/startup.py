@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, KTOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from silkie.config import SilkieDPOConfig
 from silkie.model.adapters import with_default_targets
@@ -24,6 +26,8 @@ from silkie.training.output_dir import check_free
 
 logger = logging.getLogger(__name__)
 
+TRL_COLLATORS = (DataCollatorForPreference, DataCollatorForVisionPreference)  # not what is derived from them
+
 
 def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: Any) -> SilkieDPOConfig:
     """The options of the run: those given, TRL's converted, or, without any, the defaults with TRL's output directory.
@@ -33,7 +37,7 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
         ValueError: there is no training data, or a collator is given.
         silkie.training.checkpoints.CheckpointError: `output_dir` cannot be written, or another run holds it.
     """
-    if data_collator is not None:
+    if data_collator is not None and type(data_collator) not in TRL_COLLATORS:
         raise ValueError(
             "`data_collator` is not supported: silkie packs preference groups with its own, silkie.batch.collator."
             "GroupCollator. Shape the rows with `Dataset.map` or `with_transform` instead; `max_length`,"
@@ -56,15 +60,50 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
             given,
             args.max_length,
         )
+    if data_collator is not None:
+        args = with_collator_options(args, data_collator)
     if not args.log_token_stats:
         logger.info("log_token_stats=True also logs entropy, mean_token_accuracy and logits/*, as TRL does")
     if train_dataset is None:
         raise ValueError(
             "`train_dataset` is required: preference groups from silkie.data.load_preferences, or TRL pair rows."
         )
+    if isinstance(train_dataset, IterableDataset) and args.workers_by_machine and args.dataloader_num_workers:
+        args = replaced(args, dataloader_num_workers=0)
+        logger.info("dataloader_num_workers=0 for a stream: each worker would read all of it")
     if args.process_index == 0:
         check_free(str(args.output_dir))
     return args
+
+
+def with_collator_options(args: SilkieDPOConfig, collator: Any) -> SilkieDPOConfig:
+    """The options of a run to which one of TRL's own collators is given: what it says of lengths. silkie's collator does
+    the rest of what it does.
+
+    Raises:
+        ValueError: it cuts the beginning of rows.
+    """
+    if getattr(collator, "truncation_mode", "keep_start") != "keep_start" and collator.max_length is not None:
+        raise ValueError(
+            f"`data_collator` has truncation_mode={collator.truncation_mode!r}: response tails are cut, prompts never."
+        )
+    logger.info(
+        "data_collator is TRL's %s: its max_length=%s and pad_to_multiple_of=%s are taken over; silkie's own collator"
+        " makes the batches",
+        type(collator).__name__,
+        collator.max_length,
+        collator.pad_to_multiple_of,
+    )
+    return replaced(args, max_length=collator.max_length, pad_to_multiple_of=collator.pad_to_multiple_of)
+
+
+def replaced(args: SilkieDPOConfig, **options: Any) -> SilkieDPOConfig:
+    """A copy of the options with other values; the given ones stay as they are. Not `dataclasses.replace`, which would
+    derive the device and the like anew."""
+    other = copy.copy(args)
+    for name, value in options.items():
+        setattr(other, name, value)
+    return other
 
 
 def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> tuple[Any, Any]:

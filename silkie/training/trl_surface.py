@@ -95,12 +95,13 @@ class TrlSurface(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """The loss, and the logits and token ids where `compute_metrics` or `predict` reads them."""
-        inputs = self._prepare_inputs(inputs)
+        given, inputs = inputs, self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs)
             if prediction_loss_only or "as_rows" not in inputs:
                 return loss.detach(), None, None
             logits, ids = self._logits(model, inputs)
+        given["input_ids"] = ids  # what include_for_metrics=["inputs"] reads
         return loss.detach(), logits, ids
 
     def _logits(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

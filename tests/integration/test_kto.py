@@ -11,6 +11,7 @@ from trl import KTOConfig, KTOTrainer
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.batch.labels import Labels
 from silkie.data import DataError, load_preferences
+from silkie.plan.workload import largest_workload, workload_of
 from silkie.training.self_test import LayoutMismatch, plain_logps
 from tests.conformance.compare import Case, build, talk, turn
 from tests.integration.test_distributed import run_jobs
@@ -212,3 +213,13 @@ def test_two_processes(tmp_path):
     run_jobs([job], tmp_path, 300)
     log = [entry for entry in json.loads((tmp_path / "ddp/result.json").read_text())["log"] if "loss" in entry]
     assert len(log) == 6 and max(entry["kl"] for entry in log) > 0 == log[0]["kl"]
+
+
+def test_the_planner_counts_the_mismatched_answers(tmp_path):
+    """The largest micro-batch of a run is at least as large as any that comes, in answers and tokens."""
+    trainer = make(SilkieDPOTrainer, tmp_path, thumbs(), per_device_train_batch_size=2)
+    largest = largest_workload(trainer)
+    for batch in trainer.get_train_dataloader():
+        found = workload_of(trainer, batch)
+        assert found.responses == 2 and largest.responses == 2
+        assert largest.tokens >= found.tokens and largest.response_tokens >= found.response_tokens

@@ -54,8 +54,8 @@ def test_a_step_in_rows_equals_stock_trl(tmp_path, model_type):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_packed_step_equals_stock_trl(tmp_path, model_type):
-    """Without the load balancing loss, which counts a prompt once where it is computed once, see `SequenceLogps`."""
-    more = {"router_aux_loss_coef": 0.0} if model_type in MIXTURES else {}
+    """A mixture of experts with a coefficient at which its load balancing loss weighs as much as the rest."""
+    more = {"router_aux_loss_coef": 0.5} if model_type in MIXTURES else {}
     compare(tmp_path, model_type, "packed", **more)
 
 
@@ -70,8 +70,8 @@ def test_the_load_balancing_loss_shows_in_the_loss_and_the_log(tmp_path, layout)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
-def test_packed_routers_see_every_token_once(tmp_path, model_type):
-    """The model's own function on the routers' logits of plain forwards: the prompt's tokens once, each response's."""
+def test_packed_routers_weigh_tokens_as_the_rows_of_trl(tmp_path, model_type):
+    """The model's own function on the routers' logits of plain forwards: each row of TRL's with its prompt."""
     _, _, trainer = silkie_step(tmp_path, model_type, GROUPS[:1], "packed")
     model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[0]])
     with torch.no_grad():
@@ -81,18 +81,17 @@ def test_packed_routers_see_every_token_once(tmp_path, model_type):
     own = importlib.import_module(type(model.get_base_model()).__module__).load_balancing_loss_func
     expected = own(seen, config.num_experts, config.num_experts_per_tok)
     assert abs(found - expected) < 1e-5
-    twice = own(tuple(torch.cat([layer, layer[:9]]) for layer in seen), config.num_experts, config.num_experts_per_tok)
-    assert abs(found - twice) > 1e-4, "a prompt that is counted twice must show"
+    again = own(tuple(torch.cat([layer, layer[:9]]) for layer in seen), config.num_experts, config.num_experts_per_tok)
+    assert abs(found - again) > 1e-4, "tokens that are counted once more must show"
 
 
 def router_logits(trainer, model):
-    """Per layer [tokens, E]: of a group's prompt once, and of each of its responses."""
-    row = trainer.train_dataset[0]
-    start, out = len(trainer.encoder.encode(row).prompt_ids), []
-    for i, response in enumerate(row["responses"]):
+    """Per layer [tokens, E]: of a group's prompt with each of its responses."""
+    row, out = trainer.train_dataset[0], []
+    for response in row["responses"]:
         inputs = plain_inputs(trainer.encoder, model.get_base_model(), row, response)
         layers = model(**inputs, output_router_logits=True, use_cache=False).router_logits
-        out.append([layer.reshape(-1, layer.shape[-1])[start if i else 0 :] for layer in layers])
+        out.append([layer.reshape(-1, layer.shape[-1]) for layer in layers])
     return tuple(torch.cat(layer) for layer in zip(*out, strict=True))
 
 

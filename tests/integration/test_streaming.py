@@ -175,3 +175,12 @@ def test_two_processes_see_every_row_once(tmp_path):
     alone, together = ([[e["loss"], e["num_tokens"]] for e in log if "loss" in e] for log in logs)
     assert len(alone) == 4
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=2e-6, rtol=2e-5)
+
+
+def test_a_stream_is_read_by_the_trainer_itself_and_the_given_options_stay(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("silkie.config.data_workers", lambda: 3)
+    args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
+    with caplog.at_level(logging.INFO, logger="silkie"):
+        trainer = build(SilkieDPOTrainer, SilkieDPOConfig, Case(name="stream", rows=lambda: rows(4)), tmp_path, args=args)
+    assert (args.dataloader_num_workers, trainer.args.dataloader_num_workers) == (3, 0)
+    assert "dataloader_num_workers=0 for a stream" in caplog.text

@@ -28,7 +28,6 @@ def test_defaults_never_cut_a_prompt():
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model"),
         ({"sync_ref_model": True, "loss_type": ["orpo"]}, "read none"),
         ({"self_test_tolerance": float("nan")}, "self_test_tolerance"),
-        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*no effect"),
         ({"dataloader_drop_last": True, "max_tokens_per_batch": 64}, "nothing to drop"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches"),

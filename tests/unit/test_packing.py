@@ -1,11 +1,23 @@
 """Rows of packed groups and their visibility, against a slow definition written token by token."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie.batch.packing import PromptAndResponses, Segment, Tree, lineage, pack, stems, subtree_ends, visible
+from silkie.batch.packing import (
+    PromptAndResponses,
+    Segment,
+    Tree,
+    lineage,
+    pack,
+    stems,
+    subtree_ends,
+    token_uses,
+    visible,
+)
 
 SIZES = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4
@@ -181,3 +193,39 @@ def test_a_tree_shows_every_token_what_its_own_row_does(stem, sizes, per_row, or
 def test_rows_share_no_stem():
     with pytest.raises(ValueError, match="shares no stems"):
         pack(build([(3, [1]), (3, [1])]), "rows", pad_id=0, trees=[Tree((0, 1), 1)])
+
+
+@MANY
+@given(SIZES, st.sampled_from([1, 2, None]), st.sampled_from(["packed", "rows"]), st.data())
+def test_token_uses_count_the_rows_that_every_use_of_a_response_would_make(sizes, per_row, layout, data):
+    """Token ids are unique: counted over rows of prompt and response, written out."""
+    groups = build(sizes)
+    batch = pack(groups, layout, pad_id=0, groups_per_row=per_row)
+    flat = [(group, response) for group in groups for response in group.responses]
+    uses = data.draw(st.lists(st.integers(0, 3), min_size=len(flat), max_size=len(flat)).filter(any))
+    expected = Counter()
+    for times, (group, response) in zip(uses, flat, strict=True):
+        for token in (*group.prompt_ids.tolist(), *response.tolist()):
+            expected[token] += times
+    counted = token_uses(batch, torch.tensor(uses, dtype=torch.float32))
+    found = Counter()
+    for token, n in zip(batch.input_ids.flatten().tolist(), counted.flatten().tolist(), strict=True):
+        found[token] += int(n)
+    assert +found == +expected and found[0] == 0
+    unused = token_uses(batch, torch.zeros(len(flat)))
+    assert torch.equal(unused, (batch.segment_ids >= 0).float())
+
+
+def test_a_stem_is_used_by_every_response_behind_it():
+    groups = build([(4, [2, 1]), (5, [3])])
+    for group in groups:
+        group.prompt_ids[:2] = torch.tensor([90, 91])
+    batch = pack(groups, "packed", pad_id=0, trees=[Tree((0, 1), stem=2)])
+    counted = token_uses(batch, torch.tensor([1.0, 2.0, 4.0]))
+    assert counted[0].tolist() == [7] * 2 + [3] * 2 + [1] * 2 + [2] + [4] * 3 + [4] * 3
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 9), (4, 12), (9, 9), (64, 64)])
+def test_rows_are_padded_to_a_multiple(multiple, length):
+    batch = pack(build([(4, [2, 3]), (2, [1])]), "packed", pad_id=0, multiple=multiple)
+    assert batch.input_ids.shape == (2, length) and int((batch.segment_ids >= 0).sum()) == 9 + 3

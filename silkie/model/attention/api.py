@@ -50,10 +50,16 @@ class Attention:
     layout: Literal["packed", "rows"]
     calls: Calls = CALLS
 
-    @staticmethod
-    def inputs(batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch, *, weighed: bool = False) -> dict[str, Any]:
         """Keyword arguments of the model's forward: `attention_mask`, which says where padding is. What sees what is
-        told within `masks`."""
+        told within `masks`.
+
+        Args:
+            weighed: it is also the weight of every token in the load balancing loss of the routers, which transformers
+                takes from this mask. Packed rows only: nothing else reads the mask there.
+        """
+        if weighed and self.layout == "packed" and "token_uses" in batch:
+            return {"attention_mask": batch["token_uses"]}
         return {"attention_mask": (batch["segment_ids"] >= 0).long()}
 
     def recurrent_masks(self, config: PretrainedConfig, batch: Batch) -> dict[str, Any] | None:
