@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from trl import DPOConfig, KTOConfig
 
 from silkie.batch.corruption import Corruption
-from silkie.batch.encoding import ResponseEnd, SpecialTokens
+from silkie.batch.encoding import ResponseEnd
+from silkie.batch.measure import StringRows
 from silkie.batch.packing import Layout
-from silkie.batch.preparation import OnBadRow, StringRows
+from silkie.batch.preparation import OnBadRow
+from silkie.batch.text_tokens import SpecialTokens
 from silkie.batch.workers import data_workers
 from silkie.logprob import Impl
 from silkie.losses import LOSSES, build_objective

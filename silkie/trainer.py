@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from silkie.batch.batch import Batch
 from silkie.batch.companies import Company
 from silkie.batch.loaders import GroupLoaders, open_stream, prepared_groups, read_stream
-from silkie.batch.preparation import PreparationReport
+from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.streaming import StreamedBatches
 from silkie.config import SilkieDPOConfig
 from silkie.data.schema import aspects_of

@@ -17,7 +17,8 @@ from transformers import ProcessorMixin, TrainingArguments
 from silkie.batch.companies import Company
 from silkie.batch.encoding import GroupEncoder
 from silkie.batch.labels import Labels
-from silkie.batch.preparation import PreparationReport, prepare_groups
+from silkie.batch.preparation import prepare_groups
+from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
 from silkie.batch.streaming import StreamedBatches, StreamSampler
 from silkie.batch.workers import Named, worker_options

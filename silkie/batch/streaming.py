@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from silkie.batch.preparation import PreparationReport
+from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.sampler import WithEmptyGroups
 from silkie.batch.workers import BatchError
 from silkie.data.schema import DataError, NoGroupLeft

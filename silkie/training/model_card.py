@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import silkie
-from silkie.batch.preparation import PreparationReport
+from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.workers import cores, ranks_here
 from silkie.config import SilkieDPOConfig
 from silkie.model.layout import LayoutChoice

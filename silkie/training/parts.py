@@ -15,7 +15,7 @@ from silkie.batch.collator import GroupCollator, ImageCorruption, blank_vision, 
 from silkie.batch.companies import Company, describe_companies, find_companies
 from silkie.batch.encoding import GroupEncoder
 from silkie.batch.labels import Labels
-from silkie.batch.preparation import PreparationReport
+from silkie.batch.preparation_report import PreparationReport
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective, balanced_weights
 from silkie.model.attention import Attention

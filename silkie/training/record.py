@@ -12,7 +12,7 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from silkie.batch.encoding import GroupEncoder
-from silkie.batch.preparation import PreparationReport
+from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.streaming import StreamedBatches, Window
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective

@@ -228,7 +228,7 @@ def plain_inputs(encoder: GroupEncoder, base: Any, row: Mapping[str, Any], respo
         return _plain_text_inputs(encoder, row, response, images)
     if encoder.tokenizer is processor or any(row.get(name) for name in ROW_FORM):
         text = encoder.template.write({**row, "responses": [response]}).conversations[0]
-        return dict(encoder.process(text, images))
+        return dict(encoder.splitter.process(text, images))
     waiting = iter(images)
     messages = []
     for message in to_messages(row["prompt"]):

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from silkie.batch.encoding import GroupEncoder
-from silkie.batch.preparation import GroupError, prepare_groups
+from silkie.batch.measure import GroupError
+from silkie.batch.preparation import prepare_groups
 from silkie.batch.template import ChatTemplate, TemplateMismatch
 from silkie.data import DataError, ImageError, RowError, load_preferences, open_image
 from silkie.data.images import image_size, readable_formats

@@ -15,7 +15,8 @@ from trl.data_utils import _tokenize, apply_chat_template, common_prefix_length
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from silkie.batch.encoding import GroupEncoder
-from silkie.batch.preparation import GroupError, prepare_groups
+from silkie.batch.measure import GroupError
+from silkie.batch.preparation import prepare_groups
 from silkie.batch.template import TemplateMismatch
 from silkie.data import DataError, load_preferences
 from silkie.model.processor import image_only_class
