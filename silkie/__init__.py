@@ -11,7 +11,7 @@ The rooms, in the order in which data flows through them; each imports only from
     logprob/     hidden states -> log-probs of tokens, without building the logits (torch and triton only)
     model/       what differs between VLMs: families, vision tower, attention masks; and the one forward
     losses/      log-probs -> loss: pure functions with their equations, and their weighted mean (torch only)
-    config.py    every option of a run
+    config/      every option of a run, validated once
     training/    what keeps a run right: passes, reference, self-test, guards, checkpoints, metrics, model card
     trainer.py   `SilkieDPOTrainer`, the wiring
 

@@ -128,10 +128,10 @@ def losses_that_read(option: str) -> str:
 def refusal(name: str) -> str:
     """Why a field of TRL's or transformers' is refused: the words of the config's own error."""
     from silkie import SilkieDPOConfig
-    from silkie.config import _NOT_READ
+    from silkie.config.checks import NOT_READ
 
-    if name in _NOT_READ:
-        neutral, instead = _NOT_READ[name]
+    if name in NOT_READ:
+        neutral, instead = NOT_READ[name]
         return f"leave it at `{neutral[0]!r}`. {instead}"
     if name in ("padding_free", "torch_compile"):
         settings: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "report_to": "none", name: True}
@@ -150,7 +150,7 @@ def read_by() -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "silkie").rglob("*.py")):
         module = path.relative_to(ROOT / "silkie").as_posix()
-        if module == "config.py" or module.startswith(("demo/", "feedback/", "evaluation/__main__", "data/__main__")):
+        if module.startswith(("config/", "demo/", "feedback/", "evaluation/__main__", "data/__main__")):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in _HOLDERS:
@@ -163,7 +163,7 @@ def read_by() -> dict[str, list[str]]:
 
 def of_properties() -> dict[str, set[str]]:
     """Property of the config -> fields that it is made of."""
-    tree = ast.parse((ROOT / "silkie" / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "silkie" / "config" / "options.py").read_text(encoding="utf-8"))
     return {
         node.name: {a.attr for a in ast.walk(node) if isinstance(a, ast.Attribute) and ast.unparse(a.value) == "self"}
         for node in ast.walk(tree)

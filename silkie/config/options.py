@@ -1,11 +1,9 @@
-"""Every option of a run: TRL's `DPOConfig` and what silkie adds to it, typed and validated once."""
+"""The options themselves: TRL's `DPOConfig` and what silkie adds to it."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import MISSING, Field, dataclass, field
-from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from trl import DPOConfig, KTOConfig
 
@@ -16,12 +14,11 @@ from silkie.batch.packing import Layout
 from silkie.batch.preparation import OnBadRow
 from silkie.batch.text_tokens import SpecialTokens
 from silkie.batch.workers import data_workers
+from silkie.config.checks import check_losses, check_own_options, check_trl_options
 from silkie.logprob import Impl
-from silkie.losses import LOSSES, build_objective
-from silkie.losses.options import LossFields, LossOptions, validate
+from silkie.losses import LOSSES
+from silkie.losses.options import LossFields, LossOptions
 from silkie.model.attention import Backend
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -275,9 +272,9 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = data_workers()
         super().__post_init__()
-        self._check_own_options()
-        self._check_trl_options()
-        self._check_losses()
+        check_own_options(self)
+        check_trl_options(self)
+        check_losses(self)
 
     def _rename_checkpointing(self) -> None:
         """`gradient_checkpointing` is TRL's name, `activation_checkpointing` the one that transformers wants from 5.23
@@ -292,127 +289,6 @@ class SilkieDPOConfig(LossFields, DPOConfig):
             if new in self.__dataclass_fields__ and getattr(self, new) is None:
                 setattr(self, new, getattr(self, new.replace("activation", "gradient")))
 
-    def _check_own_options(self) -> None:
-        for name, allowed in _choices().items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}."
-                )
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive or None, not {getattr(self, name)}.")
-        if (self.corruption != "crop" or self.corruption_strength != 1.0) and "mdpo_image" not in self.loss_type:
-            raise ValueError(f"`corruption` is read by the loss mdpo_image only; loss_type is {self.loss_type}.")
-        if not 0 < self.corruption_strength <= 1:
-            raise ValueError(f"`corruption_strength` must be in (0, 1], not {self.corruption_strength}.")
-        if self.layout == "rows" and self.attention_backend not in ("auto", "sdpa"):
-            raise ValueError(
-                f"`attention_backend={self.attention_backend!r}` is read by layout='packed' only; in rows the model's"
-                " own attention runs."
-            )
-        if self.share_prefix == "image":
-            if self.layout == "rows":
-                raise ValueError("`share_prefix='image'` needs layout='packed' or 'auto': in rows nothing is shared.")
-            if self.max_tokens_per_batch is None and self.per_device_train_batch_size == 1:
-                raise ValueError(
-                    "`share_prefix='image'` brings groups into one micro-batch, and per_device_train_batch_size=1 has"
-                    " room for one: raise it, or set max_tokens_per_batch."
-                )
-        if self.self_test_tolerance is not None and not 0 <= self.self_test_tolerance < float("inf"):
-            raise ValueError(
-                f"`self_test_tolerance` must be a finite number >= 0 or None, not {self.self_test_tolerance}."
-            )
-
-    def _check_trl_options(self) -> None:
-        """Options of TRL and transformers that silkie does not support or read: an error, never ignored."""
-        if self.padding_free:
-            logger.warning(
-                "padding_free=True is switched off, as TRL does. silkie's packed layout with"
-                " attention_backend='varlen' or 'flex' is free of padding."
-            )
-            self.padding_free = False
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported: with"
-                " `max_tokens_per_batch`, groups of similar length share a batch. 'random' and 'sequential' are."
-            )
-        if self.dataloader_drop_last and self.max_tokens_per_batch is not None:
-            raise ValueError(
-                "`dataloader_drop_last` has nothing to drop with `max_tokens_per_batch`, whose batches are all filled."
-            )
-        accelerate: Any = self.accelerator_config
-        if getattr(accelerate, "dispatch_batches", False):
-            logger.warning(
-                "dispatch_batches=True is switched off: every rank reads its own batches, and the numbers are the same."
-            )
-            accelerate.dispatch_batches = False
-        if getattr(accelerate, "split_batches", False) and self.world_size == 1:
-            logger.info("split_batches=True is switched off: there is one process, and nothing to split")
-            accelerate.split_batches = False
-        if getattr(accelerate, "split_batches", False):
-            raise ValueError(
-                "`accelerator_config` asks for split_batches, but silkie's sampler makes whole batches for every rank:"
-                " leave it off, and divide per_device_train_batch_size by the number of processes."
-            )
-        if self.neftune_noise_alpha is not None and self.layout != "rows":
-            why = "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several responses"
-            if self.layout == "packed" or self.attention_backend not in ("auto", "sdpa"):
-                raise ValueError(f"{why}: set layout='rows'.")
-            logger.warning("layout='auto' runs one row per response: %s", why)
-            self.layout = "rows"
-        if self.include_num_input_tokens_seen not in (False, "no"):
-            logger.info("num_input_tokens_seen counts the tokens of the packed rows; TRL, those of its rows (num_tokens)")
-        if not getattr(accelerate, "use_seedable_sampler", True):
-            logger.info(
-                "use_seedable_sampler=False: the order of the rows depends on the seed and the epoch alone, as with"
-                " True; TRL's then depends on all that has drawn random numbers before"
-            )
-        if self.torch_compile:
-            raise ValueError(
-                "`torch_compile` is not supported: the output head scores other tokens in every forward pass, which"
-                " recompiles."
-            )
-        if not isinstance(self.chat_template_kwargs, dict | None):
-            raise ValueError(
-                "`chat_template_kwargs` must be a dict or its JSON text, like '{\"enable_thinking\": false}', not"
-                f" {self.chat_template_kwargs!r}."
-            )
-        for name, (neutral, instead) in _NOT_READ.items():
-            if (value := getattr(self, name)) not in neutral:
-                raise ValueError(f"`{name}={value!r}` has no effect in silkie; leave it at {neutral[0]!r}. {instead}")
-
-    def _check_losses(self) -> None:
-        smoothed = sorted({"sigmoid", "sigmoid_norm"} & set(self.loss_type))
-        if self.label_smoothing and smoothed:
-            logger.warning(
-                "label_smoothing=%g smooths the loss %s here (conservative DPO); TRL ignores it for this loss",
-                self.label_smoothing,
-                ", ".join(smoothed),
-            )
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("`sync_ref_model` changes the reference during training; it cannot be precomputed.")
-        if self.gradient_accumulation_steps * self.world_size > 1:
-            logger.info(
-                "the loss of an optimizer step is the mean over all its pairs%s; TRL takes the mean of the means of"
-                " micro-batches, which differs where they are unequal (the last ones of an epoch%s)",
-                " (sft: over all its chosen tokens)" if "sft" in self.loss_type else "",
-                "; sft: always" if "sft" in self.loss_type else "",
-            )
-        validate(self.loss_type, self.loss_weights, self.loss_options)
-        if "kto" in self.loss_type and self.precompute_ref_log_probs:
-            raise ValueError(
-                "`loss_type='kto'` scores responses under the prompts of their micro-batch, which are others in every"
-                " epoch: its reference cannot be precomputed. apo_zero_unpaired's can."
-            )
-        if "kto" in self.loss_type and self.max_tokens_per_batch is None and self.per_device_train_batch_size < 2:
-            raise ValueError(
-                "`loss_type='kto'` estimates its KL term on the responses of other prompts in the micro-batch: set"
-                " per_device_train_batch_size to 2 or more, or max_tokens_per_batch. apo_zero_unpaired has none."
-            )
-        objective = build_objective(self.loss_type, self.loss_weights, self.loss_options)
-        if self.sync_ref_model and not objective.needs_reference:
-            raise ValueError(f"`sync_ref_model` moves a reference, and the losses {self.loss_type} read none.")
-
     @classmethod
     def from_trl(cls, args: DPOConfig | KTOConfig) -> SilkieDPOConfig:
         """A config with every option of TRL's, and silkie's own at their defaults."""
@@ -423,9 +299,9 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         config.log_token_stats = True
         if isinstance(config.loss_type, str):  # KTO's
             config.loss_type = [config.loss_type]
-        config._check_own_options()
-        config._check_trl_options()
-        config._check_losses()
+        check_own_options(config)
+        check_trl_options(config)
+        check_losses(config)
         return config
 
     @property
@@ -442,30 +318,3 @@ class SilkieDPOConfig(LossFields, DPOConfig):
 
 def _default(option: Field[Any]) -> Any:
     return option.default_factory() if option.default_factory is not MISSING else option.default
-
-
-@cache
-def _choices() -> dict[str, tuple[Any, ...]]:
-    """silkie's own options that take one of a few words, with the words; the losses check theirs."""
-    hints = get_type_hints(SilkieDPOConfig)
-    return {
-        name: get_args(hints[name]) for name in SilkieDPOConfig.__annotations__ if get_origin(hints[name]) is Literal
-    }
-
-
-_POSITIVE = (
-    "share_prefix_groups",
-    "max_tokens_per_batch",
-    "stream_window",
-    "max_length",
-    "max_response_length",
-    "eval_benchmark_steps",
-    "eval_benchmark_limit",
-    "log_answers",
-    "vision_cache_gb",
-)
-
-# Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).
-_NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
-    "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
-}
