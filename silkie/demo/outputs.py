@@ -41,7 +41,7 @@ def write_outputs(
         output / "demo.html",
     )
     if not (output / "demo.png").exists() or not waiting:  # of base and DPO: the controls change nothing in it
-        draw_summary(summary, test, answers, examples(test)[:6], output / "demo.png")
+        draw_summary(summary, test, answers, examples(test)[:4], output / "demo.png")
     return page
 
 
@@ -98,57 +98,61 @@ def _right(item: DemoItem, answer: str) -> bool:
 def draw_summary(
     summary: Summary, test: Sequence[DemoItem], answers: Answers, shown: Sequence[int], path: Path
 ) -> None:
-    """Bars of base and trained model above images with both answers. Left out, with a line that says so, without
-    matplotlib."""
+    """Bars of base and trained model above images with both answers, narrow enough for a phone. Left out, with a line
+    that says so, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"matplotlib is not installed: {path.name} was not drawn (pip install 'silkie[report]').")
         return
-    titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
-    figure = Figure(figsize=(13, 7.0), layout="constrained")
-    rows: Any = figure.subfigures(2, 1, height_ratios=[1.5, 1.0])
+    figure = Figure(figsize=(6.5, 7.3), layout="constrained")
+    rows: Any = figure.subfigures(2, 1, height_ratios=[4.4, 0.72 * len(shown)])
     top, bottom = rows
-    for axis, mode in zip(top.subplots(1, 2, sharey=True), ("greedy", "T=1"), strict=True):
-        for offset, (policy, color) in enumerate((("base", "#b9bcc2"), ("dpo", "#2f6fb0"))):
-            values = [summary.scores[policy][mode][key] for key in BARS]
-            errors = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
-            places = [k + 0.38 * offset for k in range(len(BARS))]
-            axis.barh(
-                places,
-                [v.mean for v in values],
-                0.36,
-                xerr=errors,
-                color=color,
-                label=summary.titles[policy],
-                error_kw={"lw": 1},
-            )
-        axis.set_yticks([k + 0.19 for k in range(len(BARS))], [titles[key] for key in BARS])
-        axis.invert_yaxis()
-        axis.set(title=mode, xlim=(0, 1))
-        handles = axis.get_legend_handles_labels()
-    top.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
-    for axis, k in zip(bottom.subplots(2, 3).flat, shown, strict=False):
-        item = test[k]
-        axis.imshow(draw_scene(item.scene), extent=(0, 1, 0, 1))
-        axis.set(xlim=(0, 4.2), ylim=(0, 1))
-        axis.axis("off")
-        axis.text(1.12, 1.0, item.prompt, va="top", weight="bold", fontsize=8.5, wrap=True)
-        for line, policy in enumerate(("base", "dpo")):
-            answer = answers[policy]["greedy"][k]
-            color = "#1d7a33" if _right(item, answer) else "#b3261e"
-            axis.text(
-                1.12,
-                0.76 - 0.42 * line,
-                f"{summary.titles[policy]}: {_wrapped(answer)}",
-                va="top",
-                color=color,
-                fontsize=7.5,
-            )
+    axes = top.subplots(2, 1, sharex=True)
+    for axis, (mode, title) in zip(axes, (("greedy", "greedy"), ("T=1", "sampled at temperature 1")), strict=True):
+        _draw_bars(axis, summary, mode)
+        axis.set_title(title, fontsize=11)
+    top.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10.5)
+    for axis, k in zip(bottom.subplots(len(shown), 1, squeeze=False).flat, shown, strict=True):
+        answered = {policy: answers[policy]["greedy"][k] for policy in ("base", "dpo")}
+        _draw_answers(axis, test[k], {summary.titles[policy]: text for policy, text in answered.items()})
     figure.savefig(path, dpi=130)
 
 
-def _wrapped(text: str, width: int = 56) -> str:
+def _draw_bars(axis: Any, summary: Summary, mode: str) -> None:
+    titles = {metric.key: metric.title.split(" (")[0] + _arrow(metric) for metric in METRICS}
+    for offset, (policy, color) in enumerate((("base", "#b9bcc2"), ("dpo", "#2f6fb0"))):
+        values = [summary.scores[policy][mode][key] for key in BARS]
+        axis.barh(
+            [k + 0.38 * offset for k in range(len(BARS))],
+            [v.mean for v in values],
+            0.36,
+            xerr=[[v.mean - v.low for v in values], [v.high - v.mean for v in values]],
+            color=color,
+            label=summary.titles[policy],
+            error_kw={"lw": 1},
+        )
+    axis.set_yticks([k + 0.19 for k in range(len(BARS))], [titles[key] for key in BARS], fontsize=10.5)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.tick_params(axis="x", labelsize=10.5)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_answers(axis: Any, item: DemoItem, answered: Mapping[str, str]) -> None:
+    axis.imshow(draw_scene(item.scene), extent=(0, 1, 0, 1))
+    axis.set(xlim=(0, 7.6), ylim=(0, 1))
+    axis.axis("off")
+    axis.text(1.15, 1.02, item.prompt, va="top", weight="bold", fontsize=10.5)
+    below = 0.7
+    for policy, answer in answered.items():
+        text = _wrapped(f"{policy}: {answer or '(nothing)'}")
+        color = "#1d7a33" if _right(item, answer) else "#b3261e"
+        axis.text(1.15, below, text, va="top", color=color, fontsize=10.5)
+        below -= 0.3 * (1 + text.count("\n"))
+
+
+def _wrapped(text: str, width: int = 62) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, width)) or "(nothing)"
+    return "\n".join(textwrap.wrap(text, width))
