@@ -28,7 +28,7 @@ VARIANTS: dict[str, Arm] = {
         replace(DPO, name="x-group0", title="the oracle pays nothing for a group's name", group=0.0),
         replace(DPO, name="x-group75", title="the oracle pays .75 for a group's name", group=0.75),
         replace(DPO, name="x-group75-high", title="the same, learning rate 2e-3", group=0.75, learning_rate=2e-3),
-        replace(DPO, name="x-group5", title="the oracle pays .5 for a group's name", group=0.5),
+        replace(DPO, name="x-group25", title="the oracle pays .25 for a group's name", group=0.25),
         replace(DPO, name="x-sft1-long", title="SFT term of weight 1, 4 epochs", loss_weights=(1.0, 1.0), epochs=4.0),
         replace(
             DPO, name="x-sft1-high", title="SFT term of weight 1, lr 2e-3", loss_weights=(1.0, 1.0), learning_rate=2e-3
@@ -45,7 +45,7 @@ VARIANTS: dict[str, Arm] = {
         replace(DPO, name="x-beta-high", title="beta .3", beta=0.3),
         replace(DPO, name="x-margin", title="pairs of a rating gap of 2/3 or more", min_margin=0.66),
         replace(DPO, name="x-best-worst", title="best against worst only", pairs="best_vs_worst"),
-        replace(DPO, name="x-hot", title="sampling at T 1, top-p 1", temperature=1.0, top_p=1.0),
+        replace(DPO, name="x-cool", title="sampling at T .7, top-p .9", temperature=0.7, top_p=0.9),
         replace(DPO, name="x-k8", title="8 responses from half the prompts", responses=8),
         replace(DPO, name="x-length", title="length control (LD-DPO, alpha .5)", options={"ld_alpha": 0.5}),
         replace(DPO, name="x-rounds", title="2 on-policy rounds of half the prompts", rounds=2),

@@ -39,7 +39,7 @@ MAIN = ("dpo", "sft", "shuffled", "longest", "helpfulness", "faithfulness")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; run again to continue")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of sampling and training (default 0 1 2; --quick: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of sampling and training (default 3 4 5; --quick: 0)")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=None, help=f"default: {' '.join(MAIN)}")
     parser.add_argument("--quick", action="store_true", help="small sizes, one seed, DPO and SFT")
     parser.add_argument("--explore", nargs="*", metavar="VARIANT", help="train variants on the development split only")
@@ -49,6 +49,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's)")
     parser.add_argument("--finished", action="store_true", help="train nothing: results of what is there")
     parser.add_argument("--described", type=int, help="descriptions that the base is taught")
+    parser.add_argument("--asked", type=int, help="conversations of yes/no questions that the base is taught")
+    parser.add_argument("--base-questions", type=int, help="questions of each of these conversations")
     for name, text in (
         ("boards", "boards whose prompts make the preferences"),
         ("questions", "yes/no questions per board beside its description"),
@@ -65,9 +67,9 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     sizes = QUICK if arguments.quick else Sizes()
     names = ("boards", "questions", "held_out", "sampled", "question_boards", "development")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.described is not None:
-        sizes = replace(sizes, base=replace(sizes.base, described=arguments.described))
-    return replace(sizes, **given)
+    taught = {"described": arguments.described, "asked": arguments.asked, "questions": arguments.base_questions}
+    base = replace(sizes.base, **{name: value for name, value in taught.items() if value is not None})
+    return replace(sizes, base=base, **given)
 
 
 def check_same_run(out: Path, sizes: Sizes) -> None:
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.explore is not None:
         print(explore(place, arguments.explore))
         return 0
-    seeds = list(dict.fromkeys(arguments.seeds or ([0] if arguments.quick else [0, 1, 2])))
+    seeds = list(dict.fromkeys(arguments.seeds or ([0] if arguments.quick else [3, 4, 5])))
     names = arguments.arms or (("dpo", "sft") if arguments.quick else MAIN)
     command = " ".join(sys.argv if argv is None else ["run.py", *argv])
     print(study(place, facts, names, seeds, command, finished=arguments.finished))

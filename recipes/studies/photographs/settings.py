@@ -16,7 +16,7 @@ class Sizes:
     `development`: boards of `--explore`."""
 
     base: BaseSizes = field(default_factory=BaseSizes)
-    boards: int = 200
+    boards: int = 120
     questions: int = 0
     responses: int = 4
     held_out: int = 300
@@ -26,7 +26,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    base=BaseSizes(eye_boards=600, described=400, asked=160),
+    base=BaseSizes(eye_boards=600, described=400, asked=80),
     boards=60,
     held_out=60,
     sampled=40,
@@ -39,8 +39,8 @@ QUICK = Sizes(
 class Sampling:
     """How responses are drawn, for preferences and for the sampled evaluation alike."""
 
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Arm:
 
     name: str
     title: str
-    group: float = 0.25
+    group: float = 0.5
     pairs: str = "all"
     aspects: tuple[str, ...] = ()
     min_margin: float = 0.0
