@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from silkie.model.adapters import lora_targets
-from silkie.model.families import language_model, shell
+from silkie.model.families import language_model, loaded_from, shell
 from silkie.model.recurrent.layers import count_recurrent
 from silkie.model.vision import vision_parameters, vision_parts
 from silkie.plan.shapes import Counts, ModelShape
@@ -23,7 +23,7 @@ def counted_shape(config: Any) -> ModelShape:
     Raises:
         ValueError: the model has no vision tower, or its config does not build a model.
     """
-    name = config._name_or_path or config.model_type
+    name = loaded_from(config) or config.model_type
     try:
         model = shell(config)
         if not list(vision_parts(model)):
