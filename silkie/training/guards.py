@@ -140,8 +140,8 @@ def check_adapter_name(model: Any) -> None:
     """
     if "default" not in model.peft_config:
         raise LaunchError(
-            f"The PeftModel has the adapter(s) {', '.join(model.peft_config)}, and the one that is trained must be named"
-            " 'default': leave adapter_name out where it is made or loaded."
+            f"The PeftModel has the adapter(s) {', '.join(model.peft_config)}, and the one that is trained must be"
+            " named 'default': leave adapter_name out where it is made or loaded."
         )
 
 

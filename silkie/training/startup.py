@@ -77,8 +77,8 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
 
 
 def with_collator_options(args: SilkieDPOConfig, collator: Any) -> SilkieDPOConfig:
-    """The options of a run to which one of TRL's own collators is given: what it says of lengths. silkie's collator does
-    the rest of what it does.
+    """The options of a run to which one of TRL's own collators is given: what it says of lengths. silkie's own
+    collator does the rest.
 
     Raises:
         ValueError: it cuts the beginning of rows.
