@@ -246,16 +246,21 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
             )
         return groups
 
+    @property
+    def groups_per_batch(self) -> int:
+        """Groups of a micro-batch. transformers lowers its number under `auto_find_batch_size`, which is private."""
+        return self._train_batch_size
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training groups."""
         mismatched, padded = "kl" in self.objective.needs, self.choice.groups_per_row == 1
         shapes = partial(self.choice.shapes, mismatched=mismatched)
         if self.stream is not None:
-            return self.loaders.train_stream(self.stream, shapes, batch_size=self._train_batch_size, padded=padded)
+            return self.loaders.train_stream(self.stream, shapes, batch_size=self.groups_per_batch, padded=padded)
         return self.loaders.train(
             self.train_dataset,
             shapes(self.train_dataset),
-            batch_size=self._train_batch_size,
+            batch_size=self.groups_per_batch,
             padded=padded,
             shuffle=self.args.train_sampling_strategy == "random",
             companies=self.companies,

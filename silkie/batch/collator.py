@@ -224,7 +224,7 @@ def _flat_pairs(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> tup
 
 
 def _response_uses(batch: Batch) -> Tensor:
-    """fp32 [R] how often each response is in TRL's rows: on both sides of the pairs, or among the labelled responses."""
+    """fp32 [R] how often each response is in TRL's rows: on both sides of pairs, or among the labelled ones."""
     uses = torch.zeros(len(batch["lengths"]))
     if "examples" in batch:
         return uses.index_add(0, batch["examples"], batch["example_weights"])

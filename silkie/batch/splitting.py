@@ -115,10 +115,15 @@ class PromptSplitter:
         tail = self._tail(texts)
         length = len(self._added(texts.prompt)[0]) + tail.before + tail.shared - len(image_sizes)
         if image_sizes:
-            sizes = [list(size) for size in image_sizes]
             # Each image's own mark, counted in the text above, is replaced by that many.
-            length += sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+            length += sum(self._image_tokens(image_sizes))
         return self._split_at(length, tail)
+
+    def _image_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of each image of (height, width). Private in transformers: `counts_image_tokens` tries it out, and
+        where it is wrong, or gone, images are processed to be counted."""
+        found = self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in image_sizes])
+        return list(found["num_image_tokens"])
 
     @cached_property
     def counts_image_tokens(self) -> bool:

@@ -87,13 +87,13 @@ def check_trl_options(config: SilkieDPOConfig) -> None:
             " leave it off, and divide per_device_train_batch_size by the number of processes."
         )
     if config.neftune_noise_alpha is not None and config.layout != "rows":
-        why = "`neftune_noise_alpha` scales its noise by the length of a row, and a packed row holds several responses"
+        why = "`neftune_noise_alpha` scales its noise by a row's length, and a packed row holds several responses"
         if config.layout == "packed" or config.attention_backend not in ("auto", "sdpa"):
             raise ValueError(f"{why}: set layout='rows'.")
         logger.warning("layout='auto' runs one row per response: %s", why)
         config.layout = "rows"
     if config.include_num_input_tokens_seen not in (False, "no"):
-        logger.info("num_input_tokens_seen counts the tokens of the packed rows; TRL, those of its rows (num_tokens)")
+        logger.info("num_input_tokens_seen counts tokens of packed rows; TRL, those of its rows (num_tokens)")
     if not getattr(accelerate, "use_seedable_sampler", True):
         logger.info(
             "use_seedable_sampler=False: the order of the rows depends on the seed and the epoch alone, as with"

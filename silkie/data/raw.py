@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from silkie.data.registry import SOURCES
 from silkie.data.row import short_repr
 from silkie.data.schema import DataError
+from silkie.data.stamps import fingerprint_of
 from silkie.io.archives import is_archive, open_member, read_member, zip_archive
 from silkie.io.files import MAX_DOCUMENT_BYTES, MAX_SETTINGS_BYTES, is_below, open_file, read_file
 from silkie.io.jsonl import MAX_LINE_BYTES, JsonError, bounded_lines, decode, json_document, json_lines
@@ -92,7 +93,7 @@ def from_dataset(dataset: datasets.Dataset, name: str) -> Records:
     else:
         dataset = dataset.with_format("arrow")
     bounds = range(0, len(dataset), SHARD_ROWS)
-    fingerprint = dataset._fingerprint
+    fingerprint = fingerprint_of(dataset)
     shards = tuple(
         Shard("dataset", name, "", start, min(start + SHARD_ROWS, len(dataset)), start, fingerprint, None)
         for start in bounds

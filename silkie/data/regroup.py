@@ -14,6 +14,7 @@ from silkie.data.check import PER_RESPONSE
 from silkie.data.images import encoded_size, image_digest
 from silkie.data.reports import RegroupReport
 from silkie.data.schema import ROW_FORM, DataError, is_group_features
+from silkie.data.stamps import fingerprint_of
 
 
 def regroup(
@@ -51,7 +52,7 @@ def regroup_with_report(
             features=dataset.features,
             gen_kwargs={"dataset": dataset, "clusters": [clusters[start : start + 2048] for start in starts]},
             cache_dir=cache_dir,
-            fingerprint=Hasher.hash(["regroup", 2, dataset._fingerprint, clusters]),
+            fingerprint=Hasher.hash(["regroup", 2, fingerprint_of(dataset), clusters]),
         )
     return joined, _report(dataset, joined)
 

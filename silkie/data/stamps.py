@@ -15,13 +15,18 @@ from datasets.fingerprint import Hasher
 BATCH = 1000  # rows
 
 
+def fingerprint_of(dataset: datasets.Dataset) -> str:
+    """What changes with a dataset's rows and stays over processes. Private in `datasets`, whose cache has it as key."""
+    return dataset._fingerprint
+
+
 def image_fingerprint(dataset: datasets.Dataset, column: str | None, *work: Any) -> str:
     """Fingerprint of `work` (a name and its options) on the images of `dataset`: of its rows, and of size and time of
     every file they name.
 
     Why: `datasets` keys its cache by the rows alone, so an image that was fixed would still be reported as broken.
     """
-    return Hasher.hash([dataset._fingerprint, work, None if column is None else image_stamp(dataset, column)])
+    return Hasher.hash([fingerprint_of(dataset), work, None if column is None else image_stamp(dataset, column)])
 
 
 def image_stamp(dataset: datasets.Dataset, column: str) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from silkie.model.families import causal_lm, language_model, shell
+from silkie.model.families import causal_lm, language_model, reads_images, shell
 from silkie.model.vision import vision_parts
 
 logger = logging.getLogger(__name__)
@@ -103,12 +104,17 @@ def names_no_targets(peft_config: PeftConfig) -> bool:
 
 
 def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
-    """`peft_config` with the language model's linear layers and experts as targets where it names none.
+    """`peft_config` with the language model's linear layers and experts as targets where it names none, and peft has
+    none of its own for a model of text.
 
     Args:
         source: the model or its config.
     """
     if not names_no_targets(peft_config):
+        return peft_config
+    known = getattr(source, "config", source)
+    if not reads_images(known) and (own := peft_targets(known.model_type)):
+        logger.info("LoRA targets: peft's own for %s, as in TRL: %s", known.model_type, ", ".join(own))
         return peft_config
     targets = lora_targets(source)
     # the caller's own stays as it is: on a model of another family these targets would hit the vision tower
@@ -129,6 +135,11 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
         config.exclude_modules = config.exclude_modules or targets.outside
     logger.info("LoRA targets: the linear layers%s of the language model", " and experts" if experts else "")
     return config
+
+
+def peft_targets(model_type: str) -> list[str]:
+    """The modules that peft adapts in models of a type where a config names none; empty where it knows none."""
+    return sorted(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ()))
 
 
 def _taken_away(config: LoraConfig, base: PreTrainedModel, modules: Sequence[str]) -> list[str]:

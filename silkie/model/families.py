@@ -99,17 +99,33 @@ def shell(config: PretrainedConfig) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
     cls: Any = getattr(transformers, names[0], None) if names else None
     if cls is None:
-        try:
-            cls = AutoModelForImageTextToText._model_mapping[type(config)]
-        except KeyError:
-            raise ValueError(f"transformers has no image-text-to-text class for {config.model_type!r}.") from None
+        cls = _image_text_class(config)
+        if cls is None:
+            raise ValueError(f"transformers has no image-text-to-text class for {config.model_type!r}.")
     with weightless():
         return cls(copy.deepcopy(config))
 
 
 def reads_images(config: PretrainedConfig) -> bool:
     """Whether transformers has a class for this config that reads images."""
-    return type(config) in AutoModelForImageTextToText._model_mapping
+    return _image_text_class(config) is not None
+
+
+def _image_text_class(config: PretrainedConfig) -> Any:
+    """transformers' class for models of this config that read images and write text; None where it has none. Private:
+    the public way to it loads a model."""
+    mapping: Any = AutoModelForImageTextToText._model_mapping
+    return mapping.get(type(config), None)
+
+
+def loaded_from(config: PretrainedConfig) -> str:
+    """The directory or hub name that a config was loaded from; empty where there is none. Private in transformers."""
+    return str(config._name_or_path or "")
+
+
+def attention_implementation(config: PretrainedConfig) -> str:
+    """The name of the attention that a model of this config runs. Private: there is a public setter only."""
+    return str(config._attn_implementation)
 
 
 def check_merges_images(model: Any) -> None:

@@ -34,9 +34,9 @@ class SequenceLogps:
         per_token_logps: fp32 [N].
         logps: fp32 [R], summed over the tokens of each response.
         stats: per-token statistics [N], only when asked for.
-        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one: TRL's,
-            whose rows hold a prompt once per side of a pair. Padding does not count. In the rows layout every token
-            counts once, which is the same for one pair a group.
+        aux_loss: load balancing loss of the routers, a scalar, only when asked for and where the model gives one. As in
+            TRL, whose rows hold a prompt once per side of a pair; padding does not count. In the rows layout every
+            token counts once, which is the same for one pair a group.
     """
 
     per_token_logps: Tensor

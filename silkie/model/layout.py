@@ -16,7 +16,7 @@ from silkie.batch.packing import Layout
 from silkie.model import recurrent
 from silkie.model.attention import IMPLEMENTATIONS, ONE_GROUP_PER_ROW, Backend, probe, why_not_available
 from silkie.model.attention.varlen import kernel_name
-from silkie.model.families import layer_types, why_not_packable
+from silkie.model.families import attention_implementation, layer_types, why_not_packable
 
 Lengths = tuple[int, Sequence[int]]  # of a group's prompt and of its responses
 
@@ -66,7 +66,7 @@ class LayoutChoice:
                     " set layout='rows'."
                 )
         implementation = IMPLEMENTATIONS[self.backend]
-        if self.layout == "packed" and base.config.get_text_config()._attn_implementation != implementation:
+        if self.layout == "packed" and attention_implementation(base.config.get_text_config()) != implementation:
             base.set_attn_implementation({"text_config": implementation})
 
     def on_sdpa(self, reason: str) -> LayoutChoice:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from silkie.model.checkpointing import checkpoint_first, checkpointable_layers
-from silkie.model.families import causal_lm
+from silkie.model.families import attention_implementation, causal_lm
 from silkie.plan.memory import estimate, size
 from silkie.plan.shapes import ModelShape, shape_of
 from silkie.plan.workload import engine_of, largest_workload
@@ -107,7 +107,7 @@ def _obstacle(trainer: SilkieDPOTrainer, layers: int) -> tuple[str, ModelShape |
         return f"the free memory of {trainer.accelerator.device} is not known", None
     if not trainer.frozen_vision:
         return "the vision tower trains, and its activations are not planned", None
-    if text._attn_implementation == "eager":
+    if attention_implementation(text) == "eager":
         return "eager attention keeps its scores, which are not planned", None
     try:
         return "", shape_of(causal_lm(trainer.model).config)

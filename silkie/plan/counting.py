@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from silkie.model.adapters import with_default_targets
-from silkie.model.families import check_merges_images, language_model, shell, why_not_packable
+from silkie.model.families import check_merges_images, language_model, loaded_from, shell, why_not_packable
 from silkie.model.recurrent.layers import count_recurrent
 from silkie.model.vision import vision_parameters, vision_parts
 from silkie.plan.shapes import Counts, ModelShape
@@ -33,7 +33,7 @@ def counted_shape(config: Any, remedy: str = "") -> ModelShape:
     Raises:
         ValueError: silkie cannot train the model, or its config does not build one.
     """
-    name = config._name_or_path or config.model_type
+    name = loaded_from(config) or config.model_type
     try:
         model = shell(config)
     except _BUILDS_NO_MODEL as error:

@@ -51,9 +51,10 @@ def largest_workload(trainer: SilkieDPOTrainer) -> Workload:
     tokens as any has, padding included."""
     args, choice, data = trainer.args, trainer.choice, trainer.train_dataset
     mismatched = "kl" in trainer.objective.needs  # each group also scores the responses of another one
-    shapes, lengths = choice.shapes(data, mismatched=mismatched), [n * (1 + mismatched) for n in data["response_lengths"]]
+    shapes = choice.shapes(data, mismatched=mismatched)
+    lengths = [own * (1 + mismatched) for own in data["response_lengths"]]
     rows, tokens = (max(size) for size in zip(*shapes, strict=True))
-    groups = trainer._train_batch_size
+    groups = trainer.groups_per_batch
     if args.max_tokens_per_batch is not None:
         budget = max(args.max_tokens_per_batch, max(r * t for r, t in shapes))
         groups = -(-budget // (rows * tokens))

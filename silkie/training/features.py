@@ -11,7 +11,7 @@ from datasets import Dataset
 from silkie.batch.collator import GroupCollator
 from silkie.batch.workers import ranks_here
 from silkie.config import SilkieDPOConfig
-from silkie.model.families import backbone, causal_lm
+from silkie.model.families import attention_implementation, backbone, causal_lm
 from silkie.model.vision import vision_is_frozen
 from silkie.model.vision_cache import NotCacheable, VisionCache, image_bytes_per_token, open_cache
 from silkie.training.forward_context import ForwardContext
@@ -78,7 +78,7 @@ def _opened(
                 "processor": collate.encoder.facts()["processor"],
                 "precision": [str(base.dtype), args.bf16, args.fp16, args.tf32],
                 "device": next(iter(given.values())).device.type,
-                "attention": base.config._attn_implementation,
+                "attention": attention_implementation(base.config),
             },
             joins={name: join.dim for name, join in collate.joins.items()},
             most=int(args.vision_cache_gb * 2**30),

@@ -120,6 +120,32 @@ def check_adapter_init(config: Any) -> None:
         )
 
 
+def check_something_trains(model: Any) -> None:
+    """Refuses a model without a parameter that trains: its loss would be logged, and nothing would change.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise LaunchError(
+            "No parameter of the model trains: all have requires_grad=False. An adapter config with"
+            " inference_mode=True, or PeftModel.from_pretrained without is_trainable=True, freezes the adapter."
+        )
+
+
+def check_adapter_name(model: Any) -> None:
+    """TRL copies the adapter named "default" as the reference of a PeftModel.
+
+    Raises:
+        LaunchError: it has none of that name.
+    """
+    if "default" not in model.peft_config:
+        raise LaunchError(
+            f"The PeftModel has the adapter(s) {', '.join(model.peft_config)}, and the one that is trained must be"
+            " named 'default': leave adapter_name out where it is made or loaded."
+        )
+
+
 def needs_dummy_image(accelerator: Any, frozen_vision: bool) -> bool:
     """Whether a micro-batch without images must still run the vision tower: with sharded or synchronised vision
     weights, a rank that skips it makes the others wait forever."""

@@ -109,7 +109,8 @@ class RunMetrics:
         assert stats is not None
         weights = []
         for index, rows in sides:
-            times = sequence_logps.per_token_logps.new_zeros(len(batch["lengths"]))  # bincount would wait for the device
+            # bincount would wait for the device
+            times = sequence_logps.per_token_logps.new_zeros(len(batch["lengths"]))
             weights.append(times.index_add(0, index, rows.to(times.dtype))[batch["owner"]])
         chosen, rejected = weights
         self._add_mean("logits/chosen", stats.mean_logit, chosen)

@@ -84,6 +84,7 @@ def check_loaded_model(model: Any, args: SilkieDPOConfig, accelerator: Accelerat
     """
     guards.check_process_count(args, accelerator)
     guards.check_optimizer(args, accelerator)
+    guards.check_something_trains(model)
     match_dtypes(model)
     guards.check_adapter_dtypes(model, deepspeed)
     guards.keep_trainable_4bit(model)

@@ -17,7 +17,7 @@ from silkie.batch.streaming import StreamedBatches, Window
 from silkie.config import SilkieDPOConfig
 from silkie.losses import Objective
 from silkie.model.adapters import Coverage
-from silkie.model.families import reads_images
+from silkie.model.families import loaded_from, reads_images
 from silkie.model.layout import LayoutChoice
 from silkie.model.vision import describe_vision
 from silkie.training.identity import Identity, Start, identify
@@ -79,7 +79,7 @@ class RunRecord(DPOTrainer):
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return RunDescription(
             args=self.args,
-            base=self.model.config._name_or_path,
+            base=loaded_from(self.model.config),
             adapter=isinstance(model, PeftModel),
             reference=self.reference.kind if self.reference else None,
             setup=self.setup_lines(),

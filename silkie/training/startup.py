@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 
 from silkie.config import SilkieDPOConfig
 from silkie.model.adapters import with_default_targets
-from silkie.model.families import causal_lm, reads_images
+from silkie.model.families import causal_lm, loaded_from, reads_images
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.vision import freeze_vision
 from silkie.model.weights import refuse_pickled
@@ -44,7 +44,7 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
             " `chat_template_kwargs` and `pad_token` are options."
         )
     if args is None:
-        name = model if isinstance(model, str) else causal_lm(model).config._name_or_path
+        name = model if isinstance(model, str) else loaded_from(causal_lm(model).config)
         args = SilkieDPOConfig(output_dir=f"{(name or type(causal_lm(model)).__name__).split('/')[-1]}-DPO")
     if not isinstance(args, SilkieDPOConfig):
         if not isinstance(args, (DPOConfig, KTOConfig)):
@@ -77,8 +77,8 @@ def settle_arguments(args: Any, model: Any, data_collator: Any, train_dataset: A
 
 
 def with_collator_options(args: SilkieDPOConfig, collator: Any) -> SilkieDPOConfig:
-    """The options of a run to which one of TRL's own collators is given: what it says of lengths. silkie's collator does
-    the rest of what it does.
+    """The options of a run to which one of TRL's own collators is given: what it says of lengths. silkie's own
+    collator does the rest.
 
     Raises:
         ValueError: it cuts the beginning of rows.
@@ -127,7 +127,7 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
         name = model
     else:
         config, revision = causal_lm(model).config, None
-        name = config._name_or_path
+        name = loaded_from(config)
     if processor is None:
         if not name:
             raise ValueError(
@@ -168,6 +168,7 @@ def choose_trained_parts(
         guards.check_adapter_kind(peft_config)
         return with_default_targets(peft_config, config if isinstance(model, str) else model)
     if isinstance(model, PeftModel):
+        guards.check_adapter_name(model)
         guards.check_adapter_kind(model.active_peft_config)
     elif args.freeze_vision and not isinstance(model, str):
         freeze_vision(model)
@@ -183,13 +184,13 @@ def check_own_reference(model: Any, peft_config: PeftConfig | None, config: Pret
         ValueError: full fine-tuning of a model that no directory holds a copy of.
     """
     guards.check_adapter_init(peft_config)
-    if not (peft_config or isinstance(model, PeftModel) or config._name_or_path):
+    if not (peft_config or isinstance(model, PeftModel) or loaded_from(config)):
         raise ValueError(
             "Full fine-tuning needs a reference, and this model names no directory to load one from: pass"
             " `ref_model`, or train a LoRA adapter with `peft_config`."
         )
     if not (peft_config or isinstance(model, PeftModel)):
-        refuse_pickled(config._name_or_path)  # TRL loads the reference from there
+        refuse_pickled(loaded_from(config))  # TRL loads the reference from there
 
 
 @contextmanager

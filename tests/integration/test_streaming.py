@@ -181,6 +181,8 @@ def test_a_stream_is_read_by_the_trainer_itself_and_the_given_options_stay(tmp_p
     monkeypatch.setattr("silkie.config.data_workers", lambda: 3)
     args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
     with caplog.at_level(logging.INFO, logger="silkie"):
-        trainer = build(SilkieDPOTrainer, SilkieDPOConfig, Case(name="stream", rows=lambda: rows(4)), tmp_path, args=args)
+        trainer = build(
+            SilkieDPOTrainer, SilkieDPOConfig, Case(name="stream", rows=lambda: rows(4)), tmp_path, args=args
+        )
     assert (args.dataloader_num_workers, trainer.args.dataloader_num_workers) == (3, 0)
     assert "dataloader_num_workers=0 for a stream" in caplog.text

@@ -130,3 +130,16 @@ def test_a_non_finite_loss_is_named_before_the_gradient_that_it_ruins():
     watch.end_step(float("nan"))
     with pytest.raises(NonFiniteError, match="The loss is inf on: group b"):
         watch.check()
+
+
+def test_a_model_that_does_not_train_is_stopped():
+    layer = torch.nn.Linear(2, 2)
+    guards.check_something_trains(layer)
+    with pytest.raises(guards.LaunchError, match="No parameter of the model trains.*is_trainable=True"):
+        guards.check_something_trains(layer.requires_grad_(False))
+
+
+def test_an_adapter_of_another_name_is_stopped():
+    guards.check_adapter_name(SimpleNamespace(peft_config={"default": None, "second": None}))
+    with pytest.raises(guards.LaunchError, match="mine, and the one that is trained must be named 'default'"):
+        guards.check_adapter_name(SimpleNamespace(peft_config={"mine": None}))

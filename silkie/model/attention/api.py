@@ -16,6 +16,7 @@ from silkie.batch.batch import Batch
 from silkie.batch.packing import visible
 from silkie.model.attention import flex, segments, varlen
 from silkie.model.attention.own_masks import added, packed_masks
+from silkie.model.families import attention_implementation
 from silkie.model.recurrent import CALLS, Calls, ForkPlan, fork_plan, mask_kinds
 
 Backend = Literal["sdpa", "eager", "segments", "flex", "varlen"]
@@ -94,7 +95,7 @@ class Attention:
         build = None if self.backend in ("sdpa", "eager") else partial(self.build, text.model_type)
         with (
             packed_masks(
-                text._attn_implementation,
+                attention_implementation(text),
                 {id(text), id(base.config), *decoder},
                 batch,
                 build=build,
