@@ -5,7 +5,7 @@ that cannot be trained on.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -79,9 +79,39 @@ def prepare_groups(
             f"`label_threshold` reads ratings, and the {name} data has none. Leave it out for data with labels or"
             " pairs."
         )
-    string_rows = settle_string_rows(dataset, encoder, string_rows, name)
-    processes = preparation_processes(len(dataset), num_proc)
-    measured = dataset.map(
+    measured = _measured(
+        dataset,
+        encoder,
+        on_bad_row=on_bad_row,
+        string_rows=settle_string_rows(dataset, encoder, string_rows, name),
+        labels=labels,
+        processes=preparation_processes(len(dataset), num_proc),
+        name=name,
+    )
+    report, keep = _counted(measured)
+    summary, *losses = report.lines(name)
+    logger.info(summary)
+    for line in losses:  # warnings, because Python shows them even if no log is configured
+        logger.warning(line)
+    if not keep:
+        reasons = {reason: len(rows) for reason, rows in report.dropped.items()}
+        raise NothingToTrainOn(f"No group of the {name} data can be trained on: {reasons or 'the dataset is empty'}.")
+    measured = measured.remove_columns(list(_COUNTED))
+    return (measured if len(keep) == len(measured) else measured.select(keep)), report
+
+
+def _measured(
+    dataset: Dataset,
+    encoder: GroupEncoder,
+    *,
+    on_bad_row: OnBadRow,
+    string_rows: StringRows,
+    labels: Labels | None,
+    processes: int,
+    name: str,
+) -> Dataset:
+    """The dataset with what `measure_row` finds of its rows."""
+    return dataset.map(
         measure_row,
         with_indices=True,
         fn_kwargs={
@@ -105,9 +135,12 @@ def prepare_groups(
             repr(labels),
         ),
     )
-    report = PreparationReport()
+
+
+def _counted(measured: Dataset) -> tuple[PreparationReport, list[int]]:
+    """The report of a measured dataset, and the indices of the groups that remain."""
+    report, keep = PreparationReport(), []
     dropped: dict[str, list[str]] = defaultdict(list)
-    keep = []
     for index, row in enumerate(_facts(measured)):
         if row["problem"]:
             dropped[row["problem"]].append(row_name(row))
@@ -115,17 +148,7 @@ def prepare_groups(
         keep.append(index)
         report.count(row)
     report.dropped = dict(dropped)
-    summary, *losses = report.lines(name)
-    logger.info(summary)
-    for line in losses:  # warnings, because Python shows them even if no log is configured
-        logger.warning(line)
-    if not keep:
-        reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
-        raise NothingToTrainOn(
-            f"No group of the {name} data can be trained on: {dict(reasons) or 'the dataset is empty'}."
-        )
-    measured = measured.remove_columns(list(_COUNTED))
-    return (measured if len(keep) == len(measured) else measured.select(keep)), report
+    return report, keep
 
 
 def _facts(measured: Dataset) -> Iterator[dict[str, Any]]:

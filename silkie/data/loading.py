@@ -81,9 +81,8 @@ def load_preferences(
         cache_dir: where the Arrow files go; default: the cache of `datasets`.
         return_report: return what `load_with_report` does, (dataset, LoadReport).
 
-    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values:
-    `silkie.data.open_image`
-    decodes them. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and
+    Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values, which
+    `silkie.data.open_image` decodes. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and
     RowError for a broken row.
     """
     if on_error not in ("raise", "skip"):
@@ -125,20 +124,34 @@ def load_preferences(
     report = LoadReport(source=records.name, format=adapter.name, rows=len(written))
     dataset = sound_rows(written, report)
     if regrouping and len(dataset):
-        dataset, report.regrouped = regroup_with_report(
-            dataset, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
-        )
-        if options != PairOptions():
-            dataset, problems = rebuild_with_report(
-                dataset,
-                options,
-                source=settings.name,
-                need_pairs=not keep_unpaired,
-                num_proc=num_proc,
-                on_error=on_error,
-            )
-            report.problems += problems
+        dataset = _joined(dataset, report, options, settings, num_proc, cache_dir)
     return _finished(dataset, report, return_report)
+
+
+def _joined(
+    dataset: datasets.Dataset,
+    report: LoadReport,
+    options: PairOptions,
+    settings: Settings,
+    num_proc: int | None,
+    cache_dir: str | os.PathLike | None,
+) -> datasets.Dataset:
+    """Pair rows joined by prompt and images, with the pairs that `options` ask for; `report` learns what that took."""
+    dataset, report.regrouped = regroup_with_report(
+        dataset, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
+    )
+    if options == PairOptions():
+        return dataset
+    dataset, problems = rebuild_with_report(
+        dataset,
+        options,
+        source=settings.name,
+        need_pairs=settings.need_pairs,
+        num_proc=num_proc,
+        on_error=settings.on_error,
+    )
+    report.problems += problems
+    return dataset
 
 
 def load_with_report(

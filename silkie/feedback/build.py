@@ -11,7 +11,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,58 +112,71 @@ def build_dataset(
     FileExistsError where `out` already holds a dataset, JournalError where the journal belongs to other texts,
     ItemError for an image that cannot be read, ValueError where no item is left.
     """
-    responses, out = Path(responses), Path(out)
-    options = PairOptions.parse(pairs)
+    out, options = Path(out), PairOptions.parse(pairs)
     reader = _JournalReader(Path(journal))
-    skipped: Counter[str] = Counter()
-    judged: list[Judged] = []
-    counts: Counter[str] = Counter()
+    partial = out / "pairs.csv.partial"
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with (out / "pairs.csv.partial").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["id", "chosen", "rejected", "weight", "margin"])
-
-            def records() -> Iterator[dict[str, Any]]:
-                for item in read_items(responses):
-                    record = reader.get(item.id)
-                    reason = _why_skipped(item, record)
-                    if record is None or reason is not None:
-                        skipped[str(reason)] += 1
-                        continue
-                    _check_rating(item, record)
-                    row = _record(with_images(item, image_root, responses.parent), item.fingerprint(), record)
-                    found = build_pairs(
-                        row["ratings"], options, responses=item.responses, models=item.models, key=item.id
-                    )
-                    table.writerows(
-                        [item.id, chosen, rejected, weight, margin]
-                        for (chosen, rejected), weight, margin in zip(found, found.weights, found.margins, strict=True)
-                    )
-                    counts["pairs"] += len(found)
-                    counts["pairless"] += not found
-                    judged.append(_judged(item, record))
-                    yield row
-
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            joined = _Joined(Path(responses), reader, image_root, options, csv.writer(file))
             aspects, scale = _aspects_and_scale(reader)
-            files = write_vlfeedback(records(), out, aspects=aspects, scale=scale, shard_bytes=shard_bytes)
-        if not judged:
-            raise ValueError(f"nothing to build from {responses}: every item was skipped ({_listed(skipped)})")
-        (out / "pairs.csv.partial").replace(out / "pairs.csv")
+            files = write_vlfeedback(joined.records(), out, aspects=aspects, scale=scale, shard_bytes=shard_bytes)
+        if not joined.judged:
+            raise ValueError(f"nothing to build from {responses}: every item was skipped ({_listed(joined.skipped)})")
+        partial.replace(out / "pairs.csv")
     finally:
         reader.close()
-        (out / "pairs.csv.partial").unlink(missing_ok=True)
-    quality = quality_report(judged, reference)
+        partial.unlink(missing_ok=True)
+    quality = quality_report(joined.judged, reference)
     (out / "quality.json").write_text(json.dumps(quality, indent=1), encoding="utf-8")
     (out / "quality.md").write_text(quality_markdown(quality), encoding="utf-8")
     return BuildSummary(
-        items=len(judged),
-        skipped=dict(skipped),
-        pairs=counts["pairs"],
-        pairless=counts["pairless"],
+        items=len(joined.judged),
+        skipped=dict(joined.skipped),
+        pairs=joined.pairs,
+        pairless=joined.pairless,
         quality=quality,
         files=files,
     )
+
+
+@dataclass(slots=True)
+class _Joined:
+    """Responses with their ratings, one item at a time: the records of the dataset and, on the way, the table of pairs
+    and what is counted."""
+
+    responses: Path
+    reader: _JournalReader
+    image_root: str | None
+    options: PairOptions
+    table: Any  # csv's writer
+    judged: list[Judged] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    pairs: int = 0
+    pairless: int = 0
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        self.table.writerow(["id", "chosen", "rejected", "weight", "margin"])
+        for item in read_items(self.responses):
+            record = self.reader.get(item.id)
+            reason = _why_skipped(item, record)
+            if record is None or reason is not None:
+                self.skipped[str(reason)] += 1
+                continue
+            _check_rating(item, record)
+            row = _record(with_images(item, self.image_root, self.responses.parent), item.fingerprint(), record)
+            self._pair(item, row)
+            self.judged.append(_judged(item, record))
+            yield row
+
+    def _pair(self, item: JudgeItem, row: Mapping[str, Any]) -> None:
+        found = build_pairs(row["ratings"], self.options, responses=item.responses, models=item.models, key=item.id)
+        self.table.writerows(
+            [item.id, chosen, rejected, weight, margin]
+            for (chosen, rejected), weight, margin in zip(found, found.weights, found.margins, strict=True)
+        )
+        self.pairs += len(found)
+        self.pairless += not found
 
 
 def _aspects_and_scale(reader: _JournalReader) -> tuple[list[str], tuple[float, float]]:
