@@ -82,8 +82,8 @@ def load_preferences(
         return_report: return what `load_with_report` does, (dataset, LoadReport).
 
     Returns a dataset with the columns of `silkie.data.group_features`. Images are `Image(decode=False)` values, which
-    `silkie.data.open_image` decodes. The result is cached: the same call on unchanged files reads nothing again. Raises DataError, and
-    RowError for a broken row.
+    `silkie.data.open_image` decodes. The result is cached: the same call on unchanged files reads nothing again. Raises
+    DataError, and RowError for a broken row.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
