@@ -39,7 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 import peer_data
-from step_setting import CONTENDERS, FAMILIES, HYBRID, IMAGE_GRIDS, RESPONSE_WORDS, SHAPES, SHARED, run
+from step_setting import CONTENDERS, FAMILIES, HYBRID, IMAGE_GRIDS, KEPT, RESPONSE_WORDS, SHAPES, SHARED, run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 ORDER = (*CONTENDERS, *peer_data.PEERS)
@@ -116,7 +116,8 @@ def measure(
     settings = itertools.product(args.lengths, args.image_tokens, args.questions_per_image, args.ks)
     results = {(*_setting(r), r["contender"]): r for r in earlier}
     for setting in settings:
-        contenders = [c for c in args.contenders if c != SHARED or args.groups * setting[2] > 1]  # nothing to share
+        alone = args.groups * setting[2] == 1  # nothing to share, and features are kept of several images only
+        contenders = [c for c in args.contenders if not (alone and (c == SHARED or c.endswith(KEPT)))]
         if args.resume and all((*setting, c) in results for c in contenders):
             continue
         kept = {c: results[(*setting, c)] for c in contenders if args.add and (*setting, c) in results}
@@ -273,6 +274,7 @@ def main() -> None:
     family = "" if args.family == FAMILIES[0] else f"_{args.family}"
     file = args.out / f"{args.name or f'step{family}_{args.device}'}.json"
     given = [a for before, a in itertools.pairwise(sys.argv) if "--out" not in (before, a)]
+    given = [f"{a.split('=')[0]}=PATH" if a.startswith(tuple(f"{p}=" for p in peer_data.PEERS)) else a for a in given]
     args.command = " ".join(["python", "tests/benchmarks/bench_step.py", *given])
     facts = {
         "command": args.command,

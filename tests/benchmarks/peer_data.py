@@ -78,7 +78,9 @@ def run(peer: str, python: str | None, **sizes: Any) -> dict[str, Any]:
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not lines:
-        return {"reason": (done.stderr.strip() or done.stdout.strip())[-1500:]}
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        print("\n".join(said[-20:]), flush=True)
+        return {"reason": said[-1] if said else f"exit code {done.returncode}"}
     found = json.loads(lines[-1][len(RESULT) :])
     pairs = sizes["k"] * (sizes["k"] - 1) // 2 * sizes["groups_per_step"]
     best = min(found["all_seconds"])

@@ -26,8 +26,10 @@ from tests.support.tiny import SPECIAL, WORDS, image, tiny_processor, tiny_token
 
 SHARED = "packed + shared image"
 AUTO, WITHOUT = " + auto checkpointing", " without checkpointing"  # the others checkpoint every layer, TRL's default
+KEPT = " + features on disk"  # the warm-up step encodes, the timed ones read
 CONTENDERS = ("TRL", "rows", "packed", SHARED, "packed + precomputed reference")
 CONTENDERS += ("TRL" + WITHOUT, "packed" + AUTO, "packed + precomputed reference" + AUTO)
+CONTENDERS += ("packed" + KEPT, "packed + precomputed reference" + KEPT)
 IMAGE_GRIDS = {16: (4, 4), 256: (16, 16), 576: (24, 24), 1280: (32, 40)}  # image tokens -> rows, columns of 28 pixels
 PROMPT_WORDS = 50  # with the template's own tokens: 60 of prompt text
 # Words of the responses; the template's end of turn makes two more tokens of each. Both add up to the same: 120 on
@@ -68,6 +70,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         ),
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [4, 6, 6],
+    },
+    # "tiny" with an encoder that does as much arithmetic per image token, against the language model, as that of the 3B
+    # model
+    "balanced": {
+        "text": dict(
+            hidden_size=128,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=1024,
+        ),
+        "vision": dict(depth=4, hidden_size=64, intermediate_size=171, num_heads=4, fullatt_block_indexes=[3]),
+        "mrope": [2, 3, 3],
     },
     # The language models of Qwen2.5, with Qwen2.5-VL's encoder.
     "0.5b": {
@@ -297,6 +313,7 @@ def run(
                 precompute_ref_log_probs="precomputed" in contender,
                 self_test=False,
                 attention_backend=backend if "packed" in contender else "auto",
+                vision_cache=f"{folder}/features" if KEPT in contender else "off",
                 share_prefix="image" if contender == SHARED else "off",
                 share_prefix_groups=questions,
                 **options,
