@@ -66,13 +66,20 @@ def run(
     contender: str,
     *,
     k: int = 4,
+    questions: int = 1,
     groups_per_step: int = 1,
     timed: int = 3,
     learning_rate: float = 1e-4,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> dict[str, Any]:
     """Trains a warm-up and the timed steps of one contender of `bench_step.py`, in fp32 on the CPU, and returns what was
-    measured."""
+    measured. `questions` is that of `bench_step.py`: groups per image, here always one.
+
+    Raises:
+        ValueError: several questions about one image.
+    """
+    if questions != 1:
+        raise ValueError("one question per board: leave --questions-per-image alone.")
     model, processor = build()
     groups = build_groups(processor, k, groups_per_step, prompt_tokens)
     pairs = k * (k - 1) // 2 * groups_per_step
@@ -115,6 +122,7 @@ def run(
         "contender": contender,
         "lengths": "equal",
         "image_tokens": 4,
+        "questions": questions,
         "k": k,
         "pairs": pairs,
         "groups_per_step": groups_per_step,
