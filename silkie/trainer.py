@@ -1,7 +1,7 @@
 """`SilkieDPOTrainer`: TRL's DPO trainer on preference groups. Wiring only; the parts are in the modules it imports.
 
-Of TRL's trainer it uses `__init__`, `compute_loss`, `_set_signature_columns_if_needed`, `log`, `_metrics` and
-`_total_train_tokens`; of transformers' `_prepare_inputs`, `_train_batch_size` and `model_wrapped`.
+Of TRL's trainer it uses `__init__`, `compute_loss`, `_prepare_dataset`, `log`, `_metrics` and `_total_train_tokens`; of
+transformers' `_prepare_inputs`, `_train_batch_size` and `model_wrapped` (tests/unit/test_private_pieces.py).
 """
 
 from __future__ import annotations

@@ -84,8 +84,16 @@ class RunDescription:
     log_history: Sequence[Mapping[str, Any]]
     reads_images: bool = True
     model_name: str | None = None
-    dataset_name: str | None = None
+    dataset_name: str | Sequence[str] | None = None
     tags: Sequence[str] = ()
+
+
+def _as_names(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _in_words(given: str | Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in _as_names(given))
 
 
 def _shown_options(args: SilkieDPOConfig) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def card_text(run: RunDescription) -> str:
         "tags": list(dict.fromkeys([*run.tags, "silkie", "trl", "dpo"])),
     }
     if run.dataset_name:
-        header["datasets"] = [run.dataset_name]
+        header["datasets"] = _as_names(run.dataset_name)
     if run.model_name:
         header["model_name"] = run.model_name
     if not Path(base).is_dir() and "/" in base:
@@ -158,7 +166,7 @@ def card_text(run: RunDescription) -> str:
         (
             f"Preference-trained from `{_shown(base)}` with silkie {silkie.__version__}"
             f" ({'LoRA adapter' if run.adapter else 'full weights'}, {'+'.join(run.args.loss_type)} loss, reference:"
-            f" {run.reference or 'none'}){f' on `{run.dataset_name}`' if run.dataset_name else ''}."
+            f" {run.reference or 'none'}){f' on {_in_words(run.dataset_name)}' if run.dataset_name else ''}."
         ),
         f"```python\n{load}\n```",
         "## Data\n\n" + "\n".join(data),

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from silkie.batch.batch import Batch
 from silkie.batch.collator import CollateWithRows
-from silkie.batch.loaders import GROUP_COLUMNS, GroupLoaders, is_prepared
+from silkie.batch.loaders import GroupLoaders, is_prepared
 from silkie.losses import Objective
 from silkie.model.attention import Attention
 from silkie.training.metrics import RunMetrics
@@ -39,7 +39,6 @@ class TrlSurface(Trainer):
     _logged: dict[str, RunMetrics]
     _sum: Any
     _card: dict[str, Any]
-    _signature_columns: Any
 
     def _prepared(self, dataset: Any, args: Any, name: str) -> Any:
         raise NotImplementedError
@@ -47,10 +46,6 @@ class TrlSurface(Trainer):
     def run_description(self) -> RunDescription:
         """The contents of the model card of this run."""
         raise NotImplementedError
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(GROUP_COLUMNS)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         """TRL tokenises text data here; silkie's groups are encoded by its collator."""
@@ -129,7 +124,7 @@ class TrlSurface(Trainer):
     def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
-        dataset_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
         """Writes silkie's card in place of TRL's, with the same arguments; cards of later checkpoints keep them."""

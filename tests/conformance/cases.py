@@ -11,8 +11,8 @@ import datasets
 import peft
 from peft import LoraConfig
 
-from tests.conformance.compare import METRICS, Case, chats, talk, turn
-from tests.support.tiny import image
+from tests.conformance.compare import METRICS, Case, chats, language_model, talk, turn
+from tests.support.tiny import image, tiny_model, tiny_tokenizer
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PLAIN = [
@@ -216,6 +216,16 @@ DATA = [
         rows=[chats()[0], {**chats()[0], "chosen": turn("two dog"), "rejected": turn("three")}],
     ),
     Case(
+        name="a developer turn",
+        rows=[{**r, "prompt": [{"role": "developer", "content": "a cat"}, *r["prompt"]]} for r in chats()],
+    ),
+    Case(
+        name="an `IterableDataset` that ends before max_steps",
+        rows=lambda: datasets.Dataset.from_list(many(4)).to_iterable_dataset(),
+        options={"max_steps": 3},
+        note="read again, as in TRL; `epoch` in the log is the share of max_steps, TRL adds the number of passes",
+    ),
+    Case(
         name="a row that is there twice, in one batch",
         rows=[chats()[0], chats()[0], chats()[1]],
         options={"per_device_train_batch_size": 3},
@@ -250,6 +260,12 @@ DATA = [
         rows=[{**r, "prompt": r["prompt"] + turn("yes")} for r in chats()],
         expected="refused",
         why="Move the last turn of the assistant into chosen and rejected",
+    ),
+    Case(
+        name="an empty prompt of a row of strings",
+        rows=[{**r, "prompt": ""} for r in PLAIN],
+        expected="refused",
+        why="Repair the row, or drop and count such rows",
     ),
     Case(
         name="another number of images than image parts",
@@ -308,16 +324,24 @@ OPTIONS = [
     Case(name="prompt tuning, prefix tuning", adapter=lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), expected="refused", why="use LoRA"),
     Case(name="init_lora_weights='pissa'", adapter=lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), expected="refused", why="Pass that model as `ref_model`"),
     Case(name="a LoRA config without target_modules", adapter=lambda: LoraConfig(r=4), trl_crashes=True, expected="different", why="TRL stops; here it adapts the language model's attention and MLP projections"),
-    Case(name="neftune_noise_alpha", options={"neftune_noise_alpha": 5.0}, expected="refused", why="set layout='rows'"),
+    Case(name="neftune_noise_alpha", options={"neftune_noise_alpha": 5.0}, expected="different", why="other random draws of the same noise; layout='auto' runs one row per response"),
     Case(name="AdamW, cosine schedule, warm-up", options={"optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4, "learning_rate": 1e-2}),
     Case(name="gradient_checkpointing_kwargs={'use_reentrant': True}", options={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     Case(name="dataloader_num_workers", options={"dataloader_num_workers": 1}),
     Case(name="train_sampling_strategy='group_by_length'", options={"train_sampling_strategy": "group_by_length"}, expected="refused", why="max_tokens_per_batch"),
     Case(name="accelerator_config.dispatch_batches", options={"accelerator_config": {"dispatch_batches": True}}, trl_crashes=True, expected="different", why="TRL cuts image tensors at the wrong places; here it is switched off with a warning"),
-    Case(name="pad_to_multiple_of", options={"pad_to_multiple_of": 8}, expected="refused", why="padded to the longest"),
+    Case(name="pad_to_multiple_of", rows=chats(False), options={"pad_to_multiple_of": 8}),
     Case(name="truncation_mode='keep_end'", options={"truncation_mode": "keep_end"}, expected="refused", why="prompts never"),
     Case(name="torch_compile", options={"torch_compile": True}, expected="refused", why="recompiles"),
-    Case(name="accelerator_config.split_batches", options={"accelerator_config": {"split_batches": True}}, expected="refused", why="leave it off"),
+    Case(name="accelerator_config.split_batches", options={"accelerator_config": {"split_batches": True}}, note="one process; with several it is refused: divide per_device_train_batch_size by their number"),
+    Case(name="accelerator_config.use_seedable_sampler=False", rows=many(6), options={"accelerator_config": {"use_seedable_sampler": False}}, expected="different", why="the order still depends on seed and epoch alone; TRL's on all that drew random numbers before"),
+    Case(name="token statistics over several micro-batches", rows=many(6, False), options={"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}, own={"log_token_stats": True}, metrics=(*METRICS, "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens")),
+    Case(name="a last micro-batch that is smaller, gradient accumulation", rows=many(5, False), options={"gradient_accumulation_steps": 3, "max_steps": 2, "train_sampling_strategy": "sequential"}, expected="different", why="all pairs of an optimizer step weigh the same; in TRL those of a smaller micro-batch weigh more"),
+    Case(name="include_num_input_tokens_seen", options={"include_num_input_tokens_seen": True}, own={"log_token_stats": True}, metrics=("num_input_tokens_seen",), expected="different", why="tokens of the packed rows; num_tokens are those of TRL's"),
+    Case(name="max_length shorter than a prompt, text", rows=many(6, False), options={"max_length": 16, "train_sampling_strategy": "sequential"}, note="rows whose prompt leaves no room are dropped and counted"),
+    Case(name="max_length shorter than a prompt, images", rows=many(6), options={"max_length": 18, "train_sampling_strategy": "sequential"}, expected="different", why="rows whose prompt leaves no room are dropped and counted; TRL trains on them without a scored token, or stops where image tokens are cut"),
+    Case(name="load balancing loss of a mixture of experts", rows=chats(False), options={"router_aux_loss_coef": 0.5}, metrics=(*METRICS, "aux_loss"), adapter=lambda: LoraConfig(r=4, **Q), model=lambda: language_model("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32), processor=tiny_tokenizer, note="in packed rows, too, where a prompt is computed once: its tokens weigh as in TRL's rows"),
+    Case(name="dropout rates that are not `nn.Dropout`", rows=chats(False), model=lambda: tiny_model(attention_dropout=0.5), expected="different", why="disable_dropout reaches them, too (attention_dropout, OPT's and a Q-Former's); TRL's leaves them random"),
 ]  # fmt: skip
 
 LABELS = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_steps": 3}
@@ -395,7 +419,12 @@ CALLS = [
     ("positional arguments", "same", "TRL's order"),
     ("a plain `DPOConfig` as `args`", "same", "taken over with all its values; one log line"),
     ("no `args`", "same", "output_dir is MODEL-DPO"),
-    ("`data_collator=`", "refused", "silkie packs with its own; shape rows with `map` or `with_transform`"),
+    ("`data_collator=` of TRL", "same", "its lengths are taken over; silkie's own collator makes the batches"),
+    (
+        "`data_collator=` of another kind",
+        "refused",
+        "silkie packs with its own; shape rows with `map` or `with_transform`",
+    ),
     ("`processing_class=` a tokenizer", "same", "text data; language models pack, too"),
     ("`compute_metrics=`", "same", "logits and token ids of TRL's rows, from an extra forward, as in TRL"),
     (
@@ -403,7 +432,15 @@ CALLS = [
         "same",
         "eval metrics are means over all pairs; TRL averages the means of batches, which differ where the last one is smaller",
     ),
-    ("`predict` on raw rows", "same", "logits and token ids"),
+    ('`include_for_metrics=["inputs"]`', "same", "the token ids of TRL's rows"),
+    ("`predict` on raw rows", "same", "logits and token ids; text data, too, where TRL stops"),
+    (
+        "`train(resume_from_checkpoint=True)` without a checkpoint",
+        "different",
+        "TRL stops; here the run starts from the beginning, and the log says so",
+    ),
+    ("`LoraConfig()` without targets on a language model", "same", "peft's own targets where it knows the type"),
+    ("a model of which nothing trains", "refused", "TRL fails in the backward pass; here before it starts"),
     ("`compute_ref_log_probs(model, batch)`", "same", "on the trainer's own batches"),
     ("`create_model_card(model_name, dataset_name, tags)`", "same", "silkie's card, with DPO's reference"),
     ("`num_tokens` in the log", "same", "tokens that silkie computes are num_packed_tokens"),

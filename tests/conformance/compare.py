@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+import transformers
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from tests.support.tiny import image, tiny_model, tiny_processor
+from tests.support.tiny import image, tiny_model, tiny_processor, tiny_tokenizer
 
 USER = [{"role": "user", "content": "what is in image ?"}]
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -36,6 +38,20 @@ def chats(images: bool = True, **extra: Any) -> list[dict[str, Any]]:
     return [{**row, **({"images": [image(i)]} if images else {}), **extra} for i, row in enumerate(rows)]
 
 
+def language_model(kind: str = "Qwen2", **more: Any) -> Any:
+    """A tiny text model whose outputs are far from uniform."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(vocab_size=len(tiny_tokenizer()), bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **ids, "num_key_value_heads": 2, **more})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return model.eval()
+
+
 @dataclass(kw_only=True)
 class Case:
     """One option or kind of data.
@@ -53,6 +69,7 @@ class Case:
         adapter: makes another adapter than LoRA on three projections.
         kto: TRL's side is its KTO trainer.
         note: a remark for the table, where both do the same.
+        model, processor: make these.
     """
 
     name: str
@@ -65,6 +82,8 @@ class Case:
     trl_crashes: bool = False
     metrics: tuple[str, ...] = METRICS
     note: str = ""
+    model: Callable[[], Any] = tiny_model
+    processor: Callable[[], Any] = tiny_processor
     kto: bool = False
     adapter: Callable[[], Any] = lambda: LoraConfig(
         r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q|v|up)_proj"
@@ -104,13 +123,13 @@ def build(cls: Any, config: Any, case: Case, tmp: Path, **arguments: Any) -> Any
     if case.kto and cls is SilkieDPOTrainer:
         own = {"loss_type": "kto", **own}
     given = {
-        "ref_model": None if case.peft else tiny_model(),
+        "ref_model": None if case.peft else case.model(),
         "args": config(**{**options(tmp, case), **own}),
         "train_dataset": case.dataset(),
-        "processing_class": tiny_processor(),
+        "processing_class": case.processor(),
         "peft_config": case.adapter() if case.peft else None,
     }
-    return cls(tiny_model(), **{**given, **arguments})
+    return cls(case.model(), **{**given, **arguments})
 
 
 def history(trainer: Any, metrics: Sequence[str]) -> list[list[float]]:

@@ -7,13 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from tests.conformance.compare import METRICS, Case, build, chats, history, options
+from tests.conformance.cases import many
+from tests.conformance.compare import METRICS, Case, build, chats, history, language_model, options
 from tests.support.tiny import tiny_model, tiny_processor, tiny_tokenizer
 
 BOTH = [(DPOTrainer, DPOConfig), (SilkieDPOTrainer, SilkieDPOConfig)]
@@ -23,27 +24,6 @@ CASE = Case(name="chat")
 @pytest.fixture(autouse=True)
 def _quiet():
     datasets.disable_progress_bars()
-
-
-def language_model():
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = transformers.Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model.eval()
 
 
 @pytest.mark.parametrize("rows", [chats(False), [{"prompt": "is it ?", "chosen": " yes", "rejected": " no"}] * 2])
@@ -87,6 +67,65 @@ def test_a_plain_dpo_config_is_taken_over(tmp_path, caplog):
 def test_a_collator_is_refused(tmp_path):
     with pytest.raises(ValueError, match="with_transform"):
         build(SilkieDPOTrainer, SilkieDPOConfig, CASE, tmp_path, data_collator=lambda rows: rows)
+
+
+def test_a_collator_of_trl_is_taken_for_what_it_says_of_lengths(tmp_path):
+    """Its max_length cuts answers: the same numbers with it given to both, and others without."""
+    case, logs = Case(name="text", rows=chats(False)), []
+    for cls, config in BOTH:
+        collator = DataCollatorForPreference(pad_token_id=0, max_length=17, pad_to_multiple_of=8)
+        trainer = build(cls, config, case, tmp_path, data_collator=collator)
+        logs.append(history(trainer, METRICS))
+    np.testing.assert_allclose(logs[0], logs[1], atol=1e-5)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 8 == 0
+    assert not np.allclose(
+        logs[1], history(build(SilkieDPOTrainer, SilkieDPOConfig, case, tmp_path), METRICS), atol=1e-3
+    )
+    with pytest.raises(ValueError, match="keep_end"):
+        collator = DataCollatorForPreference(pad_token_id=0, max_length=17, truncation_mode="keep_end")
+        build(SilkieDPOTrainer, SilkieDPOConfig, case, tmp_path, data_collator=collator)
+
+
+def test_a_text_model_gets_pefts_own_targets_where_none_are_named(tmp_path):
+    trained = []
+    for cls, config in BOTH:
+        case = Case(name="text", rows=chats(False))
+        trainer = cls(
+            language_model(),
+            args=config(**options(tmp_path, case)),
+            train_dataset=case.dataset(),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4),
+        )
+        trained.append({name for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert trained[0] == trained[1] and any("q_proj" in name for name in trained[1])
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_evaluation_logs_everything_that_trl_does(rows, tmp_path):
+    """Names and, with batches of one size, values."""
+    case, logs = Case(name="eval", options={"eval_strategy": "steps", "eval_steps": 1}), []
+    for cls, config in BOTH:
+        own = {"log_token_stats": True} if cls is SilkieDPOTrainer else {}
+        data = datasets.Dataset.from_list(many(rows) if rows else chats())
+        args = config(**{**options(tmp_path, case), **own})
+        trainer = build(cls, config, case, tmp_path, args=args, eval_dataset=data)
+        trainer.train()
+        logs.append([e for e in trainer.state.log_history if "eval_loss" in e])
+    for theirs, ours in zip(*logs, strict=True):
+        assert set(theirs) - set(ours) == set()
+        for name in theirs if rows is None else ("eval_num_tokens",):
+            if "runtime" not in name and "per_second" not in name:
+                assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
+
+
+def test_inputs_for_metrics_are_the_rows_of_trl(tmp_path):
+    shapes = []
+    for cls, config in BOTH:
+        case = Case(name="inputs", options={"include_for_metrics": ["inputs"]})
+        metric = lambda prediction: shapes.append(np.shape(prediction.inputs)) or {}  # noqa: E731
+        build(cls, config, case, tmp_path, compute_metrics=metric, eval_dataset=case.dataset()).evaluate()
+    assert shapes[0] == shapes[1]
 
 
 def test_compute_metrics_gets_the_logits_and_ids_of_trl(tmp_path):
@@ -145,6 +184,10 @@ def test_the_model_card_has_its_arguments_and_references(tmp_path):
         header = yaml.safe_load(text.split("---")[1])
         assert header["datasets"] == ["org/data"] and header["tags"] == ["mine", "silkie", "trl", "dpo"]
         assert "# my-model" in text and "2305.18290" in text
+    trainer.create_model_card(dataset_name=["org/data", "org/more"])
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["datasets"] == ["org/data", "org/more"]
+    assert "on `org/data`, `org/more`" in text
 
 
 def test_a_stream_must_say_how_long_the_run_is(tmp_path):
