@@ -30,7 +30,6 @@ def test_defaults_never_cut_a_prompt():
         ({"self_test_tolerance": float("nan")}, "self_test_tolerance"),
         ({"dataloader_drop_last": True, "max_tokens_per_batch": 64}, "nothing to drop"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
-        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
         ({"torch_compile": True}, "torch_compile"),
         ({"beta": float("inf")}, "beta"),
     ],
@@ -48,3 +47,10 @@ def test_variables_of_the_chat_template_come_as_a_dict_or_as_json():
     for given in ({"enable_thinking": False}, '{"enable_thinking": false}'):
         assert config(chat_template_kwargs=given).template_variables == {"enable_thinking": False}
     assert config().template_variables == {}
+
+
+def test_split_batches_is_refused_where_several_processes_would_split(monkeypatch):
+    assert config(accelerator_config={"split_batches": True}).accelerator_config.split_batches is False
+    monkeypatch.setattr(SilkieDPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="divide per_device_train_batch_size"):
+        config(accelerator_config={"split_batches": True})
