@@ -134,13 +134,14 @@ def test_two_processes_train_as_one(ci_runs, mode, case):
 
 @pytest.mark.timeout(750)
 def test_two_processes_share_the_features_on_disk(ci_runs):
-    """Together they encode each image once, so that each reads some that the other encoded."""
+    """Together they encode each image once, but for the two that both try at start-up; alone each would encode nearly
+    all that it meets in the reference's pass and two epochs."""
     run = ci_runs / "ddp-kept_features"
     ranks = [json.loads((run / f"features.{rank}.json").read_text()) for rank in (0, 1)]
-    kept, passes = len(list(run.glob("vision_cache/*/*/*.safetensors"))), 3  # the reference's, and two epochs
+    kept = len(list(run.glob("vision_cache/*/*/*.safetensors")))
     assert kept == sum(bool(g["images"]) for g in many_groups())
-    assert sum(r["encoded"] for r in ranks) == kept and all(r["encoded"] for r in ranks)
-    assert sum(r["encoded"] + r["read"] for r in ranks) == passes * kept
+    assert kept <= sum(r["encoded"] for r in ranks) <= kept + 2 and all(r["encoded"] for r in ranks)
+    assert sum(r["encoded"] + r["read"] for r in ranks) == 3 * kept + 4
 
 
 @pytest.mark.slow
