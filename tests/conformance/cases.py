@@ -217,7 +217,8 @@ DATA = [
     ),
     Case(
         name="a developer turn",
-        rows=[{**r, "prompt": [{"role": "developer", "content": "a cat"}, *r["prompt"]]} for r in chats()],
+        rows=[{**r, "prompt": [{"role": "developer", "content": "a cat"}, *r["prompt"]]} for r in chats(False)],
+        processor=tiny_tokenizer,
     ),
     Case(
         name="an `IterableDataset` that ends before max_steps",

@@ -42,10 +42,11 @@ def log_of(path):
     return [{k: e[k] for k in keys} for e in result["log"] if "loss" in e], result["objective"]
 
 
-def kill_matrix(tmp_path, mode, kills, timeout, epochs=4, lora=True):
+def kill_matrix(tmp_path, mode, kills, timeout, epochs=4, lora=True, stream=None):
     """Kills a run at random moments, a checkpoint every step, and compares its log and weights bit for bit with those
-    of an undisturbed run."""
-    spec = {"lora": lora, "args": {**LONG, "num_train_epochs": epochs, "learning_rate": 0.01 if lora else 0.001}}
+    of an undisturbed run. `stream`: options of one that reads its data as a stream."""
+    args = {**LONG, "num_train_epochs": epochs, "learning_rate": 0.01 if lora else 0.001, **(stream or {})}
+    spec = {"lora": lora, "stream": stream is not None, "args": args}
     jobs = [
         {"mode": mode, "spec": {**spec, "out": str(tmp_path / "calm")}, "timeout": 300},
         {
@@ -83,6 +84,19 @@ def test_a_killed_run_goes_on_exactly(tmp_path, mode):
 @pytest.mark.parametrize("mode", ["single", "ddp", "zero2", "zero3", "fsdp2"])
 def test_a_killed_run_of_the_whole_model_goes_on_exactly(tmp_path, mode):
     assert kill_matrix(tmp_path, mode, 4, 580, epochs=6, lora=False)["kills"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["single", "ddp"])
+def test_a_killed_run_on_a_stream_goes_on_exactly(tmp_path, mode):
+    """SIGKILL in the middle of windows and over the end of the stream, which is read again from there."""
+    stream = {"max_steps": 16, "stream_window": 4}
+    assert kill_matrix(tmp_path, mode, 6, 880, stream=stream)["kills"] == 6
+    state = json.loads((tmp_path / "killed" / "checkpoint-16" / "silkie_state.json").read_text())
+    passes, window, _ = state["stream"]
+    print(mode, "ended in pass", passes, "window", window)
+    assert passes >= 1, "the stream did not end before the run"
 
 
 @pytest.mark.slow
