@@ -115,12 +115,12 @@ def among(companies: Sequence[Company], indices: Sequence[int]) -> list[Company]
 
 
 def describe_companies(companies: Sequence[Company], lengths: Sequence[int]) -> str:
-    """For the log: what share of the data has company, and what that saves."""
+    """For the log: how many groups share the beginning of their prompt, and what that saves."""
     members, total = sum(len(c.groups) for c in companies), sum(lengths)
     saved = sum(c.saved for c in companies)
     return (
-        f"{members} of {len(lengths)} groups ({members / len(lengths):.0%}) have company, which saves at least"
-        f" {saved:,} of {total:,} tokens of a pass over the data ({saved / total:.0%})"
+        f"{members} of {len(lengths)} groups ({members / len(lengths):.0%}) share the beginning of their prompt with"
+        f" others, which saves at least {saved:,} of {total:,} tokens of a pass over the data ({saved / total:.0%})"
     )
 
 

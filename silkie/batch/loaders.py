@@ -104,8 +104,9 @@ def prepared_groups(
     groups = as_groups(dataset, args, name, paired=labels is None, cache_dir=cache_dir)
     if len(groups) < len(dataset):
         logger.info(
-            "%s: %d rows are %d groups: rows of the same prompt and images are joined, and pairs of equal responses"
-            " left out; batches count groups, TRL's rows (load_preferences(rows, regroup_pairs=False) joins none)",
+            "%s: %d rows became %d groups: rows with the same prompt and images are joined, and pairs of identical"
+            " responses are dropped. Batch sizes are numbers of groups here and of rows in TRL;"
+            " load_preferences(rows, regroup_pairs=False) joins no rows",
             name,
             len(dataset),
             len(groups),

@@ -107,7 +107,7 @@ class StreamedBatches(TorchDataset):
                 self._groups, _ = self._prepared(raw, number)
                 self._batches = self.divide(self._groups)
             except NoGroupLeft as error:
-                logger.warning("window %d of the stream is left out: %s", number, error)
+                logger.warning("skipping window %d of the stream: %s", number, error)
                 self._batches = []
             if self._batches:
                 self._at, self._found = Window(passes, number, first), True

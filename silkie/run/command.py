@@ -71,7 +71,8 @@ def _train(argv: list[str], prog: str) -> int:
         asked = read_command(argv, prog)
         if asked.launch and LAUNCHED not in os.environ:
             raise ValueError(
-                f"{', '.join(asked.launch)}: options of a launcher, and this is none. Start with `silkie train`."
+                f"{', '.join(asked.launch)}: launcher options, but this process does not launch others. Start with"
+                " `silkie train`."
             )
         run_args, args, model_args = _parsed(argv, prog)
     run(run_args, args, model_args)

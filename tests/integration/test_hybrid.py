@@ -30,6 +30,7 @@ from tests.support.hybrid import (
     with_lora,
 )
 from tests.support.scoring import collate, gradients, score, stock_logps
+from tests.support.settings import SGD
 from tests.support.tiny import tiny_processor
 
 EXACT = 1e-10
@@ -360,21 +361,8 @@ def trained(tmp_path, layout, model=None, **options):
     torch.manual_seed(0)
     arguments = dict(
         output_dir=str(tmp_path / layout),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        num_train_epochs=2,
-        learning_rate=0.02,
-        optim="sgd",
-        lr_scheduler_type="constant",
         per_device_train_batch_size=2,
-        max_grad_norm=1e6,
-        seed=0,
-        gradient_checkpointing=False,
-        use_fused_logprob=False,
+        **SGD,
     )
     trainer = SilkieDPOTrainer(
         model if model is not None else qwen3_5(double=True),

@@ -24,19 +24,15 @@ from tests.support.data import dataset, group, mixed_groups
 from tests.support.families import FAMILIES, QWEN, family_model, family_processor
 from tests.support.hybrid import qwen3_5
 from tests.support.scoring import gradients, groups, score, stock_logps
+from tests.support.settings import QUIET
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 
 def make(tmp_path, model=None, data=None, peft=True, processor=None, **options):
     arguments = dict(
         output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
         max_steps=1,
-        logging_steps=1,
+        **QUIET,
     )
     return SilkieDPOTrainer(
         model if model is not None else tiny_model(),
@@ -299,14 +295,9 @@ def test_a_second_reference_model_runs_the_same_attention(tmp_path, monkeypatch)
     monkeypatch.setattr(segments, "SHORTEST_ROW", 0)
     args = SilkieDPOConfig(
         output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
         max_steps=1,
-        logging_steps=1,
         attention_backend="segments",
+        **QUIET,
     )
     trainer = SilkieDPOTrainer(
         tiny_model(), ref_model=tiny_model(), args=args, train_dataset=dataset(), processing_class=tiny_processor()

@@ -21,6 +21,7 @@ from silkie.data.schema import group_features
 from silkie.training.checkpoints import CheckpointError
 from silkie.training.reference import ReferenceStore
 from tests.support.data import dataset, group, mixed_groups
+from tests.support.settings import QUIET
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 GROUPS = 4
@@ -30,16 +31,11 @@ def make(folder, *, data=None, seed=0, processor=None, **options):
     arguments = dict(
         output_dir=str(folder / "out"),
         reference_cache_dir=str(folder / "cache"),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
         max_steps=4,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         precompute_ref_log_probs=True,
+        **QUIET,
     )
     return SilkieDPOTrainer(
         tiny_model(seed=seed),

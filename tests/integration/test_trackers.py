@@ -12,24 +12,20 @@ from silkie.data import open_image
 from silkie.inference import generate
 from tests.integration.test_trainer import losses
 from tests.support.data import dataset
+from tests.support.settings import QUIET
 from tests.support.tiny import tiny_model, tiny_processor
 
 
 def make(tmp_path, *, peft=True, held_out=True, **options):
     settings = dict(
         output_dir=str(tmp_path / "run"),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
         learning_rate=0.1,
         per_device_train_batch_size=2,
         max_steps=2,
         eval_strategy="steps",
         eval_steps=1,
         log_answers=3,
+        **QUIET,
     )
     return SilkieDPOTrainer(
         tiny_model(),

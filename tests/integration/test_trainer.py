@@ -15,22 +15,18 @@ from silkie.report.collect import collect
 from silkie.training.non_finite import NonFiniteError
 from tests.support.data import ASPECTS, dataset, group, mixed_groups
 from tests.support.families import family_model, family_processor
+from tests.support.settings import QUIET
 from tests.support.tiny import image, tiny_model, tiny_processor
 
 
 def make(tmp_path, *, model=None, family="qwen2_5_vl", data=None, peft=True, callbacks=None, ref_model=None, **options):
     defaults = dict(
         output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
         learning_rate=1e-2,
         per_device_train_batch_size=2,
         num_train_epochs=2,
         lr_scheduler_type="constant",
+        **QUIET,
     )
     return SilkieDPOTrainer(
         model if model is not None else tiny_model(family),

@@ -20,6 +20,7 @@ from tests.support.families import FAMILIES, QWEN, family_model, family_processo
 from tests.support.hybrid import TARGETS, qwen3_5, words
 from tests.support.hybrid import with_lora as hybrid_lora
 from tests.support.scoring import collate, gradients, score, stock_logps, with_lora
+from tests.support.settings import SGD
 from tests.support.tiny import image, tiny_processor
 from tests.support.trees import TREES, asked, tree_rows
 
@@ -213,22 +214,9 @@ def make(tmp_path, family="qwen2_5_vl", rows=None, **options):
     torch.manual_seed(0)
     arguments = dict(
         output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        num_train_epochs=2,
-        learning_rate=0.02,
-        optim="sgd",
-        lr_scheduler_type="constant",
         per_device_train_batch_size=4,
-        max_grad_norm=1e6,
-        seed=0,
-        gradient_checkpointing=False,
-        use_fused_logprob=False,
         share_prefix="image",
+        **SGD,
     )
     model = qwen3_5(double=True) if family == "qwen3_5" else family_model(family).double()
     return SilkieDPOTrainer(
@@ -299,7 +287,7 @@ def test_a_step_equals_that_of_a_run_without_sharing(tmp_path):
 def test_the_log_tells_the_saving_and_the_self_test_runs_a_tree(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="silkie"):
         make(tmp_path, max_steps=1).train()
-    assert "6 of 7 groups (86%) have company, which saves at least" in caplog.text
+    assert "6 of 7 groups (86%) share the beginning of their prompt with others, which saves at least" in caplog.text
     assert "self-test: groups share a stem of" in caplog.text
 
 
