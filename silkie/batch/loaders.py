@@ -20,7 +20,7 @@ from silkie.batch.labels import Labels
 from silkie.batch.preparation import prepare_groups
 from silkie.batch.preparation_report import PreparationReport
 from silkie.batch.sampler import GroupBatchSampler, WithEmptyGroups
-from silkie.batch.streaming import StreamedBatches, StreamSampler
+from silkie.batch.streaming import StreamedBatches, StreamSampler, check_whole
 from silkie.batch.workers import Named, worker_options
 from silkie.data import load_preferences
 from silkie.data.schema import OPTIONAL, is_group_features
@@ -156,6 +156,7 @@ def open_stream(stream: IterableDataset, encoder: GroupEncoder, args: Any, label
         )
     if args.share_prefix == "image":
         raise ValueError("`share_prefix='image'` looks through all prompts first: load the data with streaming=False.")
+    check_whole(stream)
     rows = args.stream_window
     if args.max_tokens_per_batch is None:  # full batches where no prompt repeats
         step = args.per_device_train_batch_size * args.world_size

@@ -38,6 +38,20 @@ class Window(NamedTuple):
 _START = Window(0, 0, 0)
 
 
+def check_whole(stream: IterableDataset) -> None:
+    """Refuses a stream that was divided over processes: silkie deals its batches to the ranks, so every process must
+    read all rows. Of a divided one, each would read its part and train on a part of that.
+
+    Raises:
+        ValueError: `datasets.distributed.split_dataset_by_node` has divided it.
+    """
+    if getattr(stream, "_distributed", None) is not None:
+        raise ValueError(
+            "The streaming train_dataset was divided with split_dataset_by_node; silkie divides its batches over the"
+            " processes itself: pass the whole stream on every process."
+        )
+
+
 @dataclass(slots=True)
 class StreamedBatches(TorchDataset):
     """Micro-batch i of a stream, as a list of rows; batches are asked for in rising order. Every process and data

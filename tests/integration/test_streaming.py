@@ -6,6 +6,7 @@ import logging
 import datasets
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
@@ -161,6 +162,8 @@ def test_streams_that_cannot_be_trained_on(tmp_path):
         make(tmp_path, rows(4), max_steps=-1)
     with pytest.raises(ValueError, match="streaming=False"):
         make(tmp_path, rows(4), precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="pass the whole stream on every process"):
+        make(tmp_path, split_dataset_by_node(rows(4), rank=0, world_size=2))
 
 
 def test_two_processes_see_every_row_once(tmp_path):
