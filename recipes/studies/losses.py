@@ -134,7 +134,8 @@ def run_study(
 
 def merge(result: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
     """variant -> heading -> (mean, smallest, largest) over the seeds; "cost" is a step's processor time over that of
-    `sigmoid`, seed by seed."""
+    `sigmoid`, seed by seed: of the same study, or of the run that a row names (`sigmoid_step_seconds`) which was made
+    later, on a machine of another speed."""
     table: dict[str, dict[str, tuple[float, float, float]]] = {
         "base": {title: _spread([result["base"][mode][key][0]]) for (mode, key), title in COLUMNS.items()}
     }
@@ -146,7 +147,10 @@ def merge(result: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, 
         if "sigmoid" in result["scores"]:
             plain = result["scores"]["sigmoid"]
             table[name]["cost"] = _spread(
-                [run["step_seconds"] / plain[seed]["step_seconds"] for seed, run in by_seed.items()]
+                [
+                    run["step_seconds"] / run.get("sigmoid_step_seconds", plain[seed]["step_seconds"])
+                    for seed, run in by_seed.items()
+                ]
             )
     return table
 
@@ -174,29 +178,26 @@ def plot(result: Mapping[str, Any], file: str | Path) -> None:
 
     table = merge(result)
     names = [name for name in table if name != "base"]
-    figure, axes = plt.subplots(
-        1,
-        len(COLUMNS) - 1,
-        figsize=(2.6 * (len(COLUMNS) - 1), 0.27 * len(names) + 1.4),
-        sharey=True,
-        layout="constrained",
+    titles = [title for title in COLUMNS.values() if not title.startswith("over")]
+    figure, grid = plt.subplots(
+        2, 3, figsize=(8.6, 2 * (0.21 * len(names) + 0.8)), sharey=True, layout="constrained", squeeze=False
     )
-    for axis, title in zip(axes, [t for t in COLUMNS.values() if not t.startswith("over")], strict=True):
+    for axis, title in zip(grid.flat, titles, strict=True):
         axis.axvline(table["base"][title][0], color="#999999", linestyle="--", linewidth=1)
         for n, name in enumerate(names):
             mean, low, high = table[name][title]
             axis.plot([low, high], [n, n], color="#1f6f8b", linewidth=2, alpha=0.5)
             axis.plot([mean], [n], "o", color="#1f6f8b", markersize=5)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
+        axis.set_title(title, fontsize=11)
+        axis.tick_params(labelsize=10)
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
+    grid[0][0].set_yticks(range(len(names)), names, fontsize=10)
+    grid[0][0].invert_yaxis()
     figure.suptitle(
-        f"All losses on the embedded demo: mean and range over seeds {', '.join(map(str, result['seeds']))}; dashed:"
+        f"All losses on the embedded demo: mean and range over seeds {', '.join(map(str, result['seeds']))};\ndashed:"
         " the base",
-        fontsize=10,
+        fontsize=11,
     )
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -5,6 +5,7 @@ A command's function runs in `guarded`. `silkie --debug ...` (or SILKIE_DEBUG=1)
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -12,14 +13,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["alike", "complain", "computing", "debugging", "guarded", "log_to_stderr", "rank", "say"]
+__all__ = ["Parser", "alike", "complain", "computing", "debugging", "guarded", "log_to_stderr", "rank", "say"]
 
 DEBUG_VARIABLE = "SILKIE_DEBUG"
 WRONG_USE = 2
 INTERRUPTED = 130
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MENDABLE = (ValueError, RuntimeError, OSError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_USE, f"error: {message.rstrip('.')}. {self.prog} --help lists the options.\n")
 
 
 def debugging() -> bool:

@@ -28,6 +28,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
+from silkie.io.console import Parser
+
 __all__ = [
     "Command",
     "argument",
@@ -127,7 +129,7 @@ def _made(options: type, arguments: dict[str, Any]) -> Any:
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()})
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Reads `--like_this` as `--like-this`, so that a flag can be written as its name in Python."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -6,7 +6,6 @@ sweep               every image-text-to-text type of transformers that can be bu
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import importlib.metadata
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from silkie.io.console import Parser
 from silkie.model import tiny
 from silkie.model.families import reads_images
 from silkie.model.processor import looks_local
@@ -29,7 +29,7 @@ OPTIONAL = ("torchvision", "timm", "scipy")  # packages that some types of trans
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m silkie.model") -> int:
     """0 where every model named can be trained exactly, else 1."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
+    parser = Parser(prog=prog, description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="one model: both layouts, LoRA coverage, one step")
     check.add_argument("model", help="model directory or hub name (in float64: 8 bytes a parameter), or a model type")

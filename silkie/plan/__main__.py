@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
-from silkie.io.console import complain
+from silkie.io.console import Parser, complain
 from silkie.plan.memory import LEAST, Engine, Workload, choose, load_shape, parse_memory
 from silkie.plan.shapes import SHAPES, ModelShape
 from silkie.plan.write import machines_of, write_plan
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=(
             "Memory by part and FLOPs of a run, and which config fits: estimates. LoRA unless --full or --qlora; bf16."
@@ -70,10 +71,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(
-            f"{args.model} is none of {', '.join(SHAPES)}, no directory, and not found on the hub or in its cache:"
-            f" {error}"
-        )
+        parser.error(_no_such_model(args.model, error))
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -123,6 +121,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m silkie.plan")
     except OSError as error:
         return complain(error)
     return 0
+
+
+def _no_such_model(model: str, error: OSError) -> str:
+    from transformers import CONFIG_MAPPING  # imported by whoever looked the model up
+
+    close = difflib.get_close_matches(model.lower(), [*SHAPES, *CONFIG_MAPPING], n=1)
+    why = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return (
+        f"no model {model!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is none of {', '.join(SHAPES)}, no"
+        f" model type, no directory with a config.json, and not to be had from the hub or its cache ({why})"
+    )
 
 
 def _layout(asked: str, shape: ModelShape) -> tuple[Literal["packed", "rows"], str]:

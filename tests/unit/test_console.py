@@ -69,6 +69,25 @@ def test_a_misspelt_command_is_one_line(capsys):
     assert capsys.readouterr().err == "error: no command `trian`: did you mean `train`?\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["plan", "qwen2-vl-2b", "--gpus", "many"], "error: argument --gpus: invalid int value: 'many'."),
+        (["data", "inspect"], "error: the following arguments are required: "),
+        (["eval", "run", "mme"], "error: the following arguments are required: --model, --out."),
+        (["feedback", "sing"], "error: argument command: invalid choice: 'sing'"),
+        (["report"], "error: the following arguments are required: run_dir."),
+        (["check"], "error: the following arguments are required: model."),
+    ],
+)
+def test_a_wrong_use_is_one_line_with_a_remedy(words, wanted, capsys):
+    with pytest.raises(SystemExit) as ended:
+        console.main(words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("transformers ...")]
+    assert ended.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith(wanted) and lines[0].endswith("--help lists the options.")
+
+
 def test_debug_is_taken_off_except_where_it_is_transformers_option(monkeypatch):
     monkeypatch.setenv("SILKIE_DEBUG", "0")  # so that it is taken back where the command sets it
     monkeypatch.delenv("SILKIE_DEBUG")

@@ -38,6 +38,9 @@ def test_the_table_holds_mean_range_and_the_cost_relative_to_sigmoid_seed_by_see
     table = merge(result())
     assert table["sigmoid"]["exact, T=1 ↑"] == pytest.approx((0.6, 0.5, 0.7))
     assert table["ipo"]["cost"] == pytest.approx((1.25, 0.5, 2.0)) and "cost" not in table["base"]
+    later = result()
+    later["scores"]["ipo"]["1"]["sigmoid_step_seconds"] = 16.0
+    assert merge(later)["ipo"]["cost"] == pytest.approx((0.5, 0.5, 0.5))
     lines = markdown(result()).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| sigmoid", "| ipo"]
     assert "1.25 <sub>0.50–2.00</sub>" in lines[-1] and "0.20 |" in lines[-1]
