@@ -169,6 +169,8 @@ def open_stream(stream: IterableDataset, encoder: GroupEncoder, args: Any, label
         args.world_size,
         args.dataloader_num_workers,
     )
+    if args.dataloader_drop_last:
+        logger.info("train: dataloader_drop_last drops the rest of every window of the stream; TRL ignores it there")
     stream = stream if stream.features is None else stream.cast(undecoded(stream.features))
     prepare = partial(_window_groups, encoder=encoder, args=args, labels=labels)
     return StreamedBatches(stream=stream, rows=rows, prepare=prepare)

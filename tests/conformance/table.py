@@ -21,6 +21,11 @@ instead. `tests/conformance/` runs every row; `python -m tests.conformance.table
 
 Defaults that differ from TRL's: `max_length=None` (TRL: 1024; no image or prompt is ever cut), `freeze_vision=True` in full fine-tuning,
 `logging_nan_inf_filter=False` (a non-finite loss stops the run), `log_token_stats=False`. TRL's own `DPOConfig` or `KTOConfig` as `args` keeps TRL's values.
+
+In bf16 neither trainer is nearer to the truth: against a float64 step of the same weights, with five random adapters on each of four tiny models, the loss of a
+step is off by .0008 to .0015 in both, its gradients by 3 to 7 % in both (the means of the two within a tenth of each other), and the two losses are .0001 to
+.0005 apart: products over rows of other lengths are rounded otherwise
+(`pytest tests/integration/test_models_trl.py -m "" -k bf16 -s`).
 """
 MODELS = """\
 ## Model types

@@ -32,12 +32,13 @@ def pair_rows(groups):
 
 
 def options(tmp_path, **more):
-    return dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, **more)
+    given = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
+    return {**given, **more}
 
 
-def alive(trainer, dtype):
+def alive(trainer, dtype, seed=7):
     """Adapter factors with fixed random values: the policy differs from the reference and every gradient is alive."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     for name, parameter in trainer.model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape)
@@ -47,7 +48,8 @@ def alive(trainer, dtype):
 
 def loss_and_gradients(trainer, batch, **more):
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), **more)
+    with trainer.accelerator.autocast():  # in bf16
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), **more)
     loss.backward()
     return loss.detach().double(), {
         n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None
@@ -70,7 +72,7 @@ def of_type(model_type, dtype=torch.float32):
     return model.to(dtype), processor
 
 
-def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda model, processor: None, **more):
+def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda model, processor: None, seed=7, **more):
     """Loss, gradients and log of one step of stock TRL with silkie's default adapter; `change` changes model and processor first."""
     model, processor = of_type(model_type)
     change(model, processor)
@@ -82,14 +84,14 @@ def trl_step(folder, model_type, groups, dtype=torch.float32, change=lambda mode
         processing_class=processor,
         peft_config=with_default_targets(LoraConfig(r=4, lora_alpha=8), model),
     )
-    alive(trainer, dtype)
+    alive(trainer, dtype, seed)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     if dtype is torch.float64:
         batch = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
     return *loss_and_gradients(trainer, batch), trainer
 
 
-def silkie_step(folder, model_type, groups, layout, change=lambda model, processor: None, **more):
+def silkie_step(folder, model_type, groups, layout, change=lambda model, processor: None, seed=7, **more):
     """The same of silkie."""
     model, processor = of_type(model_type)
     change(model, processor)
@@ -100,7 +102,7 @@ def silkie_step(folder, model_type, groups, layout, change=lambda model, process
         processing_class=processor,
         peft_config=LoraConfig(r=4, lora_alpha=8),
     )
-    alive(trainer, torch.float32)
+    alive(trainer, torch.float32, seed)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(groups))])
     return *loss_and_gradients(trainer, batch), trainer
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 
 _STORES = {"update_conv_state", "update_recurrent_state"}  # methods of transformers' cache that only mixers call
 _TOKEN_WISE = {"moe", "mlp", "dense", "sparse"}  # layers of Nemotron-H and others that mix no tokens, and take no mask
-_CACHES = ("cache_params", "past_key_values")  # what mixers call their cache
+_CACHES = ("cache", "cache_params", "past_key_values")  # what mixers call their cache; transformers 5.24 on: the first
 
 
 def mask_kinds(config: PretrainedConfig) -> tuple[set[str], set[str]]:
