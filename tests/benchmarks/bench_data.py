@@ -34,11 +34,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 MODELS = [f"model-{letter}" for letter in "abcdefghijkl"]
 DECODED = 500  # images
 BATCHES = 100  # of one group
+STEPS_TIMED = 30
 WORDS = "a the red blue small large dog cat table window street person holding sitting behind near with and of on two three".split()
 RATING_SHARES = {  # the shares that the paper reports for VLFeedback, in %
     "Helpfulness": (22.8, 14.2, 13.4, 23.4, 26.3),
@@ -177,8 +179,8 @@ def decode(dataset: Any, open_image: Any) -> int:
     return sum(open_image(dataset[index]["images"][0]).width for index in range(DECODED))
 
 
-def trainer_of(dataset: Any, folder: Path, workers: int | None) -> Any:
-    """A run on the data with a model so small that the data is what takes time."""
+def trainer_of(dataset: Any, folder: Path, workers: int | None, model: Any = None, steps: int = 1) -> Any:
+    """A run on the data; without a model of its own with one so small that the data is what takes time."""
     from peft import LoraConfig
 
     from silkie import SilkieDPOConfig, SilkieDPOTrainer
@@ -191,12 +193,12 @@ def trainer_of(dataset: Any, folder: Path, workers: int | None) -> Any:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        max_steps=1,
+        max_steps=steps,
         per_device_train_batch_size=1,
         dataloader_num_workers=workers,
     )
     return SilkieDPOTrainer(
-        tiny_model(),
+        model or tiny_model(),
         args=args,
         train_dataset=dataset,
         processing_class=tiny_processor(image_side=640),
@@ -217,6 +219,23 @@ def batches(dataset: Any, folder: Path, workers: int) -> float:
     for _ in range(BATCHES):
         next(loader)
     return time.perf_counter() - start
+
+
+def seconds_of_steps(dataset: Any, folder: Path, workers: int) -> float:
+    """Seconds by the clock of steps of a model whose step takes several times as long as its data."""
+    from step_setting import build_model
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer = trainer_of(dataset, folder, workers, build_model("tiny", "cpu"), STEPS_TIMED + 1)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return ends[-1] - ends[0]
 
 
 def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str, Any]:
@@ -241,6 +260,8 @@ def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str
         "first step again": lambda: first_step(load_preferences(source, **options), folder),
         "100 batches, no worker": lambda: batches(load_preferences(source, **options), folder, 0),
         "100 batches, one worker": lambda: batches(load_preferences(source, **options), folder, 1),
+        "30 steps, no worker": lambda: seconds_of_steps(load_preferences(source, **options), folder, 0),
+        "30 steps, one worker": lambda: seconds_of_steps(load_preferences(source, **options), folder, 1),
     }
     heap, cpu, start = HeapPeak(), processor_seconds(), time.perf_counter()
     result = actions[name]()
@@ -249,6 +270,8 @@ def step(name: str, folder: Path, layout: str, num_proc: int | None) -> dict[str
     figures |= {"rss_mib": peak_rss(), "cache_mib": disk_mib(folder / "cache")}
     if name.startswith("100 batches"):
         figures["groups_per_second"] = round(BATCHES / result, 1)
+    if name.startswith("30 steps"):
+        figures["seconds_per_step"] = round(result / STEPS_TIMED, 4)
     if name == "load":
         figures["pairs"] = sum(len(pairs) for pairs in result["pairs"])
     if name == "inspect":
@@ -269,6 +292,8 @@ STEPS = (
     "first step again",
     "100 batches, no worker",
     "100 batches, one worker",
+    "30 steps, no worker",
+    "30 steps, one worker",
 )
 
 
@@ -297,7 +322,15 @@ def measure(
         ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures = json.loads(output.splitlines()[-1])
-        done = DECODED if name.startswith("decode") else BATCHES if name.startswith("100") else groups
+        done = (
+            DECODED
+            if name.startswith("decode")
+            else BATCHES
+            if name.startswith("100")
+            else STEPS_TIMED
+            if name.startswith("30")
+            else groups
+        )
         figures.update(
             groups=groups,
             pixels=pixels,
