@@ -193,7 +193,7 @@ def plot(result: Mapping[str, Any], file: str | Path) -> None:
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     grid[0][0].set_yticks(range(len(names)), names, fontsize=10)
-    grid[0][0].invert_yaxis()
+    grid[0][0].set_ylim(len(names) - 0.4, -0.6)
     figure.suptitle(
         f"All losses on the embedded demo: mean and range over seeds {', '.join(map(str, result['seeds']))};\ndashed:"
         " the base",
