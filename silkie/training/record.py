@@ -60,8 +60,8 @@ class RunRecord(DPOTrainer):
             self._packed_tokens += line.packed_tokens
             self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
             self.check_finite()
-        # in evaluation, too: those trained on so far
-        self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens + self._tokens_since_log()[0])]
+        if mode == "train" or line.means:  # an evaluation tells those trained on so far; the line at the end is none
+            self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens + self._tokens_since_log()[0])]
         super().log(logs, start_time)
 
     def plan_lines(self) -> list[str]:

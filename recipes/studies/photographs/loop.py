@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 32
 BATCH = 64
 # Held-out boards that were answered before: seed of `boards` -> how many. 12 by a test of run.py, 200 by the first run.
-# The second run has answered those of HELD_OUT_SEED: settings that are chosen after it want them here, and another seed.
+# The second run has answered those of HELD_OUT_SEED: settings chosen after it want them here, and another seed.
 OPENED = {2024: 12, 2025: 200}
 HELD_OUT_SEED = 2026
 EVALUATIONS = ("chair", "chair_sampled", "pope", "mme")
