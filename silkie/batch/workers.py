@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from silkie.batch.encoding import row_name
 from silkie.data.schema import DataError
+from silkie.io.control_groups import groups
 
 MOST_WORKERS = 8  # of a rank: a group takes about 50 ms of a core, a step of a GPU several times that
 ROWS_PER_PROCESS = 512  # fewer are measured sooner than another process starts
@@ -52,21 +53,17 @@ def cores() -> int:
 
 
 def _quota(mount: Path, membership: Path) -> float | None:
-    """Cores that the control groups (version 2) of this process allow; None where they set no limit."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    folder, limits = mount / own, []
-    for place in (folder, *folder.parents):
+    """Cores that the control groups of this process allow; None where they set no limit."""
+    limits = []
+    for version, folder in groups("cpu", mount, membership):
         try:
-            allowed, period = (place / "cpu.max").read_text().split()
-            limits += [] if allowed == "max" else [int(allowed) / int(period)]
+            if version == 2:
+                allowed, period = (folder / "cpu.max").read_text().split()
+            else:
+                allowed, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            limits += [] if allowed in ("max", "-1") else [int(allowed) / int(period)]
         except (OSError, ValueError):
-            pass
-        if place == mount:
-            break
+            continue
     return min(limits, default=None)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from silkie.io.control_groups import memory_left
 from silkie.model.checkpointing import checkpoint_first, checkpointable_layers
 from silkie.model.families import attention_implementation, causal_lm
 from silkie.plan.memory import estimate, size
@@ -117,14 +118,14 @@ def _obstacle(trainer: SilkieDPOTrainer, layers: int) -> tuple[str, ModelShape |
 
 def free_memory(device: torch.device) -> float:
     """Bytes that this process can still take: of a GPU, what is free and what PyTorch holds unused; of a machine, its
-    available memory, or what is left of the container's, divided by the processes on it."""
+    available memory, or what its container or job has left, divided by the processes on it."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     from accelerate.state import PartialState
 
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes)))
-    return min(_available(), _left_in_container()) / processes
+    return min(_available(), memory_left()) / processes
 
 
 def _available() -> float:
@@ -133,13 +134,3 @@ def _available() -> float:
     except OSError:
         return 0.0  # not Linux: every layer is checkpointed
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0.0)
-
-
-def _left_in_container() -> float:
-    """Of the memory limit of the control group (version 2), if it has one."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return float("inf") if limit == "max" else float(limit) - float(used)
-    except (OSError, ValueError):
-        return float("inf")

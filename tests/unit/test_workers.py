@@ -50,6 +50,15 @@ def test_a_container_quota_bounds_the_cores(tmp_path, limits, expected):
     assert workers._quota(tmp_path / "fs", tmp_path / "cgroup") == expected
 
 
+def test_a_quota_of_version_1_bounds_the_cores(tmp_path):
+    (tmp_path / "cgroup").write_text("5:cpu,cpuacct:/job\n3:memory:/other\n0::/\n")
+    for place, quota in (("", -1), ("job", 150000)):
+        (tmp_path / "cpu,cpuacct" / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cpu,cpuacct" / place / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu,cpuacct" / place / "cpu.cfs_period_us").write_text("100000\n")
+    assert workers._quota(tmp_path, tmp_path / "cgroup") == 1.5
+
+
 def test_cores_are_those_of_this_process():
     assert 1 <= workers.cores() <= len(os.sched_getaffinity(0))
 
