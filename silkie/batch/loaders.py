@@ -207,6 +207,18 @@ def is_prepared(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and "row" in dataset.column_names
 
 
+def _tell_of_lone_groups(sampler: GroupBatchSampler, groups: int, of: str) -> None:
+    """Warns of micro-batches in which a group meets no responses of another prompt."""
+    lone = sum(len(batch) == 1 and batch[0] < groups for batch in sampler)
+    if lone:
+        logger.warning(
+            "%d of %d micro-batches of %s hold one group: as in TRL, its KL term is estimated on its own responses",
+            lone,
+            len(sampler),
+            of,
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class GroupLoaders:
     """The data loaders of a run; accelerate deals their batches to the ranks.
@@ -255,14 +267,8 @@ class GroupLoaders:
             drop_last=args.dataloader_drop_last,
             companies=companies,
         )
-        lone = sum(len(batch) == 1 and batch[0] < len(dataset) for batch in self.train_sampler) if mismatched else 0
-        if lone:
-            logger.warning(
-                "%d of %d micro-batches of an epoch hold one group: as in TRL, its KL term is estimated on its own"
-                " responses",
-                lone,
-                len(self.train_sampler),
-            )
+        if mismatched:
+            _tell_of_lone_groups(self.train_sampler, len(dataset), "an epoch")
         return self._loader(_rows_of(dataset), self.train_sampler, args.dataloader_persistent_workers)
 
     def train_stream(
@@ -293,11 +299,14 @@ class GroupLoaders:
         self.train_sampler = StreamSampler(args.max_steps * args.gradient_accumulation_steps * world_size)
         return self._loader(batches, self.train_sampler, args.dataloader_persistent_workers)
 
-    def evaluation(self, dataset: Dataset, *, collate: Callable[[Any], Any] | None = None) -> DataLoader:
+    def evaluation(
+        self, dataset: Dataset, *, mismatched: bool = False, collate: Callable[[Any], Any] | None = None
+    ) -> DataLoader:
         """Every group once over all ranks, in the order of the data: accelerate would repeat some to fill the last
         round, and the loss would count them twice.
 
         Args:
+            mismatched: prompts also score the responses of other groups in their batch.
             collate: in place of the run's own.
         """
         sampler = GroupBatchSampler(
@@ -308,6 +317,8 @@ class GroupLoaders:
             shuffle=False,
             drop_last=self.args.dataloader_drop_last,
         )
+        if mismatched:
+            _tell_of_lone_groups(sampler, len(dataset), "an evaluation")
         return self._loader(_rows_of(dataset), sampler, False, collate)
 
     def _loader(

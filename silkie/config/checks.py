@@ -142,14 +142,27 @@ def check_losses(config: SilkieDPOConfig) -> None:
             "`loss_type='kto'` scores responses under the prompts of their micro-batch, which are others in every"
             " epoch: its reference cannot be precomputed. apo_zero_unpaired's can."
         )
-    if "kto" in config.loss_type and config.max_tokens_per_batch is None and config.per_device_train_batch_size < 2:
-        raise ValueError(
-            "`loss_type='kto'` estimates its KL term on the responses of other prompts in the micro-batch: set"
-            " per_device_train_batch_size to 2 or more, or max_tokens_per_batch. apo_zero_unpaired has none."
-        )
+    if "kto" in config.loss_type and config.max_tokens_per_batch is None:
+        check_room_for_others("per_device_train_batch_size", config.per_device_train_batch_size)
+    if "kto" in config.loss_type and config.eval_strategy != "no":
+        check_room_for_others("per_device_eval_batch_size", config.per_device_eval_batch_size)
     objective = build_objective(config.loss_type, config.loss_weights, config.loss_options)
     if config.sync_ref_model and not objective.needs_reference:
         raise ValueError(f"`sync_ref_model` moves a reference, and the losses {config.loss_type} read none.")
+
+
+def check_room_for_others(option: str, groups: int) -> None:
+    """That a micro-batch of `option` groups has room for two, as kto needs.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if groups < 2:
+        or_budget = ", or max_tokens_per_batch" if "train" in option else ""
+        raise ValueError(
+            "`loss_type='kto'` estimates its KL term on the responses of other prompts in the micro-batch: set"
+            f" {option} to 2 or more{or_budget}. apo_zero_unpaired has none."
+        )
 
 
 @cache

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PredictionOutput
 from silkie.batch.batch import Batch
 from silkie.batch.collator import CollateWithRows
 from silkie.batch.loaders import GroupLoaders, is_prepared
+from silkie.config.checks import check_room_for_others
 from silkie.losses import Objective
 from silkie.model.attention import Attention
 from silkie.training.metrics import RunMetrics
@@ -69,7 +70,14 @@ class TrlSurface(Trainer):
         if not is_prepared(dataset):
             dataset = self._prepared(dataset, self.args, name)
         wanted = with_rows and not self.args.prediction_loss_only
-        return self.loaders.evaluation(dataset, collate=CollateWithRows(collate=self.data_collator) if wanted else None)
+        mismatched = "kl" in self.objective.needs
+        if mismatched:
+            check_room_for_others("per_device_eval_batch_size", self.args.per_device_eval_batch_size)
+        return self.loaders.evaluation(
+            dataset,
+            mismatched=mismatched,
+            collate=CollateWithRows(collate=self.data_collator) if wanted else None,
+        )
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"

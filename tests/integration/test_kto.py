@@ -206,6 +206,22 @@ def test_labels_are_logged_and_unequal_numbers_warned_of(tmp_path, caplog):
     assert "hold one group: as in TRL, its KL term is estimated on its own responses" in caplog.text
 
 
+def test_evaluation_needs_other_prompts_as_training_does(tmp_path, caplog):
+    """In a batch of one group the KL term would be that of the group's own answers."""
+    with pytest.raises(ValueError, match="per_device_eval_batch_size to 2"):
+        make(SilkieDPOTrainer, tmp_path, thumbs(), per_device_eval_batch_size=1).evaluate(
+            datasets.Dataset.from_list(thumbs())
+        )
+    with pytest.raises(ValueError, match="per_device_eval_batch_size to 2"):  # before training has begun
+        make(SilkieDPOTrainer, tmp_path, thumbs(), per_device_eval_batch_size=1, eval_strategy="epoch")
+    trainer = make(SilkieDPOTrainer, tmp_path, thumbs(), per_device_eval_batch_size=3)
+    with caplog.at_level("WARNING", logger="silkie"):
+        trainer.get_eval_dataloader(datasets.Dataset.from_list(thumbs()))
+    assert "1 of 2 micro-batches of an evaluation hold one group" in caplog.text
+    alone = make(SilkieDPOTrainer, tmp_path, thumbs(), per_device_eval_batch_size=1, loss_type="apo_zero_unpaired")
+    assert len(alone.get_eval_dataloader(datasets.Dataset.from_list(thumbs()))) == 4  # has no such term
+
+
 def test_two_processes(tmp_path):
     """Every rank takes part in the sum of the KL term, also one that holds a copy of weight 0."""
     args = {"loss_type": ["kto"], "per_device_train_batch_size": 2, "num_train_epochs": 2}
