@@ -48,6 +48,7 @@ _NOT_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "au
 _OPTIMIZER = (
     "optim",
     "optim_args",
+    "optim_target_modules",
     "learning_rate",
     "weight_decay",
     "adam_beta1",
@@ -63,6 +64,8 @@ _OPTIMIZER = (
 )
 _LOSSES = ("loss_type", "loss_weights", "corruption", "corruption_strength", "sync_ref_model")
 _USUAL_ORDER = {"train_sampling_strategy": "random", "dataloader_drop_last": False, "share_prefix": "off"}
+# options of the loss and of the pass that it is taken from, looked at where they are set: see `_unusual`
+_USUAL_PASS = {"router_aux_loss_coef": None, "neftune_noise_alpha": None, "disable_dropout": True}
 _MOVING_REFERENCE = ("ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
@@ -130,7 +133,7 @@ def identify(start: Start, data: Dataset, encoder: GroupEncoder, args: SilkieDPO
         "processor": {name: _hash(value) for name, value in encoder.facts().items()},
         "trained": start.trained,
         "reference": start.reference,
-        "losses": {**asdict(args.loss_options), **_options(args, _LOSSES), **moving},
+        "losses": {**asdict(args.loss_options), **_options(args, _LOSSES), **_unusual(args, _USUAL_PASS), **moving},
         "optimizer": {**_options(args, _OPTIMIZER), **start.optimizer},
         LENGTH: _options(args, ("num_train_epochs", "max_steps")),
     }
@@ -141,6 +144,11 @@ def _options(args: SilkieDPOConfig, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def _unusual(args: SilkieDPOConfig, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose value is not the usual one: a checkpoint that was written before they were looked at lacks them."""
+    return {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
+
+
 def _order(args: SilkieDPOConfig, processes: int) -> dict[str, Any]:
     """What decides which groups share an optimizer step: any split of a step over processes is the same run."""
     batches = processes * args.gradient_accumulation_steps
@@ -149,8 +157,7 @@ def _order(args: SilkieDPOConfig, processes: int) -> dict[str, Any]:
         if args.max_tokens_per_batch
         else {"groups_per_step": batches * args.per_device_train_batch_size}
     )
-    # only where they change the order: a checkpoint that was written before they were looked at lacks them
-    changed = {name: getattr(args, name) for name, usual in _USUAL_ORDER.items() if getattr(args, name) != usual}
+    changed = _unusual(args, _USUAL_ORDER)
     if args.share_prefix != "off":
         changed["share_prefix_groups"] = args.share_prefix_groups
     return {"seed": args.seed, "data_seed": args.data_seed, **size, **changed}

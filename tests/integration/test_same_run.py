@@ -82,6 +82,9 @@ CHANGES = {
     "adapter": ({"lora": {"r": 2}}, ["trained: adapter default: r is 2, was 4"]),
     "loss": ({"loss_type": ["ipo"]}, ['losses: loss_type is ["ipo"], was ["sigmoid"]']),
     "beta": ({"beta": 0.5}, ["losses: beta is 0.5, was 0.1"]),
+    "router loss": ({"router_aux_loss_coef": 0.0}, ["losses: router_aux_loss_coef is 0.0, was null"]),
+    "noise": ({"neftune_noise_alpha": 5.0, "layout": "rows"}, ["losses: neftune_noise_alpha is 5.0, was null"]),
+    "dropout": ({"disable_dropout": False}, ["losses: disable_dropout is false, was null"]),
     "learning rate": ({"learning_rate": 0.1}, ["optimizer: learning_rate is 0.1, was 0.01"]),
     "seed": ({"seed": 1}, ["order: seed is 1, was 0"]),
     "sampling": (
