@@ -33,7 +33,7 @@ _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n")
 _HEADING = re.compile(r"^\s{0,3}(?:#{1,6}(?:\s+|(?=[A-Z]))(?P<hashed>.+?)#*|\*\*(?P<bold>[^*]+?)\*\*\s*:?)\s*$")
 _TEXT = re.compile(
-    r"^(?:output\s+for\s+)?(?:text|response|answer|output)\s*(?:#|no\.?)?\s*<?(?P<number>\d+)>?$", re.IGNORECASE
+    r"^(?:output\s+for\s+)?(?:text|response|answer|output)\s*(?:#|no\.?)?\s*<?(?P<number>\d{1,9})>?$", re.IGNORECASE
 )
 _FIELD = re.compile(
     r"^\s*(?:[-*+]\s+)?[*_`]{0,3}(?P<name>rating|rationale)[*_`]{0,3}\s*:\s*[*_`]{0,3}\s*(?P<value>.*)$", re.IGNORECASE
@@ -178,11 +178,13 @@ def parse_json(text: str, rubric: Rubric, count: int) -> Ratings:
         found[aspect] = {}
         for name, entry in texts.items():
             match = _TEXT.match(name.replace("_", " "))
-            if isinstance(entry, dict):
-                entry = {key.casefold(): value for key, value in entry.items()}
+            names = [key.casefold() for key in entry] if isinstance(entry, dict) else []
+            if isinstance(entry, dict) and len(set(names)) == len(names):
+                entry = dict(zip(names, entry.values(), strict=True))
             if (
                 not match
                 or not isinstance(entry, dict)
+                or len(set(names)) < len(names)
                 or "rating" not in entry
                 or int(match["number"]) in found[aspect]
             ):

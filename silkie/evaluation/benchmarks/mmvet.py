@@ -34,14 +34,19 @@ __all__ = [
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 SCORE_FIELDS = ("score", "grade", "correctness", "rating")
+# "score: 0.7", "score: 0.7/1"; not "0,7", a range ("0-1") or a grade out of another number than 1
+_LABELLED = re.compile(
+    r"(?:score|correctness)\s*[:=]\s*([01](?:\.\d+)?)(?![\d.,]*\d)(?!-\d|\s+to\s+\d)"
+    r"(?!\s*(?:/|(?:out\s+)?of\b)\s*(?!1(?:\.0*)?(?![\d.]*\d))\d)"
+)
 JUDGE_FIELDS = ("judge", "content", "gpt_response", "judgement", "judgment")
 
 
 def read_grade(reply: str) -> float | None:
     """A grade from a judge's reply: its first word, or the number after its last "score:" / "correctness:"; None
-    outside 0..1 or without one."""
+    outside 0..1, on another scale ("score: 1/10") or without one."""
     words = reply.split()
-    labelled = re.findall(r"(?:score|correctness)\s*[:=]\s*([01](?:\.\d+)?)(?![\d.]*\d)", reply.lower())
+    labelled = _LABELLED.findall(reply.lower())
     text = labelled[-1] if labelled else words[0].rstrip(".,") if words else ""
     try:
         grade = float(text)
