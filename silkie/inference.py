@@ -346,8 +346,11 @@ def convert_weights(argv: Sequence[str] | None = None, prog: str = "silkie conve
     options = parse_options(convert_parser(prog), ConvertOptions, argv)
 
     def run() -> int:
-        for file in convert(options.directory):
+        written = convert(options.directory)
+        for file in written:
             print(f"wrote {file}")
+        if not written:
+            print(f"nothing to do: every pickle in {options.directory} has its safetensors beside it")
         return 0
 
     return guarded(run)

@@ -59,7 +59,8 @@ def _refuse(folder: Path, kind: str) -> None:
 
 
 def convert(directory: str | Path) -> list[Path]:
-    """Writes a safetensors file beside every pickled weight file of a model or adapter directory and its folders.
+    """Writes a safetensors file beside every pickled weight file of a model or adapter directory and its folders, save
+    those that have one: silkie reads that one, and it may be newer.
 
     Returns:
         The files written.
@@ -67,23 +68,35 @@ def convert(directory: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is nothing to convert.
         ValueError: a file holds something else than tensors.
+        OSError: a file cannot be written; none is left in parts.
     """
     place = Path(directory)
-    written = []
+    twins: dict[Path, Path] = {}
     for kind, pickled in _PICKLED.items():
-        for file in sorted((*place.glob(f"**/{pickled}"), *place.glob(f"**/{pickled.replace('.bin', '')}-*.bin"))):
-            target = file.with_name(
-                file.name.replace(pickled.removesuffix(".bin"), _SAFE[kind][: -len(".safetensors")])
-            )
-            written.append(_convert_file(file, target.with_suffix(".safetensors")))
-        for index in sorted(place.glob(f"**/{pickled}{_INDEX}")):
-            written.append(_convert_index(index, kind))
-    if not written:
+        stem, safe = pickled.removesuffix(".bin"), _SAFE[kind].removesuffix(".safetensors")
+        for file in sorted((*place.glob(f"**/{pickled}"), *place.glob(f"**/{stem}-*.bin"))):
+            twins[file] = file.with_name(file.name.replace(stem, safe)).with_suffix(".safetensors")
+        # behind its files: a directory with an index counts as whole
+        twins |= {index: index.with_name(_SAFE[kind] + _INDEX) for index in place.glob(f"**/{pickled}{_INDEX}")}
+    if not twins:
         raise FileNotFoundError(f"{place} holds no {' or '.join(_PICKLED.values())}.")
+    written = []
+    for file, target in twins.items():
+        if target.exists():
+            logger.info("%s stays as it is: it is not made again from %s", target, file.name)
+            continue
+        part = target.with_name(f"{target.name}.part")
+        try:
+            (_convert_index if file.name.endswith(_INDEX) else _convert_file)(file, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        logger.info("wrote %s from %s", target, file.name)
+        written.append(target)
     return written
 
 
-def _convert_file(file: Path, target: Path) -> Path:
+def _convert_file(file: Path, target: Path) -> None:
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -92,17 +105,14 @@ def _convert_file(file: Path, target: Path) -> Path:
         raise ValueError(f"{file} holds something else than named tensors.")
     # copies: tied tensors share their memory, which safetensors cannot store
     save_file({name: value.contiguous().clone() for name, value in state.items()}, target, metadata={"format": "pt"})
-    logger.info("wrote %s from %s; the pickle can be removed", target, file.name)
-    return target
 
 
-def _convert_index(index: Path, kind: str) -> Path:
+def _convert_index(index: Path, target: Path) -> None:
     """The index of a model in several files, with the names of the new ones."""
     content = json.loads(index.read_text())
+    kind = next(kind for kind, pickled in _PICKLED.items() if index.name == pickled + _INDEX)
     old, new = _PICKLED[kind].removesuffix(".bin"), _SAFE[kind].removesuffix(".safetensors")
     content["weight_map"] = {
         weight: file.replace(old, new).replace(".bin", ".safetensors") for weight, file in content["weight_map"].items()
     }
-    target = index.with_name(_SAFE[kind] + _INDEX)
     target.write_text(json.dumps(content, indent=1))
-    return target

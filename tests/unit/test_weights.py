@@ -2,13 +2,15 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer, inference
+from silkie.model import weights
 from silkie.model.weights import PickledWeights, convert, refuse_pickled_adapter
 from silkie.training.resumable import RecoverableTrainer
 from tests.support.data import dataset
@@ -137,3 +139,28 @@ def test_converting_runs_no_code(tmp_path, capsys):
     assert "adapter_model.bin holds more than tensors" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*.safetensors"))
     assert inference.main(["convert", str(tmp_path / "nothing")]) == 2
+
+
+def test_converting_replaces_no_safetensors(tmp_path):
+    """An old pickle beside newer safetensors: these were overwritten, in a hub snapshot through a link."""
+    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "adapter_model.bin")
+    save_file({"w": torch.ones(2)}, tmp_path / "store")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "store")
+    assert convert(tmp_path) == [tmp_path / "adapter_model.safetensors"]
+    assert load_file(tmp_path / "store")["w"].tolist() == [1.0, 1.0]
+    assert convert(tmp_path) == []
+
+
+def test_a_conversion_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
+    """Half a file would be taken for the weights."""
+
+    def full(state, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        convert(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_model.bin"]
