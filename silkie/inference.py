@@ -18,6 +18,7 @@ from annotated_types import Ge
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     LogitsProcessor,
     LogitsProcessorList,
@@ -31,6 +32,7 @@ from transformers import (
 from silkie.data import open_image
 from silkie.io.console import guarded
 from silkie.io.options import argument, option, options_parser, parse_options
+from silkie.model.families import reads_images
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.weights import convert, refuse_pickled, refuse_pickled_adapter
 
@@ -66,7 +68,7 @@ def load_policy(
     Raises:
         FileNotFoundError: the adapter's base model is not at its recorded place, and `base_model` is not given.
         ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
-            given.
+            given; or the model is a language model, which transformers loads by itself.
         silkie.model.weights.PickledWeights: a directory has pickled weights only.
     """
     path = str(path)
@@ -85,6 +87,16 @@ def load_policy(
     refuse_pickled(base)
     if adapter:
         refuse_pickled_adapter(path)
+    config = AutoConfig.from_pretrained(
+        base,
+        trust_remote_code=trust_remote_code,
+        **{name: model_kwargs[name] for name in ("revision", "token", "cache_dir") if name in model_kwargs},
+    )
+    if not reads_images(config) and not trust_remote_code:
+        raise ValueError(
+            f"{base} is a language model ({config.model_type}), which reads no images: load it, or its adapter, with"
+            " transformers.AutoModelForCausalLM.from_pretrained."
+        )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # safetensors only: a pickle checkpoint can run code when loaded
     placement = {} if "device_map" in model_kwargs else {"device_map": {"": target}}

@@ -19,6 +19,18 @@ from silkie.config import SilkieDPOConfig
 from silkie.model.layout import LayoutChoice
 from silkie.training.reference import Reference
 
+# whether the model reads images -> how it is loaded; transformers takes an adapter's directory, too
+_LOADING = {
+    True: """\
+from silkie.inference import load_policy
+
+model, processor = load_policy("path/to/this/directory")""",
+    False: """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")""",
+}
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _OPTIONS = (
     "loss_type",
@@ -157,7 +169,6 @@ def card_text(run: RunDescription) -> str:
         header["model_name"] = run.model_name
     if not Path(base).is_dir() and "/" in base:
         header["base_model"] = base
-    load = 'from silkie.inference import load_policy\n\nmodel, processor = load_policy("path/to/this/directory")'
     data = [f"- {line}" for name, report in run.reports.items() for line in report.lines(name)]
     versions = [f"python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in _VERSIONS)]
     sections = [
@@ -168,7 +179,7 @@ def card_text(run: RunDescription) -> str:
             f" ({'LoRA adapter' if run.adapter else 'full weights'}, {'+'.join(run.args.loss_type)} loss, reference:"
             f" {run.reference or 'none'}){f' on {_in_words(run.dataset_name)}' if run.dataset_name else ''}."
         ),
-        f"```python\n{load}\n```",
+        f"```python\n{_LOADING[run.reads_images]}\n```",
         "## Data\n\n" + "\n".join(data),
         "## Training metrics\n\n" + _metric_table(run.log_history),
         "## Options\n\n```json\n" + json.dumps(_shown_options(run.args), indent=1) + "\n```",

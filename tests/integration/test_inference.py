@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.inference import generate, load_policy, load_processor
+from silkie.training.model_card import RunDescription, card_text
 from tests.support.data import dataset
 from tests.support.tiny import conversation, image, tiny_model, tiny_processor
 
@@ -157,3 +158,22 @@ def test_examples_infer_and_merge(run, tmp_path):
     subprocess.run(command, capture_output=True, text=True, check=True)
     assert answers(*load_policy(tmp_path / "merged")) == answers(*load_policy(out))
     assert subprocess.run(command, capture_output=True).returncode == 2  # not over something that is there
+
+
+def test_a_language_model_is_loaded_as_its_card_says(tmp_path):
+    """The card named `load_policy`, which loads models that read images; for others it listed their 80 classes."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    run = {"args": SilkieDPOConfig(str(tmp_path), use_cpu=True, bf16=False), "base": "", "adapter": False}
+    run |= {"reference": None, "setup": [], "reports": {}, "log_history": []}
+    card = card_text(RunDescription(**run, reads_images=False))
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "load_policy" not in code and "load_policy" in card_text(RunDescription(**run))
+    loading = "\n".join(line for line in code.splitlines() if "okenizer" not in line or "import" in line)
+    found: dict = {}
+    exec(loading.replace("path/to/this/directory", str(tmp_path)), found)
+    assert isinstance(found["model"], LlamaForCausalLM)
+    with pytest.raises(ValueError, match="a language model.*AutoModelForCausalLM"):
+        load_policy(tmp_path)
