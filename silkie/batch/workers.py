@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from silkie.batch.encoding import row_name
 from silkie.data.schema import DataError
-from silkie.io.control_groups import groups
+from silkie.io.control_groups import own_groups
 
 MOST_WORKERS = 8  # of a rank: a group takes about 50 ms of a core, a step of a GPU several times that
 ROWS_PER_PROCESS = 512  # fewer are measured sooner than another process starts
@@ -55,7 +55,7 @@ def cores() -> int:
 def _quota(mount: Path, membership: Path) -> float | None:
     """Cores that the control groups of this process allow; None where they set no limit."""
     limits = []
-    for version, folder in groups("cpu", mount, membership):
+    for version, folder in own_groups("cpu", mount, membership):
         try:
             if version == 2:
                 allowed, period = (folder / "cpu.max").read_text().split()

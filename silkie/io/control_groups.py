@@ -19,7 +19,7 @@ def memory_left(mount: Path = _MOUNT, membership: Path = _MEMBERSHIP) -> float:
     """Bytes that this process can still take before one of its groups, or of those around them, is full; infinite
     where none sets a limit."""
     left = float("inf")
-    for version, folder in groups("memory", mount, membership):
+    for version, folder in own_groups("memory", mount, membership):
         limit_file, used_file, cache_name = _MEMORY[version]
         try:
             limit = (folder / limit_file).read_text().strip()
@@ -39,7 +39,7 @@ def _cache(folder: Path, name: str) -> float:
     return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
-def groups(controller: str, mount: Path = _MOUNT, membership: Path = _MEMBERSHIP) -> Iterator[tuple[int, Path]]:
+def own_groups(controller: str, mount: Path = _MOUNT, membership: Path = _MEMBERSHIP) -> Iterator[tuple[int, Path]]:
     """(version, folder) of the groups of this process that control `controller`, from its own up to the root."""
     try:
         lines = membership.read_text().splitlines()

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": set(),
     "data": {"io", "stats"},
     "endpoint": {"data", "io"},  # media: images of the data to URLs
-    "batch": {"data"},
+    "batch": {"data", "io"},  # workers: the cores that a job may use
     "model": {"data", "batch", "logprob"},
     "config": {"data", "batch", "model", "logprob", "losses"},
     "training": {"data", "batch", "model", "logprob", "losses", "config", "io"},
