@@ -215,6 +215,7 @@ def test_the_teachers_loss_is_the_models_own(parts, tmp_path):
     counted = trainer.compute_loss(policy, dict(batch), num_items_in_batch=torch.tensor(100))
     said = (batch["labels"][:, 1:] != -100).sum()
     assert torch.allclose(counted, truth * said / 100, rtol=1e-5)
+    policy.unload()  # the other tests get the model as it was
 
 
 @pytest.mark.slow
