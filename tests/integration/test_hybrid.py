@@ -326,9 +326,8 @@ AROUND = {
 @pytest.mark.parametrize("name", AROUND)
 def test_vision_language_models_hand_the_plan_through_to_their_mixers(name):
     text, vision, ids = AROUND[name]
-    config = getattr(transformers, name + "Config")(
-        text_config=backbone_config(text).to_dict(), vision_config=vision, **ids
-    )
+    text_config = backbone_config(text).to_dict()
+    config = getattr(transformers, name + "Config")(text_config=text_config, vision_config=vision, **ids)
     torch.manual_seed(0)
     model = getattr(transformers, name + "ForConditionalGeneration")(config).train()
     remembering(model.get_decoder(), 3.0)

@@ -39,6 +39,21 @@ def test_what_cannot_work_is_an_error(options, message):
         config(**options)
 
 
+def test_batches_are_split_over_several_processes_only(monkeypatch):
+    options = {"output_dir": "out", "use_cpu": True, "bf16": False, "accelerator_config": {"split_batches": True}}
+    assert not SilkieDPOConfig(**options).accelerator_config.split_batches
+    monkeypatch.setattr(SilkieDPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="divide per_device_train_batch_size by the number of processes"):
+        SilkieDPOConfig(**options)
+
+
+def test_neftune_runs_rows_and_says_so(caplog):
+    options = {"output_dir": "out", "use_cpu": True, "bf16": False, "neftune_noise_alpha": 5.0}
+    assert SilkieDPOConfig(**options).layout == "rows" and "one row per response" in caplog.text
+    with pytest.raises(ValueError, match="set layout='rows'"):
+        SilkieDPOConfig(**options, layout="packed")
+
+
 def test_loss_options_come_from_the_config():
     assert config(beta=0.3, loss_type=["simpo"], simpo_gamma=1.5).loss_options.simpo_gamma == 1.5
 
