@@ -48,6 +48,7 @@ MAY_IMPORT_ALL = {"demo"}  # it shows the whole loop; nothing imports it
 ON_PURPOSE = {
     ("data/__main__.py", "report"): "`python -m silkie.data inspect --html` writes a report page; only then imported",
     ("evaluation/__main__.py", "report"): "`compare --html` writes the report page",
+    ("model/__main__.py", "io"): "`silkie check` has the parser of all commands",
     ("model/__main__.py", "plan"): "`check` and `sweep` run the whole flow on a model",
     ("trainer.py", "plan"): "gradient_checkpointing='auto' asks the planner's memory model when training starts",
     ("trainer.py", "evaluation"): "eval_benchmarks answers benchmarks while training; imported only where asked for",
