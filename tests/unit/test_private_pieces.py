@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, Trainer
 from transformers.integrations import deepspeed
@@ -36,8 +37,8 @@ PACKAGE = Path(silkie.__file__).parent
 PIECES = {
     # transformers
     "_attn_implementation": {"model/families.py"},
-    "_class_to_module": {"model/tiny.py"},
-    "_get_num_multimodal_tokens": {"batch/encoding.py"},
+    "_class_to_module": {"model/tiny/processor.py"},
+    "_get_num_multimodal_tokens": {"batch/splitting.py"},
     "_hf_deepspeed_config_weak_ref": {"model/weightless.py"},
     "_keep_in_fp32_modules_strict": {"plan/check.py"},
     "_local_mapping": {"model/attention/own_masks.py"},
@@ -49,8 +50,9 @@ PIECES = {
     # trl
     "_metrics": {"training/record.py", "losses/objective.py"},  # the objective's is its own
     "_total_train_tokens": {"training/record.py"},
-    "_VALID_DICT_FIELDS": {"config.py"},
+    "_VALID_DICT_FIELDS": {"config/options.py"},
     # datasets, torch, pydantic, the standard library
+    "_distributed": {"batch/streaming.py"},
     "_fingerprint": {"data/stamps.py"},
     "_assert_async": {"logprob/api.py"},
     "_ConvNd": {"model/adapters.py", "plan/counting.py"},
@@ -120,7 +122,7 @@ def test_every_private_piece_is_declared_and_read_where_it_is_declared():
 
 def test_the_source_text_of_models_decides_nothing_in_a_run():
     readers = {place for place, node in nodes() if isinstance(node, ast.Attribute) and node.attr == "getsource"}
-    assert readers <= {"model/tiny.py", "data/registry.py"}, (
+    assert readers <= {"model/tiny/config.py", "model/tiny/processor.py", "data/registry.py"}, (
         "only the factory of tiny models reads transformers' source text, and the registry that of silkie's sources"
     )
 
@@ -202,7 +204,7 @@ def test_positions_need_no_weights():
 def test_processors_count_image_tokens_by_size():
     from silkie.batch.encoding import GroupEncoder
 
-    assert GroupEncoder(tiny_processor())._counts_image_tokens, (
+    assert GroupEncoder(tiny_processor()).splitter.counts_image_tokens, (
         "processor._get_num_multimodal_tokens no longer counts as the processor encodes: images are decoded to be counted"
     )
 
@@ -250,6 +252,13 @@ def test_dataset_fingerprints_follow_the_rows(tmp_path):
     loaded = [fingerprint_of(datasets.load_from_disk(str(tmp_path))) for _ in range(2)]
     assert loaded[0] == loaded[1], (
         "a dataset's fingerprint changes each time that it is loaded: no cache is found again"
+    )
+
+
+def test_a_stream_knows_whether_it_was_divided():
+    stream = datasets.Dataset.from_list([{"a": 1}, {"a": 2}]).to_iterable_dataset()
+    assert stream._distributed is None and split_dataset_by_node(stream, 0, 2)._distributed is not None, (
+        "a stream's _distributed no longer tells whether split_dataset_by_node has divided it"
     )
 
 
