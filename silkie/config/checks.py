@@ -191,4 +191,5 @@ _POSITIVE = (
 # Options of TRL and transformers that nothing in silkie reads -> (values that ask for nothing, what silkie does).
 NOT_READ: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncation_mode": (("keep_start",), "Response tails are cut, prompts never."),
+    "label_smoothing_factor": ((0.0,), "It smooths the labels of a cross-entropy; `label_smoothing` is DPO's."),
 }

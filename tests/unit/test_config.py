@@ -31,6 +31,7 @@ def test_defaults_never_cut_a_prompt():
         ({"dataloader_drop_last": True, "max_tokens_per_batch": 64}, "nothing to drop"),
         ({"train_sampling_strategy": "group_by_length"}, "max_tokens_per_batch"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing` is DPO's"),
         ({"beta": float("inf")}, "beta"),
     ],
 )
