@@ -116,7 +116,7 @@ def main() -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        "command": " ".join(["python", "tests/benchmarks/bench_attention.py", *sys.argv[1:]]),
+        "command": f"python tests/benchmarks/bench_attention.py --repeats {args.repeats}",
         "date": date.today().isoformat(),
         "device": device_name("cpu"),
         "torch": torch.__version__,

@@ -119,13 +119,15 @@ def ms_swift(setting: dict[str, Any], meter: Any) -> None:
 
 
 def unsloth(setting: dict[str, Any], meter: Any) -> None:
-    """`FastVisionModel` and TRL's DPOTrainer, as in its notebooks."""
+    """Its entry for vision-language models, which refuses a CPU (2026.10.9); so no run of it could be written or seen."""
     from unsloth import FastVisionModel
 
     model, processor = FastVisionModel.from_pretrained(
         str(Path(setting["folder"]) / "model"), load_in_4bit=False, use_gradient_checkpointing=True
     )
-    raise NotImplementedError(f"loaded {type(model).__name__} and {type(processor).__name__}: it runs here by now")
+    raise NotImplementedError(
+        f"unsloth loaded {type(model).__name__} with {type(processor).__name__}; the run after it is yet to be written"
+    )
 
 
 def _common(setting: dict[str, Any]) -> dict[str, Any]:
