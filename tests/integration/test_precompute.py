@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.batch import preparation
+from silkie.batch import measure
 from silkie.batch.encoding import GroupEncoder
 from silkie.data.schema import group_features
 from silkie.training.checkpoints import CheckpointError
@@ -207,7 +207,7 @@ def test_the_images_are_read_once_for_their_hashes(tmp_path, computed, monkeypat
     data = Dataset.from_generator(each, **options)
     make(tmp_path, data=data).train()
     digests = []
-    monkeypatch.setattr(preparation, "image_digest", lambda image, where: digests.append(where) or "x")
+    monkeypatch.setattr(measure, "image_digest", lambda image, where: digests.append(where) or "x")
     make(tmp_path, data=data).train()
     assert len(computed) == GROUPS and not digests
     monkeypatch.undo()

@@ -181,7 +181,7 @@ def test_two_processes_see_every_row_once(tmp_path):
 
 
 def test_a_stream_is_read_by_the_trainer_itself_and_the_given_options_stay(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("silkie.config.data_workers", lambda: 3)
+    monkeypatch.setattr("silkie.config.options.data_workers", lambda: 3)
     args = SilkieDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
     with caplog.at_level(logging.INFO, logger="silkie"):
         trainer = build(

@@ -64,8 +64,8 @@ def test_a_causal_mask_is_stopped_by_the_self_test(tmp_path, monkeypatch, layout
     forward = type(trainer.passes.forward)
     inputs = forward._inputs
 
-    def without_types(self, base, batch):
-        return {k: v for k, v in inputs(self, base, batch).items() if k != "mm_token_type_ids"}
+    def without_types(self, base, batch, **options):
+        return {k: v for k, v in inputs(self, base, batch, **options).items() if k != "mm_token_type_ids"}
 
     monkeypatch.setattr(forward, "_inputs", without_types)
     with pytest.raises(LayoutMismatch, match="differ from the model's plain forward"):
