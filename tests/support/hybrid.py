@@ -304,6 +304,8 @@ def backbone(name: str) -> Any:
     prefix, family, _ = BACKBONES[name]
     torch.manual_seed(0)
     model = getattr(in_float64(family), prefix.removesuffix("Text") + "ForCausalLM")(backbone_config(name))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products have no float64
     remembering(model, 3.0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
