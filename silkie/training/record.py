@@ -58,9 +58,12 @@ class RunRecord(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += line.tokens
             self._packed_tokens += line.packed_tokens
+            self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
             self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
             self.check_finite()
-        if mode == "train" or line.means:  # an evaluation tells those trained on so far; the line at the end is none
+        elif (
+            line.means
+        ):  # an evaluation tells those trained on so far; the summary at the end, in this mode too, is none
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens + self._tokens_since_log()[0])]
         super().log(logs, start_time)
 
