@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil  # comes with accelerate
 import torch
 
 from silkie.io.control_groups import memory_left
@@ -125,12 +125,4 @@ def free_memory(device: torch.device) -> float:
     from accelerate.state import PartialState
 
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes)))
-    return min(_available(), memory_left()) / processes
-
-
-def _available() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0.0  # not Linux: every layer is checkpointed
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0.0)
+    return min(psutil.virtual_memory().available, memory_left()) / processes

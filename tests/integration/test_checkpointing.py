@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,12 +169,14 @@ def test_ranks_of_a_sharded_run_take_the_largest_number(tmp_path, monkeypatch):
 
 
 def test_free_memory_is_what_is_left_of_the_container_and_shared_by_its_processes(monkeypatch):
-    monkeypatch.setattr(checkpointing, "_available", lambda: 8e9)
+    monkeypatch.setattr(checkpointing.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     monkeypatch.setattr(checkpointing, "memory_left", lambda: 4e9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert checkpointing.free_memory(torch.device("cpu")) == 2e9
+    monkeypatch.setattr(checkpointing, "memory_left", lambda: float("inf"))
+    assert checkpointing.free_memory(torch.device("cpu")) == 4e9
     monkeypatch.undo()
-    assert 0 < checkpointing._available() < 1e14 and checkpointing.memory_left() > 0
+    assert 0 < checkpointing.free_memory(torch.device("cpu")) < 1e14
 
 
 @pytest.mark.parametrize(
