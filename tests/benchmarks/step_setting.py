@@ -40,20 +40,21 @@ RESPONSE_WORDS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 FAMILIES = ("qwen2_5_vl", "qwen3_5")
 
+_TINY_TEXT = dict(
+    hidden_size=128,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=1024,
+)
 _ENCODER = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
 
 # Widths of the language model; "tiny" keeps the share of the head in the parameters (about a tenth) and the GQA of the
 # 3B model.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "text": dict(
-            hidden_size=128,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            vocab_size=1024,
-        ),
+        "text": _TINY_TEXT,
         "vision": dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]),
         "mrope": [2, 3, 3],
     },
@@ -74,14 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # "tiny" with an encoder that does as much arithmetic per image token, against the language model, as that of the 3B
     # model
     "balanced": {
-        "text": dict(
-            hidden_size=128,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            vocab_size=1024,
-        ),
+        "text": _TINY_TEXT,
         "vision": dict(depth=4, hidden_size=64, intermediate_size=171, num_heads=4, fullatt_block_indexes=[3]),
         "mrope": [2, 3, 3],
     },
