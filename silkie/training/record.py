@@ -61,9 +61,8 @@ class RunRecord(DPOTrainer):
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens)]
             self._metrics[mode]["num_packed_tokens"] = [float(self._packed_tokens)]
             self.check_finite()
-        elif (
-            line.means
-        ):  # an evaluation tells those trained on so far; the summary at the end, in this mode too, is none
+        elif line.means:
+            # Those trained on so far. The summary of a training comes in this mode, too, and has none.
             self._metrics[mode]["num_tokens"] = [float(self._total_train_tokens + self._tokens_since_log()[0])]
         super().log(logs, start_time)
 
