@@ -93,9 +93,8 @@ def choose_checkpointing(trainer: SilkieDPOTrainer) -> Checkpointing:
     )
     if count:
         reason += f"; without checkpointing {size(needed(0))}"
-    broadcasts = getattr(
-        trainer.model_wrapped, "broadcast_buffers", False
-    )  # DDP, where ddp_broadcast_buffers asks for it
+    # of DDP, where ddp_broadcast_buffers asks for it
+    broadcasts = getattr(trainer.model_wrapped, "broadcast_buffers", False)
     return Checkpointing(count, layers, f"{reason} (estimate)", fixed=sharded or broadcasts)
 
 
