@@ -23,13 +23,21 @@ from typing import Any
 
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.endpoint.event_loop import run_to_end
-from silkie.feedback.inputs import read_items, with_images
+from silkie.feedback.inputs import RecordError, read_items, with_images
 from silkie.feedback.items import AspectRating, JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.judges import Judge, OpenAIJudge
 from silkie.feedback.options import RateOptions
 from silkie.feedback.rate import UnusableAnswers, Vote, cast_vote, combine_votes
-from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
+from silkie.feedback.runner import (
+    JournalRun,
+    OutageGuard,
+    Progress,
+    StopSignal,
+    failure_lines,
+    run_bounded,
+    stop_on_signals,
+)
 
 
 @dataclass(slots=True)
@@ -37,7 +45,7 @@ class JournalState:
     """What a journal holds, kept up to date while a run adds to it."""
 
     fingerprints: dict[str, str] = field(default_factory=dict)  # id -> fingerprint of the item that was rated
-    failed: dict[str, str] = field(default_factory=dict)  # id -> kind of the failure
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict)  # id -> kind of the failure, message
     failures: Counter[str] = field(default_factory=Counter)  # id -> how many lines say so
     judges: set[tuple[str, str]] = field(default_factory=set)  # (model, rubric)
     spent: Usage = field(default_factory=Usage)
@@ -50,7 +58,7 @@ class JournalState:
         if record["status"] == "ok":
             self.failed.pop(item_id, None)
         else:
-            self.failed[item_id] = record["error"]["kind"]
+            self.failed[item_id] = (record["error"]["kind"], record["error"]["message"])
             self.failures[item_id] += 1
 
     def done(self, item_id: str, *, retry_failed: bool) -> bool:
@@ -59,32 +67,33 @@ class JournalState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateSummary:
-    """Where the items of the input stand after a run: `rated`, `failures` (kind -> items), `open` still to do. `spent`
-    is what the whole journal has cost. `stopped` says why the run ended early; None where every item is accounted
-    for."""
+    """Where the items of the input stand after a run: `rated`, `failed` (id -> kind, message), `open` still to do.
+    `spent` is what the whole journal has cost. `stopped` says why the run ended early; None where every item is
+    accounted for."""
 
     items: int
     rated: int
-    failures: dict[str, int]
+    failed: dict[str, tuple[str, str]]
     open: int
     spent: Usage
     done_now: int
     seconds: float
     stopped: str | None
 
+    @property
+    def failures(self) -> dict[str, int]:
+        """Kind of failure -> items."""
+        return dict(Counter(kind for kind, _ in self.failed.values()))
+
     def text(self) -> str:
-        failed = sum(self.failures.values())
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
         cost = f", cost {self.spent.cost:.4f}" if self.spent.cost else ""
         lines = [
-            (
-                f"{self.items} items: {self.rated} rated, {failed} failed{f' ({kinds})' if kinds else ''}, {self.open}"
-                " open"
-            ),
+            f"{self.items} items: {self.rated} rated, {len(self.failed)} failed, {self.open} open",
             (
                 f"{self.spent.calls} answers, {self.spent.tokens:,} tokens{cost} in all; {self.done_now} items in"
                 f" {self.seconds:.1f} s now"
             ),
+            *failure_lines(self.failed),
         ]
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
@@ -133,7 +142,7 @@ async def _rate_file(responses: Path, judge: Judge, path: Path, options: RateOpt
     return RateSummary(
         items=len(ids),
         rated=len(ids & state.fingerprints.keys() - state.failed.keys()),
-        failures=dict(Counter(kind for item_id, kind in state.failed.items() if item_id in ids)),
+        failed={item_id: problem for item_id, problem in state.failed.items() if item_id in ids},
         open=waiting - run.written,
         spent=state.spent,
         done_now=run.written,
@@ -165,6 +174,8 @@ def _check(
                 f"{path}: item {item.id!r} was rated with another prompt, image or texts than {responses} holds; pass"
                 " another journal"
             )
+    if not ids:
+        raise RecordError(f"{responses} holds no responses")
     return ids, waiting
 
 

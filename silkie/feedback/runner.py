@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from silkie.endpoint.budget import Budget
-from silkie.endpoint.errors import StopRun, Usage
+from silkie.endpoint.errors import StopRun, Usage, clipped
 from silkie.endpoint.retries import TRANSPORT_KINDS
 from silkie.feedback.journal import Record
 from silkie.feedback.options import JournalOptions
@@ -147,6 +148,19 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def failure_lines(problems: Mapping[str, tuple[str, str]]) -> list[str]:
+    """A line per kind of failure: how many items, and what went wrong with the first of them. `problems`: id -> (kind,
+    message)."""
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for item_id, (kind, _) in problems.items():
+        by_kind[kind].append(item_id)
+    return [
+        f"{kind}, {len(ids)} item{'s' if len(ids) > 1 else ''}, the first of them {ids[0]!r}:"
+        f" {' '.join(clipped(problems[ids[0]][1], 500).split())}"
+        for kind, ids in sorted(by_kind.items())
+    ]
 
 
 class JournalRun:

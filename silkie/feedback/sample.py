@@ -24,13 +24,21 @@ from silkie.endpoint.client import Endpoint
 from silkie.endpoint.errors import AnswerError, ItemError, Usage
 from silkie.endpoint.event_loop import run_to_end
 from silkie.endpoint.media import data_url, load_image
-from silkie.feedback.inputs import read_items, with_images
+from silkie.feedback.inputs import RecordError, read_items, with_images
 from silkie.feedback.items import JudgeItem
 from silkie.feedback.journal import Journal, JournalError, Record
 from silkie.feedback.options import SampleOptions
 from silkie.feedback.pool import Member, Pool, Sampler, accepted_slots, draw_seed, sampler_of
 from silkie.feedback.prompting import endpoint_messages, prompt_turns
-from silkie.feedback.runner import JournalRun, OutageGuard, Progress, StopSignal, run_bounded, stop_on_signals
+from silkie.feedback.runner import (
+    JournalRun,
+    OutageGuard,
+    Progress,
+    StopSignal,
+    failure_lines,
+    run_bounded,
+    stop_on_signals,
+)
 from silkie.io.console import say
 
 
@@ -46,9 +54,13 @@ class Draw:
 
 @dataclass(slots=True)
 class DrawState:
-    """What the journal holds: per item and slot the last attempt and its text (None where it failed)."""
+    """What the journal holds: per item and slot the last attempt and its text (None where it failed), and per item why
+    a draw failed last. `unreadable`, items without their image, is this run's alone: with the image mended, the same
+    command draws them."""
 
     last: dict[str, dict[int, tuple[int, str | None, str]]] = field(default_factory=lambda: defaultdict(dict))
+    problems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    unreadable: dict[str, tuple[str, str]] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     settings: set[tuple[Any, ...]] = field(default_factory=set)
     spent: Usage = field(default_factory=Usage)
@@ -60,6 +72,8 @@ class DrawState:
         self.settings.add((record["pool"], record["seed"], record["k"]))
         self.spent += Usage.from_json(record.get("usage"))
         self.draws += 1
+        if "error" in record:
+            self.problems[record["id"]] = (record["error"]["kind"], record["error"]["message"])
 
     def texts(self, item_id: str, k: int) -> list[str | None]:
         slots = self.last.get(item_id, {})
@@ -68,12 +82,14 @@ class DrawState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSummary:
-    """`complete`: items with k distinct responses; `short`: with fewer but enough; `dropped`: with too few."""
+    """`complete`: items with k distinct responses; `short`: with fewer but enough; `dropped`: with too few; `failed`:
+    those of `dropped` with a failed draw -> kind, message of the last one."""
 
     items: int
     complete: int
     short: int
     dropped: list[str]
+    failed: dict[str, tuple[str, str]]
     draws: int
     spent: Usage
     seconds: float
@@ -88,11 +104,12 @@ class SampleSummary:
             ),
             f"{self.draws} draws in all, {self.spent.tokens:,} tokens{cost}; {self.seconds:.1f} s now",
         ]
-        if self.dropped and not self.stopped:
+        alike = [item_id for item_id in self.dropped if item_id not in self.failed]
+        if alike and not self.stopped:
             lines.append(
-                "skipped (too few distinct responses):"
-                f" {', '.join(self.dropped[:10])}{' ...' if len(self.dropped) > 10 else ''}"
+                f"skipped (too few distinct responses): {', '.join(alike[:10])}{' ...' if len(alike) > 10 else ''}"
             )
+        lines += [f"skipped, {line}" for line in failure_lines(self.failed)]
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join(lines)
@@ -120,6 +137,8 @@ async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOpti
         journal = stack.enter_context(Journal(out.with_name(out.name + ".journal"), on_record=state.add))
         # held in memory: a later round needs the items whose draws failed or repeated, and prompts are short
         items = list(read_items(prompts, need_responses=False))
+        if not items:
+            raise RecordError(f"{prompts} holds no prompts")
         _check(items, pool, journal.path, state, options)
         done = sum(sum(accepted_slots(state.texts(item.id, options.k))) for item in items)
         progress = Progress(total=len(items) * options.k, done=done, unit="draw", show=options.progress)
@@ -134,11 +153,13 @@ async def _sample_file(prompts: Path, pool: Pool, out: Path, options: SampleOpti
             progress.close()
             await run.close()
         complete, short, dropped = _write_responses(items, state, prompts, out, options)
+    problems = state.problems | state.unreadable
     return SampleSummary(
         items=len(items),
         complete=complete,
         short=short,
         dropped=dropped,
+        failed={item_id: problems[item_id] for item_id in dropped if item_id in problems},
         draws=state.draws,
         spent=state.spent,
         seconds=time.monotonic() - began,
@@ -328,6 +349,11 @@ class SampleRun(JournalRun):
         return record | {"response": response}
 
     async def write(self, record: Record) -> None:
+        if record.get("error", {}).get("kind") == "image":
+            new = record["id"] not in self.state.unreadable
+            self.state.unreadable[record["id"]] = ("image", record["error"]["message"])
+            self.progress.update(failed=new, spent=self.state.spent, count=0)
+            return
         await self.journal.append(record)
         before = self._accepted(record["id"])  # after the wait: other draws of the item are written meanwhile
         self.state.add(record)

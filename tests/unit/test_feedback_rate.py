@@ -244,9 +244,16 @@ def test_a_missing_image_fails_its_item_without_a_call(tmp_path):
     judge = ScriptedJudge(quality)
     summary = rate_file(responses, judge, journal, QUIET)
     assert summary.failures == {"image": 1}
+    assert "image, 1 item, the first of them '" in summary.text() and "gone.png" in summary.text()
     assert len(judge.calls) == 2
     record = next(record for record in read_journal(journal) if record["status"] == "failed")
     assert "gone.png" in record["error"]["message"]
+
+
+def test_a_file_without_responses_is_an_error(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no responses"):
+        rate_file(tmp_path / "empty.jsonl", ScriptedJudge(quality), tmp_path / "j.jsonl", QUIET)
 
 
 def test_images_are_found_below_the_root(tmp_path):

@@ -206,6 +206,29 @@ def test_a_failed_draw_is_drawn_again_and_recorded(tmp_path):
     assert summary.spent.calls == 8 == summary.draws
 
 
+def test_a_missing_image_is_told_and_drawn_once_it_is_there(tmp_path):
+    prompts, out = write_prompts(tmp_path, 2), tmp_path / "r.jsonl"
+    prompts.write_text(prompts.read_text().replace("a.png", "gone.png", 1))
+    with ScriptedServer(lambda n, body: completion(f"{body['seed']}")) as server:
+        first = sample_file(prompts, pool_of(server, "a"), out, OPTIONS)
+        assert (first.complete, first.dropped, first.draws) == (1, ["1"], OPTIONS.k)
+        assert "image, 1 item, the first of them '1': found 'gone.png'" in first.text()
+        (tmp_path / "gone.png").write_bytes((tmp_path / "a.png").read_bytes())
+        assert sample_file(prompts, pool_of(server, "a"), out, OPTIONS).complete == 2
+
+
+def test_what_failed_is_told_with_an_example(tmp_path):
+    with ScriptedServer(lambda n, body: completion(None, refusal="I will not")) as server:
+        summary = sample_file(write_prompts(tmp_path, 2), pool_of(server, "a"), tmp_path / "r.jsonl", OPTIONS)
+    assert "skipped, refused, 2 items, the first of them '1': " in summary.text()
+
+
+def test_a_file_without_prompts_is_an_error(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with ScriptedServer(lambda n, body: completion("x")) as server, pytest.raises(ValueError, match="holds no prompts"):
+        sample_file(tmp_path / "empty.jsonl", pool_of(server, "a"), tmp_path / "r.jsonl", OPTIONS)
+
+
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     limited = SampleOptions(k=2, concurrency=2, progress=False, max_tokens=1200)
     prompts, out = write_prompts(tmp_path, 10), tmp_path / "r.jsonl"
