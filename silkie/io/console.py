@@ -42,9 +42,13 @@ def rank() -> int:
 
 
 def say(text: str) -> None:
-    """A line on stderr, from rank 0."""
+    """A line on stderr, from rank 0; above the progress bar where there is one."""
     if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        bars = sys.modules.get("tqdm")  # not loaded for a line: `--help` is fast
+        if bars is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            bars.tqdm.write(text, file=sys.stderr)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

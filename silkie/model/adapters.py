@@ -113,8 +113,7 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
     if not names_no_targets(peft_config):
         return peft_config
     known = getattr(source, "config", source)
-    if not reads_images(known) and (own := peft_targets(known.model_type)):
-        logger.info("LoRA targets: peft's own for %s, as in TRL: %s", known.model_type, ", ".join(own))
+    if not reads_images(known) and peft_targets(known.model_type):
         return peft_config
     targets = lora_targets(source)
     # the caller's own stays as it is: on a model of another family these targets would hit the vision tower
@@ -133,7 +132,6 @@ def with_default_targets(peft_config: PeftConfig, source: Any) -> PeftConfig:
         config.target_parameters = experts
         # peft rewrites the targets of some mixtures of experts to bare names, which towers of features share
         config.exclude_modules = config.exclude_modules or targets.outside
-    logger.info("LoRA targets: the linear layers%s of the language model", " and experts" if experts else "")
     return config
 
 

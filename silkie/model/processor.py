@@ -62,14 +62,18 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False, **kwarg
             processor.chat_template = ProcessorMixin.get_processor_dict(str(path), **_hub_options(kwargs))[0].get(
                 "chat_template"
             )
-        logger.info(
-            "torchvision is missing or broken: %s is loaded for images only (PIL backend)", type(processor).__name__
-        )
+        _tell_of_images_only(type(processor).__name__)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"{path} holds {type(processor).__name__}, not a vision-language processor (image processor + tokenizer)."
         )
     return processor
+
+
+@cache
+def _tell_of_images_only(processor: str) -> None:
+    """Once per kind of processor: a command may load a dozen."""
+    logger.info("torchvision is missing or broken: %s is loaded for images only (PIL backend)", processor)
 
 
 def _processor_class(path: str | Path, **kwargs: Any) -> type[ProcessorMixin]:

@@ -16,7 +16,7 @@ from trl import DPOConfig, KTOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from silkie.config import SilkieDPOConfig
-from silkie.model.adapters import with_default_targets
+from silkie.model.adapters import names_no_targets, peft_targets, with_default_targets
 from silkie.model.families import causal_lm, loaded_from, reads_images
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.vision import freeze_vision
@@ -166,7 +166,13 @@ def choose_trained_parts(
     if the options say so; which parameters of a given PeftModel train is the caller's choice."""
     if peft_config is not None:
         guards.check_adapter_kind(peft_config)
-        return with_default_targets(peft_config, config if isinstance(model, str) else model)
+        chosen: Any = with_default_targets(peft_config, config if isinstance(model, str) else model)
+        if chosen is not peft_config:
+            experts = " and experts" if chosen.target_parameters else ""
+            logger.info("LoRA targets: the linear layers%s of the language model", experts)
+        elif names_no_targets(peft_config):
+            logger.info("LoRA targets: peft's own, as in TRL: %s", ", ".join(peft_targets(config.model_type)))
+        return chosen
     if isinstance(model, PeftModel):
         guards.check_adapter_name(model)
         guards.check_adapter_kind(model.active_peft_config)

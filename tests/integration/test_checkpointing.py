@@ -67,6 +67,7 @@ def test_auto_checkpoints_what_memory_needs_and_trains_alike(tmp_path, monkeypat
     none = make(tmp_path / "none", max_steps=1)
     none.train()
     assert "no layer (auto)" in caplog.text and none.checkpointing.layers == 0
+    assert caplog.text.count("LoRA targets") == 2, "a line per run, and none for the copy that is counted"
     give(monkeypatch, without * 0.95 / share)
     some = make(tmp_path / "some", max_steps=1)
     some.train()

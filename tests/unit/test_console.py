@@ -303,3 +303,13 @@ def _parser(name: str):
     import importlib
 
     return importlib.import_module(console.PROGRAMS[name].module).make_parser(f"silkie {name}")
+
+
+def test_a_line_is_written_above_a_progress_bar(capsys):
+    from tqdm import tqdm
+
+    with tqdm(total=2, file=sys.stderr) as bar:
+        bar.update(1)
+        messages.say("loading a model ...")
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert "loading a model ..." in lines, "not behind the bar"
