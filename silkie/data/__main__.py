@@ -68,6 +68,8 @@ def run_inspect(options: InspectOptions) -> int:
     except (DataError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         return complain(error, 1)
     print(json.dumps(inspection.to_json(), indent=2) if options.json else to_text(inspection))
+    if options.html:
+        print(f"page: {options.html}", file=sys.stderr)
     return 0
 
 

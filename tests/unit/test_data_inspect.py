@@ -76,6 +76,8 @@ def test_text_and_json_on_the_command_line(data, capsys):
     text = capsys.readouterr().out
     assert re.search(r"Helpfulness +40\.0 % +0\.0 % +20\.0 % +20\.0 % +20\.0 % +2\.80 +1\n", text)
     assert "broken rows:\n  rows.jsonl (vlfeedback), line 4, column 'prompt': found ''" in text
+    assert main(["inspect", str(data), "--html", str(data.with_name("page.html"))]) == 0
+    assert f"page: {data.with_name('page.html')}\n" in capsys.readouterr().err
     assert main(["inspect", str(data), "--on-error", "raise"]) == 1
     assert capsys.readouterr().err.startswith("error: rows.jsonl (vlfeedback), line 4, column 'prompt'")
     assert main(["inspect", "nowhere.jsonl"]) == 1
