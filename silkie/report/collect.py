@@ -21,7 +21,7 @@ from silkie.report.schema import (
 )
 from silkie.report.scored import comparison_row, flip_cards, score_evaluation
 
-__all__ = ["collect", "comparison_report", "curves_of", "pick_cards", "read_run", "short_names"]
+__all__ = ["collect", "comparison_report", "curves_of", "merged_curves", "pick_cards", "read_run", "short_names"]
 
 MAX_CARDS = 160
 
@@ -151,11 +151,32 @@ def short_names(a: Path, b: Path) -> tuple[str, str]:
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """The panels for which the log history has at least two points; benchmark scores of the training callback get
-    their own panels."""
+    """The panels for which the log history has points; benchmark scores of the training callback get their own panels.
+    Rounds (`round` in the lines) are series of their own: a line through two of them would show a jump that no training
+    made."""
+    rounds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in history:
+        rounds.setdefault(str(row.get("round", "")), []).append(row)
+    if len(rounds) > 1:
+        return merged_curves({name: _curves(own) for name, own in rounds.items()})
+    return _curves(history)
+
+
+def merged_curves(curves: Mapping[str, list[Curve]]) -> list[Curve]:
+    """Panels of the same title as one, each series under the name of its run or round."""
+    panels: dict[str, Curve] = {}
+    for name, own in curves.items():
+        for curve in own:
+            panel = panels.setdefault(curve.title, Curve(title=curve.title, note=curve.note, series={}))
+            alone = len(curve.series) == 1
+            panel.series.update({name if alone else f"{name}: {key}": points for key, points in curve.series.items()})
+    return list(panels.values())
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     curves = []
     for title, note, keys in PANELS:
-        series = {name: points for name, names in keys.items() if len(points := _points(history, names)) > 1}
+        series = {name: points for name, names in keys.items() if (points := _points(history, names))}
         if series:
             curves.append(Curve(title=title, note=note, series=series))
     plain = {
@@ -172,7 +193,7 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     )
     for key in scores:
         points = _points(history, (key,))
-        if len(points) > 1 and key.count("_") >= 2 and not key.endswith(("_unreadable", "_yes_rate")):
+        if key.count("_") >= 2 and not key.endswith(("_unreadable", "_yes_rate")):
             benchmark, _, metric = key.removeprefix("eval_").partition("_")
             curves.append(
                 Curve(

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from silkie.report.charts import interval_plot, line_chart
 from silkie.report.names import metric_name
 from silkie.report.pictures import PictureBook
-from silkie.report.schema import Answer, BenchmarkRow, Card, Flip, Report, System
+from silkie.report.schema import Answer, BenchmarkRow, Card, Curve, Flip, Report, System
 
 __all__ = ["page", "render"]
 
@@ -41,11 +41,12 @@ def render(report: Report) -> str:
         filters={"value": format_value, "number": format_number, "signed": signed},
         report=report,
         tiles=[
-            _tile(row)
+            tile
             for row in report.benchmarks
-            if row.headline and len(row.systems) > 1 and row.systems[1].value is not None
+            if row.headline and len(row.systems) > 1
+            if (tile := _tile(row, report.names[1]))["trained"] is not None
         ][:4],
-        curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves],
+        curves=[(curve, Markup(line_chart(curve)), list(curve.series)) for curve in report.curves if _goes_on(curve)],
         tables=_tables(report.benchmarks),
         cards=cards,
         only_changes=not any(system.low is not None for row in report.benchmarks for system in row.systems),
@@ -120,14 +121,21 @@ def format_value(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _tile(row: BenchmarkRow) -> dict[str, Any]:
-    base, trained = row.systems[0], row.systems[1]
+def _goes_on(curve: Curve) -> bool:
+    """Whether there is more than one step to show."""
+    return len({step for points in curve.series.values() for step, _ in points}) > 1
+
+
+def _tile(row: BenchmarkRow, shown: str) -> dict[str, Any]:
+    """`shown`: the system that the report is about; a row without it shows the one after the base."""
+    base = row.systems[0]
+    trained = next((system for system in row.systems[1:] if system.name == shown), row.systems[1])
     difference = trained.difference
     if difference is None and base.value is not None and trained.value is not None:
         difference = trained.value - base.value
     return {
         "name": row.name,
-        "metric": metric_name(row.metric),
+        "of": [text for text in (metric_name(row.metric), trained.name if len(row.systems) > 2 else "") if text],
         "base": base.value,
         "trained": trained.value,
         "difference": difference,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from silkie.report.collect import MAX_CARDS, collect, pick_cards, read_run, short_names
-from silkie.report.schema import BenchmarkRow, Curve, Evaluation, Report, System
+from silkie.report.collect import MAX_CARDS, collect, merged_curves, pick_cards, read_run, short_names
+from silkie.report.schema import BenchmarkRow, Evaluation, Report, System
 from silkie.report.scored import score_evaluation
 
 __all__ = ["side_by_side"]
@@ -31,7 +31,7 @@ def side_by_side(a: str | Path, b: str | Path) -> Report:
         title=f"{names[0]} and {names[1]}",
         summary=f"Two runs side by side: {roots[0]} and {roots[1]}. Changes are {names[1]} minus {names[0]}.",
         names=names,
-        curves=_curves([report.curves for report in reports], names),
+        curves=merged_curves(dict(zip(names, (report.curves for report in reports), strict=True))),
         configuration=_differences([report.configuration for report in reports], names, "Configuration"),
         data=_differences([report.data for report in reports], names, "Data"),
     )
@@ -68,17 +68,6 @@ def _shared_evaluations(
 
 def _trained(evaluation: Evaluation) -> str:
     return evaluation.compared[1] if evaluation.compared else next(iter(evaluation.systems))
-
-
-def _curves(curves: list[list[Curve]], names: tuple[str, str]) -> list[Curve]:
-    """Panels of the same title as one, each series under its run's name."""
-    panels: dict[str, Curve] = {}
-    for name, own in zip(names, curves, strict=True):
-        for curve in own:
-            panel = panels.setdefault(curve.title, Curve(title=curve.title, note=curve.note, series={}))
-            alone = len(curve.series) == 1
-            panel.series.update({name if alone else f"{name}: {key}": points for key, points in curve.series.items()})
-    return list(panels.values())
 
 
 def _given(rows: list[list[BenchmarkRow]], names: tuple[str, str]) -> list[BenchmarkRow]:

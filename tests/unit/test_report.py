@@ -166,6 +166,29 @@ def test_curves_come_from_the_latest_checkpoint_with_one_point_per_step():
     assert curves_of([]) == []
 
 
+def test_rounds_are_curves_of_their_own():
+    history = [{"step": step, "loss": 0.1 * step, "round": f"Round {1 + step // 3}"} for step in (1, 2, 3)]
+    (curve,) = curves_of(history)
+    assert curve.series == {"Round 1": [(1, 0.1), (2, 0.2)], "Round 2": [(3, pytest.approx(0.3))]}
+
+
+def test_a_panel_needs_two_steps():
+    text = render(Report(title="t", curves=[*curves_of([{"step": 1, "loss": 0.7, "eval_loss": 0.6}])]))
+    assert "Loss" not in text
+    assert "Loss" in render(
+        Report(title="t", curves=[*curves_of([{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 1}])])
+    )
+
+
+def test_a_tile_shows_the_system_that_the_report_is_about():
+    systems = tuple(
+        System(name=name, value=value) for name, value in (("Base", 0.5), ("Round 1", 0.51), ("Round 2", 0.84))
+    )
+    rows = [BenchmarkRow(name="pope", metric="accuracy", systems=systems, headline=True)]
+    tile = render(Report(title="t", benchmarks=rows, names=("Base", "Round 2"))).partition("Headline results")[2]
+    assert "accuracy, Round 2" in tile and tile.partition('"big">')[2].startswith("0.840")
+
+
 def test_the_page_is_self_contained_and_escaped(run_dir):
     page = build_report(run_dir).read_text()
     links = re.findall(r"""(?:src|href|action)\s*=\s*["']([^"']*)""", page)

@@ -1,4 +1,4 @@
-"""One page and one table over the rounds: benchmarks side by side, curves one after the other, what each round made."""
+"""One page and one table over the rounds: benchmarks side by side, a curve per round, what each round made."""
 
 from __future__ import annotations
 
