@@ -55,7 +55,8 @@ def load_policy(
 
     Args:
         path: a directory or hub name: a LoRA adapter (has `adapter_config.json`), or a full model.
-        base_model: where the adapter's base model is now. Default: the place recorded in the adapter.
+        base_model: where the adapter's base model is now. Default: the place recorded in the adapter; there, its
+            revision holds too.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         device: where to put the model. Default: CUDA when there is one, else CPU.
         merge: fold the adapter into the weights (faster generation; the adapter can no longer be switched off).
@@ -87,11 +88,10 @@ def load_policy(
     refuse_pickled(base)
     if adapter:
         refuse_pickled_adapter(path)
-    config = AutoConfig.from_pretrained(
-        base,
-        trust_remote_code=trust_remote_code,
-        **{name: model_kwargs[name] for name in ("revision", "token", "cache_dir") if name in model_kwargs},
-    )
+    if adapter and adapter.get("revision") and base == adapter["base_model_name_or_path"]:
+        model_kwargs.setdefault("revision", adapter["revision"])
+    hub = {name: model_kwargs[name] for name in ("revision", "token", "cache_dir") if name in model_kwargs}
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **hub)
     if not reads_images(config) and not trust_remote_code:
         raise ValueError(
             f"{base} is a language model ({config.model_type}), which reads no images: load it, or its adapter, with"
@@ -107,8 +107,8 @@ def load_policy(
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
         if merge:
             model = model.merge_and_unload()
-    has_processor = Path(path, "tokenizer_config.json").exists() or not adapter
-    processor = load_processor(path if has_processor else base, trust_remote_code=trust_remote_code)
+    place, options = (path, {}) if adapter and Path(path, "tokenizer_config.json").exists() else (base, hub)
+    processor = load_processor(place, trust_remote_code=trust_remote_code, **options)
     return model.eval(), processor
 
 

@@ -256,7 +256,9 @@ class SilkieDPOTrainer(BeforeTraining, RunRecord, TrlSurface, RecoverableTrainer
         mismatched, padded = "kl" in self.objective.needs, self.choice.groups_per_row == 1
         shapes = partial(self.choice.shapes, mismatched=mismatched)
         if self.stream is not None:
-            return self.loaders.train_stream(self.stream, shapes, batch_size=self.groups_per_batch, padded=padded)
+            return self.loaders.train_stream(
+                self.stream, shapes, batch_size=self.groups_per_batch, padded=padded, mismatched=mismatched
+            )
         return self.loaders.train(
             self.train_dataset,
             shapes(self.train_dataset),

@@ -278,11 +278,13 @@ class GroupLoaders:
         *,
         batch_size: int,
         padded: bool,
+        mismatched: bool = False,
     ) -> DataLoader:
         """Batches of a stream, as many as the run takes.
 
         Args:
             shapes: prepared groups -> their shapes. shapes, batch_size, padded: see `GroupBatchSampler`.
+            mismatched: prompts also score the responses of other groups in their batch.
         """
         args, world_size = self.args, self.accelerator.num_processes
         batches.begin()
@@ -295,6 +297,7 @@ class GroupLoaders:
             padded=padded,
             shuffle=False,
             drop_last=args.dataloader_drop_last,
+            mismatched=mismatched,
         )
         self.train_sampler = StreamSampler(args.max_steps * args.gradient_accumulation_steps * world_size)
         return self._loader(batches, self.train_sampler, args.dataloader_persistent_workers)
@@ -351,9 +354,12 @@ def _rows_of(dataset: Dataset) -> WithEmptyGroups:
 
 
 def _divided(
-    groups: Dataset, *, shapes: Callable[[Dataset], Sequence[tuple[int, int]]], **options: Any
+    groups: Dataset, *, shapes: Callable[[Dataset], Sequence[tuple[int, int]]], mismatched: bool, **options: Any
 ) -> list[list[int]]:
     """The batches of a window."""
     if options["drop_last"] and len(groups) < options["batch_size"] * options["world_size"]:
         return []
-    return list(GroupBatchSampler(shapes(groups), **options))
+    sampler = GroupBatchSampler(shapes(groups), **options)
+    if mismatched:
+        _tell_of_lone_groups(sampler, len(groups), "a window of the stream")
+    return list(sampler)

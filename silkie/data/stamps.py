@@ -25,6 +25,9 @@ def image_fingerprint(dataset: datasets.Dataset, column: str | None, *work: Any)
     every file they name.
 
     Why: `datasets` keys its cache by the rows alone, so an image that was fixed would still be reported as broken.
+    A file that was rewritten with equal size and its old time is not seen (`touch` it). The time of the inode would
+    show it, but chmod, a hard link and a copy to a node's own disk (`tar x`, `cp -a`) change that one too, and every
+    job that begins with such a copy would decode all images again.
     """
     return Hasher.hash([fingerprint_of(dataset), work, None if column is None else image_stamp(dataset, column)])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ def convert(directory: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        FileNotFoundError: there is nothing to convert.
-        ValueError: a file holds something else than tensors.
+        FileNotFoundError: there is nothing to convert, or a file that an index names is missing.
+        ValueError: a file holds something else than tensors, or an index is none.
         OSError: a file cannot be written; none is left in parts.
     """
     place = Path(directory)
@@ -101,18 +102,33 @@ def _convert_file(file: Path, target: Path) -> None:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{file} holds more than tensors, or is damaged: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{file} holds something else than named tensors.")
-    # copies: tied tensors share their memory, which safetensors cannot store
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, target, metadata={"format": "pt"})
+    try:
+        # copies: tied tensors share their memory, which safetensors cannot store
+        copies = {name: value.contiguous().clone() for name, value in state.items()}
+        save_file(copies, target, metadata={"format": "pt"})
+    except (RuntimeError, KeyError) as error:  # sparse, without data; a dtype that it does not know
+        raise ValueError(f"{file} holds a tensor that safetensors cannot store: {error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
 
 
 def _convert_index(index: Path, target: Path) -> None:
     """The index of a model in several files, with the names of the new ones."""
-    content = json.loads(index.read_text())
     kind = next(kind for kind, pickled in _PICKLED.items() if index.name == pickled + _INDEX)
     old, new = _PICKLED[kind].removesuffix(".bin"), _SAFE[kind].removesuffix(".safetensors")
-    content["weight_map"] = {
-        weight: file.replace(old, new).replace(".bin", ".safetensors") for weight, file in content["weight_map"].items()
-    }
+    try:
+        content = json.loads(index.read_text())
+        places = content["weight_map"]
+        twins = {file: file.replace(old, new).replace(".bin", ".safetensors") for file in places.values()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
+    beside = {file.name for file in index.parent.iterdir()}
+    # with an index the directory counts as whole
+    if missing := sorted(file for file, twin in twins.items() if twin not in beside):
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is not beside it.")
+    content["weight_map"] = {weight: twins[file] for weight, file in places.items()}
     target.write_text(json.dumps(content, indent=1))

@@ -27,7 +27,8 @@ def check_adapter(adapter: str | None, model_args: ModelConfig) -> None:
     """Before anything is loaded: do the options of a run and its adapter go together?
 
     Raises:
-        ValueError: a new adapter is asked for as well, or the model's directory holds an adapter.
+        ValueError: a new adapter is asked for as well, the model's directory holds an adapter, or the adapter was
+            trained on another revision of the model.
         silkie.model.weights.PickledWeights: the adapter's weights are pickled.
     """
     name = str(model_args.model_name_or_path)
@@ -47,6 +48,13 @@ def check_adapter(adapter: str | None, model_args: ModelConfig) -> None:
     if Path(adapter).exists() and not Path(adapter, "adapter_config.json").is_file():
         raise ValueError(f"`adapter_name_or_path`: {adapter} holds no adapter_config.json, so it is no adapter.")
     refuse_pickled_adapter(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    revision = config.revision if config.base_model_name_or_path == name else None
+    if revision not in (None, model_args.model_revision):
+        raise ValueError(
+            f"`adapter_name_or_path`: {adapter} was trained on revision {revision} of {name}, and this run loads"
+            f" {model_args.model_revision}: set model_revision={revision}."
+        )
 
 
 def load_adapted(name: str, adapter: str, args: SilkieDPOConfig, quantization: Any) -> PeftModel:

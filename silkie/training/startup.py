@@ -120,7 +120,7 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
             raise FileNotFoundError(
                 f"{model} is not a directory. Expected a model directory, or a hub name like 'org/name'."
             )
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
+        revision = _revision(args)
         # Before the config and the processor are read: nothing of an unsafe directory is loaded.
         refuse_pickled(model)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
@@ -144,6 +144,11 @@ def config_and_processor(model: Any, processor: Any, args: SilkieDPOConfig) -> t
     return config, processor
 
 
+def _revision(args: SilkieDPOConfig) -> str | None:
+    """Of the model that is loaded by name; None: the main one."""
+    return args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
+
+
 def set_pad_token(tokenizer: Any, token: str | None) -> None:
     """Sets the padding token: `token`, or where that is None the tokenizer's own, or its end token.
 
@@ -162,8 +167,9 @@ def set_pad_token(tokenizer: Any, token: str | None) -> None:
 def choose_trained_parts(
     model: Any, peft_config: PeftConfig | None, config: PretrainedConfig, args: SilkieDPOConfig
 ) -> PeftConfig | None:
-    """The adapter config with its targets filled in. A model that is trained in full has its vision tower frozen here,
-    if the options say so; which parameters of a given PeftModel train is the caller's choice."""
+    """The adapter config with its targets and the base model's revision filled in. A model that is trained in full has
+    its vision tower frozen here, if the options say so; which parameters of a given PeftModel train is the caller's
+    choice."""
     if peft_config is not None:
         guards.check_adapter_kind(peft_config)
         chosen: Any = with_default_targets(peft_config, config if isinstance(model, str) else model)
@@ -172,6 +178,11 @@ def choose_trained_parts(
             logger.info("LoRA targets: the linear layers%s of the language model", experts)
         elif names_no_targets(peft_config):
             logger.info("LoRA targets: peft's own, as in TRL: %s", ", ".join(peft_targets(config.model_type)))
+        revision = _revision(args) if isinstance(model, str) else None
+        if revision in (None, "main"):
+            return chosen
+        chosen = copy.copy(chosen)
+        chosen.revision = revision  # peft writes the name only, at which another revision may be found
         return chosen
     if isinstance(model, PeftModel):
         guards.check_adapter_name(model)

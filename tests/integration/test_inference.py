@@ -10,9 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.inference import generate, load_policy, load_processor
+from silkie.run.adapter import check_adapter
 from silkie.training.model_card import RunDescription, card_text
 from tests.support.data import dataset
 from tests.support.tiny import conversation, image, tiny_model, tiny_processor
@@ -99,6 +101,42 @@ def test_an_adapter_that_names_no_base_needs_one(run, tmp_path):
     with pytest.raises(ValueError, match="base_model="):
         load_policy(tmp_path / "copy")
     assert answers(*load_policy(tmp_path / "copy", base_model=base)) == answers(*load_policy(out))
+
+
+def test_a_base_has_the_revision_that_was_trained_on(tmp_path, monkeypatch):
+    """The adapter recorded none, one that another tool recorded was not read, and the processor was the main one's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for seed, revision in enumerate(("main", "old")):
+        place = tmp_path / "hub" / "models--org--vlm"
+        tiny_model(seed=seed).save_pretrained(place / "snapshots" / revision)
+        processor = tiny_processor()
+        processor.tokenizer.add_tokens([revision])
+        processor.save_pretrained(place / "snapshots" / revision)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(revision)
+
+    def found(*where, **options):
+        model, processor = load_policy(*where, **options)
+        weights = getattr(model, "get_base_model", lambda: model)().lm_head.weight
+        words = processor.tokenizer.get_vocab()
+        return [seed for seed in (0, 1) if torch.equal(weights, tiny_model(seed=seed).lm_head.weight)], "old" in words
+
+    old, main = ([1], True), ([0], False)
+    assert found("org/vlm", revision="old") == old and found("org/vlm") == main
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "model_init_kwargs": {"revision": "old"}}
+    given = LoraConfig(r=2)
+    trainer = SilkieDPOTrainer(
+        "org/vlm", args=SilkieDPOConfig(str(tmp_path), **options), train_dataset=dataset(), peft_config=given
+    )
+    out = tmp_path / "adapter"
+    trainer.save_model(str(out))
+    assert found(out) == found(out, base_model="org/vlm") == old and given.revision is None
+    assert found(out, revision="main")[0] == found(out, base_model=place / "snapshots" / "main")[0] == [0]
+    (out / "tokenizer_config.json").unlink()
+    assert found(out) == old  # the processor is the base's
+    check_adapter(str(out), ModelConfig(model_name_or_path="org/vlm", model_revision="old"))
+    with pytest.raises(ValueError, match="trained on revision old of org/vlm, and this run loads main"):
+        check_adapter(str(out), ModelConfig(model_name_or_path="org/vlm"))
 
 
 def test_sampling_is_seeded_and_shaped(run):

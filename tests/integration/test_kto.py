@@ -206,6 +206,17 @@ def test_labels_are_logged_and_unequal_numbers_warned_of(tmp_path, caplog):
     assert "hold one group: as in TRL, its KL term is estimated on its own responses" in caplog.text
 
 
+def test_a_stream_tells_of_lone_groups_too(tmp_path, caplog):
+    """The last group of a window meets no other prompt, as the last one of an epoch does."""
+    options = {"loss_type": "kto", "per_device_train_batch_size": 2, "max_steps": 2}
+    for rows, told in ((4, False), (3, True)):
+        stream = datasets.Dataset.from_list(thumbs()[:rows]).to_iterable_dataset()
+        trainer = make(SilkieDPOTrainer, tmp_path / str(rows), lambda stream=stream: stream, **options)
+        with caplog.at_level("WARNING", logger="silkie"):
+            trainer.train()
+        assert ("1 of 2 micro-batches of a window of the stream hold one group" in caplog.text) == told
+
+
 def test_evaluation_needs_other_prompts_as_training_does(tmp_path, caplog):
     """In a batch of one group the KL term would be that of the group's own answers."""
     with pytest.raises(ValueError, match="per_device_eval_batch_size to 2"):

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.data.schema import ROW_FORM
 from silkie.inference import load_processor
 from silkie.training import checkpoints
 from silkie.training.ending import PREEMPTED_EXIT_CODE
@@ -150,6 +151,14 @@ def test_names_of_images_are_seen_where_only_names_are_stored(tmp_path, monkeypa
     monkeypatch.setattr("silkie.training.identity.SAMPLED_GROUPS", 2)
     same, other = (describe_data(rows(names)) for names in (["a.png", "b.png", "a.png"], ["a.png", "c.png", "a.png"]))
     assert same["content"] == other["content"] and same["images"] != other["images"]
+
+
+@pytest.mark.parametrize("column", ROW_FORM)
+def test_how_a_row_is_written_is_seen(column):
+    """The same texts are other tokens as plain text, with other tools or with another call in their turns."""
+    values = {"form": (None, "plain")}.get(column, ('["a"]', '["b"]'))
+    one, other = (describe_data(dataset(mixed_groups()).add_column(column, [value] * 4)) for value in values)
+    assert one["content"] != other["content"] and one["images"] == other["images"]
 
 
 def test_a_changed_run_stops_before_it_writes_and_resumes_where_asked_to(tmp_path, caplog):

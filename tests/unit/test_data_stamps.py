@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 
 import datasets
@@ -43,6 +44,18 @@ def test_unchanged_images_are_not_decoded_twice(groups, monkeypatch):
     assert len(validate(groups)) == 2
     monkeypatch.setattr("silkie.data.validation.open_image", lambda *_, **__: pytest.fail("an image was decoded again"))
     assert len(validate(groups)) == 2
+
+
+def test_a_copy_that_keeps_its_times_is_the_same(groups, tmp_path):
+    """As data that every job unpacks on its node's own disk: the times of the inodes are new."""
+    before = image_stamp(groups, "images")
+    for name in ("0.png", "1.png"):
+        old = (tmp_path / name).stat()
+        shutil.copy2(tmp_path / name, tmp_path / "copy")
+        (tmp_path / "copy").chmod(0o600)
+        (tmp_path / "copy").replace(tmp_path / name)
+        assert (tmp_path / name).stat().st_ctime_ns != old.st_ctime_ns
+    assert image_stamp(groups, "images") == before
 
 
 def test_stamps_follow_files_and_archives_and_no_bytes(tmp_path):

@@ -531,6 +531,11 @@ def test_mmvet_judge_replies_and_bad_grades(tmp_path):
     ]
     result = score("mmvet", str(lines(tmp_path / "r.jsonl", rows)))
     assert result.metrics["score"] == pytest.approx(100 * 1.9 / 4) and result.metrics["ungraded"] == 0.25
+    assert "1 of 4 judge replies hold no grade and score 0" in result.warnings[0]
+    runs = [{"id": "a", "content": ["0.7", "none", "0.8", "?"]}, {"id": "b", "content": ["0.5", "1"]}]
+    result = score("mmvet", str(lines(tmp_path / "runs.jsonl", runs)))
+    assert result.metrics["score"] == pytest.approx(100 * (1.5 / 4 + 1.5 / 2) / 2)
+    assert result.metrics["ungraded"] == 0.25 and "2 of 6 judge replies" in result.warnings[0]
     with pytest.raises(ResultError, match=r":2: a score must be a number from 0.0 to 1.0, found 5"):
         score("mmvet", str(lines(tmp_path / "bad.jsonl", [{"id": "a", "score": 1}, {"id": "b", "score": 5}])))
     (tmp_path / "answers.json").write_text(json.dumps({"v1_0": "a cat", "v1_1": "a dog"}, indent=1))

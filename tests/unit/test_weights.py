@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,56 @@ def test_converting_replaces_no_safetensors(tmp_path):
     assert convert(tmp_path) == [tmp_path / "adapter_model.safetensors"]
     assert load_file(tmp_path / "store")["w"].tolist() == [1.0, 1.0]
     assert convert(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({1: torch.zeros(2)}, "something else than named tensors"),
+        ({"w": torch.eye(2).to_sparse()}, "safetensors cannot store"),
+        ({"w": torch.zeros(2, device="meta")}, "safetensors cannot store"),
+        ({"w": torch.zeros(2, dtype=torch.complex128)}, "safetensors cannot store: torch.complex128"),
+    ],
+)
+def test_tensors_that_cannot_be_stored_are_named(tmp_path, capsys, state, message):
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert inference.main(["convert", str(tmp_path)]) == 2
+    assert message in (said := capsys.readouterr().err) and "pytorch_model.bin" in said and len(said.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {"w": "pytorch_model-2.bin"}}', "names pytorch_model-2.bin, which is not beside it"),
+        ('{"weight_map": {"w": "../pytorch_model-1.bin"}}', "names ../pytorch_model-1.bin, which is not beside it"),
+        ('{"weight_map": {"w": null}}', "is no index"),
+        ("{}", "is no index of weights: KeyError: 'weight_map'"),
+        ("[]", "is no index"),
+        ("{", "is no index"),
+        ("[" * 100_000, "is no index"),
+    ],
+)
+def test_an_index_that_is_none_is_not_written(tmp_path, capsys, text, message):
+    """With one whose file was missing, the directory counted as converted."""
+    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model-1.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+    assert inference.main(["convert", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(PickledWeights):
+        weights.refuse_pickled(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_said_in_one_line(tmp_path):
+    """safetensors has an error of its own for a full disk."""
+    torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "pytorch_model.bin")
+    program = (
+        "import resource, signal, sys; from silkie import inference; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.exit(inference.main(['convert', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "File too" in done.stderr
+    assert "Traceback" not in done.stderr and [file.name for file in tmp_path.iterdir()] == ["pytorch_model.bin"]
 
 
 def test_a_conversion_that_fails_leaves_no_half_file(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ Results: the official grade file, a JSON object id -> {"score": [0.5, ...], "con
 per judge run), a plain object id -> grade, or records (JSONL or JSON list) with a stored `score` or the judge's reply.
 Capabilities come from `mm-vet.json` or from `capability` in the records.
 A score is 100 times the sum of grades over the number of QUESTIONS: with `mm-vet.json` at hand, a question without a
-grade scores 0, as in the official scorer.
+grade scores 0, as in the official scorer. So does a judge's reply that holds none, in the mean over several as well.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def read_grade(reply: str) -> float | None:
 
 
 def mmvet_rates(sums: Array) -> dict[str, Array]:
-    """Sums (questions, grade points, ungraded) [..., 3] -> score 0..100, share of ungraded questions 0..1."""
+    """Sums (questions, grade points, ungraded) [..., 3] -> score 0..100, share of ungraded questions 0..1 (of
+    several judge runs, one that is not read is a part of one)."""
     total, points, missing = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
     return {"score": 100 * ratio(points, total), "ungraded": ratio(missing, total)}
 
@@ -77,15 +78,22 @@ def score_results(results: str | Path, annotations: str | Path | None = None) ->
     source = Path(annotations) if annotations else find_beside(path, ["mm-vet.json"])
     questions = {record.id: record for record in read_records(source, key_field="id")} if source is not None else {}
     warnings = []
-    items = []
+    items, runs, unread = [], 0, 0
     for record in records:
         if questions and record.id not in questions:
             raise record.error(f"question {record.id!r} is not in {source}.")
-        items.append(_item(record, questions.get(record.id), _grade(record)))
+        grades = _grades(record)
+        runs, unread = runs + len(grades), unread + grades.count(None)
+        items.append(_item(record, questions.get(record.id), grades))
     graded = {record.id for record in records}
     absent = [record for identity, record in questions.items() if identity not in graded]
     # the official score divides by all questions, so a file with some grades missing must not score higher for it
-    items += [_item(None, question, None) for question in absent]
+    items += [_item(None, question, []) for question in absent]
+    if unread:
+        warnings.append(
+            f"{unread} of {runs} judge replies hold no grade and score 0, as in the official scorer (which first asks"
+            " again, up to five times)."
+        )
     if absent:
         warnings.append(
             f"{len(absent)} of {len(questions)} questions have no grade and score 0 (first: {absent[0].id})."
@@ -149,28 +157,30 @@ def export_results(items: Sequence[dict], out: str | Path) -> Path:
     return path
 
 
-def _item(record: Record | None, question: Record | None, grade: float | None) -> Item:
-    """One question: `record` is its grade (None: it has none), `question` its entry in mm-vet.json (None: there is no
-    such file)."""
+def _item(record: Record | None, question: Record | None, grades: Sequence[float | None]) -> Item:
+    """One question: `record` holds its grades (None: it has none), one per judge run; `question` is its entry in
+    mm-vet.json (None: there is no such file)."""
     source = question or record
     assert source is not None
     reference = question.data.get("answer") if question else source.data.get("gt_answer")
+    grade = sum(g or 0.0 for g in grades) / max(len(grades), 1)
+    ungraded = list(grades).count(None) / len(grades) if grades else 1.0
     return Item(
         id=source.id,
         answer=str(record.find(("answer", "prediction", "response"), "")) if record else "",
-        counts=(1.0, grade or 0.0, float(grade is None)),
-        value=grade or 0.0,
-        correct=(grade or 0.0) >= 0.5,
+        counts=(1.0, grade, ungraded),
+        value=grade,
+        correct=grade >= 0.5,
         category="+".join(_capabilities(source)),
         image=(record.image if record else "") or source.image,
         prompt=source.prompt,
         label=str(reference) if reference else None,
-        read=None if grade is None else f"{grade:g}",
+        read=None if ungraded == 1 else f"{grade:g}",
     )
 
 
-def _grade(record: Record) -> float | None:
-    """The record's grade: the mean over judge runs where there are several."""
+def _grades(record: Record) -> list[float | None]:
+    """The record's grades, one per judge run; None for a reply that holds none."""
     stored = record.find(SCORE_FIELDS)
     if stored is None and set(record.data) == {"id", "answer"} and not isinstance(record.data["answer"], str):
         stored = record.data["answer"]  # a plain object id -> grade
@@ -182,12 +192,11 @@ def _grade(record: Record) -> float | None:
                 f"no grade: found {record.fields}, expected a number in one of {list(SCORE_FIELDS)} or a judge's reply "
                 f"in one of {list(JUDGE_FIELDS)}."
             )
-        grades = [read_grade(str(text)) for text in replies]
-        return None if all(g is None for g in grades) else sum(g or 0.0 for g in grades) / len(grades)
+        return [read_grade(str(text)) for text in replies]
     values = stored if isinstance(stored, list) else [stored]
     if not values:
         raise record.error("the list of scores is empty; expected a number from 0.0 to 1.0 per judge run.")
-    return sum(_number(record, value) for value in values) / len(values)
+    return [_number(record, value) for value in values]
 
 
 def _number(record: Record, value: Any) -> float:
