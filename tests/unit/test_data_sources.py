@@ -425,6 +425,18 @@ def test_groups_keep_their_form_whichever_way_they_are_read_again(folder, load, 
     assert longest.to_list() == groups.to_list()
 
 
+def test_options_of_reading_reach_data_that_has_the_schema_already(folder, load, tmp_path):
+    row = {"images": ["img/0.png"], "prompt": "What is it?", "responses": ["a cat", "a dog"], "pairs": [[0, 1]]}
+    row["ratings"] = [{"wit": 8, "care": 4}, {"wit": 2, "care": 3}]
+    groups = load(files.write_lines(folder / "rows.jsonl", [row]), rating_scale=(1, 10))
+    [stored] = groups["images"][0]
+    moved = groups.map(lambda row: {"images": [{**stored, "path": "img/0.png"}]}, features=groups.features)
+    assert load(moved, image_root=folder)["images"][0] == [stored]
+    assert list(load(groups, aspects=["care", "wit", "zeal"]).features["ratings"].feature) == ["care", "wit", "zeal"]
+    with pytest.raises(DataError, match="rating_scale"):
+        load(groups, rating_scale=(1, 5))
+
+
 def _columns(batch):
     return batch
 
