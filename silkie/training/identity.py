@@ -25,6 +25,7 @@ from torch import Tensor
 from silkie.batch.encoding import GroupEncoder
 from silkie.config import SilkieDPOConfig
 from silkie.data.images import read_bytes
+from silkie.data.schema import ROW_FORM
 from silkie.model.families import causal_lm
 from silkie.training.reference import REFERENCE_ADAPTER, Reference
 
@@ -33,7 +34,7 @@ Identity = dict[str, dict[str, Any]]  # part of the run -> what is known of it: 
 SAMPLED_GROUPS = 256  # whose images are read
 SAMPLED_VALUES = 64  # of every weight
 LENGTH = "length"  # the one part that may change: a finished run is trained longer by resuming it
-_TEXTS = ("prompt", "responses", "pairs", "pair_weights", "labels", "ratings", "chat_template_kwargs")
+_TEXTS = ("prompt", "responses", "pairs", "pair_weights", "labels", "ratings", *ROW_FORM)
 _NOT_THE_MODEL = {  # where it lies, how it was saved, how it runs
     "_name_or_path",
     "transformers_version",

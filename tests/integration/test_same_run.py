@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
+from silkie.data.schema import ROW_FORM
 from silkie.inference import load_processor
 from silkie.training import checkpoints
 from silkie.training.ending import PREEMPTED_EXIT_CODE
@@ -108,6 +109,13 @@ def test_every_change_is_named(tmp_path, first, what):
     assert {entry.split(":")[0] for entry in found} <= (parts or {"base model"}) | (
         {"data"} if "data" in parts else set()
     )
+
+
+@pytest.mark.parametrize("column", ROW_FORM)
+def test_the_form_of_a_row_is_data_too(column):
+    plain = dataset()
+    other = plain.add_column(column, ["plain"] * len(plain))
+    assert describe_data(other)["content"] != describe_data(plain)["content"]
 
 
 def test_the_same_run_is_the_same_from_elsewhere(tmp_path, first):
