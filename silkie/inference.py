@@ -87,11 +87,8 @@ def load_policy(
     refuse_pickled(base)
     if adapter:
         refuse_pickled_adapter(path)
-    config = AutoConfig.from_pretrained(
-        base,
-        trust_remote_code=trust_remote_code,
-        **{name: model_kwargs[name] for name in ("revision", "token", "cache_dir") if name in model_kwargs},
-    )
+    of_base = {name: model_kwargs[name] for name in ("revision", "token", "cache_dir") if name in model_kwargs}
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **of_base)
     if not reads_images(config) and not trust_remote_code:
         raise ValueError(
             f"{base} is a language model ({config.model_type}), which reads no images: load it, or its adapter, with"
@@ -107,8 +104,10 @@ def load_policy(
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
         if merge:
             model = model.merge_and_unload()
-    has_processor = Path(path, "tokenizer_config.json").exists() or not adapter
-    processor = load_processor(path if has_processor else base, trust_remote_code=trust_remote_code)
+    if adapter and Path(path, "tokenizer_config.json").exists():
+        processor = load_processor(path, trust_remote_code=trust_remote_code)
+    else:
+        processor = load_processor(base, trust_remote_code=trust_remote_code, **of_base)
     return model.eval(), processor
 
 

@@ -101,6 +101,20 @@ def test_an_adapter_that_names_no_base_needs_one(run, tmp_path):
     assert answers(*load_policy(tmp_path / "copy", base_model=base)) == answers(*load_policy(out))
 
 
+def test_a_revision_is_that_of_the_processor_too(run, tmp_path, monkeypatch):
+    base, out, _ = run
+    shutil.copytree(out, tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer_config.json").unlink()
+    asked = []
+    monkeypatch.setattr(
+        "silkie.inference.load_processor", lambda path, **options: asked.append((path, options.get("revision")))
+    )
+    load_policy(base, revision="main")
+    load_policy(tmp_path / "adapter", base_model=base, revision="main")
+    load_policy(out, base_model=base, revision="main")
+    assert asked == [(str(base), "main"), (str(base), "main"), (str(out), None)]
+
+
 def test_sampling_is_seeded_and_shaped(run):
     model, processor = load_policy(run[0])
     one = answers(model, processor, temperature=1.0, num_return_sequences=3, seed=1)
