@@ -297,6 +297,7 @@ class SilkieDPOConfig(LossFields, DPOConfig):
         # TRL trains the vision tower in full fine-tuning
         config.__dict__.update({**own, **vars(args), "freeze_vision": False, "logging_nan_inf_filter": False})
         config.log_token_stats = True
+        config.workers_by_machine = False  # their number is TRL's
         if isinstance(config.loss_type, str):  # KTO's
             config.loss_type = [config.loss_type]
         check_own_options(config)

@@ -148,6 +148,20 @@ def turns_text(row: Row, value: Any, column: str) -> str:
         raise row.error(column, Found(str(error)), "values that JSON can hold") from error
 
 
+def json_column(row: Row, column: str) -> str | None:
+    """A column of turns, tools or template variables as JSON text; None where the row has none."""
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise row.error(column, value, "JSON text") from error
+    # `datasets` fills a struct's absent fields with None
+    if not value or (isinstance(value, dict) and all(option is None for option in value.values())):
+        return None
+    return turns_text(row, value, column)
+
+
 def answer(row: Row, column: str) -> str:
     """A response: a string, one turn, or a conversation of one assistant turn."""
     row.require(column, (str, dict, list, tuple), "a non-empty response")

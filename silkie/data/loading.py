@@ -96,7 +96,8 @@ def load_preferences(
         records.dataset is not None
         and is_group_features(records.dataset.features)
         and options == PairOptions()
-        and format is None
+        and all(option is None for option in (format, image_root, aspects, rating_scale))
+        and not allow_remote_images
         and records.dataset.format["type"] != "custom"
     ):
         dataset, report = _as_it_is(records, keep_unpaired)

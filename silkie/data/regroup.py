@@ -140,7 +140,8 @@ def join_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
                     values.append(value)
                 elif values[new] is None:
                     values[new] = value
-        for (chosen, rejected), weight in zip(group["pairs"], group["pair_weights"], strict=True):
+        own = group["pair_weights"] or [1.0] * len(group["pairs"])
+        for (chosen, rejected), weight in zip(group["pairs"], own, strict=True):
             pair = (renumbered[chosen], renumbered[rejected])
             weights[pair] = weights.get(pair, 0.0) + weight
     joined = dict(

@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 from transformers import logging as transformers_logging
 
+from silkie.batch.workers import cores
 from silkie.io.console import log_to_stderr, say
 
-__all__ = ["Tell", "available_cores", "run_tasks"]
+__all__ = ["Tell", "run_tasks"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,11 +28,6 @@ Tell = Callable[[str, int, int], None]
 """(what is done, steps done, steps in all)"""
 
 _messages: Any = None  # in a process of the pool: where its progress goes
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(function: Callable[[T, Tell], R], tasks: Sequence[T], *, processes: int, log: Path) -> Iterator[R]:
@@ -55,7 +51,7 @@ def run_tasks(function: Callable[[T, Tell], R], tasks: Sequence[T], *, processes
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     messages = context.Queue()
-    start = (messages, max(1, available_cores() // processes), str(log))
+    start = (messages, max(1, cores() // processes), str(log))
     say(f"{len(tasks)} trainings and evaluations, {processes} at a time; their log: {log}")
     with ProcessPoolExecutor(processes, context, _start, start) as pool:
         waiting = {pool.submit(_run, function, task) for task in tasks}

@@ -13,6 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers import logging as transformers_logging
 
+from silkie.batch.workers import cores
 from silkie.demo.data import preference_items
 from silkie.demo.loop import (
     DECODING,
@@ -27,7 +28,7 @@ from silkie.demo.loop import (
 )
 from silkie.demo.model import BASE_DIR
 from silkie.demo.outputs import write_outputs
-from silkie.demo.processes import Tell, available_cores, run_tasks
+from silkie.demo.processes import Tell, run_tasks
 from silkie.demo.results import CONTROLS, DPO, Recipe, Sizes, Summary, Watch
 from silkie.demo.scores import score_answers
 from silkie.io.console import say
@@ -79,7 +80,7 @@ def run_demo(
     tasks = [RecipeTask(recipe, source, str(base_dir), output, seed, sizes) for recipe in (DPO, None, *recipes[1:])]
     titles = {"base": "Base", **{recipe.name: recipe.title for recipe in recipes}}
     measured: dict[str, Measured] = {}
-    processes = processes or (1 if torch.cuda.is_available() else min(available_cores(), len(recipes)))
+    processes = processes or (1 if torch.cuda.is_available() else min(cores(), len(recipes)))
     for result in run_tasks(measure, tasks, processes=processes, log=output / "demo.log"):
         measured[result.name] = result
         summary.seconds.update(result.seconds)

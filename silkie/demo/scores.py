@@ -20,7 +20,8 @@ from silkie.evaluation import Score, bootstrap_mean, score
 from silkie.evaluation.benchmarks.chair import chair_item
 from silkie.evaluation.benchmarks.chair import score_items as score_captions
 from silkie.evaluation.benchmarks.mme import COGNITION, PERCEPTION
-from silkie.stats import Estimate, multinomial_weights, percentile_interval
+from silkie.evaluation.intervals import metric_intervals
+from silkie.stats import Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +103,10 @@ def _mean(values: Sequence[bool], resamples: int) -> Estimate:
 
 
 def _named(result: Score, names: dict[str, str], resamples: int) -> dict[str, Estimate]:
-    """The named metrics of a score with percentile intervals: clusters are resampled within their stratum, as in
-    `silkie.evaluation.compare`."""
-    table = result.table()
-    rng = np.random.default_rng(0)
-    columns = []
-    for stratum in range(len(table.strata)):
-        own = table.sums[table.stratum == stratum]
-        columns.append(np.concatenate([weights @ own for weights in multinomial_weights(rng, len(own), resamples)]))
-    draws = result.totals(np.stack(columns, axis=1), table.strata)
+    """The named metrics of a score with their intervals; one without a value is 0, of no interval."""
+    intervals = metric_intervals(result, resamples=resamples)
     return {
-        key: Estimate(float(result.metrics[name] or 0.0), *percentile_interval(draws[name], 0.95))
+        key: Estimate(float(result.metrics[name] or 0.0), *intervals.get(name, (float("nan"),) * 2))
         for key, name in names.items()
     }
 

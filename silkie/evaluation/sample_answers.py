@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from silkie.data.images import open_image
+from silkie.data.schema import to_messages
 from silkie.evaluation.callback import Host, preserved_random_state
 
 __all__ = ["SampleAnswers", "Sampled"]
@@ -64,7 +65,7 @@ class SampleAnswers(TrainerCallback):
             raise ValueError(f"log_answers must be at least 1, got {count}.")
         count = min(count, len(dataset))
         rows = [dataset[i * len(dataset) // count] for i in range(count)]
-        self.prompts = [plain_turns(row["prompt"]) for row in rows]
+        self.prompts = [to_messages(row["prompt"]) for row in rows]
         self.images = [[open_image(image, where="log_answers") for image in row["images"]] for row in rows]
         self.trainer, self.seed, self.max_new_tokens = trainer, seed, max_new_tokens
         self._base: list[str] | None = None
@@ -130,17 +131,6 @@ class SampleAnswers(TrainerCallback):
         rows = [{key: value for key, value in asdict(row).items() if key != "image"} for row in table]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.folder / f"step_{step}.jsonl").write_text(lines, encoding="utf-8")
-
-
-def plain_turns(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A prompt without the null fields that Arrow adds."""
-    return [
-        {
-            "role": turn["role"],
-            "content": [{k: v for k, v in part.items() if v is not None} for part in turn["content"]],
-        }
-        for turn in prompt
-    ]
 
 
 def words_of(prompt: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from silkie.evaluation.callback import BenchmarkCallback
 from silkie.evaluation.sample_answers import Reporting, SampleAnswers
@@ -19,8 +19,13 @@ def callbacks(host: Reporting, args: Any, held_out: Any) -> list[TrainerCallback
         held_out: its evaluation data, one dataset or several by name.
 
     Raises:
-        ValueError: `log_answers` without evaluation data.
+        ValueError: `log_answers` without evaluation data; a model that reads no images.
     """
+    if isinstance(host.processing_class, PreTrainedTokenizerBase):
+        option = "eval_benchmarks" if args.eval_benchmarks else "log_answers"
+        raise ValueError(
+            f"`{option}` asks questions about images, through a processor; this model has a tokenizer only."
+        )
     made: list[TrainerCallback] = []
     if args.eval_benchmarks:
         limit, every = args.eval_benchmark_limit, args.eval_benchmark_steps

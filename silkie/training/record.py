@@ -46,6 +46,7 @@ class RunRecord(DPOTrainer):
     _packed_tokens = 0
     stream: StreamedBatches | None
     _window: Sequence[int] | None = None
+    _evaluated_as: str
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last call, over all ranks, under TRL's names."""
@@ -53,7 +54,8 @@ class RunRecord(DPOTrainer):
         line = self._logged[mode].pop(self._sum)
         if line.loss is not None:
             loss = line.loss + self.router_aux_loss_coef * line.means.get("aux_loss", 0.0)
-            logs.update({key: loss for key in logs if key.startswith("eval") and key.endswith("_loss")})
+            if (name := f"{self._evaluated_as}_loss") in logs:
+                logs[name] = loss  # transformers' is the mean of batches of unlike size
         self._metrics[mode].update({name: [mean] for name, mean in line.means.items()})
         if mode == "train":
             self._total_train_tokens += line.tokens

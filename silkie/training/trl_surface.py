@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from silkie.batch.batch import Batch
 from silkie.batch.collator import CollateWithRows
@@ -40,6 +40,7 @@ class TrlSurface(Trainer):
     _logged: dict[str, RunMetrics]
     _sum: Any
     _card: dict[str, Any]
+    _evaluated_as = "eval"  # the prefix of the latest evaluation's metrics
 
     def _prepared(self, dataset: Any, args: Any, name: str) -> Any:
         raise NotImplementedError
@@ -93,6 +94,18 @@ class TrlSurface(Trainer):
         if line.loss is not None and out.metrics is not None:
             out.metrics[f"{metric_key_prefix}_loss"] = line.loss
         return out
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in transformers; `log` learns under which name the loss goes."""
+        self._evaluated_as = metric_key_prefix
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -101,6 +101,21 @@ def test_a_text_model_gets_pefts_own_targets_where_none_are_named(tmp_path):
     assert trained[0] == trained[1] and any("q_proj" in name for name in trained[1])
 
 
+@pytest.mark.parametrize("option", [{"log_answers": 2}, {"eval_benchmarks": ["pope=data"]}], ids=str)
+def test_a_text_model_answers_no_questions_on_images(tmp_path, option):
+    """It was a KeyError at the start, or an AttributeError at the first evaluation."""
+    case = Case(name="text", rows=chats(False))
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` .* processor"):
+        SilkieDPOTrainer(
+            language_model(),
+            args=SilkieDPOConfig(**{**options(tmp_path, case), **option}),
+            train_dataset=case.dataset(),
+            eval_dataset=case.dataset(),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4),
+        )
+
+
 @pytest.mark.parametrize("rows", [None, 3])
 def test_evaluation_logs_everything_that_trl_does(rows, tmp_path):
     """Names and, with batches of one size, values."""

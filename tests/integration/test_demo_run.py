@@ -14,7 +14,7 @@ from tests.integration.test_iterative import TINY
 @pytest.mark.slow
 def test_side_by_side_measures_the_same(tmp_path, capfd, monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr("silkie.demo.processes.available_cores", lambda: 2)  # one thread in each process
+    monkeypatch.setattr("silkie.demo.processes.cores", lambda: 2)  # one thread in each process
     summaries = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
+from trl import DPOConfig
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
 from silkie.data.schema import DataError, NoGroupLeft
@@ -189,3 +190,9 @@ def test_a_stream_is_read_by_the_trainer_itself_and_the_given_options_stay(tmp_p
         )
     assert (args.dataloader_num_workers, trainer.args.dataloader_num_workers) == (3, 0)
     assert "dataloader_num_workers=0 for a stream" in caplog.text
+
+
+def test_trls_options_are_taken_for_a_stream(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
+    case = Case(name="stream", rows=lambda: rows(4))
+    assert build(SilkieDPOTrainer, SilkieDPOConfig, case, tmp_path, args=args).stream is not None

@@ -332,6 +332,17 @@ def test_the_evaluation_loss_is_that_of_the_whole_set(tmp_path):
         assert found == pytest.approx([float(whole.compute_loss(whole.model.eval(), batch))] * 2, abs=1e-5)
 
 
+def test_the_evaluation_loss_goes_by_its_prefix_and_no_other_metric_is_one(tmp_path):
+    trainer = make(tmp_path, data=dataset(mixed_groups()), per_device_eval_batch_size=1)
+    trainer.train()
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.compute_metrics = lambda prediction: {"ranking_loss": 3.0}
+    usual, named = trainer.evaluate(), trainer.evaluate(metric_key_prefix="eval_mine")
+    other = trainer.evaluate(metric_key_prefix="val")
+    assert usual["eval_ranking_loss"] == named["eval_mine_ranking_loss"] == other["val_ranking_loss"] == 3.0
+    assert usual["eval_loss"] == named["eval_mine_loss"] == other["val_loss"]
+
+
 def test_evaluation_takes_data_that_was_not_there_at_the_start(tmp_path):
     trainer = make(tmp_path)
     turns = {"prompt": ("user", "is there a dog"), "chosen": ("assistant", "no"), "rejected": ("assistant", "yes yes")}

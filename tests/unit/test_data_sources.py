@@ -403,6 +403,53 @@ def test_groups_survive_parquet_and_load_again(folder, load, tmp_path):
     assert load(groups).to_list() == groups.to_list()
 
 
+def test_groups_keep_their_form_whichever_way_they_are_read_again(folder, load, tmp_path):
+    """Without it a row of strings would go through the chat template, and turns would be trained on as JSON text."""
+    plain = {"prompt": "What is it?", "chosen": "a black cat", "rejected": "a dog"}
+    asked = [{"role": "user", "content": "What is it?"}]
+    call = {"role": "assistant", "content": "look", "tool_calls": [{"function": {"name": "see", "arguments": "{}"}}]}
+    told = {"role": "tool", "content": "a cat"}
+    turns = {
+        "prompt": [*asked, call, told],
+        "chosen": [{"role": "assistant", "content": "a cat"}, *asked, {"role": "assistant", "content": "a cat"}],
+        "rejected": [{"role": "assistant", "content": "a dog"}],
+        "tools": [{"name": "see"}],
+        "chat_template_kwargs": {"thinking": False},
+    }
+    groups = load(files.write_lines(folder / "rows.jsonl", [plain, turns]))
+    assert groups["form"][:] == ["plain", "turns"] and groups["prompt_turns"][1] and groups["tools"][1]
+    groups.to_json(tmp_path / "groups.jsonl")
+    for again in (tmp_path / "groups.jsonl", groups.add_column("note", ["a", "b"]), groups.with_transform(_columns)):
+        assert load(again).to_list() == groups.to_list()
+    longest = load(groups, pairs="longest")
+    assert longest.to_list() == groups.to_list()
+
+
+def test_options_of_reading_reach_data_that_has_the_schema_already(folder, load, tmp_path):
+    row = {"images": ["img/0.png"], "prompt": "What is it?", "responses": ["a cat", "a dog"], "pairs": [[0, 1]]}
+    row["ratings"] = [{"wit": 8, "care": 4}, {"wit": 2, "care": 3}]
+    groups = load(files.write_lines(folder / "rows.jsonl", [row]), rating_scale=(1, 10))
+    [stored] = groups["images"][0]
+    moved = groups.map(lambda row: {"images": [{**stored, "path": "img/0.png"}]}, features=groups.features)
+    assert load(moved, image_root=folder)["images"][0] == [stored]
+    assert list(load(groups, aspects=["care", "wit", "zeal"]).features["ratings"].feature) == ["care", "wit", "zeal"]
+    with pytest.raises(DataError, match="rating_scale"):
+        load(groups, rating_scale=(1, 5))
+
+
+def _columns(batch):
+    return batch
+
+
+def test_what_a_group_gives_the_template_may_be_json_itself(folder, load):
+    record = files.group_record(images=[], tools=[{"name": "see"}], chat_template_kwargs={"thinking": False})
+    (group,) = load(files.write_lines(folder / "g.jsonl", [record]))
+    assert json.loads(group["tools"]) == [{"name": "see"}]
+    assert json.loads(group["chat_template_kwargs"]) == {"thinking": False}
+    with pytest.raises(DataError, match="column 'form': found 'prose'; expected plain, turns or null"):
+        load(files.write_lines(folder / "g.jsonl", [files.group_record(images=[], form="prose")]))
+
+
 def test_groups_without_a_pair_are_dropped_from_loaded_groups_too(folder, load):
     tied = files.group_record(images=["img/0.png"], id="tied", ratings=[{"Help": 1}] * 2)
     everything = load(

@@ -172,6 +172,12 @@ def test_regroup_joins_equal_images_under_several_names(tmp_path):
     assert len(regroup(datasets.Dataset.from_list(asked, features=data.features))) == len(stored)
 
 
+def test_pairs_without_weights_weigh_one_when_regrouped():
+    stored = groups((0, "A"), (0, "A"), (1, "A"))
+    bare = stored.map(lambda row: {"pair_weights": None}, features=stored.features)
+    assert regroup(bare)["pair_weights"][0] == regroup(stored)["pair_weights"][0] == [2.0]
+
+
 def test_regroup_keeps_order_weights_and_unrepeated_rows():
     data = rows((0, "A"), (1, "A"), (0, "A"), (0, "B"))
     joined, report = regroup_with_report(load_preferences(data, regroup_pairs=False))

@@ -5,19 +5,20 @@
 
 `prompt` is a string or a conversation; `responses` are strings or {"model", "response"} objects; `pairs`,
 `pair_weights`, `labels` (true for a desirable response), `ratings`, `rationales`, `models` and `id` are optional.
-Without `pairs` they are built from the ratings."""
+Without `pairs` they are built from the ratings. What loading wrote of a row's form (`silkie.data.schema.ROW_FORM`) is
+read again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from silkie.data.columns import reading
-from silkie.data.conversations import parse_conversation, question
+from silkie.data.conversations import json_column, parse_conversation, question
 from silkie.data.pairs import is_weight, own_aspects
 from silkie.data.registry import register_source
 from silkie.data.row import Found, Record, Row
-from silkie.data.schema import Group
+from silkie.data.schema import Form, Group
 
 
 def aspects(record: Record) -> Iterable[str]:
@@ -53,7 +54,18 @@ def groups(row: Row) -> Group:
         ratings=rated,
         rationales=rationales(row, len(answers)),
         models=models if any(models) else None,
+        form=_form(row),
+        prompt_turns=json_column(row, "prompt_turns"),
+        tools=json_column(row, "tools"),
+        chat_template_kwargs=json_column(row, "chat_template_kwargs"),
     )
+
+
+def _form(row: Row) -> Form | None:
+    form = row.get("form")
+    if form is not None and form not in get_args(Form):
+        raise row.error("form", form, f"{', '.join(get_args(Form))} or null")
+    return form
 
 
 def ratings(row: Row, count: int) -> list[dict[str, float | None]] | None:

@@ -6,7 +6,6 @@ strings are plain text, as in TRL: the chat template is for conversations. Furth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from silkie.data.conversations import (
     answer_text,
     as_list,
     is_text_turn,
+    json_column,
     parse_conversation,
     question,
     same_question,
@@ -62,7 +62,7 @@ def prompt_and_responses(row: Row, prompt: Any, answers: Mapping[str, Any]) -> d
         answers: column -> a string or a list of turns.
     """
     images = row.images("images", "image")
-    extra: dict[str, Any] = {name: _json(row, name) for name in ("tools", "chat_template_kwargs")}
+    extra: dict[str, Any] = {name: json_column(row, name) for name in ("tools", "chat_template_kwargs")}
     if all(isinstance(text, str) for text in (prompt, *answers.values())):
         question(row, prompt, images, "prompt")  # as many marks as images, or none
         parts = [*(image_part() for _ in images), text_part(prompt)]  # marks in the text are the processor's affair
@@ -141,17 +141,3 @@ def _turns(row: Row, value: Any, column: str) -> str:
 def _identifier(row: Row) -> str | None:
     found = row.get("id")
     return None if found is None else str(found)
-
-
-def _json(row: Row, column: str) -> str | None:
-    """`tools` or `chat_template_kwargs` as JSON text; None where the row has none."""
-    value = row.get(column)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise row.error(column, value, "JSON text") from error
-    # `datasets` fills a struct's absent fields with None
-    if not value or (isinstance(value, dict) and all(option is None for option in value.values())):
-        return None
-    return turns_text(row, value, column)
