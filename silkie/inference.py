@@ -70,7 +70,8 @@ def load_policy(
     Raises:
         FileNotFoundError: the adapter's base model is not at its recorded place, and `base_model` is not given.
         ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
-            given; or the model is a language model, which transformers loads by itself.
+            given; or the model is a language model, which transformers loads by itself; or an adapter is to be folded
+            into quantized weights.
         silkie.model.weights.PickledWeights: a directory has pickled weights only.
     """
     path = str(path)
@@ -104,6 +105,11 @@ def load_policy(
     model: Any = AutoModelForImageTextToText.from_pretrained(
         base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placement, **model_kwargs
     )
+    if adapter and merge and getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{base} is loaded in quantized form: an adapter that is folded in would be rounded with its weights, and"
+            " the answers would be others. Pass base_model=<its unquantized directory or hub name>, or do not merge."
+        )
     if adapter:
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
         if merge:
