@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -69,7 +70,8 @@ def load_policy(
     Raises:
         FileNotFoundError: the adapter's base model is not at its recorded place, and `base_model` is not given.
         ValueError: the adapter names no base model (it was trained on one built in memory), and `base_model` is not
-            given; or the model is a language model, which transformers loads by itself.
+            given; or the model is a language model, which transformers loads by itself; or an adapter is to be folded
+            into quantized weights.
         silkie.model.weights.PickledWeights: a directory has pickled weights only.
     """
     path = str(path)
@@ -103,13 +105,30 @@ def load_policy(
     model: Any = AutoModelForImageTextToText.from_pretrained(
         base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **placement, **model_kwargs
     )
+    if adapter and merge and getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{base} is loaded in quantized form: an adapter that is folded in would be rounded with its weights, and"
+            " the answers would be others. Pass base_model=<its unquantized directory or hub name>, or do not merge."
+        )
     if adapter:
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
         if merge:
+            _untie(model)
             model = model.merge_and_unload()
     place, options = (path, {}) if adapter and Path(path, "tokenizer_config.json").exists() else (base, hub)
     processor = load_processor(place, trust_remote_code=trust_remote_code, **options)
     return model.eval(), processor
+
+
+def _untie(model: PeftModel) -> None:
+    """Gives a head that shares its weight with the embeddings one of its own, where either has an adapter: folded into
+    the shared one, it would change both. peft then notes in the config that they are two."""
+    base: Any = model.get_base_model()
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
+        if isinstance(head, torch.nn.Linear) and head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def _adapter_config(path: str) -> dict[str, Any] | None:

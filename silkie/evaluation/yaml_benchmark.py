@@ -143,11 +143,18 @@ def normalise(text: str) -> str:
     return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
 
 
+# not "1e1", "4,5" or a range
+_RATING = re.compile(r"(-?\d+(?:\.\d+)?)(?!\.?\d|[,e-]\d|\s+to\s+\d)\**(?:\s*(?:/|(?:out\s+)?of\b)\s*(\d+(?:\.\d+)?))?")
+
+
 def read_scale(reply: str, low: float, high: float) -> float | None:
-    """The last "Rating: N" of a judge's reply, None where there is none on the scale."""
-    found = re.findall(r"rating\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", reply.lower())
-    value = float(found[-1]) if found else None
-    return value if value is not None and low <= value <= high else None
+    """The last "Rating: N" of a judge's reply, or "Rating: N/HIGH"; None where it is not on the scale, a range or out
+    of another number, or there is none."""
+    starts = [match.end() for match in re.finditer(r"rating\s*[:=]\s*\**\s*(?=-?\d)", reply.lower())]
+    found = _RATING.match(reply.lower(), starts[-1]) if starts else None
+    if found is None or (found[2] and float(found[2]) != high):
+        return None
+    return float(found[1]) if low <= float(found[1]) <= high else None
 
 
 def _read(path: Path) -> Definition:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
 from silkie import SilkieDPOConfig, SilkieDPOTrainer
-from silkie.inference import generate, load_policy, load_processor
+from silkie.inference import generate, load_policy, load_processor, merge
 from silkie.run.adapter import check_adapter
 from silkie.training.model_card import RunDescription, card_text
 from tests.support.data import dataset
@@ -75,6 +75,42 @@ def test_logits_of_the_merged_model(run):
     ids = torch.tensor([[8, 12, 13, 14]])
     with torch.no_grad():
         assert (model(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", ("embed_tokens", "lm_head")])
+def test_an_adapter_on_tied_embeddings_is_folded_into_one_of_them(tmp_path, target):
+    """Folded into the weight that both share, it changed the other as well: logits were off by as much as they are
+    large."""
+    tiny_model(tie=True).save_pretrained(tmp_path / "base")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    targets = ["q_proj", target] if isinstance(target, str) else ["q_proj", *target]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    ids = torch.tensor([[8, 12, 13, 14]])
+    adapted, merged, saved = (
+        load_policy(tmp_path / place, merge=folded)[0](input_ids=ids).logits
+        for place, folded in (("adapter", False), ("adapter", True), ("merged", False))
+    )
+    assert (adapted - merged).abs().max() < 1e-4 and (adapted - saved).abs().max() < 1e-4
+
+
+def test_an_adapter_is_not_folded_into_quantized_weights(tmp_path, capsys):
+    """It was rounded with them: logits were off by a third of their size, and `silkie merge` failed without a word."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
+    tiny_model(hidden=64, rope_parameters=rope).save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=bits)
+    for place in ("base", "small"):
+        tiny_processor().save_pretrained(tmp_path / place)
+    small.save_pretrained(tmp_path / "small")
+    get_peft_model(small, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="quantized form.*base_model="):
+        load_policy(tmp_path / "adapter", merge=True, quantization_config=bits)
+    words = [str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base-model"]
+    assert merge([*words, str(tmp_path / "small")]) == 2 and "small is loaded in quantized" in capsys.readouterr().err
+    assert merge([*words, str(tmp_path / "base")]) == 0
 
 
 def test_a_moved_base_is_named_and_can_be_given(run, tmp_path):

@@ -269,6 +269,10 @@ def test_a_judge_prompt_that_wants_another_field_names_the_record(tmp_path):
 def test_small_readers():
     assert normalise("  The red-square!") == "red square" and normalise("A") == ""
     assert read_scale("Rating: 3 ... **Rating:** 4", 1, 5) == 4.0 and read_scale("rating: 9", 1, 5) is None
+    for reply in ("rating: 4", "Rating: 4/5", "Rating: **4** / 5", "Rating: 4 out of 5.", "Rating: 4.", "Rating = 4.0"):
+        assert read_scale(reply, 1, 5) == 4.0, reply
+    for other in ("4/10", "4 out of 10", "1-5", "1 to 5", "1e1", "4,5", "-4", "45"):
+        assert read_scale(f"Rating: 3 ... Rating: {other}", 1, 5) is None, other
     assert [
         singular(w)
         for w in ("dogs", "buses", "glass", "boxes", "berries", "women", "children", "leaves", "bus", "shoes", "tennis")
