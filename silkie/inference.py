@@ -144,6 +144,11 @@ def _adapter_config(path: str) -> dict[str, Any] | None:
     from transformers.utils import cached_file
 
     found = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    # An unreachable hub is told by nothing but a file that every model has
+    if found is None and cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
+        raise FileNotFoundError(
+            f"{path} is no directory here, and the hub gave no model of that name (it has none, or was not reached)."
+        )
     return json.loads(Path(found).read_text()) if found else None
 
 

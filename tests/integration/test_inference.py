@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
@@ -173,6 +174,18 @@ def test_a_base_has_the_revision_that_was_trained_on(tmp_path, monkeypatch):
     check_adapter(str(out), ModelConfig(model_name_or_path="org/vlm", model_revision="old"))
     with pytest.raises(ValueError, match="trained on revision old of org/vlm, and this run loads main"):
         check_adapter(str(out), ModelConfig(model_name_or_path="org/vlm"))
+
+
+@pytest.mark.parametrize("command", ["infer", "merge"])
+def test_a_directory_that_is_not_there_is_named(command, tmp_path, monkeypatch, capsys):
+    """Of two parts it may be a hub name, and a hub that is not reached looked like a model without an adapter."""
+    from silkie.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("photo.jpg")
+    words = {"infer": ["outputs/gone", "photo.jpg", "What is it?"], "merge": ["outputs/gone", "merged"]}
+    assert main([command, *words[command]]) == 2
+    assert "error: outputs/gone is no directory here, and the hub gave no model" in capsys.readouterr().err
 
 
 def test_sampling_is_seeded_and_shaped(run):
