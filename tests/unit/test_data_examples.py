@@ -16,15 +16,20 @@ from tests.support import preference_files as files
 ROOT = Path(__file__).parents[2]
 
 
-def run(tmp_path, *arguments: str) -> str:
-    environment = {
+def environment(tmp_path) -> dict[str, str]:
+    return {
         "PYTHONPATH": str(ROOT),
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
         "PATH": "",
         "HOME": str(tmp_path),
     }
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def run(tmp_path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -65,6 +70,10 @@ def test_mix_sources_example(tmp_path):
     output = run(tmp_path, "examples/mix_sources.py", f"{rated}:1", f"{pairs}:3", "--out", str(tmp_path / "mixed"))
     assert re.search(r"groups from 2 sources: \d+ to train on, 1 held out", output)
     assert set(datasets.load_from_disk(tmp_path / "mixed")) == {"train", "test"}
+    few = [sys.executable, "examples/mix_sources.py", f"{rated}:1"]
+    told = subprocess.run(few, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    assert told.returncode == 2 and told.stderr.endswith("fewer than all; pass another --test-size\n")
+    assert "2 to train on, 2 held out" in run(tmp_path, *few[1:], "--test-size", "0.5")
 
 
 def test_mixing_aligns_aspects_and_follows_the_weights(tmp_path):
