@@ -111,13 +111,6 @@ def test_every_change_is_named(tmp_path, first, what):
     )
 
 
-@pytest.mark.parametrize("column", ROW_FORM)
-def test_the_form_of_a_row_is_data_too(column):
-    plain = dataset()
-    other = plain.add_column(column, ["plain"] * len(plain))
-    assert describe_data(other)["content"] != describe_data(plain)["content"]
-
-
 def test_the_same_run_is_the_same_from_elsewhere(tmp_path, first):
     """Moved directories, another process and another start are no difference."""
     tiny_model().save_pretrained(tmp_path / "moved")
