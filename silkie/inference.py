@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -33,6 +32,7 @@ from transformers import (
 from silkie.data import open_image
 from silkie.io.console import guarded
 from silkie.io.options import argument, option, options_parser, parse_options
+from silkie.model.adapters import untie_adapted
 from silkie.model.families import reads_images
 from silkie.model.processor import load_processor, looks_local
 from silkie.model.weights import convert, refuse_pickled, refuse_pickled_adapter
@@ -113,22 +113,11 @@ def load_policy(
     if adapter:
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
         if merge:
-            _untie(model)
+            untie_adapted(model)
             model = model.merge_and_unload()
     place, options = (path, {}) if adapter and Path(path, "tokenizer_config.json").exists() else (base, hub)
     processor = load_processor(place, trust_remote_code=trust_remote_code, **options)
     return model.eval(), processor
-
-
-def _untie(model: PeftModel) -> None:
-    """Gives a head that shares its weight with the embeddings one of its own, where either has an adapter: folded into
-    the shared one, it would change both. peft then notes in the config that they are two."""
-    base: Any = model.get_base_model()
-    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if any(isinstance(layer, BaseTunerLayer) for layer in layers):
-        embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
-        if isinstance(head, torch.nn.Linear) and head.weight is embeddings.weight:
-            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def _adapter_config(path: str) -> dict[str, Any] | None:

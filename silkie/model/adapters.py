@@ -177,6 +177,17 @@ def coverage(model: Any) -> Coverage:
     return Coverage(covered=covered, total=total, uncovered=tuple(n.removesuffix(".weight") for n in names))
 
 
+def untie_adapted(model: Any) -> None:
+    """Gives a head that shares its weight with the embeddings one of its own, where either has an adapter: folded into
+    the shared one, it would change both. peft then notes in the config that they are two."""
+    base = model.get_base_model()
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
+        if isinstance(head, nn.Linear) and head.weight is embeddings.weight:
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
 def _adapted(decoder: nn.Module) -> set[int]:
     """ids of the weights that an adapter layer changes."""
     out = set()
